@@ -1,0 +1,1 @@
+//! corelane: library behind the binary.
