@@ -4,5 +4,10 @@
 //! directory, its counters. See ARCHITECTURE.md for the life of a request.
 
 pub mod buffers;
+pub mod config;
+pub mod directory;
 pub mod operation;
+pub mod pieces;
 pub mod ring;
+pub mod send_pool;
+pub mod stats;
