@@ -19,6 +19,7 @@ use crate::buffers::BufferId;
 use crate::operation::Operation;
 
 // pub mod epoll;
+mod sockets;
 pub mod uring;
 
 /// A completed operation.
@@ -121,6 +122,20 @@ pub trait Ring {
 
     /// Send at most [`SPANS_MAX`] spans, in order, as one write.
     fn send(&mut self, operation: Operation, handle: Handle, spans: &[Span]);
+
+    /// Makes a non-blocking TCP socket without Nagle's delay for an outgoing connection. It is the
+    /// caller's, to be attached, and closed with [`Ring::close`].
+    ///
+    /// # Errors
+    /// The kernel's answer: EMFILE or ENFILE when no descriptor is left.
+    fn connect_socket(&mut self, address: &SocketAddr) -> io::Result<RawFd>;
+
+    /// Shuts both directions of a socket down. A receive, a send and a connect under way on it
+    /// complete soon after. Harmless when the peer has gone already.
+    fn shutdown(&mut self, handle: Handle);
+
+    /// Closes a socket that is detached, or never was attached (the slot is not looked at).
+    fn close(&mut self, handle: Handle);
 
     /// Report each write to an eventfd, again and again.
     fn watch_wake(&mut self, operation: Operation, eventfd: RawFd);

@@ -16,7 +16,7 @@ use std::time::Duration;
 use io_uring::types::{self, BufRingEntry};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 
-use super::{Completion, Event, Handle, Ring, SPANS_MAX, Span};
+use super::{Completion, Event, Handle, Ring, SPANS_MAX, Span, sockets};
 use crate::buffers::{BufferId, Buffers};
 use crate::operation::{Kind, Operation};
 
@@ -265,6 +265,21 @@ impl Ring for Uring {
         let message = self.messages.last().expect("pushed above") as *const _;
         let entry = on!(self.target(handle), file => opcode::SendMsg::new(file, message).flags(libc::MSG_NOSIGNAL as u32).build());
         self.push(entry.user_data(operation.to_bits()));
+    }
+
+    fn connect_socket(&mut self, address: &SocketAddr) -> io::Result<RawFd> {
+        self.system_calls += 2;
+        sockets::connect_socket(address)
+    }
+
+    fn shutdown(&mut self, handle: Handle) {
+        self.system_calls += 1;
+        sockets::shutdown(handle.fd);
+    }
+
+    fn close(&mut self, handle: Handle) {
+        self.system_calls += 1;
+        sockets::close(handle.fd);
     }
 
     fn watch_wake(&mut self, operation: Operation, eventfd: RawFd) {
