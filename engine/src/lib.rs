@@ -5,9 +5,14 @@
 
 pub mod buffers;
 pub mod config;
+pub mod connection;
 pub mod directory;
+pub mod in_flight;
 pub mod operation;
 pub mod pieces;
 pub mod ring;
+pub mod route;
 pub mod send_pool;
 pub mod stats;
+pub mod table;
+pub mod upstream;

@@ -8,24 +8,14 @@
 //! ```
 
 use crate::buffers::{BufferId, Buffers};
-use crate::send_pool::{ChunkId, SendPool};
 
 const NONE: u32 = u32::MAX;
 
-/// Where a piece lies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Source {
-    /// In a receive buffer; the piece is one of its holders.
-    Buffer(BufferId),
-    /// In a chunk of the send pool, owned by the piece.
-    Chunk(ChunkId),
-}
-
-/// Contiguous bytes `start..end` of their source.
+/// Contiguous bytes `start..end` of a receive buffer; the piece is one of the buffer's holders.
 #[derive(Clone, Copy, Debug)]
 pub struct Piece {
-    /// Where.
-    pub source: Source,
+    /// Which buffer.
+    pub buffer: BufferId,
     /// First byte.
     pub start: u32,
     /// One past the last byte.
@@ -71,8 +61,6 @@ impl PieceList {
 pub struct Pieces {
     /// Receive buffers.
     pub buffers: Buffers,
-    /// Chunks for replies and for prefixes that had to be joined.
-    pub pool: SendPool,
     table: Vec<Piece>,
     free: u32,
     used: usize,
@@ -82,7 +70,7 @@ pub struct Pieces {
 
 impl Pieces {
     /// A table of `capacity` pieces.
-    pub fn new(capacity: usize, buffers: Buffers, pool: SendPool) -> Pieces {
+    pub fn new(capacity: usize, buffers: Buffers) -> Pieces {
         let next = |piece: usize| {
             if piece + 1 == capacity {
                 NONE
@@ -91,7 +79,7 @@ impl Pieces {
             }
         };
         let blank = |piece| Piece {
-            source: Source::Chunk(0),
+            buffer: 0,
             start: 0,
             end: 0,
             next: next(piece),
@@ -99,7 +87,6 @@ impl Pieces {
         let recycled = Vec::with_capacity(buffers.count());
         Pieces {
             buffers,
-            pool,
             table: (0..capacity).map(blank).collect(),
             free: 0,
             used: 0,
@@ -119,11 +106,8 @@ impl Pieces {
 
     /// The bytes of a piece.
     pub fn bytes_of(&self, piece: &Piece) -> &[u8] {
-        let (start, end) = (piece.start as usize, piece.end as usize);
-        match piece.source {
-            Source::Buffer(buffer) => self.buffers.bytes(buffer, start, end),
-            Source::Chunk(chunk) => self.pool.bytes(chunk, start, end),
-        }
+        self.buffers
+            .bytes(piece.buffer, piece.start as usize, piece.end as usize)
     }
 
     /// The pieces of a list.
@@ -143,9 +127,9 @@ impl Pieces {
             .map_or(&[], |piece| self.bytes_of(piece))
     }
 
-    /// Appends a piece that is one of the holders of its source already. `false`: table full.
+    /// Appends a piece that is one of the holders of its buffer already. `false`: table full.
     #[must_use]
-    pub fn push(&mut self, list: &mut PieceList, source: Source, start: u32, end: u32) -> bool {
+    pub fn push(&mut self, list: &mut PieceList, buffer: BufferId, start: u32, end: u32) -> bool {
         debug_assert!(start < end);
         let Some(piece) = self.table.get_mut(self.free as usize) else {
             return false;
@@ -153,7 +137,7 @@ impl Pieces {
         let at = self.free;
         self.free = piece.next;
         *piece = Piece {
-            source,
+            buffer,
             start,
             end,
             next: NONE,
@@ -181,19 +165,17 @@ impl Pieces {
         if let Some(copied) = self.join_crumb(list, buffer, bytes) {
             return Some(copied);
         }
-        if self.push(list, Source::Buffer(buffer), 0, bytes) {
+        if self.push(list, buffer, 0, bytes) {
             return Some(0);
         }
-        self.release(Source::Buffer(buffer));
+        self.release(buffer);
         None
     }
 
     fn join_crumb(&mut self, list: &mut PieceList, buffer: BufferId, bytes: u32) -> Option<usize> {
         const CRUMB_BYTES: u32 = 1024;
         let last = self.table.get(list.tail as usize)?;
-        let Source::Buffer(into) = last.source else {
-            return None;
-        };
+        let into = last.buffer;
         let room = self.buffers.buffer_bytes() as u32 - last.end;
         if bytes > CRUMB_BYTES || bytes > room || self.buffers.holders(into) != 1 {
             return None;
@@ -208,43 +190,8 @@ impl Pieces {
         self.buffers.append(into, at, unsafe { &*from });
         self.table[list.tail as usize].end += bytes;
         list.bytes += bytes;
-        self.release(Source::Buffer(buffer));
+        self.release(buffer);
         Some(bytes as usize)
-    }
-
-    /// Makes the first `bytes` bytes of a list contiguous, by copying them into a chunk when they
-    /// are not. Returns how many were copied, or `None` when they do not fit a chunk or none is
-    /// free.
-    pub fn join_front(&mut self, list: &mut PieceList, bytes: usize) -> Option<usize> {
-        assert!(bytes <= list.bytes());
-        if self.front(list).len() >= bytes {
-            return Some(0);
-        }
-        if bytes > crate::send_pool::CHUNK_BYTES || self.free == NONE {
-            return None;
-        }
-        let chunk = self.pool.allocate()?;
-        let mut rest = bytes;
-        while rest > 0 {
-            let piece = self.table[list.head as usize];
-            let here = piece.bytes().min(rest);
-            let from = std::ptr::from_ref(&self.bytes_of(&piece)[..here]);
-            // SAFETY: the source is held by the list and is not the new chunk.
-            let fits = self.pool.write(chunk, unsafe { &*from });
-            debug_assert!(fits);
-            self.advance(list, here);
-            rest -= here;
-        }
-        let mut joined = PieceList::EMPTY;
-        let pushed = self.push(&mut joined, Source::Chunk(chunk), 0, bytes as u32);
-        debug_assert!(pushed, "a piece was free");
-        match list.head {
-            NONE => list.tail = joined.tail,
-            head => self.table[joined.head as usize].next = head,
-        }
-        list.head = joined.head;
-        list.bytes += bytes as u32;
-        Some(bytes)
     }
 
     /// Drops the first `bytes` bytes.
@@ -271,36 +218,9 @@ impl Pieces {
             let piece = self.table[from.head as usize];
             let here = piece.bytes().min(rest);
             let (start, end) = (piece.start, piece.start + here as u32);
-            let source = match piece.source {
-                Source::Buffer(buffer) => {
-                    self.buffers.hold(buffer);
-                    piece.source
-                }
-                // A chunk has one owner. It is moved whole, or its bytes are copied.
-                Source::Chunk(_) if here == piece.bytes() => {
-                    self.table[from.head as usize].source = Source::Chunk(ChunkId::MAX);
-                    piece.source
-                }
-                Source::Chunk(chunk) => {
-                    let Some(copy) = self.pool.allocate() else {
-                        return false;
-                    };
-                    let bytes = self.pool.bytes(chunk, start as usize, end as usize);
-                    let bytes = std::ptr::from_ref(bytes);
-                    // SAFETY: `chunk` is owned by `from` and is not `copy`.
-                    let fits = self.pool.write(copy, unsafe { &*bytes });
-                    debug_assert!(fits);
-                    if !self.push(to, Source::Chunk(copy), 0, here as u32) {
-                        self.pool.free(copy);
-                        return false;
-                    }
-                    self.advance(from, here);
-                    rest -= here;
-                    continue;
-                }
-            };
-            if !self.push(to, source, start, end) {
-                self.release(source);
+            self.buffers.hold(piece.buffer);
+            if !self.push(to, piece.buffer, start, end) {
+                self.release(piece.buffer);
                 return false;
             }
             self.advance(from, here);
@@ -344,18 +264,12 @@ impl Pieces {
         self.table[at as usize].next = self.free;
         self.free = at;
         self.used -= 1;
-        self.release(piece.source);
+        self.release(piece.buffer);
     }
 
-    fn release(&mut self, source: Source) {
-        match source {
-            Source::Buffer(buffer) => {
-                if self.buffers.release(buffer) {
-                    self.recycled.push(buffer);
-                }
-            }
-            Source::Chunk(ChunkId::MAX) => {}
-            Source::Chunk(chunk) => self.pool.free(chunk),
+    fn release(&mut self, buffer: BufferId) {
+        if self.buffers.release(buffer) {
+            self.recycled.push(buffer);
         }
     }
 }
@@ -365,7 +279,7 @@ mod tests {
     use super::*;
 
     fn pieces() -> Pieces {
-        Pieces::new(16, Buffers::new(8, 64).unwrap(), SendPool::new(4))
+        Pieces::new(16, Buffers::new(8, 64).unwrap())
     }
 
     fn receive(pieces: &mut Pieces, list: &mut PieceList, buffer: BufferId, bytes: &[u8]) -> usize {
@@ -411,24 +325,14 @@ mod tests {
     }
 
     #[test]
-    fn join_front_makes_a_split_prefix_contiguous() {
+    fn copy_out_crosses_pieces() {
         let (mut pieces, mut list) = (pieces(), PieceList::EMPTY);
         receive(&mut pieces, &mut list, 0, &[7; 64]);
         receive(&mut pieces, &mut list, 1, b"tail");
-        assert_eq!(pieces.join_front(&mut list, 66), Some(66));
-        assert_eq!(pieces.front(&list).len(), 66);
-        assert_eq!(all(&pieces, &list).len(), 68);
-        let mut frame = PieceList::EMPTY;
-        assert!(pieces.split(&mut list, &mut frame, 60));
-        assert_eq!((frame.bytes(), list.bytes()), (60, 8));
         let mut out = [0; 8];
-        assert_eq!(pieces.copy_out(&list, 4, &mut out), 4);
-        assert_eq!(&out[..4], b"tail");
+        assert_eq!(pieces.copy_out(&list, 62, &mut out), 6);
+        assert_eq!(&out[..6], b"\x07\x07tail");
         pieces.clear(&mut list);
-        pieces.clear(&mut frame);
-        assert_eq!(
-            (pieces.used(), pieces.pool.used(), pieces.buffers.held()),
-            (0, 0, 0)
-        );
+        assert_eq!((pieces.used(), pieces.buffers.held()), (0, 0));
     }
 }
