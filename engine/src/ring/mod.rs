@@ -18,7 +18,7 @@ use std::time::Duration;
 use crate::buffers::BufferId;
 use crate::operation::Operation;
 
-// pub mod epoll;
+pub mod epoll;
 mod sockets;
 pub mod uring;
 
@@ -117,7 +117,8 @@ pub trait Ring {
     /// Receive into buffers of the ring, again and again.
     fn receive(&mut self, operation: Operation, handle: Handle);
 
-    /// End a receive early; its last completion says `ReceiveFailed` with ECANCELED.
+    /// End a receive early; its last completion says `ReceiveFailed` with ECANCELED. An accept
+    /// can be ended so too (`AcceptFailed`; the handle is not looked at).
     fn cancel_receive(&mut self, operation: Operation, handle: Handle);
 
     /// Send at most [`SPANS_MAX`] spans, in order, as one write.
