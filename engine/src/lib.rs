@@ -6,3 +6,4 @@
 pub mod buffers;
 pub mod operation;
 pub mod ring;
+pub mod timer_wheel;
