@@ -18,7 +18,7 @@ use std::time::Duration;
 use crate::buffers::BufferId;
 use crate::operation::Operation;
 
-// pub mod epoll;
+pub mod epoll;
 mod sockets;
 pub mod uring;
 
@@ -117,7 +117,8 @@ pub trait Ring {
     /// Receive into buffers of the ring, again and again.
     fn receive(&mut self, operation: Operation, handle: Handle);
 
-    /// End a receive early; its last completion says `ReceiveFailed` with ECANCELED.
+    /// End a receive early; its last completion says `ReceiveFailed` with ECANCELED. An accept
+    /// can be ended so too (`AcceptFailed`; the handle is not looked at).
     fn cancel_receive(&mut self, operation: Operation, handle: Handle);
 
     /// Send at most [`SPANS_MAX`] spans, in order, as one write.
@@ -165,6 +166,15 @@ pub trait Ring {
     /// Ends [`Ring::park`].
     fn unpark(&mut self);
 
+    /// Monotonic time in ns; simulated on the simulated ring.
+    fn now_ns(&self) -> u64;
+
     /// System calls made so far by `wait` and by the bookkeeping of sockets.
     fn system_calls(&self) -> u64;
+}
+
+/// CLOCK_MONOTONIC in ns.
+pub(crate) fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
