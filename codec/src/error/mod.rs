@@ -81,6 +81,13 @@ impl DynamoError {
         &self.text
     }
 
+    /// The JSON that goes into a prologue's `typed_error`.
+    #[must_use]
+    pub fn to_json(&self) -> Vec<u8> {
+        // Strings, numbers and maps with string keys always serialise.
+        serde_json::to_vec(self).unwrap_or_default()
+    }
+
     /// What the user may see, if anything.
     #[must_use]
     pub fn public(&self) -> Option<&PublicDetails> {
