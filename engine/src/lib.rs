@@ -5,5 +5,6 @@
 
 pub mod buffers;
 pub mod operation;
+pub mod placement;
 pub mod ring;
 pub mod timer_wheel;
