@@ -46,7 +46,9 @@ impl<R: Ring> Host<R> {
         let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         peer.set_read_timeout(Some(PATIENCE)).unwrap();
         let (socket, _) = listener.accept().unwrap();
-        socket.set_nonblocking(true).unwrap();
+        // Each ring wants its sockets as it makes them itself.
+        let nonblocking = self.ring.name() == "epoll";
+        socket.set_nonblocking(nonblocking).unwrap();
         (self.attach(socket.into_raw_fd(), slot), peer)
     }
 
@@ -192,6 +194,7 @@ cases! {
     every_wake_is_reported(4);
     a_wait_ends_at_its_deadline(4);
     fixed_memory_or_not_the_bytes_arrive(4);
+    a_send_of_fixed_memory_waits_for_room(4);
 }
 
 fn accepts_and_echoes<R: Ring>(mut host: Host<R>) {
@@ -203,7 +206,7 @@ fn accepts_and_echoes<R: Ring>(mut host: Host<R>) {
             panic!("a connection is there");
         };
         assert!(more, "the accept goes on by itself");
-        assert_flags(&socket);
+        assert_closed_on_exec(&socket);
         let handle = host.attach(socket.into_raw_fd(), 5);
         host.ring.receive(receive(5, generation), handle);
         peer.write_all(b"hello").unwrap();
@@ -222,10 +225,7 @@ fn accepts_and_echoes<R: Ring>(mut host: Host<R>) {
     assert!(host.ring.system_calls() > 0);
 }
 
-fn assert_flags(socket: &OwnedFd) {
-    // SAFETY: no pointers.
-    let flags = unsafe { libc::fcntl(socket.as_raw_fd(), libc::F_GETFL) };
-    assert_ne!(flags & libc::O_NONBLOCK, 0);
+fn assert_closed_on_exec(socket: &OwnedFd) {
     // SAFETY: no pointers.
     let flags = unsafe { libc::fcntl(socket.as_raw_fd(), libc::F_GETFD) };
     assert_ne!(flags & libc::FD_CLOEXEC, 0);
@@ -373,18 +373,7 @@ fn shutdown_completes_a_receive_and_a_waiting_send<R: Ring>(mut host: Host<R>) {
     let (handle, _peer) = host.pair(2);
     host.ring.receive(receive(2, 4), handle);
     let bytes = vec![1; 1 << 20];
-    // Nobody reads, so a send has to wait in the end.
-    let waits = (0..64).any(|_| {
-        host.ring.send(send(2, 4), handle, &[Span::of(&bytes)]);
-        match host.next_within(2 * QUIET) {
-            Some(completion) => {
-                assert!(matches!(completion.event, Event::Sent { .. }));
-                false
-            }
-            None => true,
-        }
-    });
-    assert!(waits);
+    send_until_one_waits(&mut host, handle, send(2, 4), &bytes);
     host.ring.shutdown(handle);
     let mut ended = [0; 2];
     for _ in 0..2 {
@@ -398,6 +387,27 @@ fn shutdown_completes_a_receive_and_a_waiting_send<R: Ring>(mut host: Host<R>) {
     assert_eq!(ended, [1, 1], "one receive and one send");
     host.end(handle);
     host.assert_quiet();
+}
+
+/// Sends to a peer that does not read, until a send does not complete.
+fn send_until_one_waits<R: Ring>(
+    host: &mut Host<R>,
+    handle: Handle,
+    operation: Operation,
+    bytes: &[u8],
+) {
+    let waits = (0..100_000).any(|_| {
+        host.ring.send(operation, handle, &[Span::of(bytes)]);
+        match host.next_within(2 * QUIET) {
+            Some(completion) => {
+                let event = completion.event;
+                assert!(matches!(event, Event::Sent { .. }), "{event:?}");
+                false
+            }
+            None => true,
+        }
+    });
+    assert!(waits);
 }
 
 fn a_cancelled_receive_says_so_and_can_be_asked_for_again<R: Ring>(mut host: Host<R>) {
@@ -596,4 +606,23 @@ fn fixed_memory_or_not_the_bytes_arrive<R: Ring>(mut host: Host<R>) {
     let mut read = [0; 64];
     peer.read_exact(&mut read).unwrap();
     assert_eq!(read, [42; 64]);
+}
+
+fn a_send_of_fixed_memory_waits_for_room<R: Ring>(mut host: Host<R>) {
+    let memory: &'static [u8] = Vec::leak(vec![42; 64 << 10]);
+    host.ring.register_fixed(memory);
+    let (handle, mut peer) = host.pair(1);
+    send_until_one_waits(&mut host, handle, send(1, 0), memory);
+    let mut piece = vec![0; 1 << 20];
+    let completion = loop {
+        if let Some(completion) = host.next_within(QUIET) {
+            break completion;
+        }
+        assert_ne!(peer.read(&mut piece).unwrap(), 0);
+    };
+    let event = completion.event;
+    assert!(
+        matches!(event, Event::Sent { bytes } if bytes > 0),
+        "{event:?}"
+    );
 }

@@ -492,7 +492,7 @@ impl Ring for Epoll {
 
     fn connect_socket(&mut self, address: &SocketAddr) -> io::Result<RawFd> {
         self.system_calls += 2;
-        sockets::connect_socket(address)
+        sockets::connect_socket(address, true)
     }
 
     fn shutdown(&mut self, handle: Handle) {
@@ -546,6 +546,10 @@ impl Ring for Epoll {
     }
 
     fn unpark(&mut self) {}
+
+    fn now_ns(&self) -> u64 {
+        super::monotonic_ns()
+    }
 
     /// Counts receives, sends and accepts too: here each is a system call of its own.
     fn system_calls(&self) -> u64 {

@@ -166,6 +166,15 @@ pub trait Ring {
     /// Ends [`Ring::park`].
     fn unpark(&mut self);
 
+    /// Monotonic time in ns; simulated on the simulated ring.
+    fn now_ns(&self) -> u64;
+
     /// System calls made so far by `wait` and by the bookkeeping of sockets.
     fn system_calls(&self) -> u64;
+}
+
+/// CLOCK_MONOTONIC in ns.
+pub(crate) fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }

@@ -6,9 +6,13 @@ use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-/// A non-blocking TCP socket without Nagle's delay, to be connected to `address`.
-pub(super) fn connect_socket(address: &SocketAddr) -> io::Result<RawFd> {
-    let kind = Type::STREAM.nonblocking().cloexec();
+/// A TCP socket without Nagle's delay, to be connected to `address`. io_uring wants it blocking:
+/// on a non-blocking one an operation that has to wait fails with EAGAIN instead.
+pub(super) fn connect_socket(address: &SocketAddr, nonblocking: bool) -> io::Result<RawFd> {
+    let kind = match nonblocking {
+        true => Type::STREAM.cloexec().nonblocking(),
+        false => Type::STREAM.cloexec(),
+    };
     let socket = Socket::new(Domain::for_address(*address), kind, Some(Protocol::TCP))?;
     socket.set_tcp_nodelay(true)?;
     Ok(socket.into_raw_fd())

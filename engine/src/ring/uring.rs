@@ -184,7 +184,7 @@ impl Ring for Uring {
 
     fn accept(&mut self, operation: Operation, listener: RawFd) {
         let entry = opcode::AcceptMulti::new(types::Fd(listener))
-            .flags(libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK)
+            .flags(libc::SOCK_CLOEXEC)
             .build();
         self.push(entry.user_data(operation.to_bits()));
     }
@@ -269,7 +269,7 @@ impl Ring for Uring {
 
     fn connect_socket(&mut self, address: &SocketAddr) -> io::Result<RawFd> {
         self.system_calls += 2;
-        sockets::connect_socket(address)
+        sockets::connect_socket(address, false)
     }
 
     fn shutdown(&mut self, handle: Handle) {
@@ -344,6 +344,10 @@ impl Ring for Uring {
         self.system_calls += 1;
         // Fails only when `park` has failed, and then there is nothing to undo.
         let _ = self.ring.submitter().unregister_eventfd();
+    }
+
+    fn now_ns(&self) -> u64 {
+        super::monotonic_ns()
     }
 
     fn system_calls(&self) -> u64 {
