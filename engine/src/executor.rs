@@ -115,7 +115,11 @@ impl ShardHandle {
 /// The address is in use or is not ours.
 pub fn listen(address: SocketAddr, shared: bool, nonblocking: bool) -> io::Result<TcpListener> {
     let kind = Type::STREAM.cloexec();
-    let kind = if nonblocking { kind.nonblocking() } else { kind };
+    let kind = if nonblocking {
+        kind.nonblocking()
+    } else {
+        kind
+    };
     let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(shared)?;
@@ -133,7 +137,13 @@ pub fn listen(address: SocketAddr, shared: bool, nonblocking: bool) -> io::Resul
 /// [`Report::Stopped`].
 pub fn spawn(config: ShardConfig) -> Result<ShardHandle, StartError> {
     let shard = config.shard;
-    let resources = |step| move |source| StartError::Resources { shard, step, source };
+    let resources = |step| {
+        move |source| StartError::Resources {
+            shard,
+            step,
+            source,
+        }
+    };
     let nonblocking = config.ring == RingKind::Epoll;
     let listener = match config.listen {
         Some(address) => {
@@ -142,7 +152,9 @@ pub fn spawn(config: ShardConfig) -> Result<ShardHandle, StartError> {
         }
         None => None,
     };
-    let address = listener.as_ref().and_then(|listener| listener.local_addr().ok());
+    let address = listener
+        .as_ref()
+        .and_then(|listener| listener.local_addr().ok());
     let (commands, command_receiver) = mesh::lane().map_err(resources("eventfd"))?;
     let (report_sender, reports) = mesh::lane().map_err(resources("eventfd"))?;
     let stats = Arc::new(Stats::default());
@@ -157,7 +169,14 @@ pub fn spawn(config: ShardConfig) -> Result<ShardHandle, StartError> {
         .name(format!("shard-{shard}"))
         .spawn(move || run(parts))
         .map_err(resources("thread"))?;
-    Ok(ShardHandle { shard, stats, address, commands, reports, thread: Some(thread) })
+    Ok(ShardHandle {
+        shard,
+        stats,
+        address,
+        commands,
+        reports,
+        thread: Some(thread),
+    })
 }
 
 /// What the thread takes along.
@@ -202,7 +221,10 @@ fn run_uring(parts: Parts) -> io::Result<()> {
         .map_err(|error| io::Error::other(format!("glommio executor on CPU {cpu}: {error}")))?;
     executor.run(async move {
         let buffers = buffers(&parts.config)?;
-        let settings = Settings { entries: 512, files: parts.config.connections_max };
+        let settings = Settings {
+            entries: 512,
+            files: parts.config.connections_max,
+        };
         let ring = Uring::new(settings, &buffers).map_err(io::Error::other)?;
         let mut shard = parts.shard(ring, buffers);
         shard.start();
@@ -237,11 +259,16 @@ async fn drive(shard: &mut Shard<Uring>) -> io::Result<()> {
 /// Cold: a thread of the executor's pool waits for the ring, the executor for that thread.
 async fn sleep(shard: &mut Shard<Uring>) {
     let patience = shard.until_next_timer().min(COLD_WAIT_MAX);
-    let Some(eventfd) = shard.ring().park() else { return };
+    let Some(eventfd) = shard.ring().park() else {
+        return;
+    };
     shard.count_park();
     // What completed before the ring was told to signal is not signalled: look once more.
-    if !shard.ring().is_ready() {
-        glommio::executor().spawn_blocking(move || wait_readable(eventfd, patience)).await;
+    let looked = shard.ring().wait(Duration::ZERO);
+    if looked.is_ok() && !shard.ring().is_ready() {
+        glommio::executor()
+            .spawn_blocking(move || wait_readable(eventfd, patience))
+            .await;
     }
     shard.ring().unpark();
 }
@@ -267,8 +294,18 @@ fn buffers(config: &ShardConfig) -> io::Result<Buffers> {
 
 impl Parts {
     fn shard<R: Ring>(self, ring: R, buffers: Buffers) -> Shard<R> {
-        let Parts { config, listener, stats, commands, reports } = self;
-        debug_assert!(listener.as_ref().is_none_or(|listener| listener.as_raw_fd() >= 0));
+        let Parts {
+            config,
+            listener,
+            stats,
+            commands,
+            reports,
+        } = self;
+        debug_assert!(
+            listener
+                .as_ref()
+                .is_none_or(|listener| listener.as_raw_fd() >= 0)
+        );
         Shard::new(config, ring, buffers, listener, stats, commands, reports)
     }
 }

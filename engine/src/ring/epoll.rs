@@ -547,11 +547,11 @@ impl Ring for Epoll {
 
     fn unpark(&mut self) {}
 
-    /// Counts receives, sends and accepts too: here each is a system call of its own.
     fn now_ns(&self) -> u64 {
         super::monotonic_ns()
     }
 
+    /// Counts receives, sends and accepts too: here each is a system call of its own.
     fn system_calls(&self) -> u64 {
         self.system_calls
     }
