@@ -179,7 +179,7 @@ pub(crate) fn connected<R: Ring>(shard: &mut Shard<R>, upstream: u32) {
 
 /// The connection is gone, or could not be made. Its requests go to other instances; it is dialled
 /// again as long as discovery lists an instance behind it.
-pub(crate) fn lost<R: Ring>(shard: &mut Shard<R>, upstream: u32, _errno: i32) {
+pub(crate) fn lost<R: Ring>(shard: &mut Shard<R>, upstream: u32, errno: i32) {
     let link = &mut shard.upstreams[upstream];
     let was_open = link.state == UpstreamState::Open;
     let queue = std::mem::replace(&mut link.queue, Fifo::EMPTY);
@@ -198,10 +198,14 @@ pub(crate) fn lost<R: Ring>(shard: &mut Shard<R>, upstream: u32, _errno: i32) {
             mourn(shard, upstream);
         }
     }
+    let refusal = match errno {
+        libc::ETIMEDOUT if was_open => Refusal::AnswerOverdue,
+        _ => Refusal::InstanceLost,
+    };
     let mut request = queue.head;
     while request != NONE {
         let next = shard.requests[request].next_upstream;
-        forward::replace(shard, request, Refusal::InstanceLost);
+        forward::replace(shard, request, refusal);
         request = next;
     }
     if bulk {
