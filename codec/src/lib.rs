@@ -30,7 +30,7 @@ mod decoded;
 pub mod discovery;
 pub mod error;
 #[doc(hidden)]
-// pub mod fuzz;
+pub mod fuzz;
 pub mod headers;
 pub mod item;
 pub mod json;
