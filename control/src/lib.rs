@@ -1,1 +1,4 @@
 //! corelane: library behind the binary.
+pub mod config;
+pub mod env;
+pub mod logging;
