@@ -17,39 +17,33 @@ pub(super) fn is_plain(part: &str) -> bool {
     !part.is_empty() && part.bytes().all(plain)
 }
 
-/// Namespace, component and endpoint.
-#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub struct EndpointId {
-    /// First level.
-    pub namespace: String,
-    /// Second level.
-    pub component: String,
-    /// Third level.
-    pub name: String,
-}
+#[cfg(test)]
+mod tests {
+    use corelane_codec::path::EndpointId;
 
-/// Reads an endpoint name; never fails, short names are filled up as Dynamo does.
-pub fn parse(text: &str) -> EndpointId {
-    let parts = parts(text);
-    let part = |index: usize, or: &str| parts.get(index).map_or(or, |part| part).to_owned();
-    let (namespace, component) = match parts.len() {
-        1 => ("NS".to_owned(), part(0, "C")),
-        _ => (part(0, "NS"), part(1, "C")),
-    };
-    let name = if parts.len() > 2 {
-        parts[2..].join("_")
-    } else {
-        "E".to_owned()
-    };
-    EndpointId {
-        namespace,
-        component,
-        name,
+    use super::*;
+
+    /// Three parts here must mean that the codec neither fills up nor joins.
+    #[test]
+    fn three_parts_are_what_the_codec_reads() {
+        for text in ["a.b.c", "dyn://a/b/c", " /a//b..c/ "] {
+            let three = EndpointId::new("a", "b", "c");
+            assert_eq!(
+                (parts(text).len(), EndpointId::parse(text)),
+                (3, three),
+                "{text}"
+            );
+        }
+        for text in ["", "a", "a/b", "a/b/c/d"] {
+            assert_ne!(parts(text).len(), 3, "{text}");
+        }
     }
-}
 
-impl std::fmt::Display for EndpointId {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}/{}/{}", self.namespace, self.component, self.name)
+    #[test]
+    fn plain_names() {
+        assert!(is_plain("back_end-2"));
+        for odd in ["", "Demo", "a b", "ü"] {
+            assert!(!is_plain(odd), "{odd}");
+        }
     }
 }

@@ -29,8 +29,7 @@ mod suggest;
 mod value;
 mod words;
 
-pub use endpoint::EndpointId;
-pub use endpoint::parse as parse_endpoint;
+pub use corelane_codec::path::EndpointId;
 pub use host::Host;
 pub use keys::{Alias, Dialect, Fallback, Key, Section, find, keys};
 pub use layers::Setting;
@@ -124,14 +123,35 @@ pub struct Discovery {
     pub keepalive_interval_s: u32,
     /// HTTP/2 ping time-out.
     pub keepalive_timeout_s: u32,
-    /// User and password of etcd.
+    /// User and password of etcd; with them the certificates are not used.
     pub login: Option<(String, Secret)>,
     /// Certificate authority of etcd: PEM text (contains `-----BEGIN`) or a path.
     pub ca: Option<String>,
-    /// Client certificate and its key: PEM text or a path each.
+    /// Client certificate and its key, PEM text or a path each; only together with `ca`.
     pub client_cert: Option<(String, Secret)>,
     /// Folder of the file backend.
     pub path: PathBuf,
+}
+
+impl Discovery {
+    /// These settings under the names of Dynamo's variables, for code that reads those. The value
+    /// is the resolved one, wherever it came from.
+    pub fn variable(&self, name: &str) -> Option<String> {
+        match name {
+            "ETCD_ENDPOINTS" => Some(self.endpoints.join(",")),
+            "ETCD_LEASE_TTL" => Some(self.lease_ttl_s.to_string()),
+            "ETCD_STARTUP_CONNECT_TIMEOUT_SECONDS" => Some(self.connect_timeout_s.to_string()),
+            "ETCD_KEEPALIVE_INTERVAL_SECONDS" => Some(self.keepalive_interval_s.to_string()),
+            "ETCD_KEEPALIVE_TIMEOUT_SECONDS" => Some(self.keepalive_timeout_s.to_string()),
+            "ETCD_AUTH_USERNAME" => self.login.as_ref().map(|(user, _)| user.clone()),
+            "ETCD_AUTH_PASSWORD" => self.login.as_ref().map(|(_, secret)| secret.0.clone()),
+            "ETCD_AUTH_CA" => self.ca.clone(),
+            "ETCD_AUTH_CLIENT_CERT" => self.client_cert.as_ref().map(|(cert, _)| cert.clone()),
+            "ETCD_AUTH_CLIENT_KEY" => self.client_cert.as_ref().map(|(_, key)| key.0.clone()),
+            "DYN_FILE_KV" => Some(self.path.to_string_lossy().into_owned()),
+            _ => None,
+        }
+    }
 }
 
 /// Text that no log and no listing shows.
@@ -169,7 +189,7 @@ pub struct Route {
     /// How long an instance may take to acknowledge.
     pub ack_timeout_ms: u32,
     /// Further instances to try.
-    pub retries_max: u32,
+    pub retries_max: u8,
     /// Largest request that is kept to be sent again.
     pub hold_bytes: u32,
 }
@@ -201,7 +221,7 @@ pub struct Core {
     /// Size of a receive buffer.
     pub buffer_bytes: u32,
     /// Receive buffers, a power of two.
-    pub buffers: u32,
+    pub buffers: u16,
     /// Unanswered requests at most.
     pub in_flight_max: u32,
     /// Bytes waiting for one instance's socket at most.
@@ -309,9 +329,7 @@ impl Checked {
 /// Reads and checks a configuration. Never fails: what is wrong is in the answer.
 pub fn load(inputs: &Inputs) -> Checked {
     let mut layers = layers(inputs);
-    if inputs.purpose != Purpose::Peer {
-        layers.problems.extend(crate::env::refusals(&inputs.env));
-    }
+    layers.problems.extend(crate::env::refusals(&inputs.env));
     let config = resolve::config(&mut layers, inputs);
     let mut problems = layers.problems;
     problems.sort_by(|left, right| left.at.cmp(&right.at));

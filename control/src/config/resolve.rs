@@ -115,8 +115,50 @@ fn discovery(layers: &mut Layers) -> Discovery {
         ),
         path,
     };
-    keepalive(layers, &discovery);
+    if backend == Backend::Etcd {
+        keepalive(layers, &discovery);
+        certificates(layers, &discovery);
+    }
     discovery
+}
+
+/// Certificates towards etcd: what belongs together, and whether the files are there.
+fn certificates(layers: &mut Layers, discovery: &Discovery) {
+    let ca_at = origin(layers, &keys::DISCOVERY_CA);
+    let cert_at = origin(layers, &keys::DISCOVERY_CLIENT_CERT);
+    let key_at = origin(layers, &keys::DISCOVERY_CLIENT_KEY);
+    if discovery.login.is_some() && (discovery.ca.is_some() || discovery.client_cert.is_some()) {
+        let at = if discovery.ca.is_some() {
+            &ca_at
+        } else {
+            &cert_at
+        };
+        let what = "certificates and a log-in do not go together; the log-in wins".to_owned();
+        layers.warn(
+            at,
+            what,
+            "remove username and password, or the certificates",
+        );
+    } else if discovery.client_cert.is_some() && discovery.ca.is_none() {
+        let what = "client_cert without ca".to_owned();
+        layers.error(&cert_at, what, "write ca too, or leave client_cert out");
+    }
+    let (cert, key) = match &discovery.client_cert {
+        Some((cert, key)) => (Some(cert.as_str()), Some(key.reveal())),
+        None => (None, None),
+    };
+    let pems = [
+        ("ca", discovery.ca.as_deref(), ca_at),
+        ("client_cert", cert, cert_at),
+        ("client_key", key, key_at),
+    ];
+    for (name, text, at) in pems {
+        let path = text.filter(|text| !text.contains("-----BEGIN"));
+        if path.is_some_and(|path| std::fs::File::open(path).is_err()) {
+            let what = format!("{name} is neither PEM text nor a file that can be read");
+            layers.error(&at, what, "write the path of a PEM file");
+        }
+    }
 }
 
 /// Two settings that are of use only together.
@@ -145,7 +187,7 @@ fn pair(
 /// connection too late (`spec/events-discovery.md` §4.7).
 fn keepalive(layers: &mut Layers, discovery: &Discovery) {
     let interval = discovery.keepalive_interval_s;
-    if discovery.backend != Backend::Etcd || interval == 0 {
+    if interval == 0 {
         return;
     }
     let at = origin(layers, &keys::DISCOVERY_KEEPALIVE_INTERVAL_S);

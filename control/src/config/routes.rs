@@ -65,7 +65,7 @@ fn route(layers: &mut Layers, index: usize) -> Option<Placed> {
         whole(layers, "target", text, at);
     }
     let ((listen, listen_at), (target, target_at)) = (listen?, target?);
-    let (listen, target) = (endpoint::parse(&listen), endpoint::parse(&target));
+    let (listen, target) = (EndpointId::parse(&listen), EndpointId::parse(&target));
     if listen == target {
         layers.error(
             &target_at,
@@ -173,7 +173,11 @@ fn whole(layers: &mut Layers, key: &str, text: &str, at: &Origin) {
             quoted(text),
             count(parts.len())
         );
-        layers.warn(at, what, format!("it is read as {}", endpoint::parse(text)));
+        layers.warn(
+            at,
+            what,
+            format!("it is read as {}", EndpointId::parse(text)),
+        );
     }
 }
 
@@ -251,7 +255,7 @@ fn instances(layers: &mut Layers, backend: Backend) -> Vec<StaticInstance> {
         };
         let id = id.and_then(|(id, _)| u64::from_str_radix(&id, 16).ok());
         let instance = StaticInstance {
-            endpoint: endpoint::parse(&endpoint),
+            endpoint: EndpointId::parse(&endpoint),
             socket,
             path: path.to_owned(),
             id: id.unwrap_or_else(|| instance_id(&text, path)),

@@ -3,6 +3,7 @@
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
+use corelane_codec::path::TcpTransport;
 use toml::de::DeValue;
 
 use super::host::cpu_list;
@@ -475,15 +476,13 @@ pub(crate) fn ip(text: &str) -> Option<IpAddr> {
     }
 }
 
-/// Splits `IP:PORT/PATH`, with or without a leading `tcp://`, at the first slash; the path is
-/// kept as it is (`spec/request-plane.md` §2.1). None if the address is not numeric, the port is
-/// 0, or the path is empty or longer than its 16-bit length field.
+/// Splits `IP:PORT/PATH`, with or without a leading `tcp://`; the path is kept as it is
+/// (`spec/request-plane.md` §2.1). None if it is no address that can be dialled, the path is empty
+/// or longer than its 16-bit length field.
 pub fn address(text: &str) -> Option<(SocketAddr, &str)> {
-    let text = text.strip_prefix("tcp://").unwrap_or(text);
-    let (socket, path) = text.split_once('/')?;
-    let socket: SocketAddr = socket.parse().ok()?;
-    let right = socket.port() > 0 && !path.is_empty() && path.len() <= usize::from(u16::MAX);
-    right.then_some((socket, path))
+    let TcpTransport { address, path } = TcpTransport::parse(text).ok()?;
+    let right = address.port() > 0 && !path.is_empty() && path.len() <= usize::from(u16::MAX);
+    right.then_some((address, path))
 }
 
 #[cfg(test)]
