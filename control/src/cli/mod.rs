@@ -148,7 +148,7 @@ fn dispatch(command: Command, env: &Env, host: &Host) -> anyhow::Result<Exit> {
 fn config(inputs: &Inputs) -> Result<Config, Stop> {
     let checked = crate::config::load(inputs);
     for warning in checked.warnings() {
-        tracing::warn!("{warning}");
+        tracing::warn!("{}", warning.line());
     }
     let failed = errors(&checked);
     checked.config.ok_or(Stop::Usage(failed))

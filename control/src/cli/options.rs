@@ -16,8 +16,13 @@ use crate::env::Env;
 /// Read when no file is named.
 const FILE: &str = "corelane.toml";
 
-/// The configuration of `corelane up`.
+/// The configuration of `corelane up`: any port is fine, and nobody is to wait when it ends.
 const UP: &str = r#"
+[server]
+status_port = 0
+[drain]
+grace_s = 0
+timeout_s = 10
 [[route]]
 listen = "dynamo/router/generate"
 target = "dynamo/backend/generate"
@@ -34,7 +39,7 @@ The log goes to standard error; CORELANE_LOG=debug makes it say more.";
 
 /// Thread-per-core request router for NVIDIA Dynamo clusters.
 #[derive(Debug, Parser)]
-#[command(name = "corelane", version, about, after_help = EXAMPLES, max_term_width = 100)]
+#[command(name = "corelane", version, after_help = EXAMPLES, max_term_width = 100)]
 pub(super) struct Options {
     #[command(subcommand)]
     pub(super) command: Command,

@@ -150,7 +150,7 @@ pub fn find(path: &str) -> Option<&'static Key> {
 }
 
 /// The keys of one section.
-pub fn of(section: Section) -> impl Iterator<Item = &'static Key> {
+pub(super) fn of(section: Section) -> impl Iterator<Item = &'static Key> {
     KEYS.iter()
         .copied()
         .filter(move |key| key.section == section)
@@ -168,7 +168,7 @@ macro_rules! keys {
        $doc:literal;)*) => {
         $(
             #[doc = $doc]
-            pub const $id: Key = Key {
+            pub(super) const $id: Key = Key {
                 section: Section::$section,
                 name: $name,
                 kind: $kind,

@@ -86,6 +86,11 @@ impl Problem {
         }
     }
 
+    /// The line without the word `warning`, for a log that has a level of its own.
+    pub fn line(&self) -> String {
+        format!("{}: {}; {}", self.at, self.what, self.instead)
+    }
+
     /// Whether this stops the program.
     pub fn is_error(&self) -> bool {
         self.severity == Severity::Error

@@ -314,16 +314,20 @@ fn open_files(layers: &mut Layers, host: &Host, cores: &[Core]) {
     let Some(files_max) = host.files_max else {
         return;
     };
+    let at = cores.iter().map(|core| {
+        let path = format!("core[{}].connections_max", core.cpu);
+        let found = layers.settings.iter().find(|setting| setting.path == path);
+        found.map_or(Origin::Default, |setting| setting.origin.clone())
+    });
+    // Nobody asked for the default, so it is taken as far as the limit goes.
+    let Some(at) = at.min().filter(|at| *at != Origin::Default) else {
+        return;
+    };
     let sockets: u64 = cores
         .iter()
         .map(|core| u64::from(core.connections_max))
         .sum();
-    if sockets + OTHER_FILES > files_max && !cores.is_empty() {
-        let at = cores.first().map_or(Origin::Default, |core| {
-            let path = format!("core[{}].connections_max", core.cpu);
-            let found = layers.settings.iter().find(|setting| setting.path == path);
-            found.map_or(Origin::Default, |setting| setting.origin.clone())
-        });
+    if sockets + OTHER_FILES > files_max {
         let what = format!("connections_max of all cores is {sockets}, open files {files_max}");
         let instead = format!("raise the limit (ulimit -n {})", sockets + OTHER_FILES);
         layers.warn(&at, what, instead);
