@@ -90,7 +90,7 @@ const AFTER_ROUTE: &[(&str, &[&str])] = &[
         "[server]\nport = 99999999999999999999\n",
         &[
             "c.toml:8:8: port is \"99999999999999999999\", not a number that fits; \
-         write port, 0 to 65535",
+         write a whole number (port, 0 to 65535)",
         ],
     ),
     (
@@ -266,12 +266,13 @@ const AFTER_ROUTE: &[(&str, &[&str])] = &[
     (
         "[control]\ncpu = 7\n",
         &[
-            "c.toml:8:7: cpu is 7, which this process may not use (0-3); write one of these, or \"last\"",
+            "c.toml:8:7: cpu is 7, which this process may not use (0-3); \
+             write one of these, or \"last\"",
         ],
     ),
     (
         "[control]\ncpu = \"first\"\n",
-        &["c.toml:8:7: cpu is \"first\", not a number that fits; write CPU number or last"],
+        &["c.toml:8:7: cpu is \"first\", not a number that fits; write \"last\" or a CPU number"],
     ),
     (
         "[control]\ncpu = 1\n[core]\nidle = \"spin\"\n",
@@ -334,11 +335,13 @@ const WHOLE: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "port = 1\n[[route]]\nlisten = \"a/r/g\"\ntarget = \"a/r/h\"\n[discovery]\nbackend = \"file\"",
+        "port = 1\n[[route]]\nlisten = \"a/r/g\"\ntarget = \"a/r/h\"\n\
+         [discovery]\nbackend = \"file\"",
         &["c.toml:1:1: unknown key \"port\" outside any table; write it under [server]"],
     ),
     (
-        "core = 1\n[[route]]\nlisten = \"a/r/g\"\ntarget = \"a/r/h\"\n[discovery]\nbackend = \"file\"",
+        "core = 1\n[[route]]\nlisten = \"a/r/g\"\ntarget = \"a/r/h\"\n\
+         [discovery]\nbackend = \"file\"",
         &["c.toml:1:1: core is a table, not a key; write [core] and its keys below"],
     ),
     (
@@ -403,7 +406,8 @@ const IN_ROUTE: &[(&str, &[&str])] = &[
     (
         "policy = \"leastloaded\"",
         &[
-            "c.toml:6:10: unknown policy \"leastloaded\"; did you mean \"least_loaded\"? possible are \
+            "c.toml:6:10: unknown policy \"leastloaded\"; did you mean \"least_loaded\"? \
+             possible are \
          \"round_robin\" | \"random\" | \"power_of_two_choices\" | \"least_loaded\" | \"direct\" | \
          \"hash\"",
         ],
@@ -786,7 +790,7 @@ fn faults_of_environment_and_flags_name_them() {
             "environment DYN_REQUEST_PLANE: the request plane is TCP in this version; \
          write tcp, or unset it",
             "environment DYN_TCP_RPC_PORT: port is \"http\", not a number that fits; \
-         write port, 0 to 65535",
+         write a whole number (port, 0 to 65535)",
         ]
     );
 }
@@ -806,11 +810,13 @@ fn etcds_times_and_certificates() {
         [
             "flag --set discovery.client_cert: client_cert without ca; \
          write ca too, or leave client_cert out",
-            "flag --set discovery.client_key: client_key is neither PEM text nor a file that can be \
+            "flag --set discovery.client_key: client_key is neither PEM text nor a file \
+             that can be \
          read; write the path of a PEM file",
             "flag --set discovery.keepalive_interval_s: warning: keepalive_interval_s is 4, which \
          etcd may refuse; write 5 or more",
-            "flag --set discovery.lease_ttl_s: warning: a dead connection to etcd is seen after 14 s, \
+            "flag --set discovery.lease_ttl_s: warning: a dead connection to etcd is seen after \
+             14 s, \
          the lease ends after 10; write a longer lease_ttl_s, or a shorter keepalive_interval_s",
         ]
     );

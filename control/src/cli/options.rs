@@ -456,3 +456,199 @@ fn header(text: &str) -> Result<(String, String), String> {
         _ => Err("write NAME=VALUE, such as x-session-id=42".into()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+    use crate::cli::config;
+
+    fn parse(line: &str) -> Result<Command, String> {
+        let words = line.split_whitespace().map(str::to_owned);
+        let words = ["corelane".to_owned()].into_iter().chain(words);
+        let options = Options::try_parse_from(words);
+        options
+            .map(|options| options.command)
+            .map_err(|error| error.to_string())
+    }
+
+    fn env(pairs: &[(&str, &str)]) -> Env {
+        Env::of(
+            pairs
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), (*value).to_owned())),
+        )
+    }
+
+    fn host() -> Host {
+        Host {
+            cpus: vec![0, 1],
+            files_max: None,
+        }
+    }
+
+    fn echo(line: &str, env: &Env) -> Result<EchoArgs, String> {
+        match parse(&format!("worker echo {line}"))? {
+            Command::Worker(WorkerOptions {
+                command: WorkerCommand::Echo(echo),
+            }) => {
+                let config = config(&echo.inputs(env, &host())).map_err(|stop| stop.to_string())?;
+                echo.args(config, env).map_err(|stop| stop.to_string())
+            }
+            other => Err(format!("{other:?}")),
+        }
+    }
+
+    fn call(line: &str) -> Result<CallArgs, String> {
+        match parse(&format!("call {line}"))? {
+            Command::Call(call) => {
+                let inputs = call.inputs(&Env::default(), &host());
+                let config = config(&inputs).map_err(|stop| stop.to_string())?;
+                call.args(config).map_err(|stop| stop.to_string())
+            }
+            other => Err(format!("{other:?}")),
+        }
+    }
+
+    #[test]
+    fn clap_finds_no_fault_in_the_table() {
+        Options::command().debug_assert();
+    }
+
+    #[test]
+    fn echo_takes_every_form_of_a_name_and_its_variables() {
+        let env = env(&[
+            ("DYN_TCP_RPC_PORT", "7001"),
+            ("DYN_REQUEST_PLANE_CODEC", "json"),
+        ]);
+        for form in ["a/b/c", "a.b.c", "dyn://a.b.c"] {
+            let echo = echo(&format!("--endpoint {form} --items 3 --delay-us 5"), &env).unwrap();
+            assert_eq!(echo.endpoint, EndpointId::new("a", "b", "c"));
+            assert_eq!((echo.server.port, echo.codec), (7_001, Codec::Json));
+            let delay = Duration::from_micros(5);
+            assert_eq!(
+                echo.answer,
+                Answer {
+                    items: 3,
+                    item_bytes: None,
+                    delay
+                }
+            );
+        }
+        let echo = echo(
+            "--endpoint a/b/c --port 1 --codec msgpack --discovery file --file-kv /x",
+            &env,
+        );
+        let echo = echo.unwrap();
+        assert_eq!((echo.server.port, echo.codec), (1, Codec::Msgpack));
+        assert_eq!(echo.discovery.backend, Backend::File);
+        assert_eq!(echo.discovery.path, PathBuf::from("/x"));
+    }
+
+    #[test]
+    fn faults_of_echo_are_said() {
+        let bad_codec = env(&[("DYN_REQUEST_PLANE_CODEC", "xml")]);
+        let said = echo("--endpoint a/b/c", &bad_codec).unwrap_err();
+        assert!(
+            said.ends_with("unknown codec \"xml\"; write json or msgpack"),
+            "{said}"
+        );
+        let said = echo("--endpoint a/b/c --discovery nats", &Env::default()).unwrap_err();
+        assert!(
+            said.contains("flag --discovery: unknown backend \"nats\"; write"),
+            "{said}"
+        );
+        assert!(
+            echo("--items 1", &Env::default())
+                .unwrap_err()
+                .contains("--endpoint")
+        );
+    }
+
+    #[test]
+    fn call_knows_whom() {
+        let args = call("--address tcp://127.0.0.1:7/1a/x --header a=b --header c=d=e").unwrap();
+        let Target::Address {
+            socket,
+            path,
+            endpoint: None,
+        } = args.target
+        else {
+            panic!("{:?}", args.target)
+        };
+        assert_eq!((socket.port(), path.as_str()), (7, "1a/x"));
+        let header = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+        assert_eq!(args.headers, [header("a", "b"), header("c", "d=e")]);
+        assert_eq!((args.count, args.concurrency, args.early), (1, 1, None));
+        assert_eq!(args.timeout, Duration::from_secs(30));
+        let args = call("--endpoint a.b.c --discovery etcd --stop-after 2").unwrap();
+        assert_eq!(
+            args.target,
+            Target::Endpoint(EndpointId::new("a", "b", "c"))
+        );
+        assert_eq!(args.early, Some(Early::Stop(2)));
+    }
+
+    #[test]
+    fn faults_of_call_are_said() {
+        for (line, said) in [
+            ("", "--endpoint <NS/COMP/EP>"),
+            (
+                "--endpoint a/b/c",
+                "discovery in memory knows only its own process",
+            ),
+            ("--address localhost:1/x", "write it like 127.0.0.1:9000/"),
+            ("--address 127.0.0.1:1/x --body {a:1}", "not JSON"),
+            ("--address 127.0.0.1:1/x --header ab", "write NAME=VALUE"),
+            (
+                "--address 127.0.0.1:1/x --header a=1 --header a=2",
+                "header \"a\" is given twice",
+            ),
+            (
+                "--address 127.0.0.1:1/x --stop-after 1 --kill-after 1",
+                "cannot be used with",
+            ),
+            ("--address 127.0.0.1:1/x --count 0", "0 is not in 1.."),
+        ] {
+            let error = call(line).unwrap_err();
+            assert!(error.contains(said), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn up_is_complete_by_itself() {
+        let Ok(Command::Up(up)) = parse("up --workers 3 --set server.port=7000") else {
+            panic!()
+        };
+        // What the cluster's variables say about discovery does not concern it.
+        let env = env(&[("DYN_DISCOVERY_BACKEND", "etcd")]);
+        let config = config(&up.inputs(&env, &host()).unwrap()).unwrap();
+        let up = up.args(config);
+        assert_eq!((up.workers, up.config.server.port), (3, 7_000));
+        assert_eq!(up.config.discovery.backend, Backend::Memory);
+        assert_eq!(
+            up.config.routes[0].listen.to_string(),
+            "dynamo/router/generate"
+        );
+        let Ok(Command::Up(up)) = parse("up --set discovery.backend=etcd") else {
+            panic!()
+        };
+        assert!(up.inputs(&env, &host()).is_err());
+    }
+
+    #[test]
+    fn set_knows_its_keys() {
+        let said = |text| setting(text).unwrap_err();
+        assert_eq!(setting("core.io=a=b").unwrap().text, "a=b");
+        assert_eq!(
+            said("core.ios=x"),
+            "unknown key \"core.ios\"; did you mean core.io?"
+        );
+        assert!(
+            said("route.listen=a/b/c").contains("unknown key"),
+            "routes stand in files"
+        );
+        assert!(said("core.io").starts_with("write SECTION.KEY=VALUE"));
+    }
+}

@@ -332,8 +332,8 @@ mod tests {
     #[test]
     fn every_default_passes_its_own_check() {
         for key in keys() {
-            if let Fallback::Value(text) = key.fallback {
-                let read = key.kind.from_text(key, text);
+            if let Value(text) = key.fallback {
+                let read = key.kind.read_text(key, text);
                 assert!(read.is_ok(), "{}: {:?}", key.path(), read);
             }
         }

@@ -64,7 +64,7 @@ impl Layers {
             };
             // The last of two flags is the one that counts, as users expect.
             over.retain(|entry: &Entry| entry.key != flag.key);
-            match flag.key.kind.from_text(flag.key, &flag.text) {
+            match flag.key.kind.read_text(flag.key, &flag.text) {
                 Ok(value) => over.push(Entry {
                     key: flag.key,
                     value,
@@ -107,7 +107,7 @@ impl Layers {
         let found = found.or_else(|| match key.fallback {
             Fallback::Value(text) => key
                 .kind
-                .from_text(key, text)
+                .read_text(key, text)
                 .ok()
                 .map(|value| (value, Origin::Default)),
             Fallback::Unset(_) => None,
@@ -262,5 +262,5 @@ fn from_env(key: &Key, dialect: Dialect, text: &str) -> Result<Value, Fault> {
         (Dialect::ShortBackend, _) if text == "mem" => Some("memory".to_owned()),
         _ => None,
     };
-    key.kind.from_text(key, changed.as_deref().unwrap_or(text))
+    key.kind.read_text(key, changed.as_deref().unwrap_or(text))
 }

@@ -310,7 +310,7 @@ impl Reader<'_, '_> {
                 continue;
             }
             let start = value.span().start;
-            match key.kind.from_toml(key, value.get_ref()) {
+            match key.kind.read_toml(key, value.get_ref()) {
                 Ok(value) => read.entries.push(Entry {
                     key,
                     value,

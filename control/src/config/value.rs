@@ -174,7 +174,7 @@ impl Kind {
     }
 
     /// Reads a value from a TOML document.
-    pub fn from_toml(self, key: &Key, value: &DeValue<'_>) -> Result<Value, Fault> {
+    pub fn read_toml(self, key: &Key, value: &DeValue<'_>) -> Result<Value, Fault> {
         match value {
             DeValue::String(text) if self.is_number() => {
                 let write = match text.trim().parse::<i64>() {
@@ -186,11 +186,11 @@ impl Kind {
                     write,
                 )
             }
-            DeValue::String(text) => self.from_text(key, text),
+            DeValue::String(text) => self.read_text(key, text),
             DeValue::Integer(number) if self.is_number() || self == Self::CpuOrLast => {
                 match i64::from_str_radix(number.as_str(), number.radix()) {
-                    Ok(number) => self.from_int(key, number),
-                    Err(_) => self.from_text(key, number.as_str()),
+                    Ok(number) => self.read_int(key, number),
+                    Err(_) => self.read_text(key, number.as_str()),
                 }
             }
             DeValue::Integer(number) if self == Self::Cpus => fault(
@@ -230,7 +230,7 @@ impl Kind {
     }
 
     /// Reads a value from one line of text, as an environment variable or a flag gives it.
-    pub fn from_text(self, key: &Key, text: &str) -> Result<Value, Fault> {
+    pub fn read_text(self, key: &Key, text: &str) -> Result<Value, Fault> {
         let bytes_max = match self {
             Self::Pem | Self::Secret => PEM_BYTES_MAX,
             Self::Text { bytes_max } => bytes_max,
@@ -251,10 +251,13 @@ impl Kind {
         match self {
             Self::CpuOrLast if text.trim() == "last" => Ok(Value::Text("last".into())),
             kind if kind.is_number() || kind == Self::CpuOrLast => match text.trim().parse() {
-                Ok(number) => self.from_int(key, number),
+                Ok(number) => self.read_int(key, number),
                 Err(_) => fault(
                     format!("{} is {}, not a number that fits", key.name, quoted(text)),
-                    format!("write {}", self.describe()),
+                    match self {
+                        Self::CpuOrLast => "write \"last\" or a CPU number".to_owned(),
+                        _ => format!("write a whole number ({})", self.describe()),
+                    },
                 ),
             },
             Self::Words(words) => word(key, words, text),
@@ -296,7 +299,7 @@ impl Kind {
         fault(format!("{} is {shown}, {wrong}", key.name), instead)
     }
 
-    fn from_int(self, key: &Key, number: i64) -> Result<Value, Fault> {
+    fn read_int(self, key: &Key, number: i64) -> Result<Value, Fault> {
         let (min, max, unit) = match self {
             Self::Int { min, max, unit } | Self::PowerOfTwo { min, max, unit } => (min, max, unit),
             Self::ReservedInt(only) if number != only => {
@@ -492,7 +495,7 @@ mod tests {
 
     fn read(key: &Key, text: &str) -> Result<Value, String> {
         key.kind
-            .from_text(key, text)
+            .read_text(key, text)
             .map_err(|fault| format!("{}; {}", fault.what, fault.instead))
     }
 
