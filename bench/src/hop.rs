@@ -21,7 +21,7 @@ use crate::hop_report::{self, Record, Round};
 use crate::interrupt::{self, wait_for};
 use crate::load::{self, Edge, Found, Shape, Slice};
 use crate::middle::{Corelane, CorelaneArgs, Discovery, Proxy, Route, instance_address};
-use crate::report::{OutputArgs, Quantiles, order, round};
+use crate::report::{OutputArgs, Quantiles, order, progress, round};
 use crate::servers::{START_LIMIT, Server, version_of};
 use crate::strace::Trace;
 use crate::usage_error;
@@ -384,18 +384,25 @@ impl Scene {
         let mut records: Vec<Record> = self.arms.iter().map(|_| Record::default()).collect();
         for number in 0..args.rounds {
             for index in order(self.arms.len(), number) {
-                eprint!("\r\x1b[K{shape}: round {} of {}, ", number + 1, args.rounds);
-                eprint!("{}", self.arms[index].name);
+                let name = &self.arms[index].name;
+                progress(&format!(
+                    "{shape}: round {} of {}, {name}",
+                    number + 1,
+                    args.rounds
+                ));
                 self.slice(args, shape, number, index, &mut records[index])?;
             }
         }
         if args.strace {
             for (index, record) in records.iter_mut().enumerate() {
-                eprint!("\r\x1b[K{shape}: system calls of {}", self.arms[index].name);
+                progress(&format!(
+                    "{shape}: system calls of {}",
+                    self.arms[index].name
+                ));
                 record.calls_per_request = self.trace(args, shape, index)?;
             }
         }
-        eprint!("\r\x1b[K");
+        progress("");
         Ok(records)
     }
 

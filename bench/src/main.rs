@@ -14,6 +14,8 @@ mod poll;
 mod report;
 mod servers;
 mod sink;
+mod stock;
+mod stock_report;
 mod strace;
 
 use std::process::ExitCode;
@@ -41,6 +43,8 @@ struct Cli {
 enum Job {
     /// Raw request frames and their acks: directly, through corelane, HAProxy and nginx
     Hop(Box<hop::HopArgs>),
+    /// An unmodified Dynamo client and worker: directly, and through corelane
+    Stock(Box<stock::StockArgs>),
     /// The worker behind every arm of `hop`
     #[command(hide = true)]
     Sink(sink::SinkArgs),
@@ -66,6 +70,7 @@ pub(crate) fn usage_error(text: impl Into<String>) -> anyhow::Error {
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Job::Hop(args) => hop::run(&args),
+        Job::Stock(args) => stock::run(&args),
         Job::Sink(args) => sink::run(&args),
     };
     match done {

@@ -66,6 +66,9 @@ pub(crate) struct CorelaneArgs {
     /// A line for the table `[core]` of its config, such as `idle = "spin"` (may be repeated).
     #[arg(long, value_name = "LINE")]
     corelane_core: Vec<String>,
+    /// Its data cores [default: 0].
+    #[arg(long, value_name = "CPUS")]
+    corelane_cpus: Option<CpuRange>,
 }
 
 impl CorelaneArgs {
@@ -165,7 +168,9 @@ fn corelane_config(
         ack,
     } = route;
     let (port, status_port) = (address.port(), status.port());
-    let cpus = cpus.map_or_else(|| "0".to_string(), |cpus| cpus.to_string());
+    let cpus = cpus
+        .or(args.corelane_cpus)
+        .map_or_else(|| "0".to_string(), |cpus| cpus.to_string());
     let (backend, instance) = match discovery {
         Discovery::Memory(address) => (
             "memory",
@@ -355,6 +360,7 @@ mod tests {
             corelane: None,
             ack: AckChoice::Both,
             corelane_core: vec!["idle = \"spin\"".into()],
+            corelane_cpus: None,
         };
         let route = Route {
             listen: "a/b/c",

@@ -2,7 +2,7 @@
 //! units, dated JSON files.
 
 use std::fs;
-use std::io::Write as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -181,6 +181,14 @@ impl Table {
             out.push('\n');
         }
         out
+    }
+}
+
+/// Shows what goes on, in one line of the terminal that the next one replaces; nothing where
+/// standard error is not a terminal.
+pub(crate) fn progress(text: &str) {
+    if std::io::stderr().is_terminal() {
+        eprint!("\r\x1b[K{text}");
     }
 }
 
