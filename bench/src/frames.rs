@@ -10,6 +10,10 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
+use corelane_codec::control_message::{
+    NewControlMessage, PayloadCodec, RequestType, StreamType, TcpConnection,
+};
+use corelane_codec::{headers, request_frame, two_part};
 
 /// Places of a stamp: digits of fixed width that change with each request.
 const STAMP_ID: &str = "000000000000";
@@ -31,31 +35,25 @@ impl RequestFrame {
     /// The frame for `path` with a body of `body_bytes` (at least 1).
     pub(crate) fn new(path: &str, body_bytes: usize) -> Result<Self> {
         let id = format!("5eed0000-0000-4000-8000-{STAMP_ID}");
-        let headers = format!(
-            r#"{{"x-endpoint-path":"{path}","request-id":"{id}","x-frontend-send-ts-ns":"{STAMP_TIME}"}}"#
+        let mut headers = Vec::new();
+        let members = [
+            ("x-endpoint-path", path),
+            ("request-id", &id),
+            ("x-frontend-send-ts-ns", STAMP_TIME),
+        ];
+        headers::write(&members, &mut headers);
+        let mut payload = Vec::new();
+        two_part::write(
+            &control_message(&id)?,
+            &msgpack_string(body_bytes),
+            &mut payload,
         );
-        let control = control_message(&id);
-        let body = msgpack_string(body_bytes);
-
-        let mut bytes = Vec::with_capacity(path.len() + headers.len() + control.len() + body.len());
-        let length = u16::try_from(path.len()).context("the path is over 65535 bytes")?;
-        bytes.extend_from_slice(&length.to_be_bytes());
-        bytes.extend_from_slice(path.as_bytes());
-        let length = u16::try_from(headers.len()).context("the headers are over 65535 bytes")?;
-        bytes.extend_from_slice(&length.to_be_bytes());
-        bytes.extend_from_slice(headers.as_bytes());
-        let payload_bytes = 24 + control.len() + body.len();
-        let length = u32::try_from(payload_bytes).context("the payload is over 4 GiB")?;
-        bytes.extend_from_slice(&length.to_be_bytes());
-        bytes.extend_from_slice(&(control.len() as u64).to_be_bytes());
-        bytes.extend_from_slice(&(body.len() as u64).to_be_bytes());
-        bytes.extend_from_slice(&0_u64.to_be_bytes());
-        bytes.extend_from_slice(control.as_bytes());
-        let head_end = bytes.len();
-        bytes.extend_from_slice(&body);
+        let mut bytes = Vec::new();
+        request_frame::write_frame(path.as_bytes(), &headers, &payload, &mut bytes)
+            .with_context(|| format!("cannot make a request for {path}"))?;
 
         // Only the part before the body is searched: the body is data.
-        let head = &bytes[..head_end];
+        let head = &bytes[..bytes.len() - body_bytes.max(1)];
         let tail = format!("-{STAMP_ID}");
         let ids = places(head, tail.as_bytes()).map(|at| at + 1).collect();
         let mark = format!("\"{STAMP_TIME}\"");
@@ -93,14 +91,25 @@ impl RequestFrame {
     }
 }
 
-/// The control message of a unary request; the members in the order of the real client.
-fn control_message(id: &str) -> String {
-    let info = format!(
-        r#"{{\"address\":\"{CALL_HOME}\",\"subject\":\"5eed0001-0000-4000-8000-{STAMP_ID}\",\"context\":\"{id}\",\"stream_type\":\"response\"}}"#
-    );
-    format!(
-        r#"{{"id":"{id}","request_type":"single_in","response_type":"many_out","payload_codec":"msgpack","connection_info":{{"transport":"tcp_server","info":"{info}"}}}}"#
-    )
+/// The control message of a unary request.
+fn control_message(id: &str) -> Result<Vec<u8>> {
+    let mut out = Vec::new();
+    let message = NewControlMessage {
+        id,
+        request_type: RequestType::SingleIn,
+        payload_codec: PayloadCodec::MessagePack,
+        connection_info: TcpConnection {
+            address: CALL_HOME,
+            subject: &format!("5eed0001-0000-4000-8000-{STAMP_ID}"),
+            context: id,
+            stream_type: StreamType::Response,
+        },
+        metadata: &[],
+        frontend_send_ts_ns: None,
+        request_stream_connection_info: None,
+    };
+    message.write(&mut out)?;
+    Ok(out)
 }
 
 /// A MessagePack string that takes `bytes` in all, its own prefix counted. (0 is taken for 1.)
@@ -253,6 +262,8 @@ impl FrameCounter {
 
 #[cfg(test)]
 mod tests {
+    use corelane_codec::control_message::{self, TcpConnectionInfo};
+
     use super::*;
 
     const PATH: &str = "1/bench/sink/generate";
@@ -291,6 +302,23 @@ mod tests {
         assert_eq!(info["context"], control["id"]);
         assert_eq!(info["address"], CALL_HOME);
         assert_eq!(info["stream_type"], "response");
+    }
+
+    #[test]
+    fn the_codec_reads_what_is_sent() {
+        let mut frame = RequestFrame::new(PATH, 300).unwrap();
+        let bytes = frame.stamp();
+        let read = request_frame::decode_strict(bytes).frame().unwrap();
+        assert_eq!((read.path, read.frame_bytes), (PATH, bytes.len()));
+        let sent = headers::find(read.headers, "x-frontend-send-ts-ns").unwrap();
+        assert_eq!(sent.as_str().map(str::len), Some(STAMP_TIME.len()));
+        let envelope = two_part::decode(read.payload, None).frame().unwrap();
+        assert_eq!((envelope.body.len(), envelope.checksum), (300, 0));
+        let control = control_message::decode(&read.payload[envelope.header]).unwrap();
+        let mut scratch = [0; 1024];
+        let info = TcpConnectionInfo::parse(&control.connection_info, &mut scratch).unwrap();
+        assert_eq!(info.context.as_str(), control.id.as_str());
+        assert_eq!(info.socket_addr().unwrap().to_string(), CALL_HOME);
     }
 
     #[test]

@@ -54,6 +54,9 @@ const FIGURES: [Figure; 8] = [
     ("all_cpu_us", |r| r.all_cpu_us),
 ];
 
+/// A quantile of one of the two latencies of a round.
+type Latency = fn(&Round, fn(&Quantiles) -> f64) -> f64;
+
 /// NaN, which medians pass over, where there is no latency.
 fn first(round: &Round, quantile: fn(&Quantiles) -> f64) -> f64 {
     round.first_item_us.as_ref().map_or(f64::NAN, quantile)
@@ -95,7 +98,7 @@ pub(crate) fn report(args: &StockArgs, arms: &[Arm], loads: &[Vec<Vec<Round>>]) 
 }
 
 fn arm_report(arm: &Arm, rounds: &[Round], direct: &[Round]) -> Value {
-    let quantiles = |of: fn(&Round, fn(&Quantiles) -> f64) -> f64| {
+    let quantiles = |of: Latency| {
         json!({
             "p50": middle(rounds, |r| of(r, |q| q.p50)),
             "p90": middle(rounds, |r| of(r, |q| q.p90)),
