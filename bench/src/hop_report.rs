@@ -6,7 +6,8 @@ use hdrhistogram::Histogram;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::hop::{Arm, HopArgs, Scene};
+use crate::hop::HopArgs;
+use crate::hop_scene::{Arm, Scene};
 use crate::load::Found;
 use crate::report::{
     Quantiles, Spread, Table, figure, host, median, new_histogram, now_utc, ratio_text,
@@ -55,7 +56,8 @@ pub(crate) struct Record {
     pub(crate) calls_per_request: Option<BTreeMap<String, f64>>,
     /// The first refusal.
     pub(crate) refusal: Option<String>,
-    latency_ns: Histogram<u64>,
+    /// Latency of all rounds together.
+    pub(crate) latency_ns: Histogram<u64>,
     lag_ns: Histogram<u64>,
     hiccup_ns: Histogram<u64>,
 }
@@ -143,7 +145,7 @@ pub(crate) fn report(args: &HopArgs, scene: &Scene, loads: &[Vec<Record>]) -> Va
         "when": now_utc(),
         "host": host(),
         "settings": {
-            "payload_bytes": args.payload(),
+            "payload_bytes": args.payload,
             "rounds": args.rounds,
             "seconds": args.seconds,
             "warmup_s": args.warmup,
@@ -206,10 +208,8 @@ pub(crate) fn text(args: &HopArgs, scene: &Scene, loads: &[Vec<Record>]) -> Stri
     }
     for (shape, records) in args.loads().into_iter().zip(loads) {
         out.push_str(&format!(
-            "\n{shape}; body {} bytes; {} rounds of {} s\n\n",
-            args.payload(),
-            args.rounds,
-            args.seconds
+            "\n{shape}; body {} bytes; rounds: {} x {} s\n\n",
+            args.payload, args.rounds, args.seconds
         ));
         out.push_str(&figures_table(scene, records).text());
         out.push('\n');

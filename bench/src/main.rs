@@ -3,10 +3,12 @@
 
 mod arrivals;
 mod cpu;
+mod export;
 mod frames;
 mod hiccup;
 mod hop;
 mod hop_report;
+mod hop_scene;
 mod interrupt;
 mod load;
 mod middle;

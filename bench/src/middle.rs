@@ -12,6 +12,7 @@ use clap::ValueEnum;
 
 use crate::cpu::CpuRange;
 use crate::servers::{Server, find_program, free_address, http_get, version_of};
+use crate::usage_error;
 
 /// When corelane answers a request (`ack` of a route).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,11 +36,11 @@ impl fmt::Display for Ack {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 #[value(rename_all = "snake_case")]
 pub(crate) enum AckChoice {
-    /// Only this one.
+    /// When the worker has answered.
     OnAccept,
-    /// Only this one.
+    /// When it has passed the request on.
     OnForward,
-    /// One arm each.
+    /// One arm of each.
     Both,
 }
 
@@ -72,19 +73,17 @@ pub(crate) struct CorelaneArgs {
 }
 
 impl CorelaneArgs {
-    /// Where the program is, if it is anywhere.
-    pub(crate) fn find(&self) -> Option<PathBuf> {
-        match &self.corelane {
-            Some(path) => find_program(path),
-            None => {
-                let beside = std::env::current_exe()
-                    .ok()
-                    .map(|exe| exe.with_file_name("corelane"));
-                beside
-                    .filter(|file| file.is_file())
-                    .or_else(|| find_program(Path::new("corelane")))
-            }
+    /// Where the program is; `None` if it was not named and is nowhere to be found.
+    pub(crate) fn find(&self) -> Result<Option<PathBuf>> {
+        if let Some(path) = &self.corelane {
+            let missing = || usage_error(format!("--corelane {} is not there", path.display()));
+            return find_program(path).ok_or_else(missing).map(Some);
         }
+        let beside = std::env::current_exe()
+            .ok()
+            .map(|exe| exe.with_file_name("corelane"));
+        let beside = beside.filter(|file| file.is_file());
+        Ok(beside.or_else(|| find_program(Path::new("corelane"))))
     }
 }
 

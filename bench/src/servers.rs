@@ -43,7 +43,9 @@ impl Server {
         let stdout = dir.join(format!("{name}.out"));
         let log = dir.join(format!("{name}.log"));
         clean_environment(&mut command);
+        // In a group of its own: Ctrl-C in a terminal is for us, and we end it in order.
         command
+            .process_group(0)
             .stdin(Stdio::null())
             .stdout(File::create(&stdout).context("cannot make a log file")?)
             .stderr(File::create(&log).context("cannot make a log file")?);
@@ -90,11 +92,19 @@ impl Server {
         mut ready: impl FnMut() -> Option<T>,
     ) -> Result<T> {
         let what = format!("{} {what}", self.name);
-        let answer = wait_for(&what, START_LIMIT, || {
+        wait_for(&what, START_LIMIT, || {
             self.check_alive()?;
             Ok(ready())
-        });
-        answer.with_context(|| format!("the last words of {}:\n{}", self.name, self.last_words()))
+        })
+        .map_err(|error| match self.check_alive() {
+            // Its last words are in the error already.
+            Err(_) => error,
+            Ok(()) => error.context(format!(
+                "last words of {}:\n{}",
+                self.name,
+                self.last_words()
+            )),
+        })
     }
 
     /// Waits until something listens on `address`.

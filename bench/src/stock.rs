@@ -255,7 +255,7 @@ impl Scene {
         ack: Ack,
         variables: &[(String, String)],
     ) -> Result<()> {
-        let program = args.corelane.find().ok_or_else(|| {
+        let program = args.corelane.find()?.ok_or_else(|| {
             usage_error("corelane is not there; give --corelane PATH, or --direct-only")
         })?;
         let component = format!("router-{}", ack.to_string().replace('_', "-"));

@@ -134,7 +134,7 @@ pub(crate) fn text(args: &StockArgs, arms: &[Arm], loads: &[Vec<Vec<Round>>]) ->
     let mut out = String::new();
     for (load, records) in args.loads.iter().zip(loads) {
         out.push_str(&format!(
-            "\n{load}; {} bytes each way; medians of {} rounds of {} s\n\n",
+            "\n{load}; {} bytes each way; medians over rounds: {} x {} s\n\n",
             args.payload, args.rounds, args.seconds
         ));
         out.push_str(&figures_table(arms, records).text());
