@@ -513,3 +513,108 @@ impl<'a> Driver<'a> {
         Ok(count)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+    use std::thread;
+
+    use super::*;
+    use crate::frames::FrameCounter;
+
+    const STALL_AFTER: usize = 40;
+    const STALLED: Duration = Duration::from_millis(300);
+
+    /// A sink for one connection that sleeps once, after [`STALL_AFTER`] frames; `reply` is what
+    /// it answers each frame with.
+    fn stalling_sink(reply: &'static [u8]) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let (mut counter, mut total) = (FrameCounter::default(), 0);
+            let mut buffer = vec![0; READ_BYTES];
+            while let Ok(bytes @ 1..) = stream.read(&mut buffer) {
+                let frames = counter.feed(&buffer[..bytes]);
+                if total < STALL_AFTER && total + frames >= STALL_AFTER {
+                    thread::sleep(STALLED);
+                }
+                total += frames;
+                if stream.write_all(&reply.repeat(frames)).is_err() {
+                    return;
+                }
+            }
+        });
+        address
+    }
+
+    fn measure(shape: Shape, reply: &'static [u8]) -> Result<(Found, Vec<Edge>)> {
+        let mut frame = RequestFrame::new("1/a/b/c", 64).unwrap();
+        let mut edges = Vec::new();
+        let slice = Slice {
+            target: stalling_sink(reply),
+            frame: &mut frame,
+            shape,
+            warmup: Duration::ZERO,
+            window: Duration::from_millis(800),
+            seed: 1,
+        };
+        let found = run(slice, &mut |edge| {
+            edges.push(edge);
+            Ok(())
+        })?;
+        Ok((found, edges))
+    }
+
+    fn slow(found: &Found) -> u64 {
+        found.latency_ns.count_between(50_000_000, u64::MAX / 2)
+    }
+
+    #[test]
+    fn an_open_loop_sees_a_stall_in_every_request_that_it_delays() {
+        let shape = Shape::Open {
+            connections: 1,
+            rate: 200.0,
+            arrivals: Arrivals::Even,
+        };
+        let (found, edges) = measure(shape, &[0; 4]).unwrap();
+        assert_eq!(edges, [Edge::Open, Edge::Close]);
+        assert_eq!((found.latency_ns.len(), found.replies), (160, 160));
+        // 300 ms at 5 ms a request, less the 50 ms that are not called slow: 50.
+        assert!((45..=160).contains(&slow(&found)), "{} slow", slow(&found));
+    }
+
+    #[test]
+    fn a_closed_loop_sees_it_once() {
+        let shape = Shape::Closed {
+            connections: 1,
+            pipeline: 1,
+        };
+        let (found, edges) = measure(shape, &[0; 4]).unwrap();
+        assert_eq!(edges, [Edge::Open, Edge::Close]);
+        assert!(found.replies > 100, "{} replies", found.replies);
+        assert!((1..10).contains(&slow(&found)), "{} slow", slow(&found));
+    }
+
+    #[test]
+    fn refusals_are_counted_and_not_timed() {
+        let shape = Shape::Closed {
+            connections: 1,
+            pipeline: 4,
+        };
+        let (found, _) = measure(shape, b"\0\0\0\x02no").unwrap();
+        assert_eq!(found.latency_ns.len(), 0);
+        assert_eq!(found.errors, found.replies);
+        assert_eq!(found.refusal.as_deref(), Some("no"));
+    }
+
+    #[test]
+    fn a_reply_that_nobody_asked_for_fails_the_slice() {
+        let shape = Shape::Closed {
+            connections: 1,
+            pipeline: 1,
+        };
+        let error = measure(shape, &[0; 8]).err().unwrap();
+        assert!(error.to_string().contains("nobody had asked"), "{error}");
+    }
+}

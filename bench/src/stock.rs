@@ -126,6 +126,7 @@ impl FromStr for Load {
 impl fmt::Display for Load {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Closed(1) => f.write_str("closed loop, 1 caller"),
             Self::Closed(callers) => write!(f, "closed loop, {callers} callers"),
             Self::Open(arrivals, rate) => write!(f, "open loop, {rate} requests/s {arrivals}"),
         }
