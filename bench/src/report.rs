@@ -211,6 +211,9 @@ impl OutputArgs {
 
     /// Prints the tables where they do not mix with the JSON.
     pub(crate) fn print_table(&self, text: &str) -> Result<()> {
+        if cfg!(debug_assertions) {
+            eprintln!("this is a debug build: its numbers are for trying, not for telling");
+        }
         match self.json_on_stdout() {
             true => eprintln!("{text}"),
             false => writeln!(std::io::stdout(), "{text}").context("cannot print")?,
