@@ -12,10 +12,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
+use corelane_codec::control_message::PayloadCodec;
+use corelane_codec::discovery::ModelRecord;
+use corelane_codec::path::{EndpointId, MODELS_BUCKET};
 use serde::Deserialize;
 
-use crate::discovery::record::{CARDS, CardRecord, PayloadCodec, RecordError};
-use crate::discovery::{Discovery, DiscoveryError, EndpointName, Record, Watch};
+use crate::discovery::{Discovery, DiscoveryError, Record, Watch};
 use crate::watch::Instance;
 
 /// The payload codec that our own instance record asks for. Payloads pass through unparsed, so
@@ -25,9 +27,9 @@ use crate::watch::Instance;
 pub fn advertised_codec(instances: &[Instance]) -> PayloadCodec {
     let all = instances
         .iter()
-        .all(|instance| instance.codec == PayloadCodec::Msgpack);
+        .all(|instance| instance.codec == PayloadCodec::MessagePack);
     if all {
-        PayloadCodec::Msgpack
+        PayloadCodec::MessagePack
     } else {
         PayloadCodec::Json
     }
@@ -37,7 +39,7 @@ pub fn advertised_codec(instances: &[Instance]) -> PayloadCodec {
 #[derive(Debug)]
 pub struct Card {
     /// As stored.
-    pub record: CardRecord,
+    pub record: ModelRecord,
     facts: Facts,
 }
 
@@ -58,12 +60,10 @@ impl Card {
     ///
     /// # Errors
     /// When it is not a model record, or its card has no `display_name`.
-    pub fn parse(value: &[u8]) -> Result<Self, RecordError> {
-        let record = CardRecord::parse(value)?;
-        let facts = serde_json::from_str(record.card.get()).map_err(|cause| RecordError::Json {
-            kind: "model card",
-            cause,
-        })?;
+    pub fn parse(value: &[u8]) -> Result<Self, serde_json::Error> {
+        let mut record: ModelRecord = serde_json::from_slice(value)?;
+        record.model_suffix = record.model_suffix.filter(|suffix| !suffix.is_empty());
+        let facts = serde_json::from_str(record.card_json.get())?;
         Ok(Self { record, facts })
     }
 
@@ -74,11 +74,11 @@ impl Card {
 
     /// Empty for a base model.
     fn suffix(&self) -> &str {
-        self.record.suffix.as_deref().unwrap_or("")
+        self.record.model_suffix.as_deref().unwrap_or("")
     }
 
     fn is_adapter(&self) -> bool {
-        self.record.suffix.is_some() || self.facts.lora.is_some()
+        self.record.model_suffix.is_some() || self.facts.lora.is_some()
     }
 
     fn base_identity(&self) -> &str {
@@ -91,7 +91,7 @@ impl Card {
     }
 
     fn same_bytes(&self, other: &Card) -> bool {
-        self.record.card.get() == other.record.card.get()
+        self.record.card_json.get() == other.record.card_json.get()
     }
 
     /// Two cards that may be published as one: the same model from two instances.
@@ -238,13 +238,15 @@ fn steps(chosen: &Published, published: &Published) -> BTreeMap<String, Step> {
 /// A watch on the model cards of one endpoint.
 pub struct CardWatch {
     watch: Watch<Card>,
-    target: EndpointName,
+    target: EndpointId,
 }
 
 impl CardWatch {
     /// Starts watching the cards of `target`.
-    pub fn new(discovery: &Discovery, target: &EndpointName) -> Self {
-        let watch = discovery.watch(&target.prefix(CARDS), |_, value| Card::parse(value));
+    pub fn new(discovery: &Discovery, target: &EndpointId) -> Self {
+        let watch = discovery.watch(&format!("{MODELS_BUCKET}/{target}/"), |_, value| {
+            Card::parse(value)
+        });
         Self {
             watch,
             target: target.clone(),
@@ -261,7 +263,7 @@ impl CardWatch {
     pub fn cards(&self) -> Vec<Rc<Card>> {
         let directory = self.watch.directory();
         let all = directory.entries().map(|(_, card, _)| card);
-        all.filter(|card| card.record.name == self.target)
+        all.filter(|card| card.record.key().endpoint == self.target)
             .cloned()
             .collect()
     }
@@ -270,14 +272,14 @@ impl CardWatch {
 /// Keeps the cards under our own endpoint in step with those of the target.
 pub struct CardPublisher {
     discovery: Discovery,
-    listen: EndpointName,
+    listen: EndpointId,
     published: Published,
     conflicts: BTreeSet<Conflict>,
 }
 
 impl CardPublisher {
     /// Publishes nothing yet.
-    pub fn new(discovery: &Discovery, listen: &EndpointName) -> Self {
+    pub fn new(discovery: &Discovery, listen: &EndpointId) -> Self {
         let (discovery, listen) = (discovery.clone(), listen.clone());
         Self {
             discovery,
@@ -325,7 +327,7 @@ impl CardPublisher {
 
     /// A refused card counts as published, or it would be tried again at every change.
     async fn put(&mut self, suffix: &str, card: Rc<Card>) -> Result<(), DiscoveryError> {
-        let record = Record::card(&self.listen, non_empty(suffix), &card.record.card);
+        let record = Record::card(&self.listen, non_empty(suffix), &card.record.card_json);
         tracing::info!(listen = %self.listen, model = card.display_name(), "model card published");
         self.published.insert(suffix.to_owned(), card);
         self.discovery.replace(record).await.map(|_| ())
@@ -473,12 +475,12 @@ mod tests {
         };
         let (json, msgpack) = (
             instance(PayloadCodec::Json),
-            instance(PayloadCodec::Msgpack),
+            instance(PayloadCodec::MessagePack),
         );
-        assert_eq!(advertised_codec(&[]), PayloadCodec::Msgpack);
+        assert_eq!(advertised_codec(&[]), PayloadCodec::MessagePack);
         assert_eq!(
             advertised_codec(std::slice::from_ref(&msgpack)),
-            PayloadCodec::Msgpack
+            PayloadCodec::MessagePack
         );
         assert_eq!(advertised_codec(&[msgpack, json]), PayloadCodec::Json);
     }
@@ -493,7 +495,7 @@ mod tests {
     async fn the_driver_publishes_under_our_own_identity() {
         let store = MemoryStore::default();
         let discovery = Discovery::Memory(MemoryDiscovery::new(&store));
-        let listen = EndpointName::new("front", "router", "generate");
+        let listen = EndpointId::new("front", "router", "generate");
         let seen = CardWatch::new(&discovery, &listen);
         let mut publisher = CardPublisher::new(&discovery, &listen);
         let instance = Instance {
@@ -515,7 +517,10 @@ mod tests {
         for card in &found {
             assert_eq!(card.record.instance_id, discovery.instance_id());
         }
-        assert_eq!(found[0].record.card.get(), cards[0].record.card.get());
+        assert_eq!(
+            found[0].record.card_json.get(),
+            cards[0].record.card_json.get()
+        );
         assert_eq!(discovery.stats().card_conflicts.get(), 1);
         publisher.reconcile(&cards, &[]).await;
         assert!(seen.cards().is_empty() && publisher.published().is_empty());

@@ -2,7 +2,7 @@
 //! (`spec/events-discovery.md` §4.3, §4.10, §10.2).
 //!
 //! ```text
-//! Watch<InstanceRecord> --check key, value, transport--> Vec<Instance>, sorted by id
+//! Watch<EndpointRecord> --check key, value, transport--> Vec<Instance>, sorted by id
 //! ```
 //! The key decides what exists, the value decides what is used. Dynamo does not compare the
 //! two (its quirk Q4); we do, and say so once per key.
@@ -10,8 +10,11 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-use crate::discovery::record::{INSTANCES, InstanceRecord, PayloadCodec, RecordError, Transport};
-use crate::discovery::{Discovery, EndpointName, Freshness, Watch};
+use corelane_codec::control_message::PayloadCodec;
+use corelane_codec::discovery::{EndpointRecord, Transport};
+use corelane_codec::path::{EndpointId, InstanceKey, TcpTransport, parse_instance_hex};
+
+use crate::discovery::{Discovery, DiscoveryStats, Freshness, Watch};
 
 /// Longest request path in bytes; its length is a 16-bit field of the request frame.
 const PATH_BYTES_MAX: usize = u16::MAX as usize;
@@ -31,18 +34,16 @@ pub struct Instance {
 
 /// A watch on the instances of one endpoint.
 pub struct InstanceWatch {
-    watch: Watch<InstanceRecord>,
+    watch: Watch<EndpointRecord>,
     /// What was said about which key, so that it is said once.
     complaints: BTreeMap<String, String>,
 }
 
 impl InstanceWatch {
     /// Starts watching `target`.
-    pub fn new(discovery: &Discovery, target: &EndpointName) -> Self {
-        let parse = |_: &str, value: &[u8]| -> Result<InstanceRecord, RecordError> {
-            InstanceRecord::parse(value)
-        };
-        let watch = discovery.watch(&target.prefix(INSTANCES), parse);
+    pub fn new(discovery: &Discovery, target: &EndpointId) -> Self {
+        let prefix = InstanceKey::endpoint_prefix(target);
+        let watch = discovery.watch(&prefix, |_, value| serde_json::from_slice(value));
         Self {
             watch,
             complaints: BTreeMap::new(),
@@ -151,7 +152,7 @@ impl Outcome {
         }
     }
 
-    fn count(&self, stats: &crate::discovery::DiscoveryStats) {
+    fn count(&self, stats: &DiscoveryStats) {
         match &self.look {
             Look::Mismatched(..) => stats.add(&stats.mismatched_instances, 1),
             Look::CannotDial(_) => stats.add(&stats.rejected_instances, 1),
@@ -160,7 +161,7 @@ impl Outcome {
     }
 }
 
-fn look(prefix: &str, key: &str, record: &InstanceRecord) -> Outcome {
+fn look(prefix: &str, key: &str, record: &EndpointRecord) -> Outcome {
     let last = key.strip_prefix(prefix).unwrap_or(key);
     if last.contains('/') {
         return Outcome {
@@ -168,12 +169,12 @@ fn look(prefix: &str, key: &str, record: &InstanceRecord) -> Outcome {
             look: Look::Foreign,
         };
     }
-    let key_id = u64::from_str_radix(last, 16).ok();
+    let key_id = parse_instance_hex(last);
     let look = match dial(&record.transport) {
         Err(why) => Look::CannotDial(why),
         Ok((address, path)) => {
             let id = record.instance_id;
-            let codec = record.codec.unwrap_or_default();
+            let codec = record.payload_codec();
             let instance = Instance {
                 id,
                 address,
@@ -189,35 +190,34 @@ fn look(prefix: &str, key: &str, record: &InstanceRecord) -> Outcome {
     Outcome { key_id, look }
 }
 
-fn mismatch(prefix: &str, key_id: Option<u64>, record: &InstanceRecord) -> Option<String> {
+fn mismatch(prefix: &str, key_id: Option<u64>, record: &EndpointRecord) -> Option<String> {
     if key_id != Some(record.instance_id) {
         let id = record.instance_id;
         return Some(format!(
             "the key names another id than the value, {id:x}, which is used"
         ));
     }
-    let by_value = record.name.prefix(INSTANCES);
-    (by_value != prefix).then(|| format!("the value says that it belongs to {}", record.name))
+    let endpoint = record.endpoint_id();
+    (InstanceKey::endpoint_prefix(&endpoint) != prefix)
+        .then(|| format!("the value says that it belongs to {endpoint}"))
 }
 
 /// Address and path of a TCP transport, or why it cannot be dialled.
 fn dial(transport: &Transport) -> Result<(SocketAddr, Vec<u8>), String> {
     let text = match transport {
-        Transport::Tcp(text) => text.strip_prefix("tcp://").unwrap_or(text),
+        Transport::Tcp(text) => text,
         Transport::NatsTcp(subject) => {
             return Err(format!(
                 "takes requests over NATS ({subject}), which is not dialled"
             ));
         }
     };
-    let (address, path) = text.split_once('/').unwrap_or((text, ""));
-    let parsed: SocketAddr = address.parse().map_err(|_| {
-        format!("{address:?} is not an IP address and port (names are not dialled)")
-    })?;
-    match (parsed.port(), path.len()) {
+    let TcpTransport { address, path } =
+        TcpTransport::parse(text).map_err(|error| format!("{error}: {text:?}"))?;
+    match (address.port(), path.len()) {
         (0, _) => Err("port 0 cannot be dialled".to_owned()),
         (_, 0) => Err("there is no request path after the address".to_owned()),
-        (_, 1..=PATH_BYTES_MAX) => Ok((parsed, path.as_bytes().to_vec())),
+        (_, 1..=PATH_BYTES_MAX) => Ok((address, path.as_bytes().to_vec())),
         (_, bytes) => Err(format!("the request path is {bytes} bytes long")),
     }
 }
@@ -242,7 +242,7 @@ mod tests {
     fn setup() -> (MemoryStore, Discovery, InstanceWatch) {
         let store = MemoryStore::default();
         let discovery = Discovery::Memory(MemoryDiscovery::new(&store));
-        let target = EndpointName::new("demo", "backend", "fake");
+        let target = EndpointId::new("demo", "backend", "fake");
         let watch = InstanceWatch::new(&discovery, &target);
         (store, discovery, watch)
     }

@@ -7,12 +7,12 @@ use std::process::{Child, Command, Stdio};
 use std::rc::Rc;
 use std::time::Duration;
 
-use corelane::discovery::record::{INSTANCES, PayloadCodec};
 use corelane::discovery::{
-    Discovery, DiscoveryError, EndpointName, EtcdDiscovery, EtcdOptions, Freshness, Record,
-    Registered,
+    Discovery, DiscoveryError, EtcdDiscovery, EtcdOptions, Freshness, Record, Registered,
 };
 use corelane::watch::{Instance, InstanceWatch};
+use corelane_codec::control_message::PayloadCodec;
+use corelane_codec::path::{EndpointId, InstanceKey, instance_path};
 use etcd_client::{Client, DeleteOptions, GetOptions, KeyValue, PutOptions, Txn, TxnOp};
 use tokio::task::LocalSet;
 use tokio::time::{Instant, sleep, timeout};
@@ -167,8 +167,17 @@ fn run(test: impl Future<Output = ()>) {
     LocalSet::new().block_on(&runtime, test);
 }
 
-fn target() -> EndpointName {
-    EndpointName::new("demo", "backend", "generate")
+fn target() -> EndpointId {
+    EndpointId::new("demo", "backend", "generate")
+}
+
+fn key(instance_id: u64) -> String {
+    let endpoint = target();
+    InstanceKey {
+        endpoint,
+        instance_id,
+    }
+    .to_string()
 }
 
 fn address(port: u16) -> SocketAddr {
@@ -176,7 +185,7 @@ fn address(port: u16) -> SocketAddr {
 }
 
 fn record(port: u16) -> Record {
-    Record::instance(&target(), address(port), PayloadCodec::Msgpack)
+    Record::instance(&target(), address(port), PayloadCodec::MessagePack)
 }
 
 fn ports(found: &[Instance]) -> Vec<u16> {
@@ -234,10 +243,13 @@ fn registers_lists_watches_replaces_and_deletes() {
         until_ports(&mut watch, &[1]).await;
         let found = watch.instances();
         let id = ours.instance_id();
-        assert_eq!((found[0].id, found[0].codec), (id, PayloadCodec::Msgpack));
-        assert_eq!(found[0].path, target().request_path(id).into_bytes());
-        let key = target().key(INSTANCES, id);
-        assert_eq!(etcd.keys("v1/").await, [(key, id as i64)]);
+        assert_eq!(
+            (found[0].id, found[0].codec),
+            (id, PayloadCodec::MessagePack)
+        );
+        assert_eq!(found[0].path, instance_path(id, &target()).into_bytes());
+        let own = key(id);
+        assert_eq!(etcd.keys("v1/").await, [(own, id as i64)]);
 
         ours.replace(record(2)).await.unwrap();
         until_ports(&mut watch, &[2]).await;
@@ -275,7 +287,7 @@ fn the_directory_outlives_a_killed_store_and_the_identity_too() {
         until_fresh(&mut watch, false).await;
         until_ports(&mut watch, &[1]).await;
         // Wanted while it is away.
-        let other = EndpointName::new("demo", "backend", "other");
+        let other = EndpointId::new("demo", "backend", "other");
         let late = Record::instance(&other, address(9), PayloadCodec::Json);
         assert_eq!(ours.register(late).await.unwrap(), Registered::Deferred);
 
@@ -324,7 +336,7 @@ fn a_store_that_comes_back_empty_does_not_empty_the_directory() {
         let mut watch = InstanceWatch::new(&router, &target());
         worker.register(record(1)).await.unwrap();
         // This one never comes back: nothing keeps it.
-        let dead = target().key(INSTANCES, 0xdead);
+        let dead = key(0xdead);
         etcd.client()
             .await
             .put(dead, record(2).entry(0xdead).value, None)
@@ -370,7 +382,7 @@ fn a_lease_revoked_from_outside_gives_a_new_identity() {
             let (told, endpoint) = (telling.clone(), endpoint.clone());
             Box::pin(async move {
                 let mut client = Client::connect([endpoint], None).await.unwrap();
-                let found = client.get(target().key(INSTANCES, id), None).await.unwrap();
+                let found = client.get(key(id), None).await.unwrap();
                 assert!(found.kvs().is_empty(), "asked before it is registered");
                 told.set(id);
             })
@@ -401,11 +413,11 @@ fn a_lease_revoked_from_outside_gives_a_new_identity() {
         until(&mut watch, "registered under the new id", alone).await;
         assert_eq!(
             watch.instances()[0].path,
-            target().request_path(after).into_bytes()
+            instance_path(after, &target()).into_bytes()
         );
         assert_eq!((told.get(), ours.stats().lease_losses.get()), (after, 1));
         let keys = etcd.keys("v1/").await;
-        assert_eq!(keys, [(target().key(INSTANCES, after), after as i64)]);
+        assert_eq!(keys, [(key(after), after as i64)]);
     });
 }
 
@@ -438,7 +450,7 @@ fn bad_records_are_skipped_and_good_ones_outlive_bad_updates() {
         };
         let ours = etcd.discovery().await;
         let mut client = etcd.client().await;
-        let prefix = target().prefix(INSTANCES);
+        let prefix = InstanceKey::endpoint_prefix(&target());
         client
             .put(format!("{prefix}b1"), "not json", None)
             .await
@@ -455,7 +467,7 @@ fn bad_records_are_skipped_and_good_ones_outlive_bad_updates() {
         let mut watch = InstanceWatch::new(&ours, &target());
         until_ports(&mut watch, &[1]).await;
         assert_eq!(ours.stats().rejected_records.get(), 2);
-        let own = target().key(INSTANCES, ours.instance_id());
+        let own = key(ours.instance_id());
         client.put(own.as_str(), "{", None).await.unwrap();
         client
             .put(format!("{prefix}b1"), record(3).entry(0xb1).value, None)
@@ -483,15 +495,15 @@ fn compaction_while_away_is_answered_by_a_full_list() {
         let usual = std::mem::replace(&mut etcd.client_port, free_port());
         etcd.restart(true).await;
         let mut client = etcd.client().await;
-        let key = target().key(INSTANCES, 0xb);
+        let own = key(0xb);
         for port in 10..30 {
             client
-                .put(key.as_str(), record(port).entry(0xb).value, None)
+                .put(own.as_str(), record(port).entry(0xb).value, None)
                 .await
                 .unwrap();
         }
         let revision = client
-            .get(key, None)
+            .get(own, None)
             .await
             .unwrap()
             .header()
@@ -527,7 +539,7 @@ fn long_lists_come_in_pages() {
         assert_eq!(ours.stats().watched_keys.get(), 1200);
         let all = Some(DeleteOptions::new().with_prefix());
         client
-            .delete(target().prefix(INSTANCES), all)
+            .delete(InstanceKey::endpoint_prefix(&target()), all)
             .await
             .unwrap();
         until(&mut watch, "none of them", <[Instance]>::is_empty).await;

@@ -4,11 +4,10 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use corelane::discovery::record::PayloadCodec;
-use corelane::discovery::{
-    Discovery, EndpointName, FileDiscovery, FileOptions, Freshness, Record, Registered,
-};
+use corelane::discovery::{Discovery, FileDiscovery, FileOptions, Freshness, Record, Registered};
 use corelane::watch::InstanceWatch;
+use corelane_codec::control_message::PayloadCodec;
+use corelane_codec::path::EndpointId;
 use tokio::task::LocalSet;
 use tokio::time::timeout;
 
@@ -23,8 +22,8 @@ fn run(test: impl Future<Output = ()>) {
     LocalSet::new().block_on(&runtime, test);
 }
 
-fn target() -> EndpointName {
-    EndpointName::new("demo", "back-end", "gen_x")
+fn target() -> EndpointId {
+    EndpointId::new("demo", "back-end", "gen_x")
 }
 
 fn record(port: u16) -> Record {
@@ -137,9 +136,18 @@ fn strange_files_do_no_harm_and_a_new_directory_is_found() {
         other.register(record(2)).await.unwrap();
         until_ports(&mut watch, &[1, 2]).await;
         assert_eq!(ours.stats().rejected_records.get(), 1);
-        // All gone at once, directory included: owners write it again, watchers follow.
-        std::fs::remove_dir_all(&bucket).unwrap();
-        until_ports(&mut watch, &[]).await;
+        // All gone at once, directory included: that is an outage, and the owners write again.
+        std::fs::rename(&bucket, root.path().join("elsewhere")).unwrap();
+        let stale = async {
+            while watch.freshness() == Freshness::Fresh {
+                watch.changed().await;
+            }
+        };
+        timeout(PATIENCE, stale).await.expect("the loss is noticed");
+        while files(root.path()).len() < 2 {
+            assert_eq!(watch.instances().len(), 2, "kept until the owners are back");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         until_ports(&mut watch, &[1, 2]).await;
         other.unregister_all().await;
         until_ports(&mut watch, &[1]).await;
@@ -151,7 +159,7 @@ fn a_name_that_fits_no_file_is_refused() {
     run(async {
         let root = tempfile::tempdir().unwrap();
         let ours = open(root.path()).await;
-        let long = EndpointName::new(&"n-".repeat(100), "c", "e");
+        let long = EndpointId::new(&"n-".repeat(100), "c", "e");
         let address = "127.0.0.1:1".parse().unwrap();
         let refused = ours
             .register(Record::instance(&long, address, PayloadCodec::Json))

@@ -14,15 +14,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::time::Duration;
 
+use corelane_codec::path::INSTANCES_BUCKET;
 use etcd_client::{Client, Compare, CompareOp, PutOptions, Txn, TxnOp, TxnOpResponse};
 use tokio::sync::{Mutex, Notify, watch};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::etcd_watch::follow;
 use super::watched::{AbortOnDrop, Parse, Shared};
-use super::{
-    DiscoveryError, DiscoveryStats, Entry, EtcdOptions, Record, Registered, Watch, record,
-};
+use super::{DiscoveryError, DiscoveryStats, Entry, EtcdOptions, Record, Registered, Watch};
 use crate::lease::{self, Backoff, Ended, Lease, jittered};
 
 /// Longest pause between two attempts at start (§4.7).
@@ -171,7 +170,7 @@ impl EtcdDiscovery {
         for name in &names {
             inner.unwant(name);
         }
-        let instances = format!("{}/", record::INSTANCES);
+        let instances = format!("{}/", INSTANCES_BUCKET);
         inner
             .unwanted
             .borrow_mut()

@@ -251,27 +251,40 @@ async fn follow(
                 (changes, last_look) = (None, None);
             }
         }
-        wait(&mut changes, options.period()).await;
+        if wait(&mut changes, options.period()).await == Woken::DirectoryGone {
+            sink.gap(Gap::Outage, "the directory was removed");
+            (changes, last_look) = (None, None);
+        }
     }
 }
 
+/// Why a wait ended.
+#[derive(PartialEq)]
+enum Woken {
+    ByChangeOrTime,
+    /// Whoever takes the directory away takes living records with it: their owners write them
+    /// again, and the directory counts as a store that comes back empty.
+    DirectoryGone,
+}
+
 /// Waits for a change, a period at most.
-async fn wait(changes: &mut Option<Changes>, period: Duration) {
+async fn wait(changes: &mut Option<Changes>, period: Duration) -> Woken {
     let Some(watching) = changes else {
-        return sleep(period).await;
+        sleep(period).await;
+        return Woken::ByChangeOrTime;
     };
-    match timeout(period, watching.next()).await {
-        Ok(true) => {
+    let intact = match timeout(period, watching.next()).await {
+        Ok(intact) => {
             sleep(SETTLE).await;
             // What came in the meantime is seen by the same scan.
-            watching.drain();
+            intact && !watching.drain().directory_gone
         }
-        // The directory itself is gone: watch its successor.
-        Ok(false) => {
-            sleep(SETTLE).await;
-            *changes = None;
-        }
-        Err(_) => {}
+        Err(_) => true,
+    };
+    if intact {
+        Woken::ByChangeOrTime
+    } else {
+        Woken::DirectoryGone
     }
 }
 
@@ -330,8 +343,8 @@ impl Changes {
         }
     }
 
-    fn drain(&mut self) {
-        drain(self.0.get_ref());
+    fn drain(&mut self) -> Drained {
+        drain(self.0.get_ref())
     }
 }
 

@@ -17,7 +17,6 @@ mod etcd_watch;
 pub mod file;
 mod file_store;
 pub mod memory;
-pub mod record;
 pub mod watched;
 
 use std::cell::Cell;
@@ -26,6 +25,10 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
+use corelane_codec::control_message::PayloadCodec;
+use corelane_codec::discovery::{EndpointRecord, ModelRecord, Transport};
+use corelane_codec::path::{EndpointId, TcpTransport, instance_path};
+use serde::Serialize;
 use serde_json::value::RawValue;
 use thiserror::Error;
 use tokio::sync::watch;
@@ -34,8 +37,6 @@ pub use etcd::EtcdDiscovery;
 pub use etcd_options::{BeforeRegister, EtcdAuth, EtcdOptions};
 pub use file::{FileDiscovery, FileOptions};
 pub use memory::{MemoryDiscovery, MemoryStore};
-pub use record::EndpointName;
-use record::{CardRecord, INSTANCES, InstanceRecord, PayloadCodec};
 pub use watched::{Freshness, Watch};
 
 /// Longest wait for a confirmation after an outage; see [`watched`].
@@ -48,6 +49,16 @@ pub struct Entry {
     pub key: String,
     /// The JSON value.
     pub value: Vec<u8>,
+}
+
+impl Entry {
+    /// A key and a record under it.
+    fn new(key: String, record: &impl Serialize) -> Self {
+        // Records are structs of strings and numbers, which always have a JSON form; an empty
+        // value, which every reader skips, stands where a panic would.
+        let value = serde_json::to_vec(record).unwrap_or_default();
+        Self { key, value }
+    }
 }
 
 /// Builds a record's key and value for an identity.
@@ -70,41 +81,40 @@ impl Record {
     }
 
     /// The instance record of an endpoint that we serve at `address`.
-    pub fn instance(endpoint: &EndpointName, address: SocketAddr, codec: PayloadCodec) -> Self {
+    pub fn instance(endpoint: &EndpointId, address: SocketAddr, codec: PayloadCodec) -> Self {
         let endpoint = endpoint.clone();
-        Self::new(Self::instance_name(&endpoint), move |id| Entry {
-            key: endpoint.key(INSTANCES, id),
-            value: InstanceRecord::tcp(endpoint.clone(), id, address, codec).to_json(),
+        Self::new(Self::instance_name(&endpoint), move |id| {
+            let path = instance_path(id, &endpoint);
+            let tcp = TcpTransport {
+                address,
+                path: &path,
+            };
+            let transport = Transport::Tcp(tcp.value());
+            let mut record = EndpointRecord::new(&endpoint, id, transport);
+            record.request_plane_codec = Some(codec);
+            Entry::new(record.key().to_string(), &record)
         })
     }
 
     /// The name that [`Record::instance`] gives.
-    pub fn instance_name(endpoint: &EndpointName) -> String {
+    pub fn instance_name(endpoint: &EndpointId) -> String {
         format!("instance {endpoint}")
     }
 
     /// A model card under an endpoint of ours; the card's content is passed on untouched.
-    pub fn card(endpoint: &EndpointName, suffix: Option<&str>, card: &RawValue) -> Self {
-        let (name, suffix, card) = (endpoint.clone(), suffix.map(str::to_owned), card.to_owned());
-        Self::new(
-            Self::card_name(endpoint, suffix.as_deref()),
-            move |instance_id| {
-                let record = CardRecord {
-                    name: name.clone(),
-                    instance_id,
-                    card: card.clone(),
-                    suffix: suffix.clone(),
-                };
-                Entry {
-                    key: record.key(),
-                    value: record.to_json(),
-                }
-            },
-        )
+    pub fn card(endpoint: &EndpointId, suffix: Option<&str>, card: &RawValue) -> Self {
+        let name = Self::card_name(endpoint, suffix);
+        let (endpoint, card) = (endpoint.clone(), card.to_owned());
+        let suffix = suffix.map(str::to_owned);
+        Self::new(name, move |id| {
+            let mut record = ModelRecord::new(&endpoint, id, card.clone());
+            record.model_suffix = suffix.clone();
+            Entry::new(record.key().to_string(), &record)
+        })
     }
 
     /// The name that [`Record::card`] gives.
-    pub fn card_name(endpoint: &EndpointName, suffix: Option<&str>) -> String {
+    pub fn card_name(endpoint: &EndpointId, suffix: Option<&str>) -> String {
         format!("card {endpoint} {}", suffix.unwrap_or(""))
     }
 

@@ -26,7 +26,6 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
-use super::record::RecordError;
 use super::{DiscoveryStats, Entry};
 
 /// Most keys that one watch keeps; further keys are refused and counted.
@@ -35,7 +34,7 @@ pub const KEYS_MAX: usize = 65_536;
 pub const VALUE_BYTES_MAX: usize = 2 << 20;
 
 /// Turns key and value of a stored record into what a watch keeps.
-pub type Parse<T> = fn(key: &str, value: &[u8]) -> Result<T, RecordError>;
+pub type Parse<T> = fn(key: &str, value: &[u8]) -> Result<T, serde_json::Error>;
 
 /// Whether the directory is what the store says now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -462,10 +461,9 @@ mod tests {
 
     use super::*;
 
-    fn text(_: &str, value: &[u8]) -> Result<String, RecordError> {
+    fn text(_: &str, value: &[u8]) -> Result<String, serde_json::Error> {
         if value.starts_with(b"bad") {
-            let (found, expected) = ("bad".to_owned(), "good");
-            return Err(RecordError::Kind { found, expected });
+            return Err(serde::de::Error::custom("bad"));
         }
         Ok(String::from_utf8_lossy(value).into_owned())
     }
