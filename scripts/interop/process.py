@@ -136,7 +136,8 @@ class Process:
         try:
             return self.popen.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"{self} still runs after {timeout_s:g} s:\n{self.tail()}") from None
+            what = f"{self} still runs after {timeout_s:g} s:\n{self.tail()}"
+            raise AssertionError(what) from None
 
     def stop(self):
         """End it gently, then by force. Also when it is stopped by SIGSTOP."""
@@ -166,7 +167,8 @@ class Process:
 
     def tail(self, characters=4000):
         """The end of both outputs, for a failure's text."""
-        return f"--- {self.name} stderr\n{self.err()[-characters:]}\n--- stdout\n{self.out()[-1000:]}"
+        err, out = self.err()[-characters:], self.out()[-1000:]
+        return f"--- {self.name} stderr\n{err}\n--- stdout\n{out}"
 
     def __repr__(self):
         state = "running" if self.popen.poll() is None else f"exit {self.popen.returncode}"

@@ -69,7 +69,8 @@ class Client:
     def body(self, number):
         """Request `number`: different from all others."""
         options = self.options
-        request = {"key": number, "text": f"é{number:x}".ljust(options.body_bytes, "·x"[number % 2])}
+        text = f"é{number:x}".ljust(options.body_bytes, "·x"[number % 2])
+        request = {"key": number, "text": text}
         if options.ask:
             request["items"] = options.items
         if options.delay_s is not None:
@@ -162,7 +163,8 @@ class Client:
     def summary(self):
         """Everything, once."""
         taken = sorted(self.latencies_s)
-        at = {q: round(taken[int(q / 100 * (len(taken) - 1))] * 1e3, 2) for q in (50, 99, 100)} if taken else {}
+        last = len(taken) - 1
+        at = {q: round(taken[q * last // 100] * 1e3, 2) for q in (50, 99, 100) if taken}
         return {
             **self.counts(),
             "errors": dict(self.errors),

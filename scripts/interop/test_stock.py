@@ -1,4 +1,4 @@
-"""The stock worker and the stock client against each other, so that later failures point elsewhere."""
+"""The stock peers against each other, so that later failures point at what is between them."""
 
 import pytest
 
