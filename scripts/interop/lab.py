@@ -5,7 +5,6 @@ import json
 import os
 import re
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -256,5 +255,5 @@ def metric_sum(samples, pattern):
 
 __all__ = [
     "Etcd", "Lab", "Summary", "corelane_program", "metric_sum", "progress", "split_address",
-    "time", "wait_for",
+    "free_port", "to_toml", "wait_for",
 ]  # fmt: skip
