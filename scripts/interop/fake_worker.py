@@ -80,7 +80,11 @@ class Fake:
         writer.write(struct.pack(">I", len(text)) + text)
         await writer.drain()
         if mode == "answer":
-            task = asyncio.ensure_future(call_home(*split_payload(payload)))
+            try:
+                control, body = split_payload(payload)
+            except (struct.error, ValueError):
+                return  # accepted and never answered, as Dynamo does
+            task = asyncio.ensure_future(call_home(control, body))
             self.answers.add(task)
             task.add_done_callback(self.answers.discard)
 

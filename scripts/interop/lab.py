@@ -132,13 +132,13 @@ class Lab:
 
     # --- corelane --------------------------------------------------------------------
 
-    def router(self, listen, target, wrap=(), settings=(), wait=True, **options):
-        """`corelane serve` between two endpoints.
+    def router(self, listen, target, wrap=(), settings=(), wait=True, env=(), **options):
+        """`corelane serve` between two endpoints; `options` are keys of `[[route]]`.
 
-        `options` are keys of `[[route]]`, except `env` (a dict). `settings` are more lines of the
-        file, such as `{"core": {"buffers": 64}}`. `wrap` is a command to start it with.
+        `settings` are more lines of the file, such as `{"core": {"buffers": 64}}`, `env` more
+        variables, and `wrap` is a command to start it with.
         """
-        env = self.env(**options.pop("env", {}))
+        env = self.env(**dict(env))
         config = {
             "server": {"host": "127.0.0.1", "port": 0, "status_port": free_port(32767)},
             "discovery": {"backend": "etcd"},
@@ -236,6 +236,11 @@ def split_address(record):
     return (host, int(port)), path.encode()
 
 
+def lab_address(router):
+    """((host, port), path) that a raw caller of this router dials and names."""
+    return router.address, router.path
+
+
 def progress(client, at_least, field="ok", timeout_s=30.0):
     """Wait until a running client counts `at_least` of something."""
 
@@ -254,6 +259,6 @@ def metric_sum(samples, pattern):
 
 
 __all__ = [
-    "Etcd", "Lab", "Summary", "corelane_program", "metric_sum", "progress", "split_address",
-    "free_port", "to_toml", "wait_for",
+    "Etcd", "Lab", "Summary", "corelane_program", "free_port", "lab_address", "metric_sum",
+    "progress", "split_address", "to_toml", "wait_for",
 ]  # fmt: skip

@@ -188,12 +188,13 @@ def fresh(**more):
 
 
 async def ask(address, path, value, home):
-    """One raw request on a connection of its own: (reply, items)."""
+    """One raw request on a connection of its own; the items of its answer."""
     caller = await Caller.connect(address)
     try:
         stream, data = home.request(path, value)
         await caller.send(data)
         reply = await caller.reply()
-        return reply, (await stream.values() if not reply else None)
+        assert reply == b"", reply
+        return await stream.values()
     finally:
         await caller.close()
