@@ -16,6 +16,7 @@ CASES = [
     ("clean", {"codec/src/a.rs": OPEN + "fn a() {}\n"}, []),
     ("opening", {"codec/src/a.rs": "fn a() {}\n"}, ["opening"]),
     ("width", {"codec/src/a.rs": OPEN + "// " + "x" * 98 + "\n"}, ["width"]),
+    ("wire text", {"codec/src/a.rs": OPEN + 'const A: &str = r#"' + "x" * 98 + '"#;\n'}, []),
     ("width counts characters", {"a.txt": "é" * 100 + "\n"}, []),
     ("tab", {"a.txt": "a\tb\n"}, ["tab"]),
     ("blank", {"a.txt": "a \n"}, ["blank"]),

@@ -18,6 +18,8 @@ FOREIGN = ("DYN_", "NATS_", "ETCD_", "OTEL_", "RUST_", "CORELANE_")
 # What scripts/test says to the tests and to the processes under test.
 IO = os.environ.get("CORELANE_IO")
 LOG = os.environ.get("CORELANE_TEST_LOG", "info")
+# The values of `response` that this version serves.
+RESPONSES = ["direct"]
 
 _numbers = itertools.count(1)
 
@@ -70,6 +72,7 @@ class Lab:
             DYN_TCP_RPC_HOST="127.0.0.1",
             DYN_TCP_RESPONSE_STREAM_HOST="127.0.0.1",
             DYN_LOG="error",
+            CORELANE_LOG=LOG,
             PYTHONUNBUFFERED="1",
             PYTHONDONTWRITEBYTECODE="1",
         )
@@ -143,6 +146,7 @@ class Lab:
             "server": {"host": "127.0.0.1", "port": 0, "status_port": free_port(32767)},
             "discovery": {"backend": "etcd"},
             "core": {"cpus": data_cpus()},
+            "drain": {"grace_s": 1, "timeout_s": 30},
         }
         for section, values in dict(settings).items():
             config.setdefault(section, {}).update(values)
@@ -259,6 +263,6 @@ def metric_sum(samples, pattern):
 
 
 __all__ = [
-    "Etcd", "Lab", "Summary", "corelane_program", "free_port", "lab_address", "metric_sum",
-    "progress", "split_address", "to_toml", "wait_for",
+    "Etcd", "Lab", "RESPONSES", "Summary", "corelane_program", "free_port", "lab_address",
+    "metric_sum", "progress", "split_address", "to_toml", "wait_for",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from lab import lab_address, progress, wait_for
+from lab import RESPONSES, lab_address, progress, wait_for
 from wire import Caller, Home, fresh
 
 CLIENT = {"DYN_RUNTIME_INHIBITED_DURATION_SECS": "0"}
@@ -70,7 +70,7 @@ async def watch_refusals(lab, home, probe, path, listen):
 
 
 @pytest.mark.short
-@pytest.mark.parametrize("response", ["direct", "relay"])
+@pytest.mark.parametrize("response", RESPONSES)
 def test_streams_in_flight_are_finished(lab, response):
     backend, listen = lab.endpoint("backend"), lab.endpoint("router")
     lab.stock_workers(2, backend, "--items", 30, "--delay-us", 100_000)
@@ -84,7 +84,7 @@ def test_streams_in_flight_are_finished(lab, response):
     assert router.wait(15) == 0, router.tail()
 
 
-@pytest.mark.parametrize("response", ["direct", "relay"])
+@pytest.mark.parametrize("response", RESPONSES)
 def test_drain_under_load(lab, response):
     """Every request ends: answered, or refused because the router goes."""
     backend, listen = lab.endpoint("backend"), lab.endpoint("router")
@@ -104,11 +104,11 @@ def test_two_routers_take_turns_without_loss(lab):
     """A rolling restart: the second router is there before the first one leaves."""
     backend, listen = lab.endpoint("backend"), lab.endpoint("router")
     lab.stock_workers(2, backend, "--items", 3, "--delay-us", 5_000)
-    first = lab.router(listen, backend, response="relay")
+    first = lab.router(listen, backend)
     options = ("--concurrency", 8, "--items", 3, "--deadline-s", 8)
     client = lab.stock_client(listen, "--seconds", 9, *options, **CLIENT)
     progress(client, 100)
-    second = lab.router(listen, backend, response="relay", wait=False)
+    second = lab.router(listen, backend, wait=False)
     lab.etcd.wait_instances(listen, 2)
     progress(client, client.events("progress")[-1]["ok"] + 100)
     first.terminate()

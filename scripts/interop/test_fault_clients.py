@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from lab import lab_address, wait_for
+from lab import RESPONSES, lab_address, wait_for
 from process import raise_descriptor_limit
 from wire import Caller, Home, frame, fresh
 
@@ -22,7 +22,7 @@ def run(test, limit_s=90):
     return asyncio.run(asyncio.wait_for(test, limit_s))
 
 
-@pytest.fixture(params=["direct", "relay"])
+@pytest.fixture(params=RESPONSES)
 def routed(request, lab):
     """(listen endpoint, router) before two stock workers."""
     backend, listen = lab.endpoint("backend"), lab.endpoint("router")
@@ -267,7 +267,7 @@ def test_callers_that_leave_before_the_answer(lab):
     """Their call-home address is gone when the worker dials it."""
     backend, listen = lab.endpoint("backend"), lab.endpoint("router")
     lab.stock_workers(2, backend, "--delay-us", 200_000)
-    router = lab.router(listen, backend, response="relay")
+    router = lab.router(listen, backend)
     router.before_kib = router.rss_kib()
     address, path = lab_address(router)
 

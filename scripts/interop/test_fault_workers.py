@@ -8,9 +8,8 @@ import socket
 
 import pytest
 
-from lab import progress, wait_for
+from lab import RESPONSES, progress, wait_for
 
-RESPONSES = ["direct", "relay"]
 # A stock client inhibits an instance for 5 s after an error; the router is its only one.
 CLIENT = {"DYN_RUNTIME_INHIBITED_DURATION_SECS": "0"}
 IMPATIENT = {"DYN_TCP_REQUEST_TIMEOUT": "1", "DYN_TCP_CONNECT_TIMEOUT": "1"}

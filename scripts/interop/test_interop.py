@@ -2,11 +2,10 @@
 
 import pytest
 
-from lab import progress, wait_for
+from lab import RESPONSES, progress, wait_for
 
 CODECS = ["json", "msgpack"]
 POLICIES = ["random", "power_of_two_choices", "least_loaded", "hash"]
-RESPONSES = ["direct", "relay"]
 
 
 def pair(lab, *worker_options, codec="msgpack", **route):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lab import wait_for
+from lab import RESPONSES, wait_for
 
 CODECS = ["json", "msgpack"]
 
@@ -22,7 +22,7 @@ def test_stock_client_on_our_workers(lab, codec):
     assert found["ok"] == 5_000 and found.lost() == 0, found
 
 
-@pytest.mark.parametrize("response", ["direct", "relay"])
+@pytest.mark.parametrize("response", RESPONSES)
 @pytest.mark.parametrize("codec", CODECS)
 def test_stock_client_through_the_router_on_our_workers(lab, codec, response):
     backend, listen = lab.endpoint("backend"), lab.endpoint("router")
@@ -61,7 +61,7 @@ def test_our_caller_on_a_stock_worker(lab, codec):
     worker.wait_event("finished", count=501)
 
 
-@pytest.mark.parametrize("response", ["direct", "relay"])
+@pytest.mark.parametrize("response", RESPONSES)
 def test_our_caller_through_the_router(lab, response):
     backend, listen = lab.endpoint("backend"), lab.endpoint("router")
     workers = lab.stock_workers(2, backend, "--items", 3, "--record")

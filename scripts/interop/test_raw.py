@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from lab import lab_address, split_address
+from lab import RESPONSES, lab_address, split_address
 from wire import Caller, Home, ask, frame, fresh
 
 LIMIT = 33_554_432
@@ -16,7 +16,7 @@ def run(test):
     return asyncio.run(asyncio.wait_for(test, 60))
 
 
-@pytest.fixture(params=[pytest.param("stock", marks=pytest.mark.stock), "direct", "relay"])
+@pytest.fixture(params=[pytest.param("stock", marks=pytest.mark.stock), *RESPONSES])
 def routed(request, lab):
     """(address, path) of a stock worker, which shows that the tests are right, or of a router."""
     backend, listen = lab.endpoint("backend"), lab.endpoint("router")

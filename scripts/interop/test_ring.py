@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from lab import HERE, IO, corelane_program, free_port, to_toml
+from lab import HERE, IO, RESPONSES, corelane_program, free_port, to_toml
 
 FORBID = [sys.executable, HERE / "forbid_uring.py"]
 IO_URING_SETUP = 425
@@ -78,3 +78,15 @@ def test_check_names_a_wrong_key(lab):
     check = lab.start("check", [corelane_program(), "check", "--config", path])
     assert check.wait(20) == 2, check.tail()
     assert "wrong.toml:3:" in check.log() and "port" in check.log(), check.tail()
+
+
+def test_check_refuses_what_is_not_served(lab):
+    """`relay` is a word of the configuration, and this version says that it does not serve it."""
+    path = lab.folder / "relay.toml"
+    route = {"listen": "a/b/c", "target": "a/b/d", "response": "relay"}
+    lines = [f"{key} = {to_toml(value)}" for key, value in route.items()]
+    path.write_text("\n".join(["[[route]]", *lines]) + "\n")
+    check = lab.start("check", [corelane_program(), "check", "--config", path])
+    status = check.wait(20)
+    assert status == (0 if "relay" in RESPONSES else 2), check.tail()
+    assert status == 0 or "relay.toml:4:" in check.log(), check.tail()
