@@ -48,6 +48,8 @@ CASES = [
         {"engine/src/mesh.rs": OPEN + "// SAFETY: so.\n" + "unsafe impl A for B {}\n\n" * 2},
         ["safety"],
     ),
+    ("unsafe function", {"engine/src/mesh.rs": OPEN + "pub unsafe fn a() {}\n"}, ["safety"]),
+    ("unsafe in a trait", {"engine/src/mesh.rs": OPEN + "    unsafe fn a() {}\n"}, []),
     ("unsafe in a comment", {"engine/src/route.rs": OPEN + "// nothing unsafe here\n"}, []),
     ("unsafe in a string", {"engine/src/route.rs": OPEN + 'const A: &str = "unsafe {";\n'}, []),
     ("unwrap in a stage", {"engine/src/recv.rs": OPEN + UNWRAP}, ["stage"]),
