@@ -266,7 +266,7 @@ def test_connections_that_come_and_go(lab, routed):
 def test_callers_that_leave_before_the_answer(lab):
     """Their call-home address is gone when the worker dials it."""
     backend, listen = lab.endpoint("backend"), lab.endpoint("router")
-    lab.stock_workers(2, backend, "--delay-us", 200_000)
+    lab.stock_workers(2, backend)
     router = lab.router(listen, backend)
     router.before_kib = router.rss_kib()
     address, path = lab_address(router)
@@ -275,7 +275,7 @@ def test_callers_that_leave_before_the_answer(lab):
         async with Home() as home:
             for _ in range(100):
                 caller = await Caller.connect(address)
-                await caller.send(home.request(path, fresh())[1])
+                await caller.send(home.request(path, fresh(delay_s=0.3))[1])
                 assert await caller.reply() == b""
                 caller.writer.transport.abort()
 
