@@ -6,14 +6,17 @@ use crate::control_message::{
     ConnectionInfo, NewControlMessage, PayloadCodec, TcpConnection, TcpConnectionInfo,
 };
 use crate::error::DynamoError;
-use crate::json::{Object, Text, Value};
+use crate::json::{Text, Value};
 use crate::path::{EndpointId, InstanceKey, ModelKey, Slug, TcpTransport};
 use crate::{
     Decoded, call_home, control_message, discovery, headers, item, json, limits, two_part,
 };
 
+/// Takes any bytes and panics if a promise is broken.
+pub type Hook = fn(&[u8]);
+
 /// Everything, for tests that throw the same bytes at all decoders.
-pub const ALL: &[(&str, fn(&[u8]))] = &[
+pub const ALL: &[(&str, Hook)] = &[
     ("request_frame", request_frame),
     ("reply_frame", reply_frame),
     ("two_part", two_part),
@@ -32,9 +35,9 @@ pub const ALL: &[(&str, fn(&[u8]))] = &[
 /// Checks that a decoder asks for more only while it has less, that what it asks for is never
 /// more than what it then takes, and that the answer does not change when more bytes follow.
 /// `size` says how many bytes a frame takes. At most `STEPS` prefixes of the input are tried.
-fn incremental<T: PartialEq + std::fmt::Debug>(
-    data: &[u8],
-    decode: impl Fn(&[u8]) -> Decoded<T>,
+fn incremental<'a, T: PartialEq + std::fmt::Debug>(
+    data: &'a [u8],
+    decode: impl Fn(&'a [u8]) -> Decoded<T>,
     size: impl Fn(&T) -> usize,
 ) {
     const STEPS: usize = 512;
@@ -113,8 +116,11 @@ pub fn reply_frame(data: &[u8]) {
 pub fn two_part(data: &[u8]) {
     let max_bytes = Some(limits::MESSAGE_BYTES_MAX_DEFAULT);
     for max_bytes in [None, max_bytes] {
-        let decode = |input: &[u8]| two_part::decode(input, max_bytes);
-        incremental(data, decode, two_part::Message::frame_bytes);
+        incremental(
+            data,
+            |input| two_part::decode(input, max_bytes),
+            two_part::Message::frame_bytes,
+        );
     }
     let Decoded::Frame(message) = two_part::decode(data, None) else {
         return;
@@ -320,14 +326,14 @@ pub fn call_home(data: &[u8]) {
 type TypedItem = item::StreamItem<item::Annotated<serde_json::Value>>;
 
 fn item(data: &[u8], codec: PayloadCodec) {
-    if let Ok(view) = item::decode(data, codec) {
-        if let Some(range) = view.data {
-            let mut again = vec![];
-            item::write_body(&data[range.clone()], codec, &mut again);
-            let read = item::decode(&again, codec).expect("just written");
-            let range_again = read.data.expect("it has data");
-            assert_eq!(again[range_again], data[range]);
-        }
+    if let Ok(view) = item::decode(data, codec)
+        && let Some(range) = view.data
+    {
+        let mut again = vec![];
+        item::write_body(&data[range.clone()], codec, &mut again);
+        let read = item::decode(&again, codec).expect("just written");
+        let range_again = read.data.expect("it has data");
+        assert_eq!(again[range_again], data[range]);
     }
     if let Ok(typed) = item::from_bytes::<TypedItem>(data, codec) {
         let mut again = vec![];

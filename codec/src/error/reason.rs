@@ -179,8 +179,8 @@ catalogue! {
         Backend "CannotConnect" "CannotConnect";
     backend_disconnected BackendDisconnected Unavailable "backend.disconnected"
         Backend "Disconnected" "Disconnected";
-    backend_connection_timeout BackendConnectionTimeout DeadlineExceeded "backend.connection_timeout"
-        Backend "ConnectionTimeout" "ConnectionTimeout";
+    backend_connection_timeout BackendConnectionTimeout DeadlineExceeded
+        "backend.connection_timeout" Backend "ConnectionTimeout" "ConnectionTimeout";
     backend_response_timeout BackendResponseTimeout DeadlineExceeded "backend.response_timeout"
         Backend "ResponseTimeout" "ResponseTimeout";
     backend_cancelled BackendCancelled Cancelled "backend.cancelled"
@@ -219,8 +219,8 @@ catalogue! {
         Plain "Unknown" "Unknown";
     invalid_error InvalidError Internal "runtime.invalid_error"
         Plain "invalid error" "Unknown";
-    queue_deadline_exceeded QueueDeadlineExceeded DeadlineExceeded "router.queue_deadline_exceeded"
-        Plain "queue deadline exceeded" "ResponseTimeout";
+    queue_deadline_exceeded QueueDeadlineExceeded DeadlineExceeded
+        "router.queue_deadline_exceeded" Plain "queue deadline exceeded" "ResponseTimeout";
 }
 
 impl Reason {

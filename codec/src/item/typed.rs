@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::control_message::PayloadCodec;
 use crate::error::DynamoError;
+use crate::limits::NESTING_MAX;
 
 /// The wrapper of one response message.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -160,7 +161,12 @@ pub fn write_value<T: Serialize + ?Sized>(
 pub fn from_bytes<T: DeserializeOwned>(bytes: &[u8], codec: PayloadCodec) -> Result<T, CodecError> {
     match codec {
         PayloadCodec::Json => Ok(serde_json::from_slice(bytes)?),
-        PayloadCodec::MessagePack => Ok(rmp_serde::from_slice(bytes)?),
+        PayloadCodec::MessagePack => {
+            let mut reader = rmp_serde::Deserializer::from_read_ref(bytes);
+            // The reader recurses; its own bound of 1024 levels is too much for a small stack.
+            reader.set_max_depth(NESTING_MAX);
+            Ok(T::deserialize(&mut reader)?)
+        }
     }
 }
 
@@ -195,6 +201,15 @@ mod tests {
         assert_eq!(item.to_error().unwrap().text(), "unknown error");
         item.event = Some("note".into());
         assert_eq!(item.to_error(), None);
+    }
+
+    #[test]
+    fn deep_nesting_is_refused_in_both_codecs() {
+        let packed = [vec![0x91; 4 * NESTING_MAX], vec![0xc0]].concat();
+        assert!(from_bytes::<Value>(&packed, MessagePack).is_err());
+        assert!(from_bytes::<Value>(&packed[3 * NESTING_MAX + 2..], MessagePack).is_ok());
+        let text = "[".repeat(4 * NESTING_MAX) + &"]".repeat(4 * NESTING_MAX);
+        assert!(from_bytes::<Value>(text.as_bytes(), Json).is_err());
     }
 
     #[test]
