@@ -215,8 +215,17 @@ impl Report {
 /// Looks at this host. Takes some milliseconds, and at most a second where io_uring hangs.
 pub fn probe() -> Report {
     let memlock_bytes = Limit::of(Resource::Memlock);
+    // A ring that goes away interrupts the system calls of the thread that made it. A thread of
+    // its own, so that ours is not disturbed; if even that cannot be had, neither can shards.
+    let tried = std::thread::spawn(attempt).join();
+    let crashed = || {
+        Err(Refusal::Failed {
+            step: "the attempt",
+            errno: libc::EIO,
+        })
+    };
     let evidence = Evidence {
-        attempt: attempt(),
+        attempt: tried.unwrap_or_else(|_| crashed()),
         sysctl: read_number("/proc/sys/kernel/io_uring_disabled"),
         seccomp: status_number("Seccomp:").unwrap_or(0),
         memlock_soft_bytes: memlock_bytes.soft,
@@ -397,14 +406,7 @@ impl FromStr for Io {
     }
 }
 
-/// Which ring the shards run on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RingKind {
-    /// [`crate::ring::uring`].
-    Uring,
-    /// [`crate::ring::epoll`].
-    Epoll,
-}
+pub use crate::config::RingKind;
 
 /// The ring and the reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
