@@ -19,6 +19,7 @@ use crate::buffers::BufferId;
 use crate::operation::Operation;
 
 pub mod epoll;
+pub mod sim;
 mod sockets;
 pub mod uring;
 
