@@ -86,7 +86,7 @@ pub fn write_handshake(subject: &str, stream_type: StreamType, out: &mut Vec<u8>
 pub struct Prologue<'a> {
     /// The text of the error, if there is one.
     pub error: Option<Text<'a>>,
-    /// The typed error's JSON object, not looked at; see `crate::error`.
+    /// The typed error's JSON object, not looked at; see [`crate::error`].
     pub typed_error: Option<&'a [u8]>,
 }
 
@@ -119,7 +119,7 @@ impl<'a> Prologue<'a> {
 }
 
 /// Appends an error prologue as a whole message. `typed_error` is the JSON of a
-/// `crate::error::DynamoError` and goes out as it is.
+/// [`crate::error::DynamoError`] and goes out as it is.
 pub fn write_prologue_error(error: &str, typed_error: Option<&[u8]>, out: &mut Vec<u8>) {
     two_part::write_with_header(out, |out| {
         out.extend_from_slice(b"{\"error\":");

@@ -3,7 +3,7 @@
 //! This crate knows no socket and no clock. A decoder takes the bytes that have arrived so far,
 //! allocates nothing, copies nothing, and answers [`Decoded`]: a frame, how many bytes it needs, or
 //! what is wrong. Views hold ranges or slices of the caller's bytes. Typed serde forms
-//! (`error`, `discovery`, `item::Annotated`) are for the edges and do allocate.
+//! ([`mod@error`], [`discovery`], [`item::Annotated`]) are for the edges and do allocate.
 //!
 //! ```
 //! use corelane_codec::{Decoded, headers, request_frame};
@@ -27,7 +27,12 @@
 pub mod call_home;
 pub mod control_message;
 mod decoded;
+pub mod discovery;
+pub mod error;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod headers;
+pub mod item;
 pub mod json;
 pub mod limits;
 pub mod path;

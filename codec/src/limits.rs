@@ -23,7 +23,7 @@ pub const CONTROL_BYTES_MAX: usize = 131_072;
 /// Scratch that [`crate::control_message::TcpConnectionInfo::parse`] is content with for every
 /// connection info that Dynamo writes (about 170 bytes and a request id).
 pub const CONNECTION_INFO_SCRATCH_BYTES: usize = 1024;
-/// Deepest nesting of arrays and objects that the JSON and MessagePack scanners follow.
+/// Deepest nesting of arrays and objects that the JSON scanner follows.
 pub const NESTING_MAX: usize = 128;
 /// Most bytes of an error's diagnostic text on the wire.
 pub const DIAGNOSTIC_BYTES_MAX: usize = 4_096;

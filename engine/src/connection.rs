@@ -14,12 +14,6 @@ pub enum Role {
     Upstream(u32),
     /// We call a caller home to tell of a failure.
     Tell(u32),
-    /// We call a caller home with the responses of one of our handlers.
-    Response(u32),
-    /// We call an endpoint: the request connection of a client.
-    Calls(u32),
-    /// A worker has called us home: its handshake has not come yet, or names one of our calls.
-    CallHome(u32),
 }
 
 /// Where the bytes of a downstream connection go next.
@@ -94,6 +88,12 @@ pub struct Connection {
     pub intake: Intake,
     /// Frames taken; tells a connection that stands still from a slow one.
     pub frames: u64,
+    /// `frames` when the timer was set.
+    pub frames_seen: u64,
+    /// Bytes of large frames passed on; tells a slow one from one that stands still.
+    pub streamed: u64,
+    /// `streamed` when the timer was set.
+    pub streamed_seen: u64,
     /// Replies owed, in order.
     pub replies: Fifo,
     /// Replies and control frames to be sent.
@@ -119,6 +119,9 @@ impl Connection {
             need: 0,
             intake: Intake::Frames,
             frames: 0,
+            frames_seen: 0,
+            streamed: 0,
+            streamed_seen: 0,
             replies: Fifo::EMPTY,
             out: ChunkQueue::EMPTY,
         }

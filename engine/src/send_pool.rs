@@ -120,6 +120,11 @@ impl SendPool {
         }
     }
 
+    /// All that was written to a chunk.
+    pub fn written(&self, chunk: ChunkId) -> &[u8] {
+        self.bytes(chunk, 0, usize::from(self.meta[chunk as usize].end))
+    }
+
     /// Writes behind what the chunk holds; `false` when it does not fit.
     pub fn write(&mut self, chunk: ChunkId, bytes: &[u8]) -> bool {
         let meta = &mut self.meta[chunk as usize];

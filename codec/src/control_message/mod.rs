@@ -9,6 +9,8 @@ pub use connection_info::{
     ConnectionInfo, ConnectionInfoError, StreamType, TCP_SERVER, TcpConnection, TcpConnectionInfo,
 };
 
+use serde::{Deserialize, Serialize};
+
 use crate::EncodeError;
 use crate::json::{JsonError, Kind, Object, Text, Value, write_string, write_u64};
 use crate::limits::CONTROL_BYTES_MAX;
@@ -32,12 +34,14 @@ pub enum ResponseType {
 }
 
 /// How the request's value and every response item are encoded.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum PayloadCodec {
     /// JSON; meant when nothing is said.
     #[default]
+    #[serde(rename = "json")]
     Json,
     /// MessagePack.
+    #[serde(rename = "msgpack")]
     MessagePack,
 }
 

@@ -35,14 +35,25 @@ pub struct Completion {
 /// What came of an operation. Errors are errno values.
 #[derive(Debug)]
 pub enum Event {
-    /// A connection was accepted; `more` says whether the accept goes on by itself.
-    Accepted { socket: OwnedFd, more: bool },
+    /// A connection was accepted.
+    Accepted {
+        /// The connection.
+        socket: OwnedFd,
+        /// Whether the accept goes on by itself.
+        more: bool,
+    },
     /// The accept ended.
-    AcceptFailed { errno: i32 },
+    AcceptFailed {
+        /// Why.
+        errno: i32,
+    },
     /// Bytes arrived in `buffer[..bytes]`, which is the receiver's now.
     Received {
+        /// Where.
         buffer: BufferId,
+        /// How many, at least 1.
         bytes: u32,
+        /// Whether the receive goes on by itself.
         more: bool,
     },
     /// The peer sent its end of stream. No further completion comes.
@@ -50,13 +61,25 @@ pub enum Event {
     /// No buffer was free; the receive ended and must be asked for again.
     NoBuffers,
     /// The receive ended with an error, or was cancelled.
-    ReceiveFailed { errno: i32 },
+    ReceiveFailed {
+        /// Why.
+        errno: i32,
+    },
     /// The socket took so many bytes.
-    Sent { bytes: u32 },
+    Sent {
+        /// How many.
+        bytes: u32,
+    },
     /// The send failed; nothing more can be sent.
-    SendFailed { errno: i32 },
-    /// The connect came to an end: 0 or an errno.
-    Connected { errno: i32 },
+    SendFailed {
+        /// Why.
+        errno: i32,
+    },
+    /// The connect came to an end.
+    Connected {
+        /// 0 when it succeeded.
+        errno: i32,
+    },
     /// Somebody wrote to our eventfd.
     Woken,
 }

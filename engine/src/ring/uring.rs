@@ -111,6 +111,11 @@ impl Uring {
         })
     }
 
+    /// Whether completions wait to be reaped.
+    pub fn is_ready(&mut self) -> bool {
+        !self.reaped.is_empty() || !self.ring.completion().is_empty()
+    }
+
     fn push(&mut self, entry: squeue::Entry) {
         // SAFETY: what the entry points to lives until the next submit (spans, messages and
         // addresses are reset only there) or until the completion (buffers, sockets).
@@ -392,6 +397,7 @@ fn build(entries: u32) -> io::Result<IoUring> {
     let best = IoUring::builder()
         .setup_single_issuer()
         .setup_defer_taskrun()
+        .setup_taskrun_flag()
         .setup_submit_all()
         .setup_cqsize(entries * 8)
         .build(entries);
