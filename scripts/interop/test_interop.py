@@ -1,0 +1,179 @@
+"""Stock Dynamo workers and a stock Dynamo client with the router between them."""
+
+import pytest
+
+from lab import RESPONSES, progress, wait_for
+
+CODECS = ["json", "msgpack"]
+POLICIES = ["random", "power_of_two_choices", "least_loaded", "hash"]
+
+
+def pair(lab, *worker_options, codec="msgpack", **route):
+    """(listen, two workers, router)."""
+    backend, listen = lab.endpoint("backend"), lab.endpoint("router")
+    workers = lab.stock_workers(2, backend, *worker_options, codec=codec)
+    return listen, workers, lab.router(listen, backend, **route)
+
+
+def both(found, workers, least_share):
+    """Whether each worker had at least that share of the answers."""
+    answers = found["by_worker"]
+    return set(answers) == {w.hex for w in workers} and min(answers.values()) >= (
+        least_share * found["ok"]
+    )
+
+
+@pytest.mark.parametrize("response", RESPONSES)
+@pytest.mark.parametrize("codec", CODECS)
+def test_ten_thousand_requests(lab, codec, response):
+    listen, workers, router = pair(lab, codec=codec, policy="round_robin", response=response)
+    before = lab.metrics(router)
+    found = lab.run_client(listen, "--count", 10_000, "--concurrency", 32)
+    assert found["ok"] == 10_000 and found.lost() == 0, found
+    assert both(found, workers, 0.45), found
+    after = lab.metrics(router)
+    counted = [s for s, v in after.items() if "_total" in s and v - before.get(s, 0) >= 2_000]
+    assert counted, f"no counter saw the requests: {sorted(after)}"
+
+
+@pytest.mark.short
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policy(lab, policy):
+    listen, workers, _ = pair(lab, policy=policy)
+    found = lab.run_client(listen, "--count", 1_000, "--concurrency", 16)
+    assert found["ok"] == 1_000 and found.lost() == 0, found
+    assert both(found, workers, 0.2), found
+
+
+@pytest.mark.short
+@pytest.mark.parametrize("response", RESPONSES)
+@pytest.mark.parametrize("codec", CODECS)
+def test_streams_of_100_items(lab, codec, response):
+    listen, workers, _ = pair(lab, "--items", 100, codec=codec, response=response)
+    found = lab.run_client(listen, "--count", 300, "--concurrency", 16, "--items", 100)
+    assert found["ok"] == 300 and found["items"] == 30_000 and found.lost() == 0, found
+    assert both(found, workers, 0.2), found
+
+
+@pytest.mark.short
+@pytest.mark.parametrize("response", RESPONSES)
+@pytest.mark.parametrize("how", ["--stop-after", "--kill-after"])
+def test_cancel_reaches_the_worker(lab, how, response):
+    options = ("--items", 1_000, "--delay-us", 5_000, "--record")
+    listen, workers, _ = pair(lab, *options, response=response)
+    found = lab.run_client(listen, "--count", 8, "--concurrency", 8, "--items", 1_000, how, 3)
+    assert found["cancelled"] == 8 and found.lost() == 0, found
+
+    def told():
+        events = [event for worker in workers for event in worker.events("cancelled")]
+        return events if len(events) == 8 else None
+
+    events = wait_for("both workers were told", told, 15)
+    assert max(event["sent"] for event in events) < 500, events
+
+
+@pytest.mark.parametrize("response", RESPONSES)
+def test_large_bodies(lab, response):
+    listen, _, _ = pair(lab, codec="json", response=response)
+    found = lab.run_client(
+        listen, "--count", 24, "--concurrency", 4, "--body-bytes", 3_000_000, timeout_s=100
+    )
+    assert found["ok"] == 24 and found.lost() == 0, found
+
+
+def test_workers_of_two_codecs(lab):
+    backend, listen = lab.endpoint("backend"), lab.endpoint("router")
+    workers = [lab.stock_worker(backend, codec=codec) for codec in CODECS]
+    lab.router(listen, backend, policy="round_robin")
+    found = lab.run_client(listen, "--count", 500, "--concurrency", 8)
+    assert found["ok"] == 500 and both(found, workers, 0.4), found
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_listen_endpoint_in_etcd(lab, codec):
+    listen, _, router = pair(lab, codec=codec)
+    (key, (record, lease)), = lab.etcd.records(f"v1/instances/{listen}/").items()
+    namespace, component, endpoint = listen.split("/")
+    assert key == f"v1/instances/{listen}/{record['instance_id']:x}"
+    assert lease == record["instance_id"] > 0
+    assert (record["type"], record["request_plane_codec"]) == ("Endpoint", codec), record
+    names = (record["namespace"], record["component"], record["endpoint"])
+    assert names == (namespace, component, endpoint), record
+    client = lab.stock_client(listen, "--count", 1)
+    assert client.wait_event("ready")["instances"] == [router.instance]
+    assert lab.finish(client)["ok"] == 1
+
+
+def test_health_and_metrics_answer(lab):
+    _, _, router = pair(lab)
+    assert lab.http(router, "/live")[0] == 200
+    wait_for("/health is 200", lambda: lab.http(router, "/health")[0] == 200, 10)
+    assert lab.metrics(router)
+    assert lab.http(router, "/nothing-here")[0] == 404
+
+
+def test_health_without_workers(lab):
+    backend, listen = lab.endpoint("backend"), lab.endpoint("router")
+    router = lab.router(listen, backend)
+    assert lab.http(router, "/live")[0] == 200
+    lab.stock_worker(backend)
+    wait_for("/health is 200", lambda: lab.http(router, "/health")[0] == 200, 10)
+
+
+def test_workers_come_and_go(lab):
+    backend, listen = lab.endpoint("backend"), lab.endpoint("router")
+    first = lab.stock_worker(backend)
+    lab.router(listen, backend)
+    client = lab.stock_client(listen, "--seconds", 10, "--concurrency", 8)
+    progress(client, 200)
+    second = lab.stock_worker(backend)
+    sent = client.events("progress")[-1]["ok"]
+    progress(client, sent + 300)
+    first.terminate()
+    first.wait(20)
+    found = lab.finish(client)
+    assert found.lost() == 0, found
+    assert found["by_worker"].get(second.hex, 0) > 100, found
+
+
+def card(backend, instance):
+    """A model card's record, as a worker writes it."""
+    namespace, component, endpoint = backend.split("/")
+    return {
+        "type": "Model",
+        "namespace": namespace,
+        "component": component,
+        "endpoint": endpoint,
+        "instance_id": instance,
+        "card_json": {
+            "display_name": "small-model",
+            "slug": "small-model",
+            "kv_cache_block_size": 16,
+            "migration_limit": 0,
+            "model_type": "Chat",
+            "model_input": "Tokens",
+            "runtime_config": {"max_num_seqs": 8},
+        },
+    }
+
+
+def test_model_card_appears_under_the_listen_endpoint(lab):
+    backend, listen = lab.endpoint("backend"), lab.endpoint("router")
+    worker = lab.stock_worker(backend)
+    router = lab.router(listen, backend)
+    key = f"v1/mdc/{backend}/{worker.hex}"
+    record = card(backend, worker.instance)
+    lab.etcd.put(key, record)
+
+    ours = f"v1/mdc/{listen}/"
+    found = wait_for("the card under the listen endpoint", lambda: lab.etcd.records(ours), 15)
+    (name, (value, lease)), = found.items()
+    assert name == f"{ours}{router.instance:x}", found
+    namespace, component, endpoint = listen.split("/")
+    expected = {
+        **record, "namespace": namespace, "component": component, "endpoint": endpoint,
+        "instance_id": router.instance,
+    }  # fmt: skip
+    assert value == expected and lease == router.instance, found
+    lab.etcd.delete(key)
+    wait_for("the card is withdrawn", lambda: not lab.etcd.records(ours), 15)
