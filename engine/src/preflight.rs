@@ -8,6 +8,7 @@ use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::str::FromStr;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, Probe, opcode};
@@ -215,17 +216,8 @@ impl Report {
 /// Looks at this host. Takes some milliseconds, and at most a second where io_uring hangs.
 pub fn probe() -> Report {
     let memlock_bytes = Limit::of(Resource::Memlock);
-    // A ring that goes away interrupts the system calls of the thread that made it. A thread of
-    // its own, so that ours is not disturbed; if even that cannot be had, neither can shards.
-    let tried = std::thread::spawn(attempt).join();
-    let crashed = || {
-        Err(Refusal::Failed {
-            step: "the attempt",
-            errno: libc::EIO,
-        })
-    };
     let evidence = Evidence {
-        attempt: tried.unwrap_or_else(|_| crashed()),
+        attempt: attempt_apart(),
         sysctl: read_number("/proc/sys/kernel/io_uring_disabled"),
         seccomp: status_number("Seccomp:").unwrap_or(0),
         memlock_soft_bytes: memlock_bytes.soft,
@@ -277,6 +269,17 @@ impl Evidence {
                 errno => Cause::Other { step, errno },
             },
         }
+    }
+}
+
+/// Attempts it on a thread of its own: the kernel takes a ring down after it was closed, and
+/// interrupts system calls of the thread that made it meanwhile.
+fn attempt_apart() -> Result<(), Refusal> {
+    let step = "a thread for the attempt";
+    let failed = |errno| Err(Refusal::Failed { step, errno });
+    match thread::Builder::new().spawn(attempt) {
+        Ok(attempt) => attempt.join().unwrap_or_else(|_| failed(libc::EIO)),
+        Err(error) => failed(error.raw_os_error().unwrap_or(libc::EAGAIN)),
     }
 }
 

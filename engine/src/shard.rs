@@ -188,14 +188,18 @@ impl<R: Ring> Shard<R> {
 
     /// Begins to accept, and to watch for commands.
     pub fn start(&mut self) {
-        let wake = Operation::new(Kind::Wake, 0, 0);
-        self.ring.watch_wake(wake, self.commands.wake_fd());
+        self.watch_wake();
         accept::arm(self);
         let address = self
             .listener
             .as_ref()
             .and_then(|listener| listener.local_addr().ok());
         self.report(Report::Started { address });
+    }
+
+    fn watch_wake(&mut self) {
+        let wake = Operation::new(Kind::Wake, 0, 0);
+        self.ring.watch_wake(wake, self.commands.wake_fd());
     }
 
     /// Whether the loop is to end.
@@ -257,7 +261,12 @@ impl<R: Ring> Shard<R> {
         let Completion { operation, event } = completion;
         match operation.kind {
             Kind::Accept => return accept::completed(self, event),
-            Kind::Wake => return self.obey(),
+            Kind::Wake => {
+                if let Event::Woken { more: false } = event {
+                    self.watch_wake();
+                }
+                return self.obey();
+            }
             Kind::Cancel => return,
             Kind::Receive | Kind::Send | Kind::Connect => {}
         }
@@ -293,7 +302,7 @@ impl<R: Ring> Shard<R> {
                 self.connections[slot].connecting = false;
                 self.connected(slot, errno);
             }
-            Event::Accepted { .. } | Event::AcceptFailed { .. } | Event::Woken => {}
+            Event::Accepted { .. } | Event::AcceptFailed { .. } | Event::Woken { .. } => {}
         }
         if let Some(connection) = self.connections.get(slot)
             && connection.closing
