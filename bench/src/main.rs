@@ -1,2 +1,85 @@
-//! Entry point.
-fn main() {}
+//! Entry point of `corelane-bench`: what corelane adds and saves, measured beside other ways in
+//! one interleaved run.
+
+mod arrivals;
+mod cpu;
+mod export;
+mod frames;
+mod hiccup;
+mod hop;
+mod hop_report;
+mod hop_scene;
+mod interrupt;
+mod load;
+mod middle;
+mod poll;
+mod report;
+mod servers;
+mod sink;
+mod stock;
+mod stock_report;
+mod strace;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Latency and throughput of corelane beside other ways, arms interleaved in one run.
+#[derive(Parser)]
+#[command(
+    name = "corelane-bench",
+    version,
+    after_help = "\
+Examples:
+  corelane-bench hop --rounds 6 --seconds 2
+  corelane-bench stock --dyn-worker PATH --dyn-client PATH
+
+Exit status: 0 done, 1 failed (also when requests were refused), 2 bad usage."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Job,
+}
+
+#[derive(clap::Subcommand)]
+enum Job {
+    /// Raw request frames and their acks: directly, through corelane, HAProxy and nginx
+    Hop(Box<hop::HopArgs>),
+    /// An unmodified Dynamo client and worker: directly, and through corelane
+    Stock(Box<stock::StockArgs>),
+    /// The worker behind every arm of `hop`
+    #[command(hide = true)]
+    Sink(sink::SinkArgs),
+}
+
+/// An error that is the user's to mend in the command line: exit status 2.
+#[derive(Debug)]
+struct UsageError(String);
+
+impl std::fmt::Display for UsageError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for UsageError {}
+
+/// Makes a [`UsageError`].
+pub(crate) fn usage_error(text: impl Into<String>) -> anyhow::Error {
+    UsageError(text.into()).into()
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Job::Hop(args) => hop::run(&args),
+        Job::Stock(args) => stock::run(&args),
+        Job::Sink(args) => sink::run(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("corelane-bench: {error:#}");
+            ExitCode::from(if error.is::<UsageError>() { 2 } else { 1 })
+        }
+    }
+}

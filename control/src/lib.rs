@@ -1,1 +1,15 @@
 //! corelane: library behind the binary.
+//!
+//! Everything here runs on the control core; the shards of `corelane-engine` are told what they need
+//! by snapshots and never wait for it.
+
+pub mod cards;
+pub mod cli;
+pub mod commands;
+pub mod config;
+pub mod discovery;
+pub mod env;
+pub mod lease;
+pub mod logging;
+pub mod status_server;
+pub mod watch;

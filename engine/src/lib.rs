@@ -1,1 +1,32 @@
-//! Placeholder until the crate's first module lands.
+//! corelane's data plane.
+//!
+//! A *shard* owns everything of one core: its ring, its buffers, its sockets, its copy of the
+//! directory, its counters. See ARCHITECTURE.md for the life of a request.
+
+mod accept;
+pub mod buffers;
+pub mod config;
+pub mod connection;
+mod decode;
+pub mod directory;
+pub mod executor;
+mod forward;
+pub mod in_flight;
+pub mod ledger;
+mod link;
+pub mod mesh;
+pub mod operation;
+pub mod pieces;
+pub mod placement;
+pub mod preflight;
+mod recv;
+mod respond;
+pub mod ring;
+pub mod route;
+pub mod send_pool;
+pub mod shard;
+pub mod stats;
+pub mod table;
+mod tell;
+pub mod timer_wheel;
+pub mod upstream;

@@ -1,0 +1,599 @@
+//! `corelane-bench stock`: an unmodified Dynamo client calls an unmodified Dynamo worker, directly
+//! and through corelane, arm after arm in one interleaved run.
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::arrivals::Arrivals;
+use crate::cpu::{Machine, Usage, tick_us};
+use crate::hiccup::HiccupMeter;
+use crate::interrupt::{self, wait_for};
+use crate::middle::{Ack, Corelane, CorelaneArgs, Discovery, Route};
+use crate::report::{OutputArgs, Quantiles, order, progress, round};
+use crate::servers::{START_LIMIT, Server, find_program, free_address, version_of};
+use crate::stock_report::{self, Round};
+use crate::usage_error;
+
+/// Arguments of `stock`.
+#[derive(clap::Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  corelane-bench stock --dyn-worker bin/dyn-worker --dyn-client bin/dyn-client
+  corelane-bench stock --dyn-worker W --dyn-client C --loads closed:1,burst8:100 --rounds 9
+  corelane-bench stock --dyn-worker W --dyn-client C --ack on_forward --json stock.json
+  corelane-bench stock --dyn-worker W --dyn-client C --dyn-env DYN_RUNTIME_NUM_WORKER_THREADS=1
+
+W and C take the arguments of a worker and a load generator on dynamo-runtime (--namespace,
+--component, --endpoint, --no-logging; the client also -c, -p, -d, -w, -r, --poisson, --burst,
+--once, --text) and print JSON. Latency is to the first response item, in microseconds; medians
+over rounds. Ratios compare each round with the same round; direct-again shows the noise.")]
+pub(crate) struct StockArgs {
+    /// The worker on dynamo-runtime.
+    #[arg(long, value_name = "PATH")]
+    dyn_worker: PathBuf,
+    /// The load generator on dynamo-runtime.
+    #[arg(long, value_name = "PATH")]
+    dyn_client: PathBuf,
+    /// The etcd server.
+    #[arg(long, value_name = "PATH", default_value = "etcd")]
+    etcd: PathBuf,
+    #[command(flatten)]
+    corelane: CorelaneArgs,
+    /// Leave corelane out: the direct arms alone.
+    #[arg(long)]
+    direct_only: bool,
+    /// closed:CALLERS, or even, poisson or burstN with a rate (burst8:100 is 100 requests/s).
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "LOAD,...",
+        default_value = "closed:64,burst8:100,burst8:1000,poisson:1000,even:1000"
+    )]
+    pub(crate) loads: Vec<Load>,
+    /// Bytes of each request, echoed as one response item.
+    #[arg(long, default_value_t = 128, value_name = "BYTES")]
+    pub(crate) payload: usize,
+    /// Rounds; each runs every arm once, the direction alternates.
+    #[arg(long, default_value_t = 5)]
+    pub(crate) rounds: usize,
+    /// Measured seconds of each arm in each round.
+    #[arg(long, default_value_t = 3.0)]
+    pub(crate) seconds: f64,
+    /// Seconds of load before, not counted.
+    #[arg(long, default_value_t = 1.0)]
+    pub(crate) warmup: f64,
+    /// A variable for the Dynamo worker and client (may be repeated).
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parse_variable)]
+    pub(crate) dyn_env: Vec<(String, String)>,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+fn parse_variable(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("not NAME=VALUE")?;
+    Ok((name.into(), value.into()))
+}
+
+impl StockArgs {
+    fn check(&self) -> Result<()> {
+        if self.rounds == 0 {
+            return Err(usage_error("--rounds must be at least 1"));
+        }
+        if !(0.1..=3600.0).contains(&self.seconds) || !(0.0..=60.0).contains(&self.warmup) {
+            return Err(usage_error(
+                "--seconds must be 0.1 to 3600, --warmup at most 60",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// One load of the Dynamo client.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Load {
+    /// So many callers, each with one request at a time.
+    Closed(u32),
+    /// So many requests a second, due in this pattern.
+    Open(Arrivals, f64),
+}
+
+impl FromStr for Load {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("'{text}' is not like closed:64, even:1000 or burst8:100");
+        let (kind, number) = text.split_once(':').ok_or_else(wrong)?;
+        if kind == "closed" {
+            let callers = number.parse().ok().filter(|n| (1..=100_000).contains(n));
+            return Ok(Self::Closed(callers.ok_or_else(wrong)?));
+        }
+        let rate: f64 = number.parse().map_err(|_| wrong())?;
+        if !(0.1..=1e6).contains(&rate) {
+            return Err(wrong());
+        }
+        Ok(Self::Open(kind.parse()?, rate))
+    }
+}
+
+impl fmt::Display for Load {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Closed(1) => f.write_str("closed loop, 1 caller"),
+            Self::Closed(callers) => write!(f, "closed loop, {callers} callers"),
+            Self::Open(arrivals, rate) => write!(f, "open loop, {rate} requests/s {arrivals}"),
+        }
+    }
+}
+
+impl Load {
+    fn arguments(self) -> Vec<String> {
+        match self {
+            Self::Closed(callers) => vec!["-c".into(), callers.to_string()],
+            Self::Open(arrivals, rate) => {
+                let mut arguments = vec!["-r".into(), rate.to_string()];
+                match arrivals {
+                    Arrivals::Even => {}
+                    Arrivals::Poisson => arguments.push("--poisson".into()),
+                    Arrivals::Burst(size) => {
+                        arguments.extend(["--burst".into(), size.to_string()]);
+                    }
+                }
+                arguments
+            }
+        }
+    }
+}
+
+/// One way of calling the worker.
+pub(crate) struct Arm {
+    /// Its name in reports.
+    pub(crate) name: String,
+    /// What corelane calls itself.
+    pub(crate) version: Option<String>,
+    component: String,
+    corelane: Option<Server>,
+}
+
+/// Everything that a run has started.
+struct Scene {
+    arms: Vec<Arm>,
+    worker: Server,
+    etcd: Server,
+    variables: Vec<(String, String)>,
+    client: PathBuf,
+    hiccup: HiccupMeter,
+    dir: TempDir,
+}
+
+const NAMESPACE: &str = "bench";
+const TARGET_COMPONENT: &str = "backend";
+const ENDPOINT: &str = "generate";
+/// What the client may take besides its load: discovery, and the drain at the end.
+const CLIENT_LIMIT: Duration = Duration::from_secs(60);
+
+/// Runs the whole comparison.
+pub(crate) fn run(args: &StockArgs) -> Result<()> {
+    args.check()?;
+    interrupt::install();
+    let mut scene = Scene::start(args)?;
+    let mut records = Vec::new();
+    for load in &args.loads {
+        records.push(scene.measure(args, *load)?);
+    }
+    let report = stock_report::report(args, &scene.arms, &records);
+    args.output
+        .print_table(&stock_report::text(args, &scene.arms, &records))?;
+    args.output.write_json("stock", &report)?;
+    let errors: u64 = records
+        .iter()
+        .flatten()
+        .flatten()
+        .map(|round| round.errors)
+        .sum();
+    if errors > 0 {
+        bail!("{errors} requests failed; the numbers beside them mean little");
+    }
+    Ok(())
+}
+
+impl Scene {
+    fn start(args: &StockArgs) -> Result<Self> {
+        let program = |path: &Path, flag: &str| {
+            find_program(path)
+                .ok_or_else(|| usage_error(format!("{} is not there ({flag})", path.display())))
+        };
+        let etcd_program = program(&args.etcd, "--etcd; apt-get install etcd-server")?;
+        let worker_program = program(&args.dyn_worker, "--dyn-worker")?;
+        let client = program(&args.dyn_client, "--dyn-client")?;
+        let dir = tempfile::Builder::new()
+            .prefix("corelane-bench-")
+            .tempdir()?;
+        let (etcd, etcd_url) = start_etcd(&etcd_program, dir.path())?;
+        let base = loopback_variables(&etcd_url);
+        let variables: Vec<_> = base.iter().chain(&args.dyn_env).cloned().collect();
+        let worker = start_worker(&worker_program, dir.path(), &variables)?;
+        let hiccup = HiccupMeter::start()?;
+        let mut scene = Self {
+            arms: Vec::new(),
+            worker,
+            etcd,
+            variables,
+            client,
+            hiccup,
+            dir,
+        };
+        scene.add_direct("direct");
+        if !args.direct_only {
+            for ack in args.corelane.ack.list() {
+                scene.add_corelane(args, *ack, &base)?;
+            }
+        }
+        scene.add_direct("direct-again");
+        scene.wait_until_all_answer()?;
+        Ok(scene)
+    }
+
+    fn add_direct(&mut self, name: &str) {
+        self.arms.push(Arm {
+            name: name.into(),
+            version: None,
+            component: TARGET_COMPONENT.into(),
+            corelane: None,
+        });
+    }
+
+    fn add_corelane(
+        &mut self,
+        args: &StockArgs,
+        ack: Ack,
+        variables: &[(String, String)],
+    ) -> Result<()> {
+        let program = args.corelane.find()?.ok_or_else(|| {
+            usage_error("corelane is not there; give --corelane PATH, or --direct-only")
+        })?;
+        let component = format!("router-{}", ack.to_string().replace('_', "-"));
+        let route = Route {
+            listen: &format!("{NAMESPACE}/{component}/{ENDPOINT}"),
+            target: &format!("{NAMESPACE}/{TARGET_COMPONENT}/{ENDPOINT}"),
+            ack,
+        };
+        let dir = self.dir.path();
+        let corelane = Corelane::start(
+            &args.corelane,
+            &program,
+            dir,
+            &Discovery::Etcd,
+            &route,
+            None,
+            variables,
+        )?;
+        self.arms.push(Arm {
+            name: format!("corelane/{ack}"),
+            version: Some(version_of(&program, "--version")),
+            component,
+            corelane: Some(corelane.server),
+        });
+        Ok(())
+    }
+
+    /// One request through each arm, until it brings its answer back.
+    fn wait_until_all_answer(&mut self) -> Result<()> {
+        for index in 0..self.arms.len() {
+            let name = self.arms[index].name.clone();
+            let mut last = None;
+            let answer = wait_for(&format!("an answer through {name}"), START_LIMIT, || {
+                self.check_servers(index)?;
+                let mut client = self.client(index, &["--once", "--text", "hello"])?;
+                let done = client.wait_end(CLIENT_LIMIT);
+                let text = fs::read_to_string(&client.stdout)?;
+                if done.is_ok() && text.contains("hello") {
+                    return Ok(Some(()));
+                }
+                last = done.err();
+                Ok(None)
+            });
+            if let Err(error) = answer {
+                return Err(last.map_or(error, |last| last.context(format!("through {name}"))));
+            }
+        }
+        Ok(())
+    }
+
+    fn client(&self, index: usize, arguments: &[&str]) -> Result<Server> {
+        let mut command = Command::new(&self.client);
+        command
+            .args([
+                "--no-logging",
+                "--namespace",
+                NAMESPACE,
+                "--endpoint",
+                ENDPOINT,
+            ])
+            .args(["--component", &self.arms[index].component])
+            .args(arguments)
+            .envs(self.variables.iter().cloned());
+        Server::start("client", command, self.dir.path(), None)
+    }
+
+    fn check_servers(&mut self, index: usize) -> Result<()> {
+        self.etcd.check_alive()?;
+        self.worker.check_alive()?;
+        self.arms[index]
+            .corelane
+            .as_mut()
+            .map_or(Ok(()), Server::check_alive)
+    }
+
+    /// All rounds of one load; the rounds of each arm.
+    fn measure(&mut self, args: &StockArgs, load: Load) -> Result<Vec<Vec<Round>>> {
+        let mut records: Vec<Vec<Round>> = self.arms.iter().map(|_| Vec::new()).collect();
+        for number in 0..args.rounds {
+            for index in order(self.arms.len(), number) {
+                let name = &self.arms[index].name;
+                progress(&format!(
+                    "{load}: round {} of {}, {name}",
+                    number + 1,
+                    args.rounds
+                ));
+                let round = self
+                    .slice(args, load, number, index)
+                    .with_context(|| format!("arm {}, {load}", self.arms[index].name))?;
+                records[index].push(round);
+            }
+        }
+        progress("");
+        Ok(records)
+    }
+
+    fn slice(
+        &mut self,
+        args: &StockArgs,
+        load: Load,
+        number: usize,
+        index: usize,
+    ) -> Result<Round> {
+        let mut arguments = load.arguments();
+        let more = [
+            ("-p", args.payload.to_string()),
+            ("-n", "1".to_string()),
+            ("-d", args.seconds.to_string()),
+            ("-w", args.warmup.to_string()),
+        ];
+        for (flag, value) in more {
+            arguments.extend([flag.to_string(), value]);
+        }
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let limit = CLIENT_LIMIT + Duration::from_secs_f64(args.seconds + args.warmup);
+
+        self.hiccup.take();
+        let before = self.counters(index);
+        let mut client = self.client(index, &arguments)?;
+        let ended = client.wait_end(limit);
+        let after = self.counters(index);
+        let hiccups = Quantiles::of_ns(&self.hiccup.take());
+        self.check_servers(index)?;
+        ended?;
+        let text = fs::read_to_string(&client.stdout).context("the client left no report")?;
+        let found: Value = text
+            .lines()
+            .rev()
+            .find_map(|line| serde_json::from_str(line).ok())
+            .context("the client printed no JSON report")?;
+        round_of(number, &found, &before, &after, hiccups)
+    }
+
+    fn counters(&self, index: usize) -> Counters {
+        let corelane = self.arms[index].corelane.as_ref();
+        Counters {
+            at: Instant::now(),
+            worker: Usage::of_tree(self.worker.pid()),
+            corelane: corelane.map(|server| Usage::of_tree(server.pid())),
+            etcd: Usage::of_tree(self.etcd.pid()),
+            machine: Machine::now(),
+        }
+    }
+}
+
+/// What is read before and after each run of the client.
+struct Counters {
+    at: Instant,
+    worker: Usage,
+    corelane: Option<Usage>,
+    etcd: Usage,
+    machine: Machine,
+}
+
+fn round_of(
+    number: usize,
+    found: &Value,
+    before: &Counters,
+    after: &Counters,
+    hiccup_us: Quantiles,
+) -> Result<Round> {
+    let count = |name: &str| {
+        found[name]
+            .as_f64()
+            .with_context(|| format!("the client's report lacks {name}"))
+    };
+    // The servers are watched over the whole run of the client, so warm-up calls count too.
+    let calls = count("calls_with_warmup")?.max(1.0);
+    let worker = after.worker.since(before.worker);
+    let etcd = after.etcd.since(before.etcd);
+    let corelane = after
+        .corelane
+        .zip(before.corelane)
+        .map(|(after, before)| after.since(before));
+    let client_us = found["cpu"]["client"]["us_per_request"]
+        .as_f64()
+        .unwrap_or(0.0);
+    let per_call = |usage: Usage| round(usage.cpu_us() / calls);
+    let corelane_us = corelane.map_or(0.0, per_call);
+    let seconds = (after.at - before.at).as_secs_f64();
+    let stolen_us = (after.machine.stolen - before.machine.stolen) as f64 * tick_us();
+    Ok(Round {
+        round: number,
+        first_item_us: quantiles(&found["first_item_us"]),
+        last_item_us: quantiles(&found["last_item_us"]),
+        send_lag_p99_us: found["send_lag_us"]["p99"].as_f64(),
+        requests_per_s: count("throughput_rps")?,
+        client_cpu_us: client_us,
+        worker_cpu_us: per_call(worker),
+        corelane_cpu_us: corelane_us,
+        etcd_cpu_us: per_call(etcd),
+        all_cpu_us: round(client_us + per_call(worker) + corelane_us),
+        worker_switches: round(worker.voluntary as f64 / calls),
+        corelane_switches: corelane.map_or(0.0, |used| round(used.voluntary as f64 / calls)),
+        errors: count("errors")? as u64,
+        hiccup_us,
+        stolen_cores: round(stolen_us / 1e6 / seconds),
+    })
+}
+
+fn quantiles(summary: &Value) -> Option<Quantiles> {
+    let value = |name: &str| summary[name].as_f64();
+    Some(Quantiles {
+        p50: value("p50")?,
+        p90: value("p90")?,
+        p99: value("p99")?,
+        p999: value("p99.9")?,
+        max: value("max")?,
+        count: 0,
+    })
+}
+
+fn start_etcd(program: &Path, dir: &Path) -> Result<(Server, String)> {
+    let (clients, peers) = (free_address()?, free_address()?);
+    let (client_url, peer_url) = (format!("http://{clients}"), format!("http://{peers}"));
+    let mut command = Command::new(program);
+    command
+        .arg("--data-dir")
+        .arg(dir.join("etcd.data"))
+        .args(["--log-level", "warn"])
+        .args([
+            "--listen-client-urls",
+            &client_url,
+            "--advertise-client-urls",
+            &client_url,
+        ])
+        .args([
+            "--listen-peer-urls",
+            &peer_url,
+            "--initial-advertise-peer-urls",
+            &peer_url,
+        ])
+        .args(["--initial-cluster", &format!("default={peer_url}")]);
+    let mut etcd = Server::start("etcd", command, dir, None)?;
+    etcd.wait_listening(clients)?;
+    Ok((etcd, client_url))
+}
+
+/// Loopback only: left alone, Dynamo takes the first address that is not.
+fn loopback_variables(etcd_url: &str) -> Vec<(String, String)> {
+    [
+        ("ETCD_ENDPOINTS", etcd_url),
+        ("DYN_REQUEST_PLANE", "tcp"),
+        ("DYN_TCP_RPC_HOST", "127.0.0.1"),
+        ("DYN_TCP_RESPONSE_STREAM_HOST", "127.0.0.1"),
+    ]
+    .map(|(name, value)| (name.to_string(), value.to_string()))
+    .to_vec()
+}
+
+fn start_worker(program: &Path, dir: &Path, variables: &[(String, String)]) -> Result<Server> {
+    let mut command = Command::new(program);
+    command
+        .args([
+            "--no-logging",
+            "--namespace",
+            NAMESPACE,
+            "--component",
+            TARGET_COMPONENT,
+        ])
+        .args(["--endpoint", ENDPOINT, "-n", "1"])
+        .envs(variables.iter().cloned());
+    let mut worker = Server::start("worker", command, dir, None)?;
+    let out = worker.stdout.clone();
+    worker.wait_until("to be ready", || {
+        fs::read_to_string(&out)
+            .ok()?
+            .contains("\"ready\":true")
+            .then_some(())
+    })?;
+    Ok(worker)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loads_parse_and_become_arguments_of_the_client() {
+        let cases = [
+            ("closed:64", vec!["-c", "64"]),
+            ("even:1000", vec!["-r", "1000"]),
+            ("poisson:0.5", vec!["-r", "0.5", "--poisson"]),
+            ("burst8:100", vec!["-r", "100", "--burst", "8"]),
+        ];
+        for (text, arguments) in cases {
+            assert_eq!(
+                text.parse::<Load>().unwrap().arguments(),
+                arguments,
+                "{text}"
+            );
+        }
+        for bad in [
+            "closed",
+            "closed:0",
+            "closed:x",
+            "even:",
+            "even:0",
+            "uniform:5",
+            "even:inf",
+        ] {
+            assert!(bad.parse::<Load>().is_err(), "{bad}");
+        }
+    }
+
+    fn counters(worker_ns: u64, corelane_ns: Option<u64>, at: Instant) -> Counters {
+        let used = |run_ns| Usage {
+            run_ns,
+            voluntary: run_ns / 1000,
+            ..Usage::default()
+        };
+        Counters {
+            at,
+            worker: used(worker_ns),
+            corelane: corelane_ns.map(used),
+            etcd: used(0),
+            machine: Machine::default(),
+        }
+    }
+
+    #[test]
+    fn a_report_of_the_client_becomes_a_round() {
+        let found = serde_json::json!({
+            "calls_with_warmup": 200, "throughput_rps": 100.0, "errors": 0,
+            "first_item_us": {"p50": 80.0, "p90": 90.0, "p99": 99.0, "p99.9": 120.0, "max": 130.0},
+            "last_item_us": null, "send_lag_us": {"p99": 3.0},
+            "cpu": {"client": {"us_per_request": 40.0}},
+        });
+        let start = Instant::now();
+        let before = counters(1_000_000, Some(0), start);
+        let after = counters(5_000_000, Some(2_000_000), start + Duration::from_secs(1));
+        let round = round_of(3, &found, &before, &after, Quantiles::default()).unwrap();
+        assert_eq!((round.worker_cpu_us, round.corelane_cpu_us), (20.0, 10.0));
+        assert_eq!((round.all_cpu_us, round.worker_switches), (70.0, 20.0));
+        assert_eq!(round.first_item_us.unwrap().p999, 120.0);
+        assert_eq!(round.last_item_us, None);
+        let error = round_of(0, &Value::Null, &before, &after, Quantiles::default()).unwrap_err();
+        assert!(error.to_string().contains("calls_with_warmup"), "{error}");
+    }
+}

@@ -1,0 +1,238 @@
+//! JSON strings, borrowed as they were written.
+
+use std::borrow::Cow;
+use std::fmt;
+
+/// The content of a JSON string between its quotes, still escaped. It is known to be UTF-8 and
+/// every escape in it is known to be a whole character, so reading it cannot fail.
+#[derive(Clone, Copy)]
+pub struct Text<'a> {
+    raw: &'a str,
+    escaped: bool,
+}
+
+/// The unescaped text does not fit the buffer that was given for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("text is longer than the {have_bytes} bytes given for it")]
+pub struct TooLong {
+    /// Size of the buffer.
+    pub have_bytes: usize,
+}
+
+impl<'a> Text<'a> {
+    /// Takes the bytes between the quotes of a string that was scanned. `None` if they are not
+    /// UTF-8 or hold half of a surrogate pair.
+    pub(super) fn new(raw: &'a [u8]) -> Option<Self> {
+        let raw = std::str::from_utf8(raw).ok()?;
+        let escaped = raw.as_bytes().contains(&b'\\');
+        let mut rest = raw;
+        while let Some(at) = escaped.then(|| rest.find('\\')).flatten() {
+            rest = unescape(&rest[at..])?.1;
+        }
+        Some(Self { raw, escaped })
+    }
+
+    /// The text as written, escapes included.
+    #[must_use]
+    pub fn raw(&self) -> &'a str {
+        self.raw
+    }
+
+    /// The text itself, if no escape stands in the way.
+    #[must_use]
+    pub fn as_str(&self) -> Option<&'a str> {
+        (!self.escaped).then_some(self.raw)
+    }
+
+    /// The characters of the unescaped text.
+    #[must_use]
+    pub fn chars(&self) -> Chars<'a> {
+        Chars { rest: self.raw }
+    }
+
+    /// True if the text has no characters.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.raw.is_empty()
+    }
+
+    /// Writes the unescaped text to the start of `out`.
+    ///
+    /// # Errors
+    /// `out` is too short; what it holds then is not specified.
+    pub fn unescape_into<'out>(&self, out: &'out mut [u8]) -> Result<&'out str, TooLong> {
+        let have_bytes = out.len();
+        let mut at = 0;
+        let mut rest = self.raw;
+        while !rest.is_empty() {
+            let plain = rest.find('\\').unwrap_or(rest.len());
+            put(out, &mut at, &rest.as_bytes()[..plain]).ok_or(TooLong { have_bytes })?;
+            rest = &rest[plain..];
+            if let Some((char, tail)) = unescape(rest) {
+                let mut utf8 = [0; 4];
+                let char = char.encode_utf8(&mut utf8);
+                put(out, &mut at, char.as_bytes()).ok_or(TooLong { have_bytes })?;
+                rest = tail;
+            }
+        }
+        // Only whole runs of a `str` and whole characters were copied.
+        Ok(std::str::from_utf8(&out[..at]).unwrap_or_default())
+    }
+
+    /// The unescaped text; borrowed if it holds no escape, else allocated.
+    #[must_use]
+    pub fn to_cow(&self) -> Cow<'a, str> {
+        match self.as_str() {
+            Some(text) => Cow::Borrowed(text),
+            None => Cow::Owned(self.chars().collect()),
+        }
+    }
+}
+
+fn put(out: &mut [u8], at: &mut usize, bytes: &[u8]) -> Option<()> {
+    let end = at.checked_add(bytes.len())?;
+    out.get_mut(*at..end)?.copy_from_slice(bytes);
+    *at = end;
+    Some(())
+}
+
+/// Reads the escape that `text` starts with and answers its character and what follows it. `None`
+/// if there is no whole escape there or it is half of a surrogate pair.
+fn unescape(text: &str) -> Option<(char, &str)> {
+    let bytes = text.as_bytes();
+    if bytes.first() != Some(&b'\\') {
+        return None;
+    }
+    let plain = match bytes.get(1)? {
+        b'"' => '"',
+        b'\\' => '\\',
+        b'/' => '/',
+        b'b' => '\u{8}',
+        b'f' => '\u{c}',
+        b'n' => '\n',
+        b'r' => '\r',
+        b't' => '\t',
+        b'u' => return unescape_hex(text),
+        _ => return None,
+    };
+    Some((plain, &text[2..]))
+}
+
+fn unescape_hex(text: &str) -> Option<(char, &str)> {
+    let unit = |at: usize| u32::from_str_radix(text.get(at..at + 4)?, 16).ok();
+    let high = unit(2)?;
+    if !(0xd800..0xdc00).contains(&high) {
+        return Some((char::from_u32(high)?, &text[6..]));
+    }
+    if text.get(6..8)? != "\\u" {
+        return None;
+    }
+    let low = unit(8).filter(|low| (0xdc00..0xe000).contains(low))?;
+    let joined = 0x10000 + ((high - 0xd800) << 10) + (low - 0xdc00);
+    Some((char::from_u32(joined)?, &text[12..]))
+}
+
+/// The characters of a [`Text`].
+#[derive(Debug, Clone)]
+pub struct Chars<'a> {
+    rest: &'a str,
+}
+
+impl Iterator for Chars<'_> {
+    type Item = char;
+
+    fn next(&mut self) -> Option<char> {
+        if let Some((char, rest)) = unescape(self.rest) {
+            self.rest = rest;
+            return Some(char);
+        }
+        let mut chars = self.rest.chars();
+        let char = chars.next()?;
+        self.rest = chars.as_str();
+        Some(char)
+    }
+}
+
+impl PartialEq<str> for Text<'_> {
+    fn eq(&self, other: &str) -> bool {
+        match self.as_str() {
+            Some(text) => text == other,
+            None => self.chars().eq(other.chars()),
+        }
+    }
+}
+
+impl PartialEq<&str> for Text<'_> {
+    fn eq(&self, other: &&str) -> bool {
+        *self == **other
+    }
+}
+
+impl PartialEq for Text<'_> {
+    fn eq(&self, other: &Self) -> bool {
+        match other.as_str() {
+            Some(text) => *self == *text,
+            None => self.chars().eq(other.chars()),
+        }
+    }
+}
+
+impl Eq for Text<'_> {}
+
+impl fmt::Display for Text<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        use fmt::Write;
+        self.chars().try_for_each(|char| f.write_char(char))
+    }
+}
+
+impl fmt::Debug for Text<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.to_cow(), f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unescapes_every_way_alike() {
+        let text = Text::new(br#"a\"\\\/\b\f\n\r\t\u00e9\ud83d\ude80z\u0000"#).unwrap();
+        let want = "a\"\\/\u{8}\u{c}\n\r\té🚀z\0";
+        assert_eq!(text.to_cow(), want);
+        assert_eq!(text.to_string(), want);
+        assert!(text == want);
+        assert!(text != "a");
+        let mut buffer = [0; 64];
+        assert_eq!(text.unescape_into(&mut buffer), Ok(want));
+        let short = &mut buffer[..want.len() - 1];
+        assert_eq!(
+            text.unescape_into(short),
+            Err(TooLong {
+                have_bytes: want.len() - 1
+            })
+        );
+        assert_eq!(
+            Text::new("é\\n".as_bytes()).unwrap(),
+            Text::new(b"\\u00e9\\u000a").unwrap()
+        );
+    }
+
+    #[test]
+    fn refuses_half_characters() {
+        for bad in [
+            &br"\ud83d"[..],
+            br"\ud83dx",
+            br"\ud83d\n",
+            br"\ud83d\u0041",
+            br"\ude80",
+            b"\xff",
+            b"\xe2\x82",
+        ] {
+            assert!(Text::new(bad).is_none(), "{bad:?}");
+        }
+        assert_eq!(Text::new(b"plain").unwrap().as_str(), Some("plain"));
+        assert_eq!(Text::new(b"").unwrap().chars().count(), 0);
+    }
+}

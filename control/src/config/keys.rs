@@ -1,0 +1,360 @@
+//! The table of every key of the configuration: validation, `corelane check --explain`, the
+//! environment report and the documentation all read this one list.
+
+use super::value::Kind;
+use super::words::{Ack, Backend, Idle, Io, Policy, Response};
+
+/// A table of `corelane.toml`.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum Section {
+    /// `[server]`: what we listen on.
+    Server,
+    /// `[discovery]`: where instances are found and our endpoints are offered.
+    Discovery,
+    /// `[[route]]`: one endpoint that we offer, and who answers it.
+    Route,
+    /// `[[instance]]`: an instance known without discovery.
+    Instance,
+    /// `[core]`: what each data core does; the only table of a file in `cores.d/`.
+    Core,
+    /// `[control]`: the control core.
+    Control,
+    /// `[drain]`: how we stop.
+    Drain,
+}
+
+impl Section {
+    /// All sections in the order in which they are documented.
+    pub const ALL: [Self; 7] = [
+        Self::Server,
+        Self::Discovery,
+        Self::Route,
+        Self::Instance,
+        Self::Core,
+        Self::Control,
+        Self::Drain,
+    ];
+
+    /// The table's name, without brackets.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Server => "server",
+            Self::Discovery => "discovery",
+            Self::Route => "route",
+            Self::Instance => "instance",
+            Self::Core => "core",
+            Self::Control => "control",
+            Self::Drain => "drain",
+        }
+    }
+
+    /// Whether the table is written once for each thing, in double brackets.
+    pub const fn repeats(self) -> bool {
+        matches!(self, Self::Route | Self::Instance)
+    }
+
+    /// The name as it is written in the file: `[core]` or `[[route]]`.
+    pub fn header(self) -> String {
+        if self.repeats() {
+            format!("[[{}]]", self.name())
+        } else {
+            format!("[{}]", self.name())
+        }
+    }
+}
+
+/// What a key is when nobody wrote it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Fallback {
+    /// This value, as it would be typed without quotes.
+    Value(&'static str),
+    /// No value; the text says what happens then.
+    Unset(&'static str),
+    /// It must be written.
+    Required,
+}
+
+/// How the value of one of Dynamo's variables becomes ours.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Dialect {
+    /// The same words and units.
+    Same,
+    /// Their seconds are our milliseconds.
+    SecondsToMillis,
+    /// Their `mem` is our `memory`.
+    ShortBackend,
+    /// Any negative number is our -1.
+    NegativeIsOff,
+}
+
+/// A variable of Dynamo's that sets one of our keys.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Alias {
+    /// The variable's name.
+    pub name: &'static str,
+    /// How its value is read.
+    pub dialect: Dialect,
+}
+
+/// One key of the configuration.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Key {
+    /// The table it stands in.
+    pub section: Section,
+    /// Its name in that table.
+    pub name: &'static str,
+    /// Type, bounds and unit.
+    pub kind: Kind,
+    /// The value when nobody wrote one.
+    pub fallback: Fallback,
+    /// Dynamo's names for the same thing; our own name, [`Key::env`], wins over them.
+    pub aliases: &'static [Alias],
+    /// One line for users.
+    pub doc: &'static str,
+}
+
+impl Key {
+    /// `section.name`, as `--set` takes it.
+    pub fn path(&self) -> String {
+        format!("{}.{}", self.section.name(), self.name)
+    }
+
+    /// Our own variable: `CORELANE_SERVER_PORT`, and for `[core]` without the section,
+    /// `CORELANE_IO`. None for tables that repeat.
+    pub fn env(&self) -> Option<String> {
+        let name = self.name.to_ascii_uppercase();
+        match self.section {
+            section if section.repeats() => None,
+            Section::Core => Some(format!("CORELANE_{name}")),
+            section => Some(format!(
+                "CORELANE_{}_{name}",
+                section.name().to_ascii_uppercase()
+            )),
+        }
+    }
+
+    /// Whether a file in `cores.d/` may set it.
+    pub fn per_core(&self) -> bool {
+        self.section == Section::Core && *self != CORE_CPUS
+    }
+}
+
+/// Every key, in the order of the documentation.
+pub fn keys() -> &'static [&'static Key] {
+    KEYS
+}
+
+/// The key at `section.name`, if there is one.
+pub fn find(path: &str) -> Option<&'static Key> {
+    KEYS.iter().copied().find(|key| key.path() == path)
+}
+
+/// The keys of one section.
+pub(super) fn of(section: Section) -> impl Iterator<Item = &'static Key> {
+    KEYS.iter()
+        .copied()
+        .filter(move |key| key.section == section)
+}
+
+const fn same(name: &'static str) -> Alias {
+    Alias {
+        name,
+        dialect: Dialect::Same,
+    }
+}
+
+macro_rules! keys {
+    ($($id:ident = $section:ident $name:literal, $kind:expr, $fallback:expr, [$($alias:expr),*],
+       $doc:literal;)*) => {
+        $(
+            #[doc = $doc]
+            pub(super) const $id: Key = Key {
+                section: Section::$section,
+                name: $name,
+                kind: $kind,
+                fallback: $fallback,
+                aliases: &[$($alias),*],
+                doc: $doc,
+            };
+        )*
+        const KEYS: &[&Key] = &[$(&$id),*];
+    };
+}
+
+use Fallback::{Required, Unset, Value};
+
+const fn int(min: i64, max: i64, unit: &'static str) -> Kind {
+    Kind::Int { min, max, unit }
+}
+
+keys! {
+    SERVER_HOST = Server "host", Kind::Ip, Value("127.0.0.1"), [same("DYN_TCP_RPC_HOST")],
+        "Address to bind; advertised too, unless it is 0.0.0.0 or [::]";
+    SERVER_ADVERTISE_HOST = Server "advertise_host", Kind::Ip,
+        Unset("host; behind 0.0.0.0, the address of the default route"), [],
+        "Address that discovery tells to callers";
+    SERVER_PORT = Server "port", int(0, 65_535, "port"), Value("0"), [same("DYN_TCP_RPC_PORT")],
+        "Port of the request plane, the same on every core; 0 takes any free one";
+    SERVER_STATUS_HOST = Server "status_host", Kind::Ip, Unset("host"),
+        [same("DYN_SYSTEM_HOST")],
+        "Address of /health, /live and /metrics";
+    SERVER_STATUS_PORT = Server "status_port", int(-1, 65_535, "port"), Value("9090"),
+        [Alias { name: "DYN_SYSTEM_PORT", dialect: Dialect::NegativeIsOff }],
+        "Port of /health, /live and /metrics; 0 takes any free one, -1 switches them off";
+    SERVER_MESSAGE_BYTES_MAX = Server "message_bytes_max", int(4_096, 1 << 30, "bytes"),
+        Value("33554432"), [same("DYN_TCP_MAX_MESSAGE_SIZE")],
+        "Largest whole request frame; a longer one is refused";
+
+    DISCOVERY_BACKEND = Discovery "backend", Kind::Words(Backend::WORDS), Value("memory"),
+        [Alias { name: "DYN_DISCOVERY_BACKEND", dialect: Dialect::ShortBackend }],
+        "Where instances are found: memory is this process and [[instance]]";
+    DISCOVERY_ENDPOINTS = Discovery "endpoints", Kind::Urls, Value("http://localhost:2379"),
+        [same("ETCD_ENDPOINTS")],
+        "etcd servers; in the environment a comma list";
+    DISCOVERY_LEASE_TTL_S = Discovery "lease_ttl_s", int(2, 3_600, "seconds"), Value("30"),
+        [same("ETCD_LEASE_TTL")],
+        "How long our records outlive a crash in etcd";
+    DISCOVERY_CONNECT_TIMEOUT_S = Discovery "connect_timeout_s", int(1, 3_600, "seconds"),
+        Value("120"), [same("ETCD_STARTUP_CONNECT_TIMEOUT_SECONDS")],
+        "How long to try etcd at start before giving up";
+    DISCOVERY_KEEPALIVE_INTERVAL_S = Discovery "keepalive_interval_s", int(0, 3_600, "seconds"),
+        Value("15"), [same("ETCD_KEEPALIVE_INTERVAL_SECONDS")],
+        "HTTP/2 ping to etcd; 0 is off";
+    DISCOVERY_KEEPALIVE_TIMEOUT_S = Discovery "keepalive_timeout_s", int(1, 3_600, "seconds"),
+        Value("10"), [same("ETCD_KEEPALIVE_TIMEOUT_SECONDS")],
+        "How long an HTTP/2 ping may go unanswered";
+    DISCOVERY_USERNAME = Discovery "username", Kind::Text { bytes_max: 256 },
+        Unset("no log-in"), [same("ETCD_AUTH_USERNAME")],
+        "User of etcd";
+    DISCOVERY_PASSWORD = Discovery "password", Kind::Secret, Unset("no log-in"),
+        [same("ETCD_AUTH_PASSWORD")],
+        "Password of that user; better given in the environment than in a file";
+    DISCOVERY_CA = Discovery "ca", Kind::Pem, Unset("the system's roots"),
+        [same("ETCD_AUTH_CA")],
+        "Certificate authority of etcd: PEM text or the path of a file";
+    DISCOVERY_CLIENT_CERT = Discovery "client_cert", Kind::Pem, Unset("no client certificate"),
+        [same("ETCD_AUTH_CLIENT_CERT")],
+        "Our certificate towards etcd: PEM text or the path of a file";
+    DISCOVERY_CLIENT_KEY = Discovery "client_key", Kind::Secret, Unset("no client certificate"),
+        [same("ETCD_AUTH_CLIENT_KEY")],
+        "The key of client_cert: PEM text or the path of a file";
+    DISCOVERY_PATH = Discovery "path", Kind::Path, Unset("dynamo_store_kv in the temp folder"),
+        [same("DYN_FILE_KV")],
+        "Folder of the file backend, shared by all processes";
+
+    ROUTE_LISTEN = Route "listen", Kind::Endpoint, Required, [],
+        "Endpoint that we offer in discovery: namespace/component/endpoint";
+    ROUTE_TARGET = Route "target", Kind::Endpoint, Required, [],
+        "Endpoint whose instances get the requests";
+    ROUTE_POLICY = Route "policy", Kind::Words(Policy::WORDS), Value("least_loaded"), [],
+        "How an instance is chosen";
+    ROUTE_HEADER = Route "header", Kind::Header,
+        Unset("x-corelane-instance for direct; hash must name one"), [],
+        "Request header that names the instance (direct) or the affinity key (hash)";
+    ROUTE_RESPONSE = Route "response", Kind::Words(Response::WORDS), Value("direct"), [],
+        "direct: the worker dials the caller";
+    ROUTE_ACK = Route "ack", Kind::Words(Ack::WORDS), Value("on_forward"), [],
+        "on_forward: answer at once and fail over ourselves; on_accept: the worker's answer";
+    ROUTE_ACK_TIMEOUT_MS = Route "ack_timeout_ms", int(1, 600_000, "milliseconds"), Value("5000"),
+        [Alias { name: "DYN_TCP_REQUEST_TIMEOUT", dialect: Dialect::SecondsToMillis }],
+        "How long an instance may take to acknowledge a request";
+    ROUTE_RETRIES_MAX = Route "retries_max", int(0, 16, "attempts"), Value("2"), [],
+        "Further instances to try after the first refused or went away";
+    ROUTE_HOLD_BYTES = Route "hold_bytes", int(0, 1 << 30, "bytes"), Value("1048576"), [],
+        "Largest request that is kept until it is acknowledged, so that it can be sent again";
+
+    INSTANCE_ENDPOINT = Instance "endpoint", Kind::Endpoint, Required, [],
+        "Endpoint that the instance serves";
+    INSTANCE_ADDRESS = Instance "address", Kind::Address, Required, [],
+        "IP:PORT/PATH as discovery would give it; the path often begins with the instance id";
+    INSTANCE_ID = Instance "id", Kind::Hex, Unset("the path's first part, else made from address"),
+        [],
+        "Instance id in hexadecimal";
+
+    CORE_CPUS = Core "cpus", Kind::Cpus, Value("0-3"), [],
+        "Data cores, one shard each; those that this machine lacks are left out";
+    CORE_IDLE = Core "idle", Kind::Words(Idle::WORDS), Value("block"), [],
+        "What a core does with nothing to do: block sleeps, spin polls";
+    CORE_IO = Core "io", Kind::Words(Io::WORDS), Value("auto"), [],
+        "auto takes io_uring where the kernel allows it, else epoll";
+    CORE_NIC_QUEUE = Core "nic_queue", Kind::ReservedWord("none"), Value("none"), [],
+        "Network queue to serve; only none in this version";
+    CORE_BUSY_POLL_US = Core "busy_poll_us", Kind::ReservedInt(0), Value("0"), [],
+        "NAPI busy polling; only 0 in this version";
+    CORE_CONNECTIONS_MAX = Core "connections_max", int(16, 1_000_000, "connections"),
+        Value("16384"), [],
+        "Sockets of one core, both sides together";
+    CORE_BUFFER_BYTES = Core "buffer_bytes", int(1_024, 1 << 20, "bytes"), Value("16384"), [],
+        "Size of one receive buffer";
+    CORE_BUFFERS = Core "buffers", Kind::PowerOfTwo { min: 16, max: 32_768, unit: "buffers" },
+        Value("4096"), [],
+        "Receive buffers of one core; buffers x buffer_bytes are taken at start";
+    CORE_IN_FLIGHT_MAX = Core "in_flight_max", int(1, 1 << 20, "requests"), Value("65536"), [],
+        "Unanswered requests of one core; more are refused";
+    CORE_UPSTREAM_QUEUE_BYTES = Core "upstream_queue_bytes", int(65_536, 1 << 30, "bytes"),
+        Value("67108864"), [],
+        "Bytes waiting for one instance's socket; more are refused";
+
+    CONTROL_CPU = Control "cpu", Kind::CpuOrLast, Value("last"), [],
+        "CPU of the control core; last is the last one, free of data cores where there is one";
+
+    DRAIN_GRACE_S = Drain "grace_s", int(0, 3_600, "seconds"), Value("5"),
+        [same("DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS")],
+        "After the stop signal: keep accepting so long, while callers see us leave discovery";
+    DRAIN_TIMEOUT_S = Drain "timeout_s", int(0, 86_400, "seconds"), Value("900"),
+        [same("DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS")],
+        "After that: how long running requests may take to finish";
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn every_name_is_used_once() {
+        let mut paths = HashSet::new();
+        let mut names = HashSet::new();
+        for key in keys() {
+            assert!(paths.insert(key.path()), "{} twice", key.path());
+            assert!(find(&key.path()) == Some(key));
+            let own = key.env().into_iter();
+            for name in own.chain(key.aliases.iter().map(|alias| alias.name.to_owned())) {
+                assert!(names.insert(name.clone()), "{name} twice");
+            }
+        }
+        for section in Section::ALL {
+            assert!(of(section).count() > 0, "{} has no key", section.header());
+        }
+    }
+
+    #[test]
+    fn every_default_passes_its_own_check() {
+        for key in keys() {
+            if let Value(text) = key.fallback {
+                let read = key.kind.read_text(key, text);
+                assert!(read.is_ok(), "{}: {:?}", key.path(), read);
+            }
+        }
+    }
+
+    #[test]
+    fn every_key_says_one_line() {
+        for key in keys() {
+            assert!(key.doc.len() > 10 && key.doc.len() < 100, "{}", key.path());
+            assert!(
+                !key.doc.contains('\n') && !key.doc.ends_with('.'),
+                "{}",
+                key.path()
+            );
+        }
+    }
+
+    #[test]
+    fn own_variable_names() {
+        assert_eq!(CORE_IO.env().as_deref(), Some("CORELANE_IO"));
+        assert_eq!(SERVER_PORT.env().as_deref(), Some("CORELANE_SERVER_PORT"));
+        assert_eq!(ROUTE_LISTEN.env(), None);
+    }
+}

@@ -1,0 +1,420 @@
+//! The configuration: `corelane.toml`, `cores.d/<n>.toml`, environment and flags become one
+//! [`Config`] of plain values, each with the place it came from, or a list of everything that is
+//! wrong with them.
+//!
+//! ```text
+//! flag  >  CORELANE_* > Dynamo's name  >  cores.d/<n>.toml  >  corelane.toml  >  default
+//!            keys (one table)  ->  raw (what was typed)  ->  layers (who wins)  ->  resolve
+//! ```
+//!
+//! Nothing here opens a socket or starts a thread: `corelane check` and `corelane serve` see the
+//! same.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use crate::env::Env;
+
+mod endpoint;
+mod host;
+mod keys;
+mod layers;
+mod problem;
+mod raw;
+mod resolve;
+mod routes;
+mod suggest;
+mod value;
+mod words;
+
+pub use corelane_codec::path::EndpointId;
+pub use host::Host;
+pub use keys::{Alias, Dialect, Fallback, Key, Section, find, keys};
+pub use layers::Setting;
+pub use problem::{Origin, Problem, Severity};
+pub use value::{Kind, Value, address};
+pub use words::{Ack, Backend, Idle, Io, Policy, Response, Word};
+
+pub(crate) use host::cpu_list;
+pub(crate) use problem::quoted;
+pub(crate) use suggest::nearest;
+
+use layers::Layers;
+use raw::{FileKind, RawFile};
+
+/// Everything that the router is told, checked: plain values only.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What we listen on.
+    pub server: Server,
+    /// Where instances are found.
+    pub discovery: Discovery,
+    /// The endpoints that we offer, in the order of the file.
+    pub routes: Vec<Route>,
+    /// Instances known without discovery, in the order of the file.
+    pub instances: Vec<StaticInstance>,
+    /// The data cores in ascending order of their CPUs, at least one.
+    pub cores: Vec<Core>,
+    /// The control core.
+    pub control: Control,
+    /// How we stop.
+    pub drain: Drain,
+    /// Every value that was used, with the place it came from.
+    pub settings: Vec<Setting>,
+}
+
+/// `[server]`.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Server {
+    /// Address to bind.
+    pub host: IpAddr,
+    /// Address to advertise; None means `host`, or behind a wildcard [`Server::advertised`].
+    pub advertise_host: Option<IpAddr>,
+    /// Port of the request plane; 0 is any.
+    pub port: u16,
+    /// Address of the status server.
+    pub status_host: IpAddr,
+    /// Port of the status server; 0 is any, None is off.
+    pub status_port: Option<u16>,
+    /// Largest whole request frame.
+    pub message_bytes_max: u32,
+}
+
+impl Server {
+    /// The address that callers are told. Behind a wildcard it is the one from which this machine
+    /// would send to the outside, and loopback where there is no way out; nothing is sent.
+    pub fn advertised(&self) -> IpAddr {
+        if let Some(host) = self.advertise_host {
+            return host;
+        }
+        if !self.host.is_unspecified() {
+            return self.host;
+        }
+        let (any, far, loopback) = match self.host {
+            IpAddr::V4(_) => ("0.0.0.0:0", "192.0.2.1:9", "127.0.0.1"),
+            IpAddr::V6(_) => ("[::]:0", "[2001:db8::1]:9", "::1"),
+        };
+        // Connecting a datagram socket only looks up the route.
+        let routed = std::net::UdpSocket::bind(any).and_then(|socket| {
+            socket.connect(far)?;
+            socket.local_addr()
+        });
+        match routed {
+            Ok(local) if !local.ip().is_unspecified() => local.ip(),
+            _ => value::ip(loopback).unwrap_or(self.host),
+        }
+    }
+}
+
+/// `[discovery]`.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Discovery {
+    /// Which store.
+    pub backend: Backend,
+    /// etcd servers: `HOST:PORT` or a URL each.
+    pub endpoints: Vec<String>,
+    /// Time to live of our lease.
+    pub lease_ttl_s: u32,
+    /// How long to try at start.
+    pub connect_timeout_s: u32,
+    /// HTTP/2 ping interval; 0 is off.
+    pub keepalive_interval_s: u32,
+    /// HTTP/2 ping time-out.
+    pub keepalive_timeout_s: u32,
+    /// User and password of etcd; with them the certificates are not used.
+    pub login: Option<(String, Secret)>,
+    /// Certificate authority of etcd: PEM text (contains `-----BEGIN`) or a path.
+    pub ca: Option<String>,
+    /// Client certificate and its key, PEM text or a path each; only together with `ca`.
+    pub client_cert: Option<(String, Secret)>,
+    /// Folder of the file backend.
+    pub path: PathBuf,
+}
+
+impl Discovery {
+    /// These settings under the names of Dynamo's variables, for code that reads those. The value
+    /// is the resolved one, wherever it came from.
+    pub fn variable(&self, name: &str) -> Option<String> {
+        match name {
+            "ETCD_ENDPOINTS" => Some(self.endpoints.join(",")),
+            "ETCD_LEASE_TTL" => Some(self.lease_ttl_s.to_string()),
+            "ETCD_STARTUP_CONNECT_TIMEOUT_SECONDS" => Some(self.connect_timeout_s.to_string()),
+            "ETCD_KEEPALIVE_INTERVAL_SECONDS" => Some(self.keepalive_interval_s.to_string()),
+            "ETCD_KEEPALIVE_TIMEOUT_SECONDS" => Some(self.keepalive_timeout_s.to_string()),
+            "ETCD_AUTH_USERNAME" => self.login.as_ref().map(|(user, _)| user.clone()),
+            "ETCD_AUTH_PASSWORD" => self.login.as_ref().map(|(_, secret)| secret.0.clone()),
+            "ETCD_AUTH_CA" => self.ca.clone(),
+            "ETCD_AUTH_CLIENT_CERT" => self.client_cert.as_ref().map(|(cert, _)| cert.clone()),
+            "ETCD_AUTH_CLIENT_KEY" => self.client_cert.as_ref().map(|(_, key)| key.0.clone()),
+            "DYN_FILE_KV" => Some(self.path.to_string_lossy().into_owned()),
+            _ => None,
+        }
+    }
+}
+
+/// Text that no log and no listing shows.
+#[derive(Clone, Eq, PartialEq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// The text itself, for handing it to a peer.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(hidden)")
+    }
+}
+
+/// `[[route]]`.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Route {
+    /// Endpoint that we offer.
+    pub listen: EndpointId,
+    /// Endpoint whose instances get the requests.
+    pub target: EndpointId,
+    /// How an instance is chosen.
+    pub policy: Policy,
+    /// Header of the policies `direct` and `hash`; always there for these two.
+    pub header: Option<String>,
+    /// Who dials whom for the response.
+    pub response: Response,
+    /// What the acknowledgement means.
+    pub ack: Ack,
+    /// How long an instance may take to acknowledge.
+    pub ack_timeout_ms: u32,
+    /// Further instances to try.
+    pub retries_max: u8,
+    /// Largest request that is kept to be sent again.
+    pub hold_bytes: u32,
+}
+
+/// `[[instance]]`.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct StaticInstance {
+    /// Endpoint that it serves.
+    pub endpoint: EndpointId,
+    /// Where it listens.
+    pub socket: SocketAddr,
+    /// The path that its request frames carry, byte for byte.
+    pub path: String,
+    /// Its id.
+    pub id: u64,
+}
+
+/// `[core]`, of one data core.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Core {
+    /// The CPU that it is pinned to.
+    pub cpu: usize,
+    /// What it does with nothing to do.
+    pub idle: Idle,
+    /// Which kernel interface moves bytes.
+    pub io: Io,
+    /// Sockets at most.
+    pub connections_max: u32,
+    /// Size of a receive buffer.
+    pub buffer_bytes: u32,
+    /// Receive buffers, a power of two.
+    pub buffers: u16,
+    /// Unanswered requests at most.
+    pub in_flight_max: u32,
+    /// Bytes waiting for one instance's socket at most.
+    pub upstream_queue_bytes: u32,
+}
+
+/// `[control]`.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Control {
+    /// The CPU of the control core; may be one of the data cores on a small machine.
+    pub cpu: usize,
+}
+
+/// `[drain]`.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Drain {
+    /// How long to keep accepting after leaving discovery.
+    pub grace_s: u32,
+    /// How long running requests may then take.
+    pub timeout_s: u32,
+}
+
+/// What the configuration is read for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Purpose {
+    /// A router: at least one route.
+    Serve,
+    /// A router with workers in the same process.
+    Up,
+    /// A worker or a caller: only `[server]` and `[discovery]` count.
+    Peer,
+}
+
+impl Purpose {
+    fn reads(self, section: Section) -> bool {
+        self != Self::Peer || matches!(section, Section::Server | Section::Discovery)
+    }
+}
+
+/// A value from the command line.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Override {
+    /// The flag as the user would type it: `--set server.port`, `--discovery`.
+    pub flag: String,
+    /// What it sets.
+    pub key: &'static Key,
+    /// The value as typed.
+    pub text: String,
+}
+
+/// Where the main file is.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Main {
+    /// There is none.
+    Nothing,
+    /// On disk; `cores.d` is looked for beside it.
+    File(PathBuf),
+    /// Here, under a name for messages; there is no `cores.d`.
+    Text {
+        /// The name.
+        name: String,
+        /// The content.
+        text: String,
+    },
+}
+
+/// Everything that a configuration is made of.
+#[derive(Clone, Debug)]
+pub struct Inputs {
+    /// What it is for.
+    pub purpose: Purpose,
+    /// The main file.
+    pub main: Main,
+    /// Flags.
+    pub overrides: Vec<Override>,
+    /// Environment.
+    pub env: Env,
+    /// This machine.
+    pub host: Host,
+}
+
+/// The outcome of reading a configuration.
+#[derive(Clone, Debug)]
+pub struct Checked {
+    /// There unless a problem is an error.
+    pub config: Option<Config>,
+    /// Everything found, in the order of places.
+    pub problems: Vec<Problem>,
+    /// Every value that was looked at, also when there is no config.
+    pub settings: Vec<Setting>,
+}
+
+impl Checked {
+    /// The findings that stop the program.
+    pub fn errors(&self) -> impl Iterator<Item = &Problem> {
+        self.problems.iter().filter(|problem| problem.is_error())
+    }
+
+    /// The findings that do not.
+    pub fn warnings(&self) -> impl Iterator<Item = &Problem> {
+        self.problems.iter().filter(|problem| !problem.is_error())
+    }
+}
+
+/// Reads and checks a configuration. Never fails: what is wrong is in the answer.
+pub fn load(inputs: &Inputs) -> Checked {
+    let mut layers = layers(inputs);
+    layers.problems.extend(crate::env::refusals(&inputs.env));
+    let config = resolve::config(&mut layers, inputs);
+    let mut problems = layers.problems;
+    problems.sort_by(|left, right| left.at.cmp(&right.at));
+    problems.dedup();
+    let settings = layers.settings;
+    let failed = problems.iter().any(Problem::is_error);
+    let config = config.filter(|_| !failed).map(|config| Config {
+        settings: settings.clone(),
+        ..config
+    });
+    Checked {
+        config,
+        problems,
+        settings,
+    }
+}
+
+fn layers(inputs: &Inputs) -> Layers {
+    let mut problems = Vec::new();
+    let main = match &inputs.main {
+        Main::Nothing => RawFile::empty(),
+        Main::File(path) => raw::read_file(path, FileKind::Main, &mut problems),
+        Main::Text { name, text } => {
+            raw::read_text(name.as_str().into(), text, FileKind::Main, &mut problems)
+        }
+    };
+    let cores = match &inputs.main {
+        Main::File(path) => core_files(path, &mut problems),
+        Main::Nothing | Main::Text { .. } => BTreeMap::new(),
+    };
+    Layers::new(
+        main,
+        cores,
+        &inputs.overrides,
+        &inputs.env,
+        inputs.purpose,
+        problems,
+    )
+}
+
+/// The files of `cores.d` beside the main file, by CPU. Other files than `*.toml` are let be.
+fn core_files(main: &Path, problems: &mut Vec<Problem>) -> BTreeMap<usize, RawFile> {
+    let folder = main.parent().unwrap_or(Path::new("")).join("cores.d");
+    let start = |path: &Path| Origin::File {
+        path: path.to_string_lossy().into(),
+        line: 1,
+        column: 1,
+    };
+    let entries = match std::fs::read_dir(&folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return BTreeMap::new(),
+        Err(error) => {
+            let what = format!("cannot be read: {}", raw::plain(&error));
+            problems.push(Problem::error(
+                start(&folder),
+                what,
+                "make it a readable folder",
+            ));
+            return BTreeMap::new();
+        }
+    };
+    let mut paths: Vec<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .collect();
+    paths.retain(|path| {
+        path.extension()
+            .is_some_and(|extension| extension == "toml")
+    });
+    paths.sort();
+    let mut files = BTreeMap::new();
+    for path in paths {
+        let stem = path
+            .file_stem()
+            .and_then(|stem| stem.to_str())
+            .unwrap_or_default();
+        match stem.parse::<usize>() {
+            Ok(cpu) if cpu.to_string() == stem => {
+                files.insert(cpu, raw::read_file(&path, FileKind::Core, problems));
+            }
+            _ => problems.push(Problem::error(
+                start(&path),
+                "is not named after a CPU",
+                "name it like 0.toml or 12.toml, or give it another ending",
+            )),
+        }
+    }
+    files
+}

@@ -1,0 +1,335 @@
+//! Layers become a [`Config`]: typed values, and the checks that look at two settings at once.
+//! What concerns routes and instances is in `routes`.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+
+use super::keys;
+use super::layers::{Layers, Of};
+use super::problem::Origin;
+use super::value::{Value, ip};
+use super::words::{Backend, Idle, Io};
+use super::{
+    Config, Control, Core, Discovery, Drain, Host, Inputs, Purpose, Secret, Server, cpu_list,
+    routes,
+};
+
+/// Sockets and files that are open besides connections: rings, listeners, stores.
+const OTHER_FILES: u64 = 64;
+
+/// The configuration, if nothing is missing; the caller drops it when an error was reported.
+pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
+    let server = server(layers);
+    let discovery = discovery(layers);
+    let peer = inputs.purpose == Purpose::Peer;
+    let (routes, instances) = match peer {
+        true => (Vec::new(), Vec::new()),
+        false => routes::routes(layers, inputs.purpose, discovery.backend),
+    };
+    let cores = cores(layers, &inputs.host);
+    let control = control(layers, &inputs.host, &cores);
+    if !peer {
+        open_files(layers, &inputs.host, &cores);
+    }
+    let drain = Drain {
+        grace_s: layers.int(&keys::DRAIN_GRACE_S, Of::Once),
+        timeout_s: layers.int(&keys::DRAIN_TIMEOUT_S, Of::Once),
+    };
+    let settings = Vec::new();
+    Some(Config {
+        server,
+        discovery,
+        routes,
+        instances,
+        cores,
+        control: control?,
+        drain,
+        settings,
+    })
+}
+
+fn server(layers: &mut Layers) -> Server {
+    let address = |found: Option<(String, Origin)>| found.and_then(|(text, _)| ip(&text));
+    let host = address(layers.text(&keys::SERVER_HOST, Of::Once))
+        .unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    let advertise = layers.text(&keys::SERVER_ADVERTISE_HOST, Of::Once);
+    let advertise_host = address(advertise.clone());
+    if let (Some((_, at)), Some(true)) = (
+        &advertise,
+        advertise_host.map(|address| address.is_unspecified()),
+    ) {
+        let what = "advertise_host is a wildcard, which nobody can dial".to_owned();
+        layers.error(at, what, "write an address of this machine");
+    }
+    let port: u16 = layers.int(&keys::SERVER_PORT, Of::Once);
+    let status_host = address(layers.text(&keys::SERVER_STATUS_HOST, Of::Once)).unwrap_or(host);
+    let status = layers.get(&keys::SERVER_STATUS_PORT, Of::Once);
+    let (status_port, status_at) = match status {
+        Some((Value::Int(number), at)) => (u16::try_from(number).ok(), at),
+        _ => (None, Origin::Default),
+    };
+    let overlap = host == status_host || host.is_unspecified() || status_host.is_unspecified();
+    if port != 0 && status_port == Some(port) && overlap {
+        layers.error(
+            &status_at,
+            format!("status_port is {port}, which is the request plane's port too"),
+            "write two different ports, or status_port = -1",
+        );
+    }
+    let message_bytes_max = layers.int(&keys::SERVER_MESSAGE_BYTES_MAX, Of::Once);
+    Server {
+        host,
+        advertise_host,
+        port,
+        status_host,
+        status_port,
+        message_bytes_max,
+    }
+}
+
+fn discovery(layers: &mut Layers) -> Discovery {
+    let backend = layers.word(&keys::DISCOVERY_BACKEND, Backend::parse, Backend::Memory);
+    let endpoints = match layers.get(&keys::DISCOVERY_ENDPOINTS, Of::Once) {
+        Some((Value::List(endpoints), _)) => endpoints,
+        _ => Vec::new(),
+    };
+    let path = match layers.text(&keys::DISCOVERY_PATH, Of::Once) {
+        Some((path, _)) => PathBuf::from(path),
+        None => std::env::temp_dir().join("dynamo_store_kv"),
+    };
+    let discovery = Discovery {
+        backend,
+        endpoints,
+        lease_ttl_s: layers.int(&keys::DISCOVERY_LEASE_TTL_S, Of::Once),
+        connect_timeout_s: layers.int(&keys::DISCOVERY_CONNECT_TIMEOUT_S, Of::Once),
+        keepalive_interval_s: layers.int(&keys::DISCOVERY_KEEPALIVE_INTERVAL_S, Of::Once),
+        keepalive_timeout_s: layers.int(&keys::DISCOVERY_KEEPALIVE_TIMEOUT_S, Of::Once),
+        login: pair(layers, &keys::DISCOVERY_USERNAME, &keys::DISCOVERY_PASSWORD),
+        ca: layers
+            .text(&keys::DISCOVERY_CA, Of::Once)
+            .map(|(text, _)| text),
+        client_cert: pair(
+            layers,
+            &keys::DISCOVERY_CLIENT_CERT,
+            &keys::DISCOVERY_CLIENT_KEY,
+        ),
+        path,
+    };
+    if backend == Backend::Etcd {
+        keepalive(layers, &discovery);
+        certificates(layers, &discovery);
+    }
+    discovery
+}
+
+/// Certificates towards etcd: what belongs together, and whether the files are there.
+fn certificates(layers: &mut Layers, discovery: &Discovery) {
+    let ca_at = origin(layers, &keys::DISCOVERY_CA);
+    let cert_at = origin(layers, &keys::DISCOVERY_CLIENT_CERT);
+    let key_at = origin(layers, &keys::DISCOVERY_CLIENT_KEY);
+    if discovery.login.is_some() && (discovery.ca.is_some() || discovery.client_cert.is_some()) {
+        let at = if discovery.ca.is_some() {
+            &ca_at
+        } else {
+            &cert_at
+        };
+        let what = "certificates and a log-in do not go together; the log-in wins".to_owned();
+        layers.warn(
+            at,
+            what,
+            "remove username and password, or the certificates",
+        );
+    } else if discovery.client_cert.is_some() && discovery.ca.is_none() {
+        let what = "client_cert without ca".to_owned();
+        layers.error(&cert_at, what, "write ca too, or leave client_cert out");
+    }
+    let (cert, key) = match &discovery.client_cert {
+        Some((cert, key)) => (Some(cert.as_str()), Some(key.reveal())),
+        None => (None, None),
+    };
+    let pems = [
+        ("ca", discovery.ca.as_deref(), ca_at),
+        ("client_cert", cert, cert_at),
+        ("client_key", key, key_at),
+    ];
+    for (name, text, at) in pems {
+        let path = text.filter(|text| !text.contains("-----BEGIN"));
+        if path.is_some_and(|path| std::fs::File::open(path).is_err()) {
+            let what = format!("{name} is neither PEM text nor a file that can be read");
+            layers.error(&at, what, "write the path of a PEM file");
+        }
+    }
+}
+
+/// Two settings that are of use only together.
+fn pair(
+    layers: &mut Layers,
+    public: &'static keys::Key,
+    secret: &'static keys::Key,
+) -> Option<(String, Secret)> {
+    let (one, other) = (layers.text(public, Of::Once), layers.text(secret, Of::Once));
+    let (at, there, missing) = match (one, other) {
+        (Some((public, _)), Some((secret, _))) => return Some((public, Secret(secret))),
+        (None, None) => return None,
+        (Some((_, at)), None) => (at, public, secret),
+        (None, Some((_, at))) => (at, secret, public),
+    };
+    let what = format!("{} without {}", there.name, missing.name);
+    layers.error(
+        &at,
+        what,
+        format!("write {} too, or leave both out", missing.name),
+    );
+    None
+}
+
+/// etcd answers too frequent pings with an error, and pings slower than the lease find a dead
+/// connection too late (`spec/events-discovery.md` §4.7).
+fn keepalive(layers: &mut Layers, discovery: &Discovery) {
+    let interval = discovery.keepalive_interval_s;
+    if interval == 0 {
+        return;
+    }
+    let at = origin(layers, &keys::DISCOVERY_KEEPALIVE_INTERVAL_S);
+    if interval < 5 {
+        let what = format!("keepalive_interval_s is {interval}, which etcd may refuse");
+        layers.warn(&at, what, "write 5 or more");
+    }
+    let total = interval + discovery.keepalive_timeout_s;
+    if total >= discovery.lease_ttl_s {
+        let ttl_at = origin(layers, &keys::DISCOVERY_LEASE_TTL_S);
+        let what = format!(
+            "a dead connection to etcd is seen after {total} s, the lease ends after {}",
+            discovery.lease_ttl_s
+        );
+        let instead = "write a longer lease_ttl_s, or a shorter keepalive_interval_s";
+        layers.warn(&ttl_at, what, instead);
+    }
+}
+
+/// Where the value came from that was used for a key.
+fn origin(layers: &Layers, key: &keys::Key) -> Origin {
+    let path = key.path();
+    let found = layers
+        .settings
+        .iter()
+        .rev()
+        .find(|setting| setting.path == path);
+    found.map_or(Origin::Default, |setting| setting.origin.clone())
+}
+
+/// The data cores that this machine has.
+fn cores(layers: &mut Layers, host: &Host) -> Vec<Core> {
+    let (wanted, at) = match layers.get(&keys::CORE_CPUS, Of::Once) {
+        Some((Value::Cpus(cpus), at)) => (cpus, at),
+        _ => (host.cpus.clone(), Origin::Default),
+    };
+    let (there, missing): (Vec<usize>, Vec<usize>) =
+        wanted.into_iter().partition(|cpu| host.cpus.contains(cpu));
+    let can = host.cpu_list();
+    if there.is_empty() {
+        // Nobody chose the default, so it does not stop a process that was put on other CPUs.
+        if at == Origin::Default {
+            return host
+                .cpus
+                .iter()
+                .take(4)
+                .map(|&cpu| core(layers, cpu))
+                .collect();
+        }
+        let what = format!("cpus names no CPU that this process may use ({can})");
+        layers.error(&at, what, format!("write cpus = \"{can}\" or a part of it"));
+    } else if !missing.is_empty() && at != Origin::Default {
+        let what = format!(
+            "this process may not use CPU {} (only {can})",
+            cpu_list(&missing)
+        );
+        layers.warn(
+            &at,
+            what,
+            format!("going on with cpus = \"{}\"", cpu_list(&there)),
+        );
+    }
+    let unused = layers.cores.iter().filter(|(cpu, _)| !there.contains(cpu));
+    let unused: Vec<_> = unused.map(|(cpu, file)| (*cpu, file.start())).collect();
+    for (cpu, at) in unused {
+        let what = format!("CPU {cpu} is no data core, so this file does nothing");
+        layers.warn(
+            &at,
+            what,
+            format!("add {cpu} to cpus under [core], or remove the file"),
+        );
+    }
+    there.into_iter().map(|cpu| core(layers, cpu)).collect()
+}
+
+fn core(layers: &mut Layers, cpu: usize) -> Core {
+    let of = Of::Core(cpu);
+    // Words of the contract that have only one value in this version: read, so that they show.
+    let _ = layers.get(&keys::CORE_NIC_QUEUE, of);
+    let _ = layers.get(&keys::CORE_BUSY_POLL_US, of);
+    Core {
+        cpu,
+        idle: layers.word_of(&keys::CORE_IDLE, of, Idle::parse, Idle::Block),
+        io: layers.word_of(&keys::CORE_IO, of, Io::parse, Io::Auto),
+        connections_max: layers.int(&keys::CORE_CONNECTIONS_MAX, of),
+        buffer_bytes: layers.int(&keys::CORE_BUFFER_BYTES, of),
+        buffers: layers.int(&keys::CORE_BUFFERS, of),
+        in_flight_max: layers.int(&keys::CORE_IN_FLIGHT_MAX, of),
+        upstream_queue_bytes: layers.int(&keys::CORE_UPSTREAM_QUEUE_BYTES, of),
+    }
+}
+
+fn control(layers: &mut Layers, host: &Host, cores: &[Core]) -> Option<Control> {
+    let (value, at) = layers.get(&keys::CONTROL_CPU, Of::Once)?;
+    let is_data = |cpu: usize| cores.iter().find(|core| core.cpu == cpu);
+    let cpu = match value {
+        Value::Int(number) => usize::try_from(number).ok()?,
+        _ => {
+            let free = host.cpus.iter().rev().find(|&&cpu| is_data(cpu).is_none());
+            *free.or(host.cpus.last())?
+        }
+    };
+    if !host.cpus.contains(&cpu) {
+        let what = format!(
+            "cpu is {cpu}, which this process may not use ({})",
+            host.cpu_list()
+        );
+        layers.error(&at, what, r#"write one of these, or "last""#);
+        return None;
+    }
+    if is_data(cpu).is_some_and(|core| core.idle == Idle::Spin) {
+        let what = format!("the control core shares CPU {cpu} with a data core that spins");
+        layers.warn(
+            &at,
+            what,
+            r#"write idle = "block", or keep a CPU out of cpus"#,
+        );
+    }
+    Some(Control { cpu })
+}
+
+/// Whether the kernel lets us have as many sockets as are promised.
+fn open_files(layers: &mut Layers, host: &Host, cores: &[Core]) {
+    let Some(files_max) = host.files_max else {
+        return;
+    };
+    let at = cores.iter().map(|core| {
+        let path = format!("core[{}].connections_max", core.cpu);
+        let found = layers.settings.iter().find(|setting| setting.path == path);
+        found.map_or(Origin::Default, |setting| setting.origin.clone())
+    });
+    // Nobody asked for the default, so it is taken as far as the limit goes.
+    let Some(at) = at.min().filter(|at| *at != Origin::Default) else {
+        return;
+    };
+    let sockets: u64 = cores
+        .iter()
+        .map(|core| u64::from(core.connections_max))
+        .sum();
+    if sockets + OTHER_FILES > files_max {
+        let what = format!("connections_max of all cores is {sockets}, open files {files_max}");
+        let instead = format!("raise the limit (ulimit -n {})", sockets + OTHER_FILES);
+        layers.warn(&at, what, instead);
+    }
+}

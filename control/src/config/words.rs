@@ -1,0 +1,150 @@
+//! The closed sets of words that a setting may be, and the word that each is written as.
+
+use std::fmt;
+
+/// A word that a setting may be.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Word {
+    /// As it is written.
+    pub text: &'static str,
+    /// False for a word of the contract that this version refuses.
+    pub usable: bool,
+}
+
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident {
+        $($(#[$variant_doc:meta])* $variant:ident = $text:literal,)+
+        $(; refused $($refused:literal),+)?
+    }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+        pub enum $name {
+            $($(#[$variant_doc])* $variant,)+
+        }
+
+        impl $name {
+            /// Every word, the refused ones included.
+            pub const WORDS: &'static [Word] = &[
+                $(Word { text: $text, usable: true },)+
+                $($(Word { text: $refused, usable: false },)+)?
+            ];
+
+            /// The word as it is written.
+            pub const fn as_str(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $text,)+
+                }
+            }
+
+            /// Reads a word; none for a refused or unknown one.
+            pub fn parse(text: &str) -> Option<Self> {
+                match text {
+                    $($text => Some(Self::$variant),)+
+                    _ => None,
+                }
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+    };
+}
+
+words! {
+    /// Where instances are found and our endpoints are offered.
+    Backend {
+        /// This process only, and the static instances.
+        Memory = "memory",
+        /// A folder shared by processes.
+        File = "file",
+        /// etcd.
+        Etcd = "etcd",
+        ; refused "kubernetes"
+    }
+}
+
+words! {
+    /// How an instance is chosen. Meanings as in `spec/request-plane.md` §11.2; `hash` is ours.
+    Policy {
+        /// One after the other.
+        RoundRobin = "round_robin",
+        /// Any.
+        Random = "random",
+        /// The less loaded of two random ones.
+        PowerOfTwoChoices = "power_of_two_choices",
+        /// The one with the fewest requests in flight.
+        LeastLoaded = "least_loaded",
+        /// The one that a header names.
+        Direct = "direct",
+        /// The same one for the same value of a header, as long as it is there.
+        Hash = "hash",
+    }
+}
+
+words! {
+    /// Who dials whom for the response.
+    Response {
+        /// The worker dials the caller.
+        Direct = "direct",
+        ; refused "relay"
+    }
+}
+
+words! {
+    /// What the caller's acknowledgement means.
+    Ack {
+        /// We have it, and fail over ourselves.
+        OnForward = "on_forward",
+        /// The worker has it: its own answer.
+        OnAccept = "on_accept",
+    }
+}
+
+words! {
+    /// What a data core does with nothing to do.
+    Idle {
+        /// Sleep in the kernel.
+        Block = "block",
+        /// Poll.
+        Spin = "spin",
+    }
+}
+
+words! {
+    /// Which kernel interface moves bytes.
+    Io {
+        /// io_uring where it is allowed, else epoll.
+        Auto = "auto",
+        /// io_uring or nothing: without it the program exits with 78.
+        Uring = "uring",
+        /// epoll.
+        Epoll = "epoll",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_round_trip_and_refused_ones_do_not_parse() {
+        for word in Policy::WORDS {
+            assert_eq!(
+                Policy::parse(word.text).map(Policy::as_str),
+                Some(word.text)
+            );
+        }
+        for word in Backend::WORDS {
+            assert_eq!(
+                Backend::parse(word.text).is_some(),
+                word.usable,
+                "{}",
+                word.text
+            );
+        }
+        assert_eq!(Response::parse("relay"), None);
+    }
+}

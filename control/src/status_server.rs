@@ -1,0 +1,430 @@
+//! `/live`, `/health` and `/metrics` over HTTP/1.1 on the control runtime
+//! (`spec/events-discovery.md` §7.3, §7.4).
+//!
+//! | route | answer |
+//! |---|---|
+//! | `/live` | 200 while this process runs at all (unlike Dynamo's, which repeats `/health`) |
+//! | `/health` | 200 or 503, `{"status":..,"uptime":{"secs":..,"nanos":..},"endpoints":{..}}` |
+//! | `/metrics` | 200, text |
+//! | else | 404 `Route not found` |
+//!
+//! A probe must be answered even when somebody holds connections open: there are at most
+//! [`CONNECTIONS_MAX`], each lives for a bounded time, and the oldest makes room for a new one.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::ser::{Serialize, SerializeMap, Serializer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::{AbortHandle, JoinHandle, spawn_local};
+use tokio::time::timeout;
+
+/// Most connections at a time.
+pub const CONNECTIONS_MAX: usize = 64;
+/// Longest wait for a request's head.
+const HEAD_MAX: Duration = Duration::from_secs(5);
+/// Longest life of a connection, slow readers included.
+const CONNECTION_LIFE: Duration = Duration::from_secs(30);
+/// How long a stop waits for answers under way.
+const STOP_MAX: Duration = Duration::from_secs(1);
+/// Bytes of a request's head that are buffered.
+const HEAD_BYTES_MAX: usize = 16 << 10;
+/// What Dynamo's answers carry.
+const PLAIN: &str = "text/plain; charset=utf-8";
+/// What the text encoder of `prometheus-client` writes.
+pub const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// How the process is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Health {
+    /// Whether traffic should be sent here.
+    pub ready: bool,
+    /// Each endpoint that we listen for, and whether it is ready.
+    pub endpoints: Vec<(String, bool)>,
+}
+
+/// Decides what `/health` says; asked at each request, so it must be cheap.
+pub trait HealthSource {
+    /// How the process is now.
+    fn health(&self) -> Health;
+}
+
+impl<F: Fn() -> Health> HealthSource for F {
+    fn health(&self) -> Health {
+        self()
+    }
+}
+
+/// What to serve and where.
+pub struct StatusOptions {
+    /// Where to listen; port 0 takes any.
+    pub address: SocketAddr,
+    /// `DYN_SYSTEM_HEALTH_PATH`.
+    pub health_path: String,
+    /// `DYN_SYSTEM_LIVE_PATH`.
+    pub live_path: String,
+    /// The content type of what the metrics closure writes.
+    pub metrics_content_type: &'static str,
+}
+
+impl StatusOptions {
+    /// Dynamo's paths, and the content type of `prometheus-client`.
+    pub fn new(address: SocketAddr) -> Self {
+        Self {
+            address,
+            health_path: "/health".to_owned(),
+            live_path: "/live".to_owned(),
+            metrics_content_type: OPENMETRICS,
+        }
+    }
+}
+
+/// The running server; dropping it without [`StatusServer::stop`] cuts it off.
+pub struct StatusServer {
+    address: SocketAddr,
+    stopping: watch::Sender<bool>,
+    accepting: JoinHandle<()>,
+    connections: Rc<RefCell<VecDeque<AbortHandle>>>,
+}
+
+struct Routes {
+    options: StatusOptions,
+    health: Box<dyn HealthSource>,
+    metrics: Box<dyn Fn() -> String>,
+    began: Instant,
+}
+
+impl StatusServer {
+    /// Listens and serves from now on; needs a `LocalSet`.
+    ///
+    /// # Errors
+    /// When the address cannot be bound.
+    pub async fn start(
+        options: StatusOptions,
+        health: impl HealthSource + 'static,
+        metrics: impl Fn() -> String + 'static,
+    ) -> io::Result<Self> {
+        let listener = TcpListener::bind(options.address).await?;
+        let address = listener.local_addr()?;
+        let routes = Rc::new(Routes {
+            options,
+            health: Box::new(health),
+            metrics: Box::new(metrics),
+            began: Instant::now(),
+        });
+        let stopping = watch::Sender::new(false);
+        let connections = Rc::new(RefCell::new(VecDeque::new()));
+        let accepting = spawn_local(accept(
+            listener,
+            routes,
+            stopping.subscribe(),
+            connections.clone(),
+        ));
+        Ok(Self {
+            address,
+            stopping,
+            accepting,
+            connections,
+        })
+    }
+
+    /// Where it listens, with the port that was chosen.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Stops listening, lets answers under way end, and cuts off what is left after a second.
+    pub async fn stop(mut self) {
+        self.stopping.send_replace(true);
+        let _ = timeout(STOP_MAX, &mut self.accepting).await;
+        let idle = async {
+            while self
+                .connections
+                .borrow()
+                .iter()
+                .any(|task| !task.is_finished())
+            {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let _ = timeout(STOP_MAX, idle).await;
+    }
+}
+
+impl Drop for StatusServer {
+    fn drop(&mut self) {
+        self.accepting.abort();
+        self.connections
+            .borrow()
+            .iter()
+            .for_each(AbortHandle::abort);
+    }
+}
+
+async fn accept(
+    listener: TcpListener,
+    routes: Rc<Routes>,
+    mut stopping: watch::Receiver<bool>,
+    connections: Rc<RefCell<VecDeque<AbortHandle>>>,
+) {
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            _ = stopping.wait_for(|stop| *stop) => return,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                let serving = serve(stream, routes.clone(), stopping.clone());
+                let mut open = connections.borrow_mut();
+                open.retain(|task| !task.is_finished());
+                if open.len() >= CONNECTIONS_MAX
+                    && let Some(oldest) = open.pop_front()
+                {
+                    oldest.abort();
+                }
+                open.push_back(spawn_local(serving).abort_handle());
+            }
+            Err(error) => {
+                // Most likely out of descriptors: it does not get better by asking at once.
+                tracing::warn!(%error, "status server cannot accept");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        }
+    }
+}
+
+async fn serve(stream: TcpStream, routes: Rc<Routes>, mut stopping: watch::Receiver<bool>) {
+    let service = service_fn(move |request: Request<Incoming>| {
+        let response = routes.answer(&request);
+        async move { Ok::<_, Infallible>(response) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_MAX)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut connection = std::pin::pin!(connection);
+    let serving = async {
+        tokio::select! {
+            ended = connection.as_mut() => return ended,
+            _ = stopping.wait_for(|stop| *stop) => connection.as_mut().graceful_shutdown(),
+        }
+        connection.await
+    };
+    // Broken clients are their own problem.
+    let _ = timeout(CONNECTION_LIFE, serving).await;
+}
+
+impl Routes {
+    fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        let path = request.uri().path();
+        let is_live = path == self.options.live_path;
+        let is_health = path == self.options.health_path;
+        if !is_live && !is_health && path != "/metrics" {
+            return respond(StatusCode::NOT_FOUND, PLAIN, "Route not found");
+        }
+        if !matches!(*request.method(), Method::GET | Method::HEAD) {
+            let mut response = respond(StatusCode::METHOD_NOT_ALLOWED, PLAIN, "");
+            response
+                .headers_mut()
+                .insert(ALLOW, HeaderValue::from_static("GET,HEAD"));
+            return response;
+        }
+        if is_live {
+            let body = self.body("live", &Health::default());
+            return respond(StatusCode::OK, PLAIN, body);
+        }
+        if is_health {
+            let health = self.health.health();
+            let status = if health.ready {
+                StatusCode::OK
+            } else {
+                StatusCode::SERVICE_UNAVAILABLE
+            };
+            return respond(status, PLAIN, self.body(word(health.ready), &health));
+        }
+        respond(
+            StatusCode::OK,
+            self.options.metrics_content_type,
+            (self.metrics)(),
+        )
+    }
+
+    fn body(&self, status: &str, health: &Health) -> String {
+        let uptime = self.began.elapsed();
+        let uptime = Uptime {
+            secs: uptime.as_secs(),
+            nanos: uptime.subsec_nanos(),
+        };
+        let body = Body {
+            status,
+            uptime,
+            endpoints: Words(&health.endpoints),
+        };
+        // A struct of strings and numbers always has a JSON form.
+        serde_json::to_string(&body).unwrap_or_default()
+    }
+}
+
+#[derive(serde::Serialize)]
+struct Body<'a> {
+    status: &'a str,
+    uptime: Uptime,
+    endpoints: Words<'a>,
+}
+
+#[derive(serde::Serialize)]
+struct Uptime {
+    secs: u64,
+    nanos: u32,
+}
+
+/// Endpoint names and their state, as a JSON object in the given order.
+struct Words<'a>(&'a [(String, bool)]);
+
+impl Serialize for Words<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(self.0.len()))?;
+        for (name, ready) in self.0 {
+            map.serialize_entry(name, word(*ready))?;
+        }
+        map.end()
+    }
+}
+
+fn word(ready: bool) -> &'static str {
+    if ready { "ready" } else { "notready" }
+}
+
+fn respond(
+    status: StatusCode,
+    content_type: &'static str,
+    body: impl Into<Bytes>,
+) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(body.into()));
+    *response.status_mut() = status;
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::task::LocalSet;
+
+    use super::*;
+
+    async fn start(ready: Rc<Cell<bool>>) -> StatusServer {
+        let health = move || Health {
+            ready: ready.get(),
+            endpoints: vec![
+                ("generate".to_owned(), true),
+                ("a\"b".to_owned(), ready.get()),
+            ],
+        };
+        let options = StatusOptions {
+            live_path: "/alive".to_owned(),
+            ..StatusOptions::new("127.0.0.1:0".parse().unwrap())
+        };
+        StatusServer::start(options, health, || "x_total 1\n# EOF\n".to_owned())
+            .await
+            .unwrap()
+    }
+
+    async fn ask(address: SocketAddr, head: &str) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request = format!("{head} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    fn body(answer: &str) -> &str {
+        answer.split_once("\r\n\r\n").unwrap().1
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn the_routes_and_their_answers() {
+        let test = async {
+            let ready = Rc::new(Cell::new(false));
+            let server = start(ready.clone()).await;
+            let address = server.address();
+            let answer = ask(address, "GET /health").await;
+            assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+            assert!(answer.contains("content-type: text/plain; charset=utf-8"));
+            let health: serde_json::Value = serde_json::from_str(body(&answer)).unwrap();
+            assert_eq!(health["status"], "notready");
+            assert!(health["uptime"]["secs"].is_u64() && health["uptime"]["nanos"].is_u64());
+            assert_eq!(health["endpoints"]["generate"], "ready");
+            assert_eq!(health["endpoints"]["a\"b"], "notready");
+            ready.set(true);
+            assert!(
+                ask(address, "GET /health?x=1")
+                    .await
+                    .starts_with("HTTP/1.1 200 ")
+            );
+            assert!(
+                ask(address, "GET /alive")
+                    .await
+                    .starts_with("HTTP/1.1 200 ")
+            );
+            let metrics = ask(address, "GET /metrics").await;
+            assert!(metrics.contains(OPENMETRICS) && body(&metrics) == "x_total 1\n# EOF\n");
+            let unknown = ask(address, "GET /live").await;
+            assert!(unknown.starts_with("HTTP/1.1 404 ") && body(&unknown) == "Route not found");
+            assert!(
+                ask(address, "POST /health")
+                    .await
+                    .starts_with("HTTP/1.1 405 ")
+            );
+            assert_eq!(body(&ask(address, "HEAD /health").await), "");
+            server.stop().await;
+            assert!(TcpStream::connect(address).await.is_err());
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn idle_connections_do_not_keep_probes_out() {
+        let test = async {
+            let server = start(Rc::new(Cell::new(true))).await;
+            let mut idle = Vec::new();
+            for _ in 0..CONNECTIONS_MAX + 10 {
+                let mut stream = TcpStream::connect(server.address()).await.unwrap();
+                stream.write_all(b"GET /health HT").await.unwrap();
+                idle.push(stream);
+            }
+            let answer = timeout(Duration::from_secs(2), ask(server.address(), "GET /health"));
+            assert!(answer.await.unwrap().starts_with("HTTP/1.1 200 "));
+            assert!(server.connections.borrow().len() <= CONNECTIONS_MAX);
+            let mut first = [0; 1];
+            let cut = timeout(Duration::from_secs(2), idle[0].read(&mut first))
+                .await
+                .unwrap();
+            assert!(matches!(cut, Ok(0) | Err(_)), "the oldest made room");
+            timeout(Duration::from_secs(4), server.stop())
+                .await
+                .unwrap();
+        };
+        LocalSet::new().run_until(test).await;
+    }
+}

@@ -1,0 +1,68 @@
+//! What one shard is told at its start. Plain numbers: defaults, files and flags were resolved
+//! before.
+
+use std::net::SocketAddr;
+
+/// Settings of one shard.
+#[derive(Clone, Debug)]
+pub struct ShardConfig {
+    /// Index of the shard, from 0; a label in metrics.
+    pub shard: usize,
+    /// CPU that the shard's thread is pinned to.
+    pub cpu: usize,
+    /// Which ring moves its bytes.
+    pub ring: RingKind,
+    /// Whether an idle shard blocks or spins.
+    pub idle: Idle,
+    /// Where requests are accepted; `None` for a shard that only calls.
+    pub listen: Option<SocketAddr>,
+    /// Connections of all kinds, at most.
+    pub connections_max: u32,
+    /// Bytes of one receive buffer.
+    pub buffer_bytes: u32,
+    /// Receive buffers; a power of two up to 32 768.
+    pub buffers: u16,
+    /// Requests between their arrival and their end, at most.
+    pub in_flight_max: u32,
+    /// Largest request frame, all its bytes counted (`DYN_TCP_MAX_MESSAGE_SIZE`).
+    pub message_bytes_max: u64,
+    /// Bytes that may wait for one instance's socket before its requests are refused.
+    pub upstream_queue_bytes: u32,
+}
+
+/// The implementation of the ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RingKind {
+    /// io_uring under a glommio executor.
+    Uring,
+    /// epoll on a plain pinned thread.
+    Epoll,
+}
+
+/// What a shard does when there is nothing to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Idle {
+    /// Waits in the kernel.
+    Block,
+    /// Polls without end, for the lowest latency; burns its CPU.
+    Spin,
+}
+
+impl ShardConfig {
+    /// The defaults of the configuration for shard `shard` on `cpu`, listening on `listen`.
+    pub fn new(shard: usize, cpu: usize, ring: RingKind, listen: Option<SocketAddr>) -> Self {
+        ShardConfig {
+            shard,
+            cpu,
+            ring,
+            idle: Idle::Block,
+            listen,
+            connections_max: 16_384,
+            buffer_bytes: 16_384,
+            buffers: 4_096,
+            in_flight_max: 65_536,
+            message_bytes_max: 33_554_432,
+            upstream_queue_bytes: 64 << 20,
+        }
+    }
+}

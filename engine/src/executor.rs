@@ -1,0 +1,311 @@
+//! The thread of a shard: pinned to its core, with an executor above the ring.
+//!
+//! On io_uring the shard is a task of a glommio executor and goes through three gears:
+//!
+//! * *hot*: completions keep coming; the shard ticks, and gives the executor a turn when one of
+//!   its tasks was woken, and once a millisecond in any case;
+//! * *warm*: nothing is there; it waits in the ring's own system call, for a bounded time;
+//! * *cold*: it has waited in vain for a while; it sleeps in the executor, whose other tasks then
+//!   have the core to themselves, until the ring's eventfd calls.
+//!
+//! On epoll the thread is a plain one and the tick waits by itself.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::buffers::Buffers;
+use crate::config::{RingKind, ShardConfig};
+use crate::mesh::{self, Receiver, Sender};
+use crate::ring::Ring;
+use crate::ring::epoll::Epoll;
+use crate::ring::uring::{Settings, Uring};
+use crate::shard::{Command, Report, Shard};
+use crate::stats::Stats;
+
+/// Longest wait of a warm shard: glommio's own timers and files are served this often at least.
+const WARM_WAIT: Duration = Duration::from_millis(50);
+/// Waits in vain after which a shard goes cold.
+const COLD_AFTER: u32 = 8;
+/// The executor gets a turn this often while the shard is hot.
+const TURN_EVERY: Duration = Duration::from_millis(1);
+/// A cold shard looks after itself this often: its timers are not the executor's.
+const COLD_WAIT_MAX: Duration = Duration::from_millis(250);
+const LISTEN_BACKLOG: i32 = 4096;
+
+/// Why a shard could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The address cannot be bound.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Memory or descriptors are missing.
+    #[error("shard {shard}: {step}: {source}")]
+    Resources {
+        /// The shard.
+        shard: usize,
+        /// What was being made.
+        step: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// A running shard, as control holds it.
+pub struct ShardHandle {
+    /// Index of the shard.
+    pub shard: usize,
+    /// Its counters.
+    pub stats: Arc<Stats>,
+    /// Where it listens.
+    pub address: Option<SocketAddr>,
+    commands: Sender<Command>,
+    /// What it tells control; its descriptor is readable when there is something.
+    pub reports: Receiver<Report>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl ShardHandle {
+    /// Hands a command to the shard.
+    ///
+    /// # Errors
+    /// Gives it back when the shard does not keep up; try again later.
+    pub fn command(&self, command: Command) -> Result<(), Command> {
+        self.commands.send(command)
+    }
+
+    /// Stops the shard and waits for its thread.
+    pub fn stop(&mut self) {
+        let mut command = Command::Stop;
+        while let Err(back) = self.commands.send(command) {
+            command = back;
+            std::thread::yield_now();
+        }
+        self.join();
+    }
+
+    /// Whether the thread has ended.
+    pub fn is_finished(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Waits for the thread, which has been told to stop.
+    pub fn join(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            // A panic was printed by its thread already.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A socket that listens on `address`; `shared` ones of several shards take turns at a port.
+///
+/// # Errors
+/// The address is in use or is not ours.
+pub fn listen(address: SocketAddr, shared: bool, nonblocking: bool) -> io::Result<TcpListener> {
+    let kind = Type::STREAM.cloexec();
+    let kind = if nonblocking {
+        kind.nonblocking()
+    } else {
+        kind
+    };
+    let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(shared)?;
+    // Accepted sockets inherit it: acknowledgements are small and must not wait for each other.
+    socket.set_tcp_nodelay(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(LISTEN_BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// Starts the thread of a shard.
+///
+/// # Errors
+/// The address cannot be bound, or no thread can be made. Whatever fails later is reported as
+/// [`Report::Stopped`].
+pub fn spawn(config: ShardConfig) -> Result<ShardHandle, StartError> {
+    let shard = config.shard;
+    let resources = |step| {
+        move |source| StartError::Resources {
+            shard,
+            step,
+            source,
+        }
+    };
+    let nonblocking = config.ring == RingKind::Epoll;
+    let listener = match config.listen {
+        Some(address) => {
+            let listener = listen(address, true, nonblocking);
+            Some(listener.map_err(|source| StartError::Listen { address, source })?)
+        }
+        None => None,
+    };
+    let address = listener
+        .as_ref()
+        .and_then(|listener| listener.local_addr().ok());
+    let (commands, command_receiver) = mesh::lane().map_err(resources("eventfd"))?;
+    let (report_sender, reports) = mesh::lane().map_err(resources("eventfd"))?;
+    let stats = Arc::new(Stats::default());
+    let parts = Parts {
+        config,
+        listener,
+        stats: Arc::clone(&stats),
+        commands: command_receiver,
+        reports: report_sender,
+    };
+    let thread = std::thread::Builder::new()
+        .name(format!("shard-{shard}"))
+        .spawn(move || run(parts))
+        .map_err(resources("thread"))?;
+    Ok(ShardHandle {
+        shard,
+        stats,
+        address,
+        commands,
+        reports,
+        thread: Some(thread),
+    })
+}
+
+/// What the thread takes along.
+struct Parts {
+    config: ShardConfig,
+    listener: Option<TcpListener>,
+    stats: Arc<Stats>,
+    commands: Receiver<Command>,
+    reports: Sender<Report>,
+}
+
+fn run(parts: Parts) {
+    let reports = parts.reports.clone();
+    let result = match parts.config.ring {
+        RingKind::Uring => run_uring(parts),
+        RingKind::Epoll => run_epoll(parts),
+    };
+    let failure = result.err().map(|error| error.to_string());
+    let _ = reports.send(Report::Stopped { failure });
+}
+
+fn run_epoll(parts: Parts) -> io::Result<()> {
+    // Not being pinned costs speed and nothing else; preflight has said so.
+    let _ = crate::placement::pin_current_thread(parts.config.cpu);
+    let buffers = buffers(&parts.config)?;
+    let ring = Epoll::new(&buffers)?;
+    let mut shard = parts.shard(ring, buffers);
+    shard.start();
+    while !shard.is_stopping() {
+        shard.tick(COLD_WAIT_MAX)?;
+    }
+    Ok(())
+}
+
+fn run_uring(parts: Parts) -> io::Result<()> {
+    let cpu = parts.config.cpu;
+    let executor = glommio::LocalExecutorBuilder::new(glommio::Placement::Fixed(cpu))
+        .name("shard")
+        .ring_depth(32)
+        .io_memory(64 << 10)
+        .make()
+        .map_err(|error| io::Error::other(format!("glommio executor on CPU {cpu}: {error}")))?;
+    executor.run(async move {
+        let buffers = buffers(&parts.config)?;
+        let settings = Settings {
+            entries: 512,
+            files: parts.config.connections_max,
+        };
+        let ring = Uring::new(settings, &buffers).map_err(io::Error::other)?;
+        let mut shard = parts.shard(ring, buffers);
+        shard.start();
+        drive(&mut shard).await
+    })
+}
+
+/// The gears.
+async fn drive(shard: &mut Shard<Uring>) -> io::Result<()> {
+    let executor = glommio::executor();
+    let mut idle_waits = 0;
+    let mut last_turn = Instant::now();
+    while !shard.is_stopping() {
+        if shard.tick(WARM_WAIT)? {
+            idle_waits = 0;
+        } else {
+            idle_waits += 1;
+        }
+        if last_turn.elapsed() >= TURN_EVERY {
+            executor.yield_now().await;
+            last_turn = Instant::now();
+        }
+        if idle_waits >= COLD_AFTER {
+            sleep(shard).await;
+            // One look is enough to go cold again when it was only a timer.
+            idle_waits = COLD_AFTER - 1;
+        }
+    }
+    Ok(())
+}
+
+/// Cold: a thread of the executor's pool waits for the ring, the executor for that thread.
+async fn sleep(shard: &mut Shard<Uring>) {
+    let patience = shard.until_next_timer().min(COLD_WAIT_MAX);
+    let Some(eventfd) = shard.ring().park() else {
+        return;
+    };
+    shard.count_park();
+    // What completed before the ring was told to signal is not signalled: look once more.
+    let looked = shard.ring().wait(Duration::ZERO);
+    if looked.is_ok() && !shard.ring().is_ready() {
+        glommio::executor()
+            .spawn_blocking(move || wait_readable(eventfd, patience))
+            .await;
+    }
+    shard.ring().unpark();
+}
+
+/// Waits until an eventfd is readable, and clears it.
+fn wait_readable(eventfd: RawFd, patience: Duration) {
+    // SAFETY: the ring owns the descriptor and outlives the wait, which its task awaits.
+    let eventfd = unsafe { BorrowedFd::borrow_raw(eventfd) };
+    let mut fds = [PollFd::new(&eventfd, PollFlags::IN)];
+    let timeout = rustix::event::Timespec {
+        tv_sec: patience.as_secs() as i64,
+        tv_nsec: i64::from(patience.subsec_nanos()),
+    };
+    if poll(&mut fds, Some(&timeout)).is_ok_and(|ready| ready > 0) {
+        let mut count = [0; 8];
+        let _ = rustix::io::read(eventfd, &mut count);
+    }
+}
+
+fn buffers(config: &ShardConfig) -> io::Result<Buffers> {
+    Buffers::new(config.buffers, config.buffer_bytes as usize)
+}
+
+impl Parts {
+    fn shard<R: Ring>(self, ring: R, buffers: Buffers) -> Shard<R> {
+        let Parts {
+            config,
+            listener,
+            stats,
+            commands,
+            reports,
+        } = self;
+        debug_assert!(
+            listener
+                .as_ref()
+                .is_none_or(|listener| listener.as_raw_fd() >= 0)
+        );
+        Shard::new(config, ring, buffers, listener, stats, commands, reports)
+    }
+}

@@ -1,0 +1,658 @@
+//! Requests go to an instance: its path before the untouched rest of the frame, gathered with all
+//! others that leave in the same tick.
+//!
+//! ```text
+//! frame as it came    [u16 P][path][u16 H][headers][u32 N][payload]
+//! frame as it leaves  [u16 P'][instance's path]  +  [u16 H][headers][u32 N][payload]
+//!                      constant of the instance      pieces of receive buffers, not moved
+//! ```
+//!
+//! A frame is kept until the instance has answered, so that it can be given to another one.
+
+use corelane_codec::reply_frame::Reply as Answer;
+use corelane_codec::request_frame::Prefix;
+
+use crate::connection::Intake;
+use crate::directory::Ack;
+use crate::in_flight::{Reply, Request};
+use crate::ledger::ENVELOPE_BYTES_MAX;
+use crate::respond::{self, Refusal};
+use crate::ring::{Ring, SPANS_MAX, Span};
+use crate::route::Candidates;
+use crate::shard::{Shard, TimerKind};
+use crate::table::{NONE, Table};
+use crate::upstream::{InstanceState, Upstream, UpstreamState};
+use crate::{link, tell};
+
+/// Bytes gathered into one send: enough to fill a socket buffer, not so much that the first
+/// answer waits.
+const SEND_BYTES_MAX: usize = 256 * 1024;
+/// A large frame whose instance does not keep up stops its sender at this backlog, and lets him go
+/// on at half of it.
+const BACKLOG_BYTES_MAX: u64 = 1 << 20;
+/// An instance that said that it is overloaded gets nothing for so long (as in Dynamo's router,
+/// spec/request-plane.md §11.4).
+const OVERLOADED_NS: u64 = 1_000_000_000;
+/// The same for one that is gone or does not answer.
+pub(crate) const INHIBITED_NS: u64 = 5_000_000_000;
+
+/// Makes a request of the frame at the front of a connection, and places it.
+pub(crate) fn begin<R: Ring>(
+    shard: &mut Shard<R>,
+    slot: u32,
+    prefix: &Prefix,
+    route: u32,
+    hint: u64,
+) {
+    let mut request = Request::new(slot, route, shard.now_ns);
+    request.hint = hint;
+    request.frame_bytes = prefix.frame_bytes() - prefix.path.end as u64;
+    request.payload_offset = (prefix.prefix_bytes - prefix.path.end) as u32;
+    let connection = &mut shard.connections[slot];
+    connection.need = 0;
+    connection.frames += 1;
+    shard
+        .pieces
+        .advance(&mut connection.incoming, prefix.path.end);
+    let here = request.frame_bytes.min(connection.incoming.bytes() as u64);
+    let whole = shard
+        .pieces
+        .split(&mut connection.incoming, &mut request.frame, here as usize);
+    debug_assert!(whole, "room in the table was checked");
+    let left = request.frame_bytes - here;
+    request.streaming = left > 0;
+    shard.stats.shard.requests.add(1);
+    match shard.requests.insert(request) {
+        Ok(request) => {
+            if left > 0 {
+                shard.connections[slot].intake = Intake::Stream { request, left };
+            }
+            respond::owe(shard, slot, request);
+            place(shard, request);
+        }
+        Err(mut request) => shard.pieces.clear(&mut request.frame),
+    }
+}
+
+/// More of a large frame has arrived. Returns whether it is complete.
+pub(crate) fn extend<R: Ring>(shard: &mut Shard<R>, slot: u32, request: u32, bytes: usize) -> bool {
+    let Intake::Stream { left, .. } = shard.connections[slot].intake else {
+        return false;
+    };
+    let entry = &mut shard.requests[request];
+    let incoming = &mut shard.connections[slot].incoming;
+    if !shard.pieces.split(incoming, &mut entry.frame, bytes) {
+        shard.lost(slot, libc::ENOBUFS);
+        return false;
+    }
+    let left = left - bytes as u64;
+    let complete = left == 0;
+    shard.connections[slot].intake = if complete {
+        Intake::Frames
+    } else {
+        Intake::Stream { request, left }
+    };
+    entry.streaming = !complete;
+    let (upstream, route) = (entry.upstream, entry.route);
+    let arrived = entry.dropped_bytes + entry.frame.bytes() as u64;
+    let hold_bytes = u64::from(shard.directory.routes[route as usize].hold_bytes);
+    if shard.requests[request].held && arrived > hold_bytes {
+        note_caller(shard, request);
+        shard.requests[request].held = false;
+    }
+    if upstream != NONE {
+        drop_sent(shard, upstream);
+        soil(shard, upstream);
+    }
+    if !complete && is_backed_up(shard, request) {
+        shard.pause(slot);
+    }
+    complete
+}
+
+/// Whether a large frame's instance is far behind its sender.
+pub(crate) fn is_backed_up<R: Ring>(shard: &Shard<R>, request: u32) -> bool {
+    let entry = &shard.requests[request];
+    entry.frame.bytes() as u64 > BACKLOG_BYTES_MAX && !entry.held || !shard.may_hold()
+}
+
+/// Gives a request to an instance, or fails it when there is none.
+pub(crate) fn place<R: Ring>(shard: &mut Shard<R>, request: u32) {
+    match choose(shard, request) {
+        Some(instance) => enqueue(shard, request, instance),
+        None => {
+            let refusal = why_nobody(shard, request);
+            fail(shard, request, refusal);
+        }
+    }
+}
+
+struct View<'a> {
+    places: &'a [u32],
+    instances: &'a Table<InstanceState>,
+    upstreams: &'a Table<Upstream>,
+    request: &'a Request,
+    queue_bytes_max: u64,
+    now_ns: u64,
+}
+
+impl View<'_> {
+    fn instance(&self, place: usize) -> &InstanceState {
+        &self.instances[self.places[place]]
+    }
+
+    fn is_reachable(&self, place: usize) -> bool {
+        let instance = self.instance(place);
+        let upstream = &self.upstreams[instance.upstream];
+        // A connect that is under way for the first time is waited for; one that has failed is not.
+        let first = upstream.state == UpstreamState::Connecting && upstream.failures == 0;
+        instance.inhibited_until_ns <= self.now_ns
+            && (upstream.state == UpstreamState::Open || first && !upstream.lost)
+    }
+}
+
+impl Candidates for View<'_> {
+    fn len(&self) -> usize {
+        self.places.len()
+    }
+
+    fn is_routable(&self, place: usize) -> bool {
+        let instance = self.instance(place);
+        self.is_reachable(place)
+            && instance.overloaded_until_ns <= self.now_ns
+            && !self.request.was_tried_on(instance.id)
+            && self.upstreams[instance.upstream].queued_bytes < self.queue_bytes_max
+    }
+
+    fn id(&self, place: usize) -> u64 {
+        self.instance(place).id
+    }
+
+    fn load(&self, place: usize) -> f64 {
+        self.instance(place).load(self.now_ns)
+    }
+}
+
+fn view<R: Ring>(shard: &Shard<R>, request: u32) -> View<'_> {
+    let request = &shard.requests[request];
+    View {
+        places: &shard.routes[request.route as usize].instances,
+        instances: &shard.instances,
+        upstreams: &shard.upstreams,
+        request,
+        queue_bytes_max: u64::from(shard.config.upstream_queue_bytes),
+        now_ns: shard.now_ns,
+    }
+}
+
+fn choose<R: Ring>(shard: &mut Shard<R>, request: u32) -> Option<u32> {
+    let (route, hint) = (
+        shard.requests[request].route as usize,
+        shard.requests[request].hint,
+    );
+    let policy = shard.directory.routes[route].policy;
+    let mut chooser = shard.routes[route].chooser.clone();
+    let place = chooser.choose(policy, hint, &view(shard, request));
+    shard.routes[route].chooser = chooser;
+    place.map(|place| shard.routes[route].instances[place])
+}
+
+fn why_nobody<R: Ring>(shard: &Shard<R>, request: u32) -> Refusal<'static> {
+    let view = view(shard, request);
+    let reachable: Vec<usize> = (0..view.len())
+        .filter(|&place| view.is_reachable(place))
+        .collect();
+    if reachable.is_empty() {
+        return Refusal::NoInstance;
+    }
+    let route = &shard.directory.routes[view.request.route as usize];
+    if route.policy == crate::directory::Policy::Direct
+        && !(0..view.len()).any(|place| view.id(place) == view.request.hint)
+    {
+        return Refusal::NoSuchInstance;
+    }
+    let overloaded = |&place: &usize| view.instance(place).overloaded_until_ns > view.now_ns;
+    if reachable.iter().any(overloaded) {
+        return Refusal::AllOverloaded;
+    }
+    let full = |&place: &usize| {
+        view.upstreams[view.instance(place).upstream].queued_bytes >= view.queue_bytes_max
+    };
+    if reachable.iter().any(full) {
+        Refusal::QueueFull
+    } else {
+        Refusal::InstanceLost
+    }
+}
+
+fn enqueue<R: Ring>(shard: &mut Shard<R>, request: u32, instance: u32) {
+    let streaming = shard.requests[request].streaming;
+    let target = &shard.instances[instance];
+    let upstream = match streaming {
+        true => link::bulk(shard, target.address),
+        false => Some(target.upstream),
+    };
+    let Some(upstream) = upstream else {
+        return fail(shard, request, Refusal::TableFull);
+    };
+    let target = &mut shard.instances[instance];
+    target.give(shard.now_ns);
+    let prefix_bytes = target.prefix.len() as u64;
+    let entry = &mut shard.requests[request];
+    entry.try_on(target.id);
+    entry.instance = instance;
+    entry.upstream = upstream;
+    entry.next_upstream = NONE;
+    entry.sent = false;
+    entry.placed_ns = shard.now_ns;
+    let frame_bytes = entry.frame_bytes;
+    let link = &mut shard.upstreams[upstream];
+    match link.queue.tail {
+        NONE => link.queue.head = request,
+        tail => shard.requests[tail].next_upstream = request,
+    }
+    link.queue.tail = request;
+    link.queue.len += 1;
+    if link.unsent == NONE {
+        link.unsent = request;
+        link.unsent_offset = 0;
+    }
+    link.queued_bytes += prefix_bytes + frame_bytes;
+    if !link.timer {
+        link.timer = true;
+        let timeout_ns = answer_timeout_ns(shard, request);
+        let generation = shard.upstreams.generation(upstream);
+        shard.timer(
+            TimerKind::Answer,
+            upstream,
+            generation,
+            shard.now_ns + timeout_ns,
+        );
+    }
+    soil(shard, upstream);
+}
+
+/// How long an instance has for its answer.
+pub(crate) fn answer_timeout_ns<R: Ring>(shard: &Shard<R>, request: u32) -> u64 {
+    shard.directory.routes[shard.requests[request].route as usize].ack_timeout_ns
+}
+
+/// Notes that an upstream has something to send.
+pub(crate) fn soil<R: Ring>(shard: &mut Shard<R>, upstream: u32) {
+    let link = &mut shard.upstreams[upstream];
+    if !link.dirty {
+        link.dirty = true;
+        shard.dirty_upstreams.push(upstream);
+    }
+}
+
+/// Starts one send of what waits for an upstream.
+pub(crate) fn flush<R: Ring>(shard: &mut Shard<R>, upstream: u32) {
+    let Some(link) = shard.upstreams.get_mut(upstream) else {
+        return;
+    };
+    link.dirty = false;
+    if link.state != UpstreamState::Open || link.unsent == NONE {
+        return;
+    }
+    let (slot, mut request, mut skip) = (link.connection, link.unsent, link.unsent_offset);
+    if shard.connections[slot].sending || shard.connections[slot].closing {
+        return;
+    }
+    let mut spans = [Span::of(&[]); SPANS_MAX];
+    let (mut count, mut bytes) = (0, 0);
+    while request != NONE && count < SPANS_MAX && bytes < SEND_BYTES_MAX {
+        let entry = &shard.requests[request];
+        let prefix: &[u8] = &shard.instances[entry.instance].prefix;
+        let from_prefix = skip.min(prefix.len() as u64) as usize;
+        let mut from_frame = (skip - from_prefix as u64).saturating_sub(entry.dropped_bytes);
+        let pieces = shard
+            .pieces
+            .iter(&entry.frame)
+            .map(|piece| shard.pieces.bytes_of(piece));
+        let rest = pieces.filter_map(|piece| {
+            let from = from_frame.min(piece.len() as u64) as usize;
+            from_frame -= from as u64;
+            (from < piece.len()).then(|| &piece[from..])
+        });
+        let prefix = (from_prefix < prefix.len()).then(|| &prefix[from_prefix..]);
+        for span in prefix.into_iter().chain(rest).take(SPANS_MAX - count) {
+            spans[count] = Span::of(span);
+            count += 1;
+            bytes += span.len();
+        }
+        if entry.streaming {
+            break;
+        }
+        skip = 0;
+        request = entry.next_upstream;
+    }
+    if count > 0 {
+        shard.send(slot, &spans[..count]);
+    }
+}
+
+/// The socket took `bytes` bytes.
+pub(crate) fn sent<R: Ring>(shard: &mut Shard<R>, upstream: u32, bytes: usize) {
+    let link = &mut shard.upstreams[upstream];
+    link.used_ns = shard.now_ns;
+    let mut left = link.unsent_offset + bytes as u64;
+    let mut request = link.unsent;
+    while request != NONE {
+        let entry = &shard.requests[request];
+        let prefix_bytes = shard.instances[entry.instance].prefix.len() as u64;
+        let total = prefix_bytes + entry.frame_bytes;
+        if left < total || entry.streaming {
+            break;
+        }
+        left -= total;
+        let next = entry.next_upstream;
+        let link = &mut shard.upstreams[upstream];
+        link.unsent = next;
+        link.queued_bytes -= total;
+        complete(shard, request);
+        request = next;
+    }
+    let link = &mut shard.upstreams[upstream];
+    link.unsent_offset = left;
+    debug_assert!(
+        link.unsent != NONE || left == 0,
+        "more was sent than queued"
+    );
+    if link.unsent != NONE {
+        drop_sent(shard, upstream);
+        soil(shard, upstream);
+    }
+}
+
+/// All of a request is in the socket of a live instance.
+fn complete<R: Ring>(shard: &mut Shard<R>, request: u32) {
+    let now_ns = shard.now_ns;
+    let may_hold = shard.may_hold();
+    let entry = &mut shard.requests[request];
+    entry.sent = true;
+    entry.sent_ns = now_ns;
+    shard.stats.shard.forwarded.add(1);
+    if entry.attempts == 1 {
+        shard.stats.hop.record(now_ns - entry.received_ns);
+    }
+    let ack = shard.directory.routes[entry.route as usize].ack;
+    if entry.held && !may_hold {
+        note_caller(shard, request);
+        shard.requests[request].held = false;
+    }
+    let entry = &mut shard.requests[request];
+    if !entry.held {
+        // It cannot be given to another instance any more, so its caller waits for the answer.
+        entry.dropped_bytes += entry.frame.bytes() as u64;
+        shard.pieces.clear(&mut entry.frame);
+    } else if ack == Ack::OnForward && entry.reply == Reply::Open {
+        respond::decide(shard, request, Reply::Accepted);
+    }
+}
+
+/// Lets go of the sent part of a large frame that is not kept for a retry.
+fn drop_sent<R: Ring>(shard: &mut Shard<R>, upstream: u32) {
+    let link = &shard.upstreams[upstream];
+    let (request, offset) = (link.unsent, link.unsent_offset);
+    let Some(entry) = shard.requests.get_mut(request) else {
+        return;
+    };
+    if entry.held {
+        return;
+    }
+    let prefix_bytes = shard.instances[entry.instance].prefix.len() as u64;
+    let sent = offset.saturating_sub(prefix_bytes);
+    let droppable = sent.saturating_sub(entry.dropped_bytes);
+    shard.pieces.advance(&mut entry.frame, droppable as usize);
+    entry.dropped_bytes += droppable;
+    let downstream = entry.downstream;
+    let paused = shard
+        .connections
+        .get(downstream)
+        .is_some_and(|connection| connection.paused);
+    if paused && shard.requests[request].frame.bytes() as u64 <= BACKLOG_BYTES_MAX / 2 {
+        respond::resume_if_ready(shard, downstream);
+    }
+}
+
+/// The instance has answered its oldest request. Returns whether the upstream can be read on.
+pub(crate) fn answered<R: Ring>(shard: &mut Shard<R>, upstream: u32, answer: Answer<'_>) -> bool {
+    let link = &mut shard.upstreams[upstream];
+    let (request, slot) = (link.queue.head, link.connection);
+    if request == NONE || !shard.requests[request].sent {
+        // An answer to nothing, or before the end of the request: the order cannot be trusted.
+        shard.stats.shard.protocol_errors.add(1);
+        shard.lost(slot, libc::EBADMSG);
+        return false;
+    }
+    unlink_head(shard, upstream);
+    let entry = &shard.requests[request];
+    let instance = entry.instance;
+    shard.stats.answer.record(shard.now_ns - entry.sent_ns);
+    match answer {
+        Answer::Accepted => {
+            shard.stats.shard.accepted_upstream.add(1);
+            shard.instances[instance].answered += 1;
+            if entry.held {
+                note_caller_on(shard, request, upstream);
+            }
+            settle(shard, request, Reply::Accepted);
+        }
+        Answer::Overloaded(text) => {
+            shard.instances[instance].overloaded_until_ns = shard.now_ns + OVERLOADED_NS;
+            refused(shard, request, text.as_bytes(), tell::Cause::AllOverloaded);
+        }
+        Answer::Unavailable(text) => {
+            shard.instances[instance].inhibited_until_ns = shard.now_ns + INHIBITED_NS;
+            refused(shard, request, text.as_bytes(), tell::Cause::NoInstance);
+        }
+        Answer::Other(text) => {
+            shard.stats.shard.protocol_errors.add(1);
+            give_up(shard, request, text, tell::Cause::Protocol);
+        }
+    }
+    link::release_instance(shard, instance);
+    true
+}
+
+/// Takes the oldest request off an upstream.
+fn unlink_head<R: Ring>(shard: &mut Shard<R>, upstream: u32) {
+    let link = &mut shard.upstreams[upstream];
+    let request = link.queue.head;
+    let entry = &mut shard.requests[request];
+    link.queue.head = entry.next_upstream;
+    link.queue.len -= 1;
+    if link.queue.head == NONE {
+        link.queue.tail = NONE;
+    }
+    entry.upstream = NONE;
+    entry.next_upstream = NONE;
+    shard.instances[entry.instance].unanswered -= 1;
+}
+
+/// The request is with an instance for good.
+fn settle<R: Ring>(shard: &mut Shard<R>, request: u32, reply: Reply) {
+    let entry = &mut shard.requests[request];
+    shard.pieces.clear(&mut entry.frame);
+    if entry.reply == Reply::Open {
+        respond::decide(shard, request, reply);
+    }
+    end_if_over(shard, request);
+}
+
+/// The instance will not do it: another one, or its words for the caller.
+fn refused<R: Ring>(shard: &mut Shard<R>, request: u32, text: &[u8], cause: tell::Cause) {
+    if may_retry(shard, request)
+        && let Some(instance) = choose(shard, request)
+    {
+        shard.stats.shard.retried.add(1);
+        return enqueue(shard, request, instance);
+    }
+    shard.stats.shard.refused_by_instances.add(1);
+    give_up(shard, request, text, cause);
+}
+
+fn give_up<R: Ring>(shard: &mut Shard<R>, request: u32, text: &[u8], cause: tell::Cause) {
+    if shard.requests[request].reply == Reply::Open {
+        respond::decide_text(shard, request, text);
+    } else {
+        tell_caller(shard, request, cause);
+    }
+    if let Some(entry) = shard.requests.get_mut(request) {
+        shard.pieces.clear(&mut entry.frame);
+        end_if_over(shard, request);
+    }
+}
+
+fn may_retry<R: Ring>(shard: &Shard<R>, request: u32) -> bool {
+    let entry = &shard.requests[request];
+    let route = &shard.directory.routes[entry.route as usize];
+    entry.held && entry.attempts <= route.retries_max
+}
+
+/// The connection that a request was given to is gone: another instance, or failure.
+pub(crate) fn replace<R: Ring>(shard: &mut Shard<R>, request: u32, refusal: Refusal<'static>) {
+    let entry = &mut shard.requests[request];
+    let instance = entry.instance;
+    entry.upstream = NONE;
+    entry.next_upstream = NONE;
+    entry.sent = false;
+    shard.instances[instance].unanswered -= 1;
+    if may_retry(shard, request)
+        && let Some(next) = choose(shard, request)
+    {
+        shard.stats.shard.retried.add(1);
+        enqueue(shard, request, next);
+    } else {
+        fail(shard, request, refusal);
+    }
+    link::release_instance(shard, instance);
+}
+
+/// Nobody can be found for a request: its caller gets a refusal, or is called home with an error
+/// if he was told already that all is well.
+pub(crate) fn fail<R: Ring>(shard: &mut Shard<R>, request: u32, refusal: Refusal<'static>) {
+    stop_streaming(shard, request);
+    if shard.requests[request].reply == Reply::Open {
+        respond::refuse_request(shard, request, refusal);
+    } else {
+        shard.stats.shard.refused_by_instances.add(1);
+        tell_caller(shard, request, tell::Cause::of(refusal));
+    }
+    if let Some(entry) = shard.requests.get_mut(request) {
+        shard.pieces.clear(&mut entry.frame);
+        end_if_over(shard, request);
+    }
+}
+
+/// The rest of a large frame has nowhere to go.
+fn stop_streaming<R: Ring>(shard: &mut Shard<R>, request: u32) {
+    let entry = &mut shard.requests[request];
+    if !entry.streaming {
+        return;
+    }
+    entry.streaming = false;
+    let downstream = entry.downstream;
+    if let Some(connection) = shard.connections.get_mut(downstream)
+        && let Intake::Stream {
+            request: streamed,
+            left,
+        } = connection.intake
+        && streamed == request
+    {
+        connection.intake = Intake::Discard { left };
+        if connection.paused {
+            respond::resume_if_ready(shard, downstream);
+        }
+    }
+}
+
+/// The sender of a large frame went away in the middle of it. The connection that carries it can
+/// carry nothing else any more.
+pub(crate) fn abort<R: Ring>(shard: &mut Shard<R>, request: u32) {
+    let entry = &mut shard.requests[request];
+    entry.streaming = false;
+    entry.held = false;
+    let upstream = entry.upstream;
+    if entry.reply == Reply::Open {
+        entry.reply = Reply::Accepted;
+    }
+    if upstream == NONE {
+        return end_if_over(shard, request);
+    }
+    let slot = shard.upstreams[upstream].connection;
+    if slot == NONE {
+        link::lost(shard, upstream, libc::ECONNABORTED);
+    } else {
+        shard.lost(slot, libc::ECONNABORTED);
+    }
+}
+
+/// Frees a request that nobody waits for and nothing is under way for.
+pub(crate) fn end_if_over<R: Ring>(shard: &mut Shard<R>, request: u32) {
+    let Some(entry) = shard.requests.get_mut(request) else {
+        return;
+    };
+    if entry.upstream != NONE || entry.downstream != NONE || entry.streaming {
+        return;
+    }
+    shard.pieces.clear(&mut entry.frame);
+    let reply = entry.reply;
+    shard.requests.remove(request);
+    if let Reply::Text(chunk) = reply
+        && chunk != NONE
+    {
+        shard.pool.free(chunk);
+    }
+}
+
+/// Bytes of the envelope's front: its prefix and its control message (spec/request-plane.md §3.1).
+/// 0 when they are not all there, or too many.
+fn envelope_bytes<R: Ring>(shard: &Shard<R>, request: u32) -> usize {
+    let entry = &shard.requests[request];
+    let mut length = [0; 8];
+    let offset = entry.payload_offset as usize;
+    if entry.dropped_bytes > 0
+        || shard.pieces.copy_out(&entry.frame, offset, &mut length) < length.len()
+    {
+        return 0;
+    }
+    let bytes = u64::from_be_bytes(length).saturating_add(24);
+    let there = (entry.frame.bytes() - offset) as u64;
+    if bytes <= there.min(ENVELOPE_BYTES_MAX as u64) {
+        bytes as usize
+    } else {
+        0
+    }
+}
+
+/// Remembers the caller of a request in case its instance dies.
+fn note_caller<R: Ring>(shard: &mut Shard<R>, request: u32) {
+    let upstream = shard.requests[request].upstream;
+    note_caller_on(shard, request, upstream);
+}
+
+fn note_caller_on<R: Ring>(shard: &mut Shard<R>, request: u32, upstream: u32) {
+    let bytes = envelope_bytes(shard, request);
+    if bytes > 0 && upstream != NONE {
+        let entry = &shard.requests[request];
+        // A bulk upstream comes and goes; what dies is the instance.
+        let upstream = shard.instances[entry.instance].upstream;
+        let key = link::ledger_key(shard, upstream);
+        let note = shard.ledger.note(key, shard.now_ns, bytes);
+        shard
+            .pieces
+            .copy_out(&entry.frame, entry.payload_offset as usize, note);
+    }
+}
+
+fn tell_caller<R: Ring>(shard: &mut Shard<R>, request: u32, cause: tell::Cause) {
+    let mut envelope = [0; ENVELOPE_BYTES_MAX];
+    let envelope = &mut envelope[..envelope_bytes(shard, request)];
+    let entry = &shard.requests[request];
+    shard
+        .pieces
+        .copy_out(&entry.frame, entry.payload_offset as usize, envelope);
+    tell::tell(shard, envelope, cause);
+}

@@ -1,0 +1,207 @@
+//! The data ring: what a shard asks of the kernel, and what comes back.
+//!
+//! Three implementations: [`uring`] (io_uring), [`epoll`] (hosts where io_uring is refused) and
+//! [`sim`] (seeded, for tests). A shard is generic over them and behaves the same on each:
+//!
+//! * receives are *multishot*: asked for once, they complete again and again until one completion
+//!   says that there is no `more`;
+//! * received bytes lie in a buffer of the shard's [`Buffers`](crate::buffers::Buffers), which is
+//!   ours until [`Ring::recycle`];
+//! * a send completes once, with the number of bytes that the socket took;
+//! * nothing blocks but [`Ring::wait`].
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{OwnedFd, RawFd};
+use std::time::Duration;
+
+use crate::buffers::BufferId;
+use crate::operation::Operation;
+
+pub mod epoll;
+pub mod sim;
+mod sockets;
+pub mod uring;
+
+/// A completed operation.
+#[derive(Debug)]
+pub struct Completion {
+    /// What was asked for.
+    pub operation: Operation,
+    /// What came of it.
+    pub event: Event,
+}
+
+/// What came of an operation. Errors are errno values.
+#[derive(Debug)]
+pub enum Event {
+    /// A connection was accepted.
+    Accepted {
+        /// The connection.
+        socket: OwnedFd,
+        /// Whether the accept goes on by itself.
+        more: bool,
+    },
+    /// The accept ended.
+    AcceptFailed {
+        /// Why.
+        errno: i32,
+    },
+    /// Bytes arrived in `buffer[..bytes]`, which is the receiver's now.
+    Received {
+        /// Where.
+        buffer: BufferId,
+        /// How many, at least 1.
+        bytes: u32,
+        /// Whether the receive goes on by itself.
+        more: bool,
+    },
+    /// The peer sent its end of stream. No further completion comes.
+    EndOfStream,
+    /// No buffer was free; the receive ended and must be asked for again.
+    NoBuffers,
+    /// The receive ended with an error, or was cancelled.
+    ReceiveFailed {
+        /// Why.
+        errno: i32,
+    },
+    /// The socket took so many bytes.
+    Sent {
+        /// How many.
+        bytes: u32,
+    },
+    /// The send failed; nothing more can be sent.
+    SendFailed {
+        /// Why.
+        errno: i32,
+    },
+    /// The connect came to an end.
+    Connected {
+        /// 0 when it succeeded.
+        errno: i32,
+    },
+    /// Somebody wrote to our eventfd.
+    Woken {
+        /// Whether the watch goes on by itself.
+        more: bool,
+    },
+}
+
+/// A socket as the ring knows it: its descriptor, and its place in the ring's table of files.
+#[derive(Clone, Copy, Debug)]
+pub struct Handle {
+    /// The descriptor.
+    pub fd: RawFd,
+    /// The slot given to [`Ring::attach`].
+    pub slot: u32,
+}
+
+/// A piece of memory to be sent. It stays valid and unchanged until the send has completed.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct Span(pub(crate) libc::iovec);
+
+impl Span {
+    /// The span of a slice. The caller keeps the memory until the send has completed.
+    pub fn of(bytes: &[u8]) -> Span {
+        Span(libc::iovec {
+            iov_base: bytes.as_ptr() as *mut _,
+            iov_len: bytes.len(),
+        })
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.0.iov_len
+    }
+
+    /// Whether there is nothing in it.
+    pub fn is_empty(&self) -> bool {
+        self.0.iov_len == 0
+    }
+}
+
+/// At most so many spans in one send.
+pub const SPANS_MAX: usize = 256;
+
+/// The kernel as a shard sees it. All calls but [`Ring::wait`] only note what is wanted.
+pub trait Ring {
+    /// `uring`, `epoll` or `sim`, for logs and metrics.
+    fn name(&self) -> &'static str;
+
+    /// Accept connections on a listening socket, again and again.
+    fn accept(&mut self, operation: Operation, listener: RawFd);
+
+    /// Makes a socket known under its slot.
+    fn attach(&mut self, handle: Handle);
+
+    /// Forgets it. No operation of it is under way any more.
+    fn detach(&mut self, handle: Handle);
+
+    /// Connect a socket that is attached.
+    fn connect(&mut self, operation: Operation, handle: Handle, address: &SocketAddr);
+
+    /// Receive into buffers of the ring, again and again.
+    fn receive(&mut self, operation: Operation, handle: Handle);
+
+    /// End a receive early; its last completion says `ReceiveFailed` with ECANCELED. An accept
+    /// can be ended so too (`AcceptFailed`; the handle is not looked at).
+    fn cancel_receive(&mut self, operation: Operation, handle: Handle);
+
+    /// Send at most [`SPANS_MAX`] spans, in order, as one write.
+    fn send(&mut self, operation: Operation, handle: Handle, spans: &[Span]);
+
+    /// Makes a non-blocking TCP socket without Nagle's delay for an outgoing connection. It is the
+    /// caller's, to be attached, and closed with [`Ring::close`].
+    ///
+    /// # Errors
+    /// The kernel's answer: EMFILE or ENFILE when no descriptor is left.
+    fn connect_socket(&mut self, address: &SocketAddr) -> io::Result<RawFd>;
+
+    /// Shuts both directions of a socket down. A receive, a send and a connect under way on it
+    /// complete soon after. Harmless when the peer has gone already.
+    fn shutdown(&mut self, handle: Handle);
+
+    /// Closes a socket that is detached, or never was attached (the slot is not looked at).
+    fn close(&mut self, handle: Handle);
+
+    /// Report each write to an eventfd, again and again.
+    fn watch_wake(&mut self, operation: Operation, eventfd: RawFd);
+
+    /// Registers the memory that short replies are sent from, so that the kernel need not look
+    /// its pages up for each send. `false`: refused (locked-memory limit); sends work all the same.
+    fn register_fixed(&mut self, memory: &'static [u8]) -> bool;
+
+    /// A buffer may be filled again.
+    fn recycle(&mut self, buffer: BufferId);
+
+    /// Hands all that is wanted to the kernel and waits until something has completed or the
+    /// time is over (zero: do not wait). One system call.
+    ///
+    /// # Errors
+    /// Only when the ring itself is broken; interruptions and time-outs are not errors.
+    fn wait(&mut self, timeout: Duration) -> io::Result<()>;
+
+    /// The next completion, if there is one.
+    fn next_completion(&mut self) -> Option<Completion>;
+
+    /// Tells the ring that nobody will be in [`Ring::wait`] for a while. The descriptor becomes
+    /// readable when a completion is there: the shard's executor sleeps on it. `None`: this ring
+    /// cannot be slept on from outside.
+    fn park(&mut self) -> Option<RawFd>;
+
+    /// Ends [`Ring::park`].
+    fn unpark(&mut self);
+
+    /// Monotonic time in ns; simulated on the simulated ring.
+    fn now_ns(&self) -> u64;
+
+    /// System calls made so far by `wait` and by the bookkeeping of sockets.
+    fn system_calls(&self) -> u64;
+}
+
+/// CLOCK_MONOTONIC in ns.
+pub(crate) fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}

@@ -1,0 +1,608 @@
+//! A shard: all nouns of one core, and the turn of its loop.
+//!
+//! The order of a tick is fixed:
+//!
+//! 1. wait: one system call submits everything and takes what is there;
+//! 2. commands from control first: they free or need slots, and are few;
+//! 3. completions: accept, or receive -> decode -> route -> forward | respond;
+//! 4. timers after data: data may have met a deadline;
+//! 5. sends, gathered: what all completions of this tick have queued for one socket leaves as one;
+//! 6. buffers go back to the ring, in one release-store.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::buffers::Buffers;
+use crate::config::{Idle, ShardConfig};
+use crate::connection::{Connection, Role};
+use crate::directory::Directory;
+use crate::in_flight::Request;
+use crate::ledger::{ENVELOPE_BYTES_MAX, Ledger};
+use crate::mesh::{Receiver, Sender};
+use crate::operation::{Kind, Operation};
+use crate::pieces::Pieces;
+use crate::ring::{Completion, Event, Handle, Ring, SPANS_MAX, Span};
+use crate::route::Chooser;
+use crate::send_pool::SendPool;
+use crate::stats::Stats;
+use crate::table::{NONE, Table};
+use crate::tell::Tells;
+use crate::timer_wheel::TimerWheel;
+use crate::upstream::{InstanceState, Upstream};
+use crate::{accept, decode, forward, link, recv, respond, tell};
+
+/// What control asks of a shard.
+#[derive(Debug)]
+pub enum Command {
+    /// A new directory.
+    Directory(Arc<Directory>),
+    /// Refuse new requests from now on.
+    Drain,
+    /// End the loop after this tick.
+    Stop,
+}
+
+/// What a shard tells control.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Report {
+    /// The shard listens.
+    Started {
+        /// Where.
+        address: Option<SocketAddr>,
+    },
+    /// The shard has ended; nobody reads its queue any more.
+    Stopped {
+        /// Why, if not because it was asked to.
+        failure: Option<String>,
+    },
+}
+
+/// What a timer is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum TimerKind {
+    /// Accept again after a failure.
+    Accept = 1,
+    /// Connect to an upstream again.
+    Connect,
+    /// Look at the oldest unanswered request of an upstream, or at an idle bulk upstream.
+    Answer,
+    /// Look at an unfinished frame of a connection.
+    Frame,
+    /// A caller has not taken what it was told.
+    Tell,
+}
+
+/// State of a route beside its description.
+pub(crate) struct RouteState {
+    pub(crate) chooser: Chooser,
+    /// Slots of its instances, sorted by id.
+    pub(crate) instances: Vec<u32>,
+}
+
+/// All state of one core. The ring comes first so that it is dropped first: no operation may
+/// outlive the memory it works on.
+pub struct Shard<R: Ring> {
+    pub(crate) ring: R,
+    pub(crate) pieces: Pieces,
+    pub(crate) pool: SendPool,
+    pub(crate) connections: Table<Connection>,
+    pub(crate) requests: Table<Request>,
+    pub(crate) instances: Table<InstanceState>,
+    pub(crate) upstreams: Table<Upstream>,
+    pub(crate) upstream_at: HashMap<SocketAddr, u32>,
+    pub(crate) directory: Arc<Directory>,
+    pub(crate) routes: Vec<RouteState>,
+    pub(crate) route_at: HashMap<Vec<u8>, u32>,
+    pub(crate) timers: TimerWheel,
+    pub(crate) ledger: Ledger,
+    pub(crate) tells: Tells,
+    /// Connections with something in `out`.
+    pub(crate) dirty_connections: Vec<u32>,
+    /// Upstreams with something unsent.
+    pub(crate) dirty_upstreams: Vec<u32>,
+    /// Connections whose receive found no buffer, with their generation.
+    pub(crate) starved: Vec<(u32, u32)>,
+    /// Downstream receives are held back until buffers are free again.
+    pub(crate) throttled: bool,
+    pub(crate) draining: bool,
+    pub(crate) stopping: bool,
+    pub(crate) epoch: u64,
+    pub(crate) accept_pause_ns: u64,
+    pub(crate) now_ns: u64,
+    pub(crate) config: ShardConfig,
+    pub(crate) stats: Arc<Stats>,
+    pub(crate) listener: Option<TcpListener>,
+    pub(crate) scratch: Vec<u8>,
+    due: Vec<u64>,
+    commands: Receiver<Command>,
+    reports: Sender<Report>,
+}
+
+/// Upstreams (connections to workers) of one shard, at most.
+const UPSTREAMS_MAX: usize = 16 * 1024;
+/// Instances known to one shard, at most; more are left out and counted.
+const INSTANCES_MAX: usize = 64 * 1024;
+const LEDGER_BYTES: usize = 4 << 20;
+/// The longest that a shard sleeps when it expects nothing.
+const IDLE_WAIT: Duration = Duration::from_millis(250);
+
+impl<R: Ring> Shard<R> {
+    /// A shard over `ring`, which was made for these `buffers`.
+    pub fn new(
+        config: ShardConfig,
+        mut ring: R,
+        buffers: Buffers,
+        listener: Option<TcpListener>,
+        stats: Arc<Stats>,
+        commands: Receiver<Command>,
+        reports: Sender<Report>,
+    ) -> Shard<R> {
+        let connections_max = config.connections_max as usize;
+        let in_flight_max = config.in_flight_max as usize;
+        // One reply chunk for each fourth connection, and some for the error texts of requests.
+        let pool = SendPool::new((connections_max / 4).clamp(256, 16 * 1024));
+        ring.register_fixed(pool.memory());
+        // Each buffer is at most one piece of an incoming list; each request has one piece, and
+        // one more for each buffer boundary that a frame crosses.
+        let pieces = Pieces::new(in_flight_max + 3 * buffers.count(), buffers);
+        let timers = connections_max + 2 * UPSTREAMS_MAX + 1024;
+        let now_ns = ring.now_ns();
+        Shard {
+            ring,
+            pieces,
+            pool,
+            connections: Table::new(connections_max),
+            requests: Table::new(in_flight_max),
+            instances: Table::new(INSTANCES_MAX),
+            upstreams: Table::new(UPSTREAMS_MAX),
+            upstream_at: HashMap::new(),
+            directory: Arc::default(),
+            routes: Vec::new(),
+            route_at: HashMap::new(),
+            timers: TimerWheel::new(timers),
+            ledger: Ledger::new(LEDGER_BYTES),
+            tells: Tells::new(),
+            dirty_connections: Vec::with_capacity(connections_max),
+            dirty_upstreams: Vec::with_capacity(UPSTREAMS_MAX),
+            starved: Vec::with_capacity(connections_max),
+            throttled: false,
+            draining: false,
+            stopping: false,
+            epoch: 0,
+            accept_pause_ns: 0,
+            now_ns,
+            config,
+            stats,
+            listener,
+            scratch: vec![0; decode::SCRATCH_BYTES],
+            due: Vec::with_capacity(timers),
+            commands,
+            reports,
+        }
+    }
+
+    /// Begins to accept, and to watch for commands.
+    pub fn start(&mut self) {
+        self.watch_wake();
+        accept::arm(self);
+        let address = self
+            .listener
+            .as_ref()
+            .and_then(|listener| listener.local_addr().ok());
+        self.report(Report::Started { address });
+    }
+
+    fn watch_wake(&mut self) {
+        let wake = Operation::new(Kind::Wake, 0, 0);
+        self.ring.watch_wake(wake, self.commands.wake_fd());
+    }
+
+    /// Whether the loop is to end.
+    pub fn is_stopping(&self) -> bool {
+        self.stopping
+    }
+
+    /// Tells control something. A full queue loses the report: control reads counters as well.
+    pub(crate) fn report(&self, report: Report) {
+        let _ = self.reports.send(report);
+    }
+
+    /// One turn of the loop. Returns whether anything happened.
+    ///
+    /// # Errors
+    /// The ring is broken; the shard cannot go on.
+    pub fn tick(&mut self, longest: Duration) -> io::Result<bool> {
+        self.ring.wait(self.patience(longest))?;
+        self.now_ns = self.ring.now_ns();
+        let mut completions = 0u32;
+        while let Some(completion) = self.ring.next_completion() {
+            completions += 1;
+            self.complete(completion);
+        }
+        let timers = self.expire();
+        self.send_all();
+        self.return_buffers();
+        self.show(completions);
+        Ok(completions > 0 || timers)
+    }
+
+    /// How long the wait may last: until the next timer, or not at all when the core spins.
+    fn patience(&self, longest: Duration) -> Duration {
+        if self.config.idle == Idle::Spin {
+            return Duration::ZERO;
+        }
+        let longest = longest.min(IDLE_WAIT);
+        match self.timers.next_deadline() {
+            Some(deadline) => {
+                let now_ns = self.ring.now_ns();
+                longest.min(Duration::from_nanos(deadline.saturating_sub(now_ns)))
+            }
+            None => longest,
+        }
+    }
+
+    /// Time until the next timer of the shard is due.
+    pub fn until_next_timer(&self) -> Duration {
+        let deadline = self.timers.next_deadline().unwrap_or(u64::MAX);
+        Duration::from_nanos(deadline.saturating_sub(self.ring.now_ns()))
+    }
+
+    /// Counts one sleep in the executor.
+    pub fn count_park(&self) {
+        self.stats.shard.parks.add(1);
+    }
+
+    fn complete(&mut self, completion: Completion) {
+        let Completion { operation, event } = completion;
+        match operation.kind {
+            Kind::Accept => return accept::completed(self, event),
+            Kind::Wake => {
+                if let Event::Woken { more: false } = event {
+                    self.watch_wake();
+                }
+                return self.obey();
+            }
+            Kind::Cancel => return,
+            Kind::Receive | Kind::Send | Kind::Connect => {}
+        }
+        let slot = operation.slot;
+        if !self.connections.is_current(slot, operation.generation) {
+            self.stats.shard.stale_completions.add(1);
+            if let Event::Received { buffer, .. } = event {
+                self.ring.recycle(buffer);
+            }
+            return;
+        }
+        match event {
+            Event::Received {
+                buffer,
+                bytes,
+                more,
+            } => {
+                recv::received(self, slot, buffer, bytes, more);
+            }
+            Event::EndOfStream => recv::ended(self, slot, 0),
+            Event::ReceiveFailed { errno } => recv::ended(self, slot, errno),
+            Event::NoBuffers => recv::starved(self, slot),
+            Event::Sent { bytes } => {
+                self.connections[slot].sending = false;
+                self.stats.shard.sent_bytes.add(u64::from(bytes));
+                self.sent(slot, bytes as usize);
+            }
+            Event::SendFailed { errno } => {
+                self.connections[slot].sending = false;
+                self.lost(slot, errno);
+            }
+            Event::Connected { errno } => {
+                self.connections[slot].connecting = false;
+                self.connected(slot, errno);
+            }
+            Event::Accepted { .. } | Event::AcceptFailed { .. } | Event::Woken { .. } => {}
+        }
+        if let Some(connection) = self.connections.get(slot)
+            && connection.closing
+            && connection.is_quiet()
+        {
+            self.retire(slot);
+        }
+    }
+
+    fn sent(&mut self, slot: u32, bytes: usize) {
+        if self.connections[slot].closing {
+            return;
+        }
+        match self.connections[slot].role {
+            Role::Downstream => respond::replies_sent(self, slot, bytes),
+            Role::Upstream(upstream) => forward::sent(self, upstream, bytes),
+            Role::Tell(tell) => tell::sent(self, tell, bytes),
+        }
+    }
+
+    fn connected(&mut self, slot: u32, errno: i32) {
+        if self.connections[slot].closing {
+            return;
+        }
+        if errno != 0 {
+            return self.lost(slot, errno);
+        }
+        self.receive(slot);
+        match self.connections[slot].role {
+            Role::Downstream => {}
+            Role::Upstream(upstream) => link::connected(self, upstream),
+            Role::Tell(tell) => tell::connected(self, tell),
+        }
+    }
+
+    /// The connection is of no use any more: its end of stream, an error, or our own decision.
+    pub(crate) fn lost(&mut self, slot: u32, errno: i32) {
+        if self.connections[slot].closing {
+            return;
+        }
+        let role = self.connections[slot].role;
+        self.close(slot);
+        match role {
+            Role::Downstream => respond::downstream_lost(self, slot),
+            Role::Upstream(upstream) => link::lost(self, upstream, errno),
+            Role::Tell(tell) => tell::lost(self, tell, errno),
+        }
+        self.retire_if_quiet(slot);
+    }
+
+    /// Puts a socket into the table. `None`, and the socket is closed, when the table is full.
+    pub(crate) fn open(&mut self, fd: std::os::fd::RawFd, role: Role) -> Option<u32> {
+        let connection = Connection::new(Handle { fd, slot: NONE }, role);
+        match self.connections.insert(connection) {
+            Ok(slot) => {
+                self.connections[slot].handle.slot = slot;
+                self.ring.attach(self.connections[slot].handle);
+                Some(slot)
+            }
+            Err(connection) => {
+                self.ring.close(connection.handle);
+                None
+            }
+        }
+    }
+
+    /// Dials `address`; the connect is under way when this returns a slot.
+    pub(crate) fn dial(&mut self, address: &SocketAddr, role: Role) -> Result<u32, i32> {
+        let fd = self.ring.connect_socket(address).map_err(|error| {
+            // No errno means that the address itself was refused.
+            error.raw_os_error().unwrap_or(libc::EINVAL)
+        })?;
+        let slot = self.open(fd, role).ok_or(libc::EMFILE)?;
+        let operation = self.operation(Kind::Connect, slot);
+        let connection = &mut self.connections[slot];
+        connection.connecting = true;
+        self.ring.connect(operation, connection.handle, address);
+        Ok(slot)
+    }
+
+    /// Asks for a multishot receive unless there is one or none is wanted.
+    pub(crate) fn receive(&mut self, slot: u32) {
+        let operation = self.operation(Kind::Receive, slot);
+        let connection = &mut self.connections[slot];
+        let unwanted = connection.receiving || connection.paused || connection.end_of_stream;
+        if unwanted || connection.closing || connection.starved {
+            return;
+        }
+        connection.receiving = true;
+        self.ring.receive(operation, connection.handle);
+    }
+
+    /// Stops receiving until [`Shard::resume`].
+    pub(crate) fn pause(&mut self, slot: u32) {
+        let operation = self.operation(Kind::Receive, slot);
+        let connection = &mut self.connections[slot];
+        if connection.paused {
+            return;
+        }
+        connection.paused = true;
+        self.stats.shard.receives_paused.add(1);
+        if connection.receiving {
+            self.ring.cancel_receive(operation, connection.handle);
+        }
+    }
+
+    /// Goes on receiving, unless all of downstream is held back.
+    pub(crate) fn resume(&mut self, slot: u32) {
+        let downstream = self.connections[slot].role == Role::Downstream;
+        if self.connections[slot].paused && !(self.throttled && downstream) {
+            self.connections[slot].paused = false;
+            self.receive(slot);
+        }
+    }
+
+    /// Starts one send of `spans`.
+    pub(crate) fn send(&mut self, slot: u32, spans: &[Span]) {
+        let operation = self.operation(Kind::Send, slot);
+        let connection = &mut self.connections[slot];
+        debug_assert!(!connection.sending && !connection.closing);
+        connection.sending = true;
+        self.ring.send(operation, connection.handle, spans);
+    }
+
+    /// Shuts the socket down; the slot is freed when the kernel holds nothing of it.
+    pub(crate) fn close(&mut self, slot: u32) {
+        let connection = &mut self.connections[slot];
+        if !connection.closing {
+            connection.closing = true;
+            self.ring.shutdown(connection.handle);
+        }
+    }
+
+    /// Closes a connection that nobody wants to hear of any more.
+    pub(crate) fn forget(&mut self, slot: u32) {
+        self.close(slot);
+        self.retire_if_quiet(slot);
+    }
+
+    fn retire_if_quiet(&mut self, slot: u32) {
+        if self.connections.get(slot).is_some_and(Connection::is_quiet) {
+            self.retire(slot);
+        }
+    }
+
+    fn retire(&mut self, slot: u32) {
+        let Some(mut connection) = self.connections.remove(slot) else {
+            return;
+        };
+        self.pieces.clear(&mut connection.incoming);
+        self.pool.clear(&mut connection.out);
+        self.ring.detach(connection.handle);
+        self.ring.close(connection.handle);
+        self.stats.shard.connections_closed.add(1);
+    }
+
+    pub(crate) fn operation(&self, kind: Kind, slot: u32) -> Operation {
+        Operation::new(kind, slot, self.connections.generation(slot))
+    }
+
+    /// Sets a timer. A full wheel means far more timers than connections: our own mistake, which
+    /// costs a deadline and not the process.
+    pub(crate) fn timer(&mut self, kind: TimerKind, slot: u32, generation: u32, deadline_ns: u64) {
+        let token = (kind as u64) << 56 | u64::from(generation) << 32 | u64::from(slot);
+        let set = self.timers.insert(deadline_ns, token);
+        debug_assert!(set.is_ok(), "the wheel has room for every timer");
+    }
+
+    fn expire(&mut self) -> bool {
+        let mut due = std::mem::take(&mut self.due);
+        self.timers
+            .expire(self.now_ns, &mut |token| due.push(token));
+        for token in due.iter().copied() {
+            let generation = (token >> 32) as u32 & (crate::operation::GENERATIONS - 1);
+            let slot = token as u32;
+            match (token >> 56) as u8 {
+                1 => accept::arm(self),
+                2 if self.upstreams.is_current(slot, generation) => link::connect(self, slot),
+                3 if self.upstreams.is_current(slot, generation) => link::overdue(self, slot),
+                4 if self.connections.is_current(slot, generation) => {
+                    recv::look_at_frame(self, slot);
+                }
+                5 => tell::overdue(self, slot, generation),
+                _ => {}
+            }
+        }
+        let any = !due.is_empty();
+        due.clear();
+        self.due = due;
+        any
+    }
+
+    /// Starts the sends that this tick has made necessary.
+    fn send_all(&mut self) {
+        let mut upstreams = std::mem::take(&mut self.dirty_upstreams);
+        for upstream in upstreams.drain(..) {
+            forward::flush(self, upstream);
+        }
+        self.dirty_upstreams = upstreams;
+        let mut connections = std::mem::take(&mut self.dirty_connections);
+        for slot in connections.drain(..) {
+            self.flush(slot);
+        }
+        self.dirty_connections = connections;
+    }
+
+    /// Notes that a connection has something in `out`.
+    pub(crate) fn soil(&mut self, slot: u32) {
+        let connection = &mut self.connections[slot];
+        if !connection.dirty {
+            connection.dirty = true;
+            self.dirty_connections.push(slot);
+        }
+    }
+
+    fn flush(&mut self, slot: u32) {
+        let Some(connection) = self.connections.get_mut(slot) else {
+            return;
+        };
+        connection.dirty = false;
+        if connection.sending || connection.closing || connection.out.is_empty() {
+            return;
+        }
+        let out = connection.out;
+        let mut spans = [Span::of(&[]); 16];
+        let mut count = 0;
+        for (span, bytes) in spans.iter_mut().zip(self.pool.unsent(&out)) {
+            *span = Span::of(bytes);
+            count += 1;
+        }
+        const { assert!(16 <= SPANS_MAX) };
+        self.send(slot, &spans[..count]);
+    }
+
+    /// Gives free buffers back, and wakes who waits for one.
+    fn return_buffers(&mut self) {
+        for buffer in self.pieces.recycled.drain(..) {
+            self.ring.recycle(buffer);
+        }
+        let (held, count) = (self.pieces.buffers.held(), self.pieces.buffers.count());
+        if !self.throttled && held > count - count / 8 {
+            recv::throttle(self);
+        } else if self.throttled && held < count - count / 4 {
+            recv::unthrottle(self);
+        }
+        if !self.starved.is_empty() && held < count {
+            recv::feed_starved(self);
+        }
+    }
+
+    /// Whether a request may keep its frame after it was sent: only while buffers are plenty.
+    pub(crate) fn may_hold(&self) -> bool {
+        let (held, count) = (self.pieces.buffers.held(), self.pieces.buffers.count());
+        held < count - count / 4
+    }
+
+    fn obey(&mut self) {
+        self.commands.clear_wake();
+        while let Some(command) = self.commands.next() {
+            match command {
+                Command::Directory(directory) => link::publish(self, directory),
+                Command::Drain => {
+                    self.draining = true;
+                    accept::stop(self);
+                }
+                Command::Stop => self.stopping = true,
+            }
+        }
+    }
+
+    fn show(&self, completions: u32) {
+        let stats = &self.stats.shard;
+        stats.ticks.add(1);
+        if completions == 0 {
+            stats.idle_ticks.add(1);
+        }
+        stats.connections.set(self.connections.used() as u64);
+        stats.in_flight.set(self.requests.used() as u64);
+        let held = self.pieces.buffers.held() as u64;
+        stats.buffers_held.set(held);
+        if held > stats.buffers_held_peak.get() {
+            stats.buffers_held_peak.set(held);
+        }
+        stats.pieces.set(self.pieces.used() as u64);
+        stats.chunks.set(self.pool.used() as u64);
+        stats.timers.set(self.timers.len() as u64);
+        stats.ledger.set(self.ledger.len() as u64);
+        stats.tells.set(self.tells.len() as u64);
+        stats.system_calls.set(self.ring.system_calls());
+    }
+
+    /// Descriptor of the listener.
+    pub(crate) fn listener_fd(&self) -> Option<std::os::fd::RawFd> {
+        self.listener.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
+    /// The ring, for the executor that drives the shard.
+    pub fn ring(&mut self) -> &mut R {
+        &mut self.ring
+    }
+}
+
+const _: () = assert!(ENVELOPE_BYTES_MAX <= LEDGER_BYTES);

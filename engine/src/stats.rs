@@ -1,0 +1,257 @@
+//! Counters and gauges of one shard, read by others while it runs.
+//!
+//! One writer: each cell is an atomic only so that a reader sees whole values. Writes are a load and
+//! a store, never a read-modify-write, and no cell is shared by two shards.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A number with one writer.
+#[derive(Debug, Default)]
+pub struct Cell(AtomicU64);
+
+impl Cell {
+    /// Adds to a counter.
+    #[inline]
+    pub fn add(&self, amount: u64) {
+        self.0.store(
+            self.0.load(Ordering::Relaxed).wrapping_add(amount),
+            Ordering::Relaxed,
+        );
+    }
+
+    /// Sets a gauge.
+    #[inline]
+    pub fn set(&self, value: u64) {
+        self.0.store(value, Ordering::Relaxed);
+    }
+
+    /// The value.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+macro_rules! cells {
+    ($(#[$meta:meta])* $name:ident { $($(#[doc = $doc:literal])+ $kind:ident $field:ident,)+ }) => {
+        $(#[$meta])*
+        #[derive(Debug, Default)]
+        pub struct $name { $($(#[doc = $doc])+ pub $field: Cell,)+ }
+
+        impl $name {
+            /// Every cell: name, kind, what it is, value. The order is that of the type.
+            pub fn each(&self) -> Vec<(&'static str, CellKind, &'static str, u64)> {
+                vec![$((
+                    stringify!($field),
+                    CellKind::$kind,
+                    concat!($($doc),+).trim_ascii(),
+                    self.$field.get(),
+                ),)+]
+            }
+        }
+    };
+}
+
+/// How a cell moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CellKind {
+    /// Only up.
+    Counter,
+    /// Up and down.
+    Gauge,
+}
+
+cells! {
+    /// What happened on one shard.
+    ShardStats {
+        /// Request frames that arrived whole, or began to be cut through
+        Counter requests,
+        /// Requests acknowledged to the caller
+        Counter acknowledged,
+        /// Frames written to an instance's socket
+        Counter forwarded,
+        /// Requests answered by the instance
+        Counter accepted_upstream,
+        /// Forwards tried again on another instance
+        Counter retried,
+        /// Refused: no such endpoint here
+        Counter refused_unknown_endpoint,
+        /// Refused: no instance can be reached
+        Counter refused_no_instance,
+        /// Refused: a table or queue of this shard is full
+        Counter refused_overloaded,
+        /// Refused: the frame is larger than allowed
+        Counter refused_frame_too_large,
+        /// Refused: the frame's path is not text
+        Counter refused_bad_frame,
+        /// Refused: every instance tried was overloaded or gone
+        Counter refused_by_instances,
+        /// Callers told over their call-home address that their request failed
+        Counter callers_told,
+        /// Callers that could not be told: address unknown, unreachable, or too many at once
+        Counter callers_untold,
+        /// Callers of a dead worker that had been called home already, or were gone
+        Counter callers_settled,
+        /// Forwards whose answer did not come in time
+        Counter ack_timeouts,
+        /// Answers of an instance that answered nothing
+        Counter protocol_errors,
+        /// Connections accepted
+        Counter connections_accepted,
+        /// Connections refused because the table was full
+        Counter connections_refused,
+        /// Accepts that failed, for lack of descriptors for example
+        Counter accept_failures,
+        /// Connections closed, of all kinds
+        Counter connections_closed,
+        /// Downstream connections closed for standing still inside a frame
+        Counter slow_frames_closed,
+        /// Connects to instances that failed
+        Counter connect_failures,
+        /// Established connections to instances that were lost
+        Counter upstreams_lost,
+        /// Bytes received
+        Counter received_bytes,
+        /// Bytes sent
+        Counter sent_bytes,
+        /// Bytes copied in user space to join a frame that arrived in crumbs
+        Counter joined_bytes,
+        /// Receives that found no free buffer
+        Counter buffers_exhausted,
+        /// Times a downstream connection was told to wait: its replies are not read, or an instance is slow
+        Counter receives_paused,
+        /// Completions of operations whose connection was gone
+        Counter stale_completions,
+        /// Turns of the loop
+        Counter ticks,
+        /// Turns that found nothing to do
+        Counter idle_ticks,
+        /// Times the shard slept in its executor
+        Counter parks,
+        /// System calls made by the ring
+        Counter system_calls,
+        /// Requests that ran in handlers of this process
+        Counter handled,
+        /// Connections open now
+        Gauge connections,
+        /// Connections to instances open now
+        Gauge upstreams,
+        /// Requests between arrival and end
+        Gauge in_flight,
+        /// Receive buffers that hold bytes
+        Gauge buffers_held,
+        /// Most receive buffers ever held at once
+        Gauge buffers_held_peak,
+        /// Entries of the piece table in use
+        Gauge pieces,
+        /// Chunks of the send pool in use
+        Gauge chunks,
+        /// Timers set
+        Gauge timers,
+        /// Callers remembered in case their worker dies
+        Gauge ledger,
+        /// Callers being told
+        Gauge tells,
+        /// Instances in the directory
+        Gauge instances,
+        /// Instances that can be reached
+        Gauge instances_ready,
+    }
+}
+
+/// Latencies by power of two, four steps to each: 1 us to over an hour, 4 bytes of error at most
+/// in 16.
+#[derive(Debug)]
+pub struct Latency {
+    buckets: [Cell; Latency::BUCKETS],
+    sum_ns: Cell,
+}
+
+impl Default for Latency {
+    fn default() -> Self {
+        Latency {
+            buckets: std::array::from_fn(|_| Cell::default()),
+            sum_ns: Cell::default(),
+        }
+    }
+}
+
+impl Latency {
+    const BUCKETS: usize = 128;
+
+    /// Counts one latency.
+    #[inline]
+    pub fn record(&self, ns: u64) {
+        self.buckets[Latency::bucket(ns)].add(1);
+        self.sum_ns.add(ns);
+    }
+
+    fn bucket(ns: u64) -> usize {
+        let quarter_us = (ns >> 8).max(4);
+        let power = 63 - quarter_us.leading_zeros() as usize;
+        let step = (quarter_us >> (power - 2)) as usize & 3;
+        ((power - 2) * 4 + step).min(Latency::BUCKETS - 1)
+    }
+
+    /// Upper bound of bucket `index`, in ns (exclusive).
+    pub fn bound_ns(index: usize) -> u64 {
+        let (power, step) = (index / 4 + 2, index as u64 % 4);
+        ((4 + step + 1) << (power - 2)) << 8
+    }
+
+    /// Pairs of (upper bound in ns, count), for buckets that are not empty.
+    pub fn counts(&self) -> Vec<(u64, u64)> {
+        let counts = self.buckets.iter().enumerate();
+        counts
+            .map(|(index, cell)| (Latency::bound_ns(index), cell.get()))
+            .filter(|(_, count)| *count > 0)
+            .collect()
+    }
+
+    /// Sum of all latencies, in ns.
+    pub fn sum_ns(&self) -> u64 {
+        self.sum_ns.get()
+    }
+}
+
+/// All that a shard shows to others.
+#[derive(Debug, Default)]
+pub struct Stats {
+    /// Counters and gauges.
+    pub shard: ShardStats,
+    /// From a request's arrival to the moment its frame was in an instance's socket.
+    pub hop: Latency,
+    /// From there to the instance's answer.
+    pub answer: Latency,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_latency_lies_below_its_bound_and_not_below_the_one_before() {
+        for ns in (0..40)
+            .map(|power| 1u64 << power)
+            .flat_map(|ns| [ns - 1, ns, ns + ns / 3])
+        {
+            let bucket = Latency::bucket(ns);
+            assert!(ns < Latency::bound_ns(bucket) || bucket == 127, "{ns}");
+            assert!(
+                bucket == 0 || ns >= Latency::bound_ns(bucket - 1),
+                "{ns} {bucket}"
+            );
+        }
+    }
+
+    #[test]
+    fn names_and_help_of_cells_are_listed() {
+        let stats = ShardStats::default();
+        stats.requests.add(3);
+        let first = stats.each()[0];
+        assert_eq!(
+            (first.0, first.1, first.3),
+            ("requests", CellKind::Counter, 3)
+        );
+        assert!(first.2.starts_with("Request frames"));
+    }
+}
