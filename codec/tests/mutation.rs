@@ -90,11 +90,22 @@ fn apply(bytes: &mut Vec<u8>, mutation: Mutation, seeds: &[Vec<u8>]) {
     }
 }
 
+fn cases(cases: u32) -> ProptestConfig {
+    ProptestConfig {
+        cases,
+        failure_persistence: None,
+        ..Default::default()
+    }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 4000, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(cases(4000))]
 
     #[test]
-    fn mutated_golden_bytes_panic_nowhere(seed in any::<usize>(), mutations in vec(mutation(), 0..5)) {
+    fn mutated_golden_bytes_panic_nowhere(
+        seed in any::<usize>(),
+        mutations in vec(mutation(), 0..5),
+    ) {
         thread_local!(static SEEDS: Vec<Vec<u8>> = seeds());
         SEEDS.with(|seeds| {
             let mut bytes = seeds[seed % seeds.len()].clone();
@@ -145,7 +156,7 @@ fn error() -> impl Strategy<Value = DynamoError> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(cases(400))]
 
     #[test]
     fn request_frames(path in vec(any::<u8>(), 0..300), map in vec(any::<u8>(), 0..300),

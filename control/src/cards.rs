@@ -364,9 +364,9 @@ mod tests {
     use crate::discovery::{MemoryDiscovery, MemoryStore};
 
     fn card(id: u64, suffix: &str, content: &str) -> Rc<Card> {
-        let text = format!(
-            r#"{{"type":"Model","namespace":"d","component":"b","endpoint":"g","instance_id":{id},"card_json":{content},"model_suffix":"{suffix}"}}"#
-        );
+        let names = r#""namespace":"d","component":"b","endpoint":"g""#;
+        let text = format!(r#"{{"type":"Model",{names},"instance_id":{id},"card_json":{content},"#)
+            + &format!(r#""model_suffix":"{suffix}"}}"#);
         Rc::new(Card::parse(text.as_bytes()).unwrap())
     }
 
@@ -487,7 +487,8 @@ mod tests {
 
     #[test]
     fn a_card_without_a_name_is_no_card() {
-        let text = r#"{"type":"Model","namespace":"d","component":"b","endpoint":"g","instance_id":1,"card_json":{}}"#;
+        let names = r#""namespace":"d","component":"b","endpoint":"g","instance_id":1"#;
+        let text = format!(r#"{{"type":"Model",{names},"card_json":{{}}}}"#);
         assert!(Card::parse(text.as_bytes()).is_err());
     }
 

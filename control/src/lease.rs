@@ -9,7 +9,8 @@
 use std::time::Duration;
 
 use etcd_client::{Client, Error, LeaseClient, LeaseGrantOptions};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::sync::Notify;
+use tokio::time::{Instant, timeout, timeout_at};
 
 /// A granted lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,10 +55,12 @@ pub(crate) async fn grant(
 }
 
 /// Keeps `lease` alive until it is lost or contact breaks; `alive` runs after each refresh.
+/// Whoever has reason to think that it is lost says so by `doubt`: the next refresh comes at once.
 pub(crate) async fn keep_alive(
     client: &Client,
     lease: Lease,
     deadline: Duration,
+    doubt: &Notify,
     mut alive: impl FnMut(),
 ) -> Ended {
     let mut leases = client.lease_client();
@@ -75,7 +78,7 @@ pub(crate) async fn keep_alive(
     let mut refreshed = Instant::now();
     loop {
         alive();
-        sleep_until(refreshed + lease.ttl / 2).await;
+        let _ = timeout_at(refreshed + lease.ttl / 2, doubt.notified()).await;
         refreshed = Instant::now();
         let refresh = async {
             keeper.keep_alive().await?;

@@ -4,7 +4,7 @@
 //! | route | answer |
 //! |---|---|
 //! | `/live` | 200 while this process runs at all (unlike Dynamo's, which repeats `/health`) |
-//! | `/health` | 200 or 503, `{"status":..,"uptime":{"secs":..,"nanos":..},"endpoints":{..}}` |
+//! | `/health` | 200 or 503, `{"status":..,"uptime":{"secs":..,"nanos":..},"endpoints":{..},"paths":{..}}` |
 //! | `/metrics` | 200, text |
 //! | else | 404 `Route not found` |
 //!
@@ -55,6 +55,8 @@ pub struct Health {
     pub ready: bool,
     /// Each endpoint that we listen for, and whether it is ready.
     pub endpoints: Vec<(String, bool)>,
+    /// Each endpoint that we listen for, and the address that reaches it: `IP:PORT/PATH`.
+    pub paths: Vec<(String, String)>,
 }
 
 /// Decides what `/health` says; asked at each request, so it must be cheap.
@@ -274,6 +276,7 @@ impl Routes {
             status,
             uptime,
             endpoints: Words(&health.endpoints),
+            paths: Pairs(&health.paths),
         };
         // A struct of strings and numbers always has a JSON form.
         serde_json::to_string(&body).unwrap_or_default()
@@ -285,6 +288,8 @@ struct Body<'a> {
     status: &'a str,
     uptime: Uptime,
     endpoints: Words<'a>,
+    #[serde(skip_serializing_if = "Pairs::is_empty")]
+    paths: Pairs<'a>,
 }
 
 #[derive(serde::Serialize)]
@@ -303,6 +308,21 @@ impl Serialize for Words<'_> {
             map.serialize_entry(name, word(*ready))?;
         }
         map.end()
+    }
+}
+
+/// Endpoint names and their addresses, likewise; Dynamo's answer has none.
+struct Pairs<'a>(&'a [(String, String)]);
+
+impl Pairs<'_> {
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl Serialize for Pairs<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(name, address)| (name, address)))
     }
 }
 
@@ -339,6 +359,7 @@ mod tests {
                 ("generate".to_owned(), true),
                 ("a\"b".to_owned(), ready.get()),
             ],
+            paths: vec![("generate".to_owned(), "127.0.0.1:1/0/a/b/c".to_owned())],
         };
         let options = StatusOptions {
             live_path: "/alive".to_owned(),
@@ -376,6 +397,7 @@ mod tests {
             assert!(health["uptime"]["secs"].is_u64() && health["uptime"]["nanos"].is_u64());
             assert_eq!(health["endpoints"]["generate"], "ready");
             assert_eq!(health["endpoints"]["a\"b"], "notready");
+            assert_eq!(health["paths"]["generate"], "127.0.0.1:1/0/a/b/c");
             ready.set(true);
             assert!(
                 ask(address, "GET /health?x=1")

@@ -230,9 +230,8 @@ mod tests {
     const PREFIX: &str = "v1/instances/demo/backend/fake/";
 
     fn value(id: u64, transport: &str) -> String {
-        format!(
-            r#"{{"type":"Endpoint","component":"backend","endpoint":"fake","namespace":"demo","instance_id":{id},"transport":{transport}}}"#
-        )
+        let names = r#""component":"backend","endpoint":"fake","namespace":"demo""#;
+        format!(r#"{{"type":"Endpoint",{names},"instance_id":{id},"transport":{transport}}}"#)
     }
 
     fn tcp(id: u64, address: &str) -> String {

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use corelane::discovery::{
-    Discovery, DiscoveryError, EtcdDiscovery, EtcdOptions, Freshness, Record, Registered,
+    Discovery, DiscoveryError, EtcdAuth, EtcdDiscovery, EtcdOptions, Freshness, Record, Registered,
 };
 use corelane::watch::{Instance, InstanceWatch};
 use corelane_codec::control_message::PayloadCodec;
@@ -415,9 +415,71 @@ fn a_lease_revoked_from_outside_gives_a_new_identity() {
             watch.instances()[0].path,
             instance_path(after, &target()).into_bytes()
         );
+        assert_eq!(ours.served_ids(), [after, before]);
+        let former = instance_path(before, &target()).into_bytes();
+        assert_eq!(ours.request_paths(&target())[1], former);
         assert_eq!((told.get(), ours.stats().lease_losses.get()), (after, 1));
         let keys = etcd.keys("v1/").await;
         assert_eq!(keys, [(key(after), after as i64)]);
+    });
+}
+
+#[test]
+fn a_write_that_meets_a_lost_lease_does_not_wait_for_the_keeper() {
+    run(async {
+        let Some(etcd) = Etcd::start().await else {
+            return;
+        };
+        let long = EtcdOptions {
+            lease_ttl: Duration::from_secs(600),
+            ..etcd.options()
+        };
+        let ours = Discovery::Etcd(EtcdDiscovery::connect(long).await.unwrap());
+        let before = ours.instance_id();
+        etcd.client()
+            .await
+            .lease_client()
+            .revoke(before as i64)
+            .await
+            .unwrap();
+        assert_eq!(
+            ours.register(record(1)).await.unwrap(),
+            Registered::Deferred
+        );
+        let mut watch = InstanceWatch::new(&ours, &target());
+        until_ports(&mut watch, &[1]).await;
+        assert_ne!(watch.instances()[0].id, before);
+    });
+}
+
+#[test]
+fn user_and_password_open_what_is_closed_to_others() {
+    run(async {
+        let Some(etcd) = Etcd::start().await else {
+            return;
+        };
+        let mut root = etcd.client().await;
+        root.role_add("root").await.unwrap();
+        root.user_add("root", "secret", None).await.unwrap();
+        root.user_grant_role("root", "root").await.unwrap();
+        root.auth_enable().await.unwrap();
+        let nobody = etcd.discovery().await;
+        assert_eq!(
+            nobody.register(record(1)).await.unwrap(),
+            Registered::Deferred
+        );
+        let auth = EtcdAuth::Password {
+            user: "root".to_owned(),
+            password: "secret".to_owned(),
+        };
+        let options = EtcdOptions {
+            auth,
+            ..etcd.options()
+        };
+        let ours = Discovery::Etcd(EtcdDiscovery::connect(options).await.unwrap());
+        assert_eq!(ours.register(record(2)).await.unwrap(), Registered::Stored);
+        let mut watch = InstanceWatch::new(&ours, &target());
+        until_ports(&mut watch, &[2]).await;
     });
 }
 

@@ -244,6 +244,7 @@ fn enqueue<R: Ring>(shard: &mut Shard<R>, request: u32, instance: u32) {
     entry.upstream = upstream;
     entry.next_upstream = NONE;
     entry.sent = false;
+    entry.placed_ns = shard.now_ns;
     let frame_bytes = entry.frame_bytes;
     let link = &mut shard.upstreams[upstream];
     match link.queue.tail {

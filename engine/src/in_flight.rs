@@ -58,6 +58,8 @@ pub struct Request {
     pub hint: u64,
     /// When its prefix had arrived.
     pub received_ns: u64,
+    /// When it was given to its instance.
+    pub placed_ns: u64,
     /// When it was written to the socket.
     pub sent_ns: u64,
 }
@@ -84,6 +86,7 @@ impl Request {
             tried: [0; TRIED_MAX],
             hint: 0,
             received_ns,
+            placed_ns: 0,
             sent_ns: 0,
         }
     }

@@ -256,7 +256,7 @@ pub(crate) fn overdue<R: Ring>(shard: &mut Shard<R>, upstream: u32) {
     let since_ns = if entry.sent {
         entry.sent_ns
     } else {
-        entry.received_ns
+        entry.placed_ns
     };
     let left_ns = (since_ns + timeout_ns).saturating_sub(shard.now_ns);
     if entry.streaming || left_ns > 0 {

@@ -8,6 +8,7 @@ use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::str::FromStr;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, Probe, opcode};
@@ -216,7 +217,7 @@ impl Report {
 pub fn probe() -> Report {
     let memlock_bytes = Limit::of(Resource::Memlock);
     let evidence = Evidence {
-        attempt: attempt(),
+        attempt: attempt_apart(),
         sysctl: read_number("/proc/sys/kernel/io_uring_disabled"),
         seccomp: status_number("Seccomp:").unwrap_or(0),
         memlock_soft_bytes: memlock_bytes.soft,
@@ -268,6 +269,17 @@ impl Evidence {
                 errno => Cause::Other { step, errno },
             },
         }
+    }
+}
+
+/// Attempts it on a thread of its own: the kernel takes a ring down after it was closed, and
+/// interrupts system calls of the thread that made it meanwhile.
+fn attempt_apart() -> Result<(), Refusal> {
+    let step = "a thread for the attempt";
+    let failed = |errno| Err(Refusal::Failed { step, errno });
+    match thread::Builder::new().spawn(attempt) {
+        Ok(attempt) => attempt.join().unwrap_or_else(|_| failed(libc::EIO)),
+        Err(error) => failed(error.raw_os_error().unwrap_or(libc::EAGAIN)),
     }
 }
 
@@ -397,14 +409,7 @@ impl FromStr for Io {
     }
 }
 
-/// Which ring the shards run on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RingKind {
-    /// [`crate::ring::uring`].
-    Uring,
-    /// [`crate::ring::epoll`].
-    Epoll,
-}
+pub use crate::config::RingKind;
 
 /// The ring and the reason.
 #[derive(Clone, Debug, PartialEq, Eq)]

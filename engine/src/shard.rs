@@ -189,8 +189,7 @@ impl<R: Ring> Shard<R> {
 
     /// Begins to accept, and to watch for commands.
     pub fn start(&mut self) {
-        let wake = Operation::new(Kind::Wake, 0, 0);
-        self.ring.watch_wake(wake, self.commands.wake_fd());
+        self.watch_wake();
         accept::arm(self);
         home::arm(self);
         let address = self
@@ -198,6 +197,11 @@ impl<R: Ring> Shard<R> {
             .as_ref()
             .and_then(|listener| listener.local_addr().ok());
         self.report(Report::Started { address });
+    }
+
+    fn watch_wake(&mut self) {
+        let wake = Operation::new(Kind::Wake, 0, 0);
+        self.ring.watch_wake(wake, self.commands.wake_fd());
     }
 
     /// Whether the loop is to end.
@@ -262,7 +266,12 @@ impl<R: Ring> Shard<R> {
                 return home::accepted(self, event);
             }
             Kind::Accept => return accept::completed(self, event),
-            Kind::Wake => return self.obey(),
+            Kind::Wake => {
+                if let Event::Woken { more: false } = event {
+                    self.watch_wake();
+                }
+                return self.obey();
+            }
             Kind::Cancel => return,
             Kind::Receive | Kind::Send | Kind::Connect => {}
         }
@@ -298,7 +307,7 @@ impl<R: Ring> Shard<R> {
                 self.connections[slot].connecting = false;
                 self.connected(slot, errno);
             }
-            Event::Accepted { .. } | Event::AcceptFailed { .. } | Event::Woken => {}
+            Event::Accepted { .. } | Event::AcceptFailed { .. } | Event::Woken { .. } => {}
         }
         if let Some(connection) = self.connections.get(slot)
             && connection.closing

@@ -228,7 +228,7 @@ fn an_instance_that_never_answers_is_left_and_its_requests_go_to_another() {
                 Worker::start(2, Manner::Accept),
             ];
             let mut route = route(Policy::RoundRobin, ack, &[&workers[0], &workers[1]]);
-            route.ack_timeout_ns = 200_000_000;
+            route.ack_timeout_ns = 1_000_000_000;
             router.publish(route);
             let stats = &router.handle.stats.shard;
             wait_until("both are connected", || stats.instances_ready.get() == 2);
@@ -315,28 +315,36 @@ fn a_deaf_instance_holds_back_its_own_callers_only() {
     for ring in rings() {
         let router = Router::with(ring, |config| config.upstream_queue_bytes = 1 << 20);
         let worker = Worker::start(1, Manner::Deaf);
-        router.route_to(Policy::RoundRobin, Ack::OnForward, &[&worker]);
-        let mut caller = Caller::dial(router.address);
+        let mut route = route(Policy::RoundRobin, Ack::OnForward, &[&worker]);
+        route.ack_timeout_ns = 60_000_000_000;
+        router.publish(route);
+        let ready = &router.handle.stats.shard.instances_ready;
+        wait_until("it is connected", || ready.get() == 1);
         // More than sockets and queue can take: refused with a reason, not swallowed.
-        let mut refused = false;
-        for _ in 0..2000 {
-            caller.send(&frame(LISTEN_PATH, &[0; 30_000]));
-            caller
-                .stream
-                .set_read_timeout(Some(Duration::from_millis(200)))
-                .unwrap();
-            let mut first = [0; 4];
-            match std::io::Read::read_exact(&mut caller.stream, &mut first) {
-                Ok(()) if first == [0; 4] => {}
-                Ok(()) => refused = true,
-                Err(_) => {}
-            }
-            if refused {
-                break;
-            }
-        }
-        assert!(refused);
-        assert!(router.handle.stats.shard.refused_overloaded.get() >= 1);
+        let mut caller = Caller::dial(router.address);
+        let mut writer = caller.stream.try_clone().unwrap();
+        let sender = std::thread::spawn(move || {
+            let frames = frame(LISTEN_PATH, &[0; 30_000]).repeat(100);
+            (0..20).all(|_| std::io::Write::write_all(&mut writer, &frames).is_ok())
+        });
+        let stats = &router.handle.stats.shard;
+        wait_until("a request is refused", || {
+            stats.refused_overloaded.get() > 0
+        });
+        assert_eq!(caller.reply(), "");
+        // Others are served: a new directory has an instance that listens.
+        let second = Worker::start(2, Manner::Accept);
+        router.publish(common::route(
+            Policy::RoundRobin,
+            Ack::OnForward,
+            &[&second],
+        ));
+        wait_until("it is connected", || stats.instances_ready.get() == 1);
+        let mut other = Caller::dial(router.address);
+        other.send(&frame(LISTEN_PATH, b"x"));
+        assert_eq!(other.reply(), "");
+        drop(caller.stream.shutdown(std::net::Shutdown::Both));
+        sender.join().unwrap();
     }
 }
 

@@ -143,7 +143,7 @@ class Lab:
         """
         env = self.env(**dict(env))
         config = {
-            "server": {"host": "127.0.0.1", "port": 0, "status_port": free_port(32767)},
+            "server": {"host": "127.0.0.1", "port": 0, "status_port": free_port()},
             "discovery": {"backend": "etcd"},
             "core": {"cpus": data_cpus()},
             "drain": {"grace_s": 1, "timeout_s": 30},
@@ -213,9 +213,11 @@ class Lab:
         return samples
 
     def close(self):
-        """End everything, last started first."""
-        for process in reversed(self.processes):
-            process.stop()
+        """End everything at once. How processes end gently is for tests to ask, not for this."""
+        for process in self.processes:
+            process.popen.kill()
+        for process in self.processes:
+            process.popen.wait(10)
 
     def logs(self):
         """The ends of all logs, for a failed test's report."""

@@ -27,14 +27,11 @@ def wait_for(what, condition, timeout_s=20.0, poll_s=POLL_S):
         time.sleep(poll_s)
 
 
-def free_port(high=65535):
-    """A loopback TCP port that was free a moment ago, at most `high`."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        if port <= high:
-            return port
+def free_port():
+    """A loopback TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def raise_descriptor_limit(wanted):

@@ -27,7 +27,7 @@ def held_router(lab, timeout_s):
 
 @pytest.mark.short
 def test_drain_leaves_discovery_then_refuses_then_ends(lab):
-    listen, fake, router = held_router(lab, 6)
+    listen, fake, router = held_router(lab, 4)
     address, path = lab_address(router)
 
     async def test():
@@ -44,12 +44,12 @@ def test_drain_leaves_discovery_then_refuses_then_ends(lab):
             assert lab.http(router, "/health")[0] == 503
             assert lab.http(router, "/live")[0] == 200
             # The request in flight gets its answer: here that its worker never took it.
-            assert await holder.reply(15) != b""
+            assert await holder.reply(25) != b""
             return began
 
     began = run(test())
     assert router.wait(15) == 0, router.tail()
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 35
 
 
 async def watch_refusals(lab, home, probe, path, listen):

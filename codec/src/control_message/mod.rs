@@ -331,11 +331,11 @@ mod tests {
 
     /// The request of spec/request-plane.md §3.2.
     const REAL: &str = concat!(
-        r#"{"id":"0f0e0d0c-0b0a-0908-0706-050403020101","request_type":"single_in","#,
-        r#""response_type":"many_out","payload_codec":"json","connection_info":{"transport":"#,
-        r#""tcp_server","info":"{\"address\":\"127.0.0.1:37617\",\"subject\":\"#,
-        r#""e6e42eb2-3333-4859-b313-20ba08b30445\",\"context\":\"#,
-        r#""0f0e0d0c-0b0a-0908-0706-050403020101\",\"stream_type\":\"response\"}"},"#,
+        r#"{"id":"0f0e0d0c-0b0a-0908-0706-050403020101","#,
+        r#""request_type":"single_in","response_type":"many_out","payload_codec":"json","#,
+        r#""connection_info":{"transport":"tcp_server","info":"{\"address\":\"127.0.0.1:37617\","#,
+        r#"\"subject\":\"e6e42eb2-3333-4859-b313-20ba08b30445\","#,
+        r#"\"context\":\"0f0e0d0c-0b0a-0908-0706-050403020101\",\"stream_type\":\"response\"}"},"#,
         r#""metadata":{"dynamo.lifecycle.root":"v1","tenant":"alpha"}}"#
     );
 
@@ -356,16 +356,11 @@ mod tests {
         }
     }
 
-    // The raw string above is split inside `\"` pairs; put the two halves together again.
-    fn real_text() -> String {
-        REAL.replace("\\\"\"", "\\\"")
-    }
-
     #[test]
     fn writes_and_reads_the_real_one() {
         let mut out = vec![];
         real().write(&mut out).unwrap();
-        assert_eq!(std::str::from_utf8(&out).unwrap(), real_text());
+        assert_eq!(std::str::from_utf8(&out).unwrap(), REAL);
         let view = decode(&out).unwrap();
         assert!(view.id == real().id);
         assert_eq!(view.request_type, RequestType::SingleIn);
@@ -395,7 +390,7 @@ mod tests {
     #[test]
     fn errors_name_the_member() {
         let without = |from: &str, to: &str| {
-            let text = real_text();
+            let text = REAL.to_owned();
             assert!(text.contains(from), "{from}");
             decode(text.replacen(from, to, 1).as_bytes()).map(|_| ())
         };
@@ -409,20 +404,12 @@ mod tests {
             (r#""json""#, r#""cbor""#, UnknownValue("payload_codec")),
             (r#""json""#, "null", WrongType("payload_codec")),
             (r#""v1""#, "1", WrongType("metadata")),
-            (
-                r#""tenant""#,
-                r#""request_type":"single_in","t""#,
-                WrongType("metadata"),
-            ),
             (r#""metadata""#, r#""id""#, Repeated("id")),
         ] {
-            // A name that only moved into the metadata is no error of the outer object.
-            if to.contains("single_in\",") {
-                assert_eq!(without(from, to), Ok(()));
-                continue;
-            }
             assert_eq!(without(from, to), Err(want), "{from} -> {to}");
         }
+        // A name that is repeated inside the metadata is no fault of the outer object.
+        assert_eq!(without(r#""tenant""#, r#""id""#), Ok(()));
         assert!(matches!(decode(b"[]"), Err(Json(_))));
         assert!(matches!(decode(b""), Err(Json(_))));
     }
@@ -447,7 +434,7 @@ mod tests {
 
     #[test]
     fn redirecting_changes_one_member_only() {
-        let text = real_text().replacen('{', "{\"unknown\" : [ 1 ] ,", 1);
+        let text = REAL.replacen('{', "{\"unknown\" : [ 1 ] ,", 1);
         let view = decode(text.as_bytes()).unwrap();
         let home = TcpConnection {
             address: "10.0.0.1:9",

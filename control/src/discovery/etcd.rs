@@ -28,6 +28,8 @@ use crate::lease::{self, Backoff, Ended, Lease, jittered};
 const STARTUP_PAUSE_LONGEST: Duration = Duration::from_secs(30);
 /// A contact that lived this long was a success: the next loss is repaired at once.
 const LIVED: Duration = Duration::from_secs(5);
+/// Former identities that are remembered.
+const FORMER_MAX: usize = 4;
 /// Longest time that closing may take.
 const CLOSE_MAX: Duration = Duration::from_secs(5);
 
@@ -52,6 +54,10 @@ struct Inner {
     /// One write at a time, so that replace and re-registration cannot overtake each other.
     writing: Mutex<()>,
     wake_writer: Notify,
+    /// A write was told that there is no such lease: the keeper must look at once.
+    doubt_lease: Notify,
+    /// Identities that we had before, the latest last.
+    former: RefCell<Vec<u64>>,
     closed: Cell<bool>,
     stats: Rc<DiscoveryStats>,
 }
@@ -98,6 +104,8 @@ impl EtcdDiscovery {
             unwanted: RefCell::default(),
             writing: Mutex::new(()),
             wake_writer: Notify::new(),
+            doubt_lease: Notify::new(),
+            former: RefCell::default(),
             closed: Cell::new(false),
             stats: Rc::default(),
         });
@@ -109,6 +117,10 @@ impl EtcdDiscovery {
 
     pub(super) fn identity(&self) -> watch::Receiver<u64> {
         self.0.inner.identity.subscribe()
+    }
+
+    pub(super) fn former(&self) -> Vec<u64> {
+        self.0.inner.former.borrow().clone()
     }
 
     pub(super) fn stats(&self) -> &Rc<DiscoveryStats> {
@@ -248,13 +260,14 @@ async fn keep_lease(inner: Rc<Inner>) {
     loop {
         let began = Instant::now();
         let (lease, deadline) = (inner.lease.get(), inner.options.rpc_timeout);
-        let ended = lease::keep_alive(&inner.client, lease, deadline, || {
+        let alive = || {
             if !std::mem::replace(&mut in_contact, true) {
                 tracing::info!(lease = format_args!("{:x}", lease.id), "lease survived");
                 inner.doubt_all();
             }
-        })
-        .await;
+        };
+        let doubt = &inner.doubt_lease;
+        let ended = lease::keep_alive(&inner.client, lease, deadline, doubt, alive).await;
         if began.elapsed() >= LIVED {
             backoff.reset();
         }
@@ -290,6 +303,7 @@ async fn replace_lease(inner: &Inner, lost: Lease, backoff: &mut Backoff) {
         }
     };
     inner.lease.set(granted);
+    inner.remember(lost);
     // Keys of the lost lease went with it.
     inner.unwanted.borrow_mut().clear();
     inner.identity.send_replace(granted.id as u64);
@@ -328,7 +342,21 @@ async fn write_when_woken(inner: Rc<Inner>) {
     }
 }
 
+/// The gRPC code for what does not exist; of all our writes only a lease can be missing.
+fn is_not_found(error: &etcd_client::Error) -> bool {
+    const NOT_FOUND: i32 = 5;
+    matches!(error, etcd_client::Error::GRpcStatus(status) if status.code() as i32 == NOT_FOUND)
+}
+
 impl Inner {
+    fn remember(&self, lost: Lease) {
+        let mut former = self.former.borrow_mut();
+        if former.len() >= FORMER_MAX {
+            former.remove(0);
+        }
+        former.push(lost.id as u64);
+    }
+
     fn want(&self, record: Record) {
         let mut wanted = self.wanted.borrow_mut();
         match wanted.get_mut(record.name()) {
@@ -467,7 +495,12 @@ impl Inner {
     ) -> Result<T, String> {
         let deadline = self.options.rpc_timeout;
         match timeout(deadline, call).await {
-            Ok(answer) => answer.map_err(|error| error.to_string()),
+            Ok(answer) => answer.map_err(|error| {
+                if is_not_found(&error) {
+                    self.doubt_lease.notify_one();
+                }
+                error.to_string()
+            }),
             Err(_) => Err(format!("no answer within {deadline:?}")),
         }
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use etcd_client::{Client, GetOptions, GetResponse, KvClient, WatchOptions, WatchStream};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::watched::{Gap, KEYS_MAX, Sink};
+use super::watched::{Gap, KEYS_MAX, Sink, TOTAL_BYTES_MAX};
 use super::{DiscoveryStats, Entry};
 use crate::lease::{Backoff, jittered};
 
@@ -123,7 +123,7 @@ async fn list(
 ) -> Result<(Vec<Entry>, i64), String> {
     let (mut start, end) = (prefix.as_bytes().to_vec(), prefix_end(prefix.as_bytes()));
     let mut entries = Vec::new();
-    let mut revision = 0;
+    let (mut revision, mut bytes) = (0, 0);
     loop {
         let options = GetOptions::new()
             .with_range(end.clone())
@@ -136,7 +136,12 @@ async fn list(
         if revision == 0 {
             revision = page.header().map_or(0, |header| header.revision());
         }
-        collect(&page, &mut entries);
+        bytes += collect(&page, &mut entries);
+        if bytes > TOTAL_BYTES_MAX {
+            return Err(format!(
+                "more than {TOTAL_BYTES_MAX} bytes lie under this prefix"
+            ));
+        }
         let last = page
             .kvs()
             .last()
@@ -148,7 +153,8 @@ async fn list(
     }
 }
 
-fn collect(page: &GetResponse, entries: &mut Vec<Entry>) {
+/// Answers how many bytes of values there were.
+fn collect(page: &GetResponse, entries: &mut Vec<Entry>) -> usize {
     for kv in page.kvs() {
         match std::str::from_utf8(kv.key()) {
             Ok(key) => entries.push(Entry {
@@ -158,6 +164,7 @@ fn collect(page: &GetResponse, entries: &mut Vec<Entry>) {
             Err(_) => tracing::debug!(key = ?kv.key(), "key is not UTF-8, skipped"),
         }
     }
+    page.kvs().iter().map(|kv| kv.value().len()).sum()
 }
 
 /// The smallest key above all keys that begin with `prefix`; one zero byte means no end.

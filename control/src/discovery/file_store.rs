@@ -18,7 +18,7 @@ use rustix::fs::{
 };
 
 use super::Entry;
-use super::watched::{KEYS_MAX, VALUE_BYTES_MAX};
+use super::watched::{KEYS_MAX, TOTAL_BYTES_MAX, VALUE_BYTES_MAX};
 
 /// Names that begin so are being written and are nobody's record.
 pub(super) const TEMPORARY: &str = ".tmp_";
@@ -188,7 +188,7 @@ pub(super) fn scan(
 ) -> io::Result<Scan> {
     let directory = root.join(bucket);
     let mut found = Scan::default();
-    let mut dead = Vec::new();
+    let (mut dead, mut bytes) = (Vec::new(), 0);
     for file in fs::read_dir(&directory)? {
         let file = file?;
         let Ok(name) = file.file_name().into_string() else {
@@ -213,7 +213,12 @@ pub(super) fn scan(
         if is_dead(&metadata, ttl) {
             dead.push(file.path());
         } else if let Some(value) = read(&file.path()) {
+            bytes += value.len();
             found.entries.push(Entry { key, value });
+        }
+        if bytes > TOTAL_BYTES_MAX {
+            let text = format!("more than {TOTAL_BYTES_MAX} bytes lie in this bucket");
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, text));
         }
     }
     if delete_expired && !dead.is_empty() {

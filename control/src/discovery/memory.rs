@@ -84,9 +84,14 @@ struct Inner {
 impl MemoryDiscovery {
     /// A new identity, with a random id, on `store`.
     pub fn new(store: &MemoryStore) -> Self {
+        Self::with_identity(store, random_id())
+    }
+
+    /// An identity of the caller's choice; nobody else on `store` may have it.
+    pub fn with_identity(store: &MemoryStore, id: u64) -> Self {
         Self(Rc::new(Inner {
             store: store.clone(),
-            identity: watch::Sender::new(random_id()),
+            identity: watch::Sender::new(id),
             records: RefCell::default(),
             closed: Cell::new(false),
             stats: Rc::default(),

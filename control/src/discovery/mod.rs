@@ -248,6 +248,23 @@ impl Discovery {
         each!(self, backend => backend.identity())
     }
 
+    /// All ids whose requests are meant for us: the present one first, then a few former ones,
+    /// which clients may still use until they have seen the change.
+    pub fn served_ids(&self) -> Vec<u64> {
+        let mut ids = vec![self.instance_id()];
+        if let Self::Etcd(etcd) = self {
+            ids.extend(etcd.former().into_iter().rev());
+        }
+        ids
+    }
+
+    /// The request paths under which `endpoint` is asked of us: one for each of
+    /// [`Discovery::served_ids`], in that order.
+    pub fn request_paths(&self, endpoint: &EndpointId) -> Vec<Vec<u8>> {
+        let path = |id| instance_path(id, endpoint).into_bytes();
+        self.served_ids().into_iter().map(path).collect()
+    }
+
     /// Our counters.
     pub fn stats(&self) -> &Rc<DiscoveryStats> {
         each!(self, backend => backend.stats())

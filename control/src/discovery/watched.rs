@@ -33,6 +33,9 @@ pub const KEYS_MAX: usize = 65_536;
 /// Longest value that is looked at, in bytes; etcd itself takes 1.5 MiB in one request.
 pub const VALUE_BYTES_MAX: usize = 2 << 20;
 
+/// Most bytes of values that one watch keeps.
+pub const TOTAL_BYTES_MAX: usize = 256 << 20;
+
 /// Turns key and value of a stored record into what a watch keeps.
 pub type Parse<T> = fn(key: &str, value: &[u8]) -> Result<T, serde_json::Error>;
 
@@ -68,6 +71,8 @@ struct Item<T> {
 pub struct Watched<T> {
     parse: Parse<T>,
     entries: BTreeMap<String, Item<T>>,
+    /// Sum of the lengths of all values.
+    bytes: usize,
     /// Hash of the last bad value by key, so that a value is reported once, not at every resync.
     bad: BTreeMap<String, u64>,
     hasher: RandomState,
@@ -85,6 +90,7 @@ impl<T> Watched<T> {
         Self {
             parse,
             entries: BTreeMap::new(),
+            bytes: 0,
             bad: BTreeMap::new(),
             hasher: RandomState::new(),
             freshness: Freshness::Stale { since: now },
@@ -111,7 +117,9 @@ impl<T> Watched<T> {
                     suspect: false,
                 };
                 self.bad.remove(key);
-                self.entries.insert(key.to_owned(), item);
+                self.bytes += value.len();
+                let old = self.entries.insert(key.to_owned(), item);
+                self.bytes -= old.map_or(0, |item| item.raw.len());
                 true
             }
             Err(reason) => self.reject(key, value, &reason),
@@ -121,7 +129,9 @@ impl<T> Watched<T> {
     /// A key was deleted. Answers whether the directory changed.
     pub fn delete(&mut self, key: &str) -> bool {
         self.bad.remove(key);
-        self.entries.remove(key).is_some()
+        let gone = self.entries.remove(key);
+        self.bytes -= gone.as_ref().map_or(0, |item| item.raw.len());
+        gone.is_some()
     }
 
     /// Changes may have been missed from here until the next snapshot.
@@ -161,6 +171,7 @@ impl<T> Watched<T> {
             }
             item.suspect |= outage;
             suspects += usize::from(item.suspect);
+            self.bytes -= if item.suspect { 0 } else { item.raw.len() };
             item.suspect
         });
         changed |= self.entries.len() != before || (outage && suspects > 0);
@@ -182,7 +193,10 @@ impl<T> Watched<T> {
             return 0;
         }
         let before = self.entries.len();
-        self.entries.retain(|_, item| !item.suspect);
+        self.entries.retain(|_, item| {
+            self.bytes -= if item.suspect { item.raw.len() } else { 0 };
+            !item.suspect
+        });
         before - self.entries.len()
     }
 
@@ -227,6 +241,9 @@ impl<T> Watched<T> {
         }
         if self.entries.len() >= KEYS_MAX && !self.entries.contains_key(key) {
             return Err(format!("{KEYS_MAX} keys are watched already"));
+        }
+        if self.bytes + value.len() > TOTAL_BYTES_MAX {
+            return Err(format!("{} bytes are kept already", self.bytes));
         }
         (self.parse)(key, value).map_err(|error| error.to_string())
     }
@@ -649,6 +666,8 @@ mod tests {
             }
             latest = resync(&mut watched, &store).or(latest);
             latest.map(|generation| watched.confirm(generation));
+            let bytes: usize = store.values().map(String::len).sum();
+            prop_assert_eq!(watched.bytes, bytes);
             prop_assert_eq!(content(&watched), store);
         }
     }

@@ -250,7 +250,7 @@ impl Epoll {
         self.system_calls += 1;
         // SAFETY: eight bytes into a u64. What it answers does not matter: somebody wrote.
         unsafe { libc::read(fd, (&raw mut count).cast(), size_of::<u64>()) };
-        self.complete(operation, Event::Woken);
+        self.complete(operation, Event::Woken { more: true });
     }
 
     /// Gives the slot a turn if it is readable and somebody wants to receive.
@@ -357,11 +357,8 @@ impl Epoll {
     }
 
     fn idle(&self) -> bool {
-        self.ready.is_empty()
-            && !self
-                .listeners
-                .iter()
-                .any(|listener| listener.ready && listener.accept.is_some())
+        let acceptable = |listener: &Listener| listener.ready && listener.accept.is_some();
+        self.ready.is_empty() && !self.listeners.iter().any(acceptable)
     }
 }
 
@@ -398,11 +395,8 @@ impl Ring for Epoll {
         let refused = self.watch(handle.fd, EDGES, ON_SLOT | u64::from(handle.slot));
         let slot = &mut self.slots[index];
         debug_assert!(!slot.attached, "a slot holds one socket at a time");
-        slot.attached = true;
-        slot.fd = handle.fd;
-        slot.refused = refused;
-        slot.readable = false;
-        slot.ending = false;
+        (slot.attached, slot.fd, slot.refused) = (true, handle.fd, refused);
+        (slot.readable, slot.ending) = (false, false);
     }
 
     fn detach(&mut self, handle: Handle) {
@@ -425,8 +419,7 @@ impl Ring for Epoll {
             return self.complete(operation, Event::Connected { errno });
         }
         // What was reported of the unconnected socket says nothing about the connected one.
-        slot.readable = false;
-        slot.ending = false;
+        (slot.readable, slot.ending) = (false, false);
         self.system_calls += 1;
         // SAFETY: the caller keeps an attached descriptor open.
         let fd = unsafe { BorrowedFd::borrow_raw(handle.fd) };

@@ -19,6 +19,7 @@ use crate::buffers::BufferId;
 use crate::operation::Operation;
 
 pub mod epoll;
+pub mod sim;
 mod sockets;
 pub mod uring;
 
@@ -80,7 +81,10 @@ pub enum Event {
         errno: i32,
     },
     /// Somebody wrote to our eventfd.
-    Woken,
+    Woken {
+        /// Whether the watch goes on by itself.
+        more: bool,
+    },
 }
 
 /// A socket as the ring knows it: its descriptor, and its place in the ring's table of files.

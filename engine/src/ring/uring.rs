@@ -387,7 +387,7 @@ fn event_of(kind: Kind, entry: &cqueue::Entry) -> Option<Event> {
         },
         Kind::Send => Event::SendFailed { errno: -result },
         Kind::Connect => Event::Connected { errno: -result },
-        Kind::Wake => Event::Woken,
+        Kind::Wake => Event::Woken { more },
         Kind::Cancel => return None,
     })
 }

@@ -63,6 +63,15 @@ impl Router {
         Router { handle, address }
     }
 
+    /// The counters that are not zero, for messages of failed tests.
+    pub fn counters(&self) -> String {
+        let cells = self.handle.stats.shard.each();
+        let moved = cells.iter().filter(|cell| cell.3 > 0);
+        moved
+            .map(|cell| format!("{} {}, ", cell.0, cell.3))
+            .collect()
+    }
+
     pub fn publish(&self, route: Route) {
         let listed = route.instances.len() as u64;
         let directory = Arc::new(Directory {

@@ -2,7 +2,11 @@
 
 use anyhow::{Result, bail};
 
-use crate::cli::{CallArgs, EchoArgs, Exit, ServeArgs, UpArgs};
+use crate::cli::{CallArgs, EchoArgs, Exit, UpArgs};
+
+mod serve;
+
+pub use serve::serve;
 
 const MISSING: &str = "this command is wired in by the engine";
 
@@ -11,14 +15,6 @@ const MISSING: &str = "this command is wired in by the engine";
 /// # Errors
 /// Whatever stops it; [`crate::cli::Stop`] in the chain chooses the exit code.
 pub fn up(_: UpArgs) -> Result<Exit> {
-    bail!(MISSING)
-}
-
-/// `corelane serve`: the router until it is told to stop.
-///
-/// # Errors
-/// As [`up`].
-pub fn serve(_: ServeArgs) -> Result<Exit> {
     bail!(MISSING)
 }
 

@@ -1,0 +1,49 @@
+//! `corelane serve`: the router until it is told to stop.
+
+use anyhow::{Context, Result};
+use tokio::runtime::Builder;
+use tokio::task::LocalSet;
+
+use crate::cli::{Exit, ServeArgs};
+use crate::preflight;
+use crate::supervise::{Router, Signals, Store};
+
+/// Runs the router.
+///
+/// # Errors
+/// The host cannot do what is required, a port is taken, or the store cannot be reached.
+pub fn serve(args: ServeArgs) -> Result<Exit> {
+    let config = args.config;
+    let plan = preflight::plan(&config)?;
+    let cpu = plan.control_cpu;
+    on_control_core(cpu, async move {
+        let mut signals = Signals::catch().context("cannot catch signals")?;
+        let started = tokio::select! {
+            router = Router::start(&config, &plan, Store::Configured) => Some(router?),
+            name = signals.next() => {
+                tracing::info!("{name} before everything had started: ending");
+                None
+            }
+        };
+        match started {
+            Some(router) => Ok(router.run(signals, async {}).await),
+            None => Ok(Exit::Done),
+        }
+    })
+}
+
+/// Runs `work` on a runtime of this thread, pinned to `cpu`. Shards, whose threads begin on the CPU
+/// of who made them, move to their own.
+pub(super) fn on_control_core<T>(cpu: usize, work: impl Future<Output = Result<T>>) -> Result<T> {
+    if let Err(error) = corelane_engine::placement::pin_current_thread(cpu) {
+        tracing::warn!(cpu, %error, "the control core is not pinned");
+    }
+    let runtime = Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.context("cannot make the control runtime")?;
+    let local = LocalSet::new();
+    let outcome = local.block_on(&runtime, work);
+    // Tasks may hold what others wait for: they go first, and nobody waits for file work.
+    drop(local);
+    runtime.shutdown_background();
+    outcome
+}

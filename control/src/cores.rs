@@ -1,0 +1,388 @@
+//! The shards of this process as control sees them: started, watched, told, stopped.
+//!
+//! ```text
+//! control --command--> shard 0, 1, ...        bounded queues; nobody waits on a lock
+//! control <--report--- shard 0, 1, ...        one task for each, asleep on its eventfd
+//! ```
+
+use std::cell::{Cell, RefCell};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::time::Duration;
+
+use corelane_engine::config::RingKind;
+use corelane_engine::executor::{self, ShardHandle, StartError};
+use corelane_engine::shard::{Command, Report};
+use corelane_engine::stats::Stats;
+use thiserror::Error;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+
+use crate::preflight::{Plan, Planned, ring_word};
+
+/// Longest wait until all shards listen; taking gigabytes of buffers takes a while.
+const START_MAX: Duration = Duration::from_secs(30);
+/// Longest wait for room in a shard's queue, which holds a thousand commands.
+const COMMAND_MAX: Duration = Duration::from_secs(5);
+/// Longest wait for the end of a shard that was told to stop.
+const STOP_MAX: Duration = Duration::from_secs(5);
+/// A thread that ended without a report is noticed this late at most.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// Why the shards do not run.
+#[derive(Debug, Error)]
+pub enum CoresError {
+    /// One could not be made.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// The port is taken.
+    #[error(
+        "cannot listen on {address}: {source}; write another [server] host or port, or port = 0 \
+         for any free one"
+    )]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+    /// One ended before it listened.
+    #[error("core {shard} on CPU {cpu} did not start: {why}")]
+    Ended {
+        /// The shard.
+        shard: usize,
+        /// Its CPU.
+        cpu: usize,
+        /// What it said last.
+        why: String,
+    },
+    /// Not all listen in time.
+    #[error("not every core listens after {START_MAX:?}")]
+    Slow,
+    /// No descriptor to watch its reports with.
+    #[error("cannot watch core {shard}: {source}; raise the limit of open files (ulimit -n)")]
+    Watch {
+        /// The shard.
+        shard: usize,
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+}
+
+/// How a shard is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Its thread runs, but does not listen yet.
+    Starting,
+    /// It listens.
+    Running,
+    /// It has ended: by itself if there is a failure, else because it was told to.
+    Ended {
+        /// What went wrong.
+        failure: Option<String>,
+    },
+}
+
+/// One shard, as metrics show it.
+#[derive(Clone, Debug)]
+pub struct CoreView {
+    /// Index of the shard.
+    pub shard: usize,
+    /// Its CPU.
+    pub cpu: usize,
+    /// Its ring: `uring` or `epoll`.
+    pub ring: &'static str,
+    /// Why this ring: one word.
+    pub cause: &'static str,
+    /// Its counters.
+    pub stats: Arc<Stats>,
+}
+
+struct Core {
+    planned: RefCell<Planned>,
+    handle: RefCell<ShardHandle>,
+    state: RefCell<State>,
+}
+
+/// All shards.
+pub struct Cores {
+    list: Vec<Core>,
+    address: SocketAddr,
+    /// Counts changes of state.
+    changes: watch::Sender<u64>,
+    stopping: Cell<bool>,
+}
+
+impl Cores {
+    /// Starts the threads of all shards; they listen on one port when this returns, and take
+    /// connections soon after. Needs a `LocalSet`.
+    ///
+    /// # Errors
+    /// The port is taken, or threads and descriptors are not to be had.
+    pub fn spawn(plan: &Plan) -> Result<Rc<Cores>, CoresError> {
+        let mut address = wanted_address(plan)?;
+        let mut list: Vec<Core> = Vec::with_capacity(plan.shards.len());
+        for planned in &plan.shards {
+            let mut planned = planned.clone();
+            planned.config.listen = Some(address);
+            let handle = executor::spawn(planned.config.clone())?;
+            // The first one has chosen the port of all.
+            address = handle.address.unwrap_or(address);
+            list.push(Core {
+                planned: RefCell::new(planned),
+                handle: RefCell::new(handle),
+                state: RefCell::new(State::Starting),
+            });
+        }
+        let cores = Rc::new(Cores {
+            list,
+            address,
+            changes: watch::Sender::new(0),
+            stopping: Cell::new(false),
+        });
+        for index in 0..cores.list.len() {
+            cores.listen_to(index)?;
+        }
+        Ok(cores)
+    }
+
+    /// Where they listen.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Waits until all listen. One that cannot run on io_uring after all is started again on
+    /// epoll, unless io_uring was required.
+    ///
+    /// # Errors
+    /// One has ended, or they take too long.
+    pub async fn started(self: &Rc<Self>) -> Result<(), CoresError> {
+        let deadline = Instant::now() + START_MAX;
+        let mut changes = self.changes.subscribe();
+        loop {
+            for index in 0..self.list.len() {
+                let failure = match &*self.list[index].state.borrow() {
+                    State::Ended { failure } => failure.clone().unwrap_or_default(),
+                    _ => continue,
+                };
+                self.start_again(index, failure)?;
+            }
+            if self.all_run() {
+                return Ok(());
+            }
+            match timeout_at(deadline, changes.changed()).await {
+                Ok(_) => {}
+                Err(_) => return Err(CoresError::Slow),
+            }
+        }
+    }
+
+    fn start_again(self: &Rc<Self>, index: usize, why: String) -> Result<(), CoresError> {
+        let core = &self.list[index];
+        let config = {
+            let mut planned = core.planned.borrow_mut();
+            if planned.config.ring == RingKind::Epoll || planned.required {
+                let (shard, cpu) = (planned.config.shard, planned.config.cpu);
+                return Err(CoresError::Ended { shard, cpu, why });
+            }
+            tracing::warn!(
+                core = planned.config.shard,
+                cpu = planned.config.cpu,
+                "ring epoll: io_uring did not start here: {why}"
+            );
+            planned.config.ring = RingKind::Epoll;
+            planned.cause = "start_failed";
+            planned.config.listen = Some(self.address);
+            planned.config.clone()
+        };
+        let handle = executor::spawn(config)?;
+        core.handle.borrow_mut().join();
+        core.handle.replace(handle);
+        core.state.replace(State::Starting);
+        self.listen_to(index)
+    }
+
+    /// Starts the task that reads one shard's reports.
+    fn listen_to(self: &Rc<Self>, index: usize) -> Result<(), CoresError> {
+        let handle = self.list[index].handle.borrow();
+        let failed = |source| CoresError::Watch {
+            shard: handle.shard,
+            source,
+        };
+        let wake = handle
+            .reports
+            .as_fd()
+            .try_clone_to_owned()
+            .map_err(failed)?;
+        let wake = register(wake).map_err(failed)?;
+        tokio::task::spawn_local(read_reports(Rc::downgrade(self), index, wake));
+        Ok(())
+    }
+
+    /// Takes what one shard has reported; answers whether more is to be expected.
+    fn read(&self, index: usize) -> bool {
+        let core = &self.list[index];
+        let handle = core.handle.borrow();
+        // Looked at first: what it reported before its end is then in the queue.
+        let ended = handle.is_finished();
+        handle.reports.clear_wake();
+        while let Some(report) = handle.reports.next() {
+            match report {
+                Report::Started { .. } => self.turn(core, State::Running),
+                Report::Stopped { failure } => {
+                    self.turn(core, State::Ended { failure });
+                    return false;
+                }
+            }
+        }
+        if ended {
+            let failure = Some("its thread ended without a word".to_owned());
+            self.turn(core, State::Ended { failure });
+        }
+        !ended
+    }
+
+    fn turn(&self, core: &Core, state: State) {
+        if let State::Ended { failure } = &state {
+            let planned = core.planned.borrow();
+            let (core, cpu) = (planned.config.shard, planned.config.cpu);
+            match failure {
+                Some(why) => tracing::error!(core, cpu, why, "a core has ended by itself"),
+                None if self.stopping.get() => tracing::debug!(core, cpu, "core stopped"),
+                None => tracing::error!(core, cpu, "a core has ended without being told to"),
+            }
+        }
+        core.state.replace(state);
+        self.changes.send_modify(|count| *count += 1);
+    }
+
+    /// Whether every shard listens.
+    pub fn all_run(&self) -> bool {
+        let runs = |core: &Core| *core.state.borrow() == State::Running;
+        self.list.iter().all(runs)
+    }
+
+    /// Waits until a shard has ended that was not told to.
+    pub async fn failed(&self) {
+        let mut changes = self.changes.subscribe();
+        let ended = |core: &Core| matches!(&*core.state.borrow(), State::Ended { .. });
+        while self.stopping.get() || !self.list.iter().any(ended) {
+            // The sender is ours.
+            let _ = changes.changed().await;
+        }
+    }
+
+    /// Hands a command to every shard that runs; waits a little where a queue is full.
+    pub async fn tell(&self, command: impl Fn() -> Command) {
+        for core in &self.list {
+            let deadline = Instant::now() + COMMAND_MAX;
+            let mut next = command();
+            while !matches!(&*core.state.borrow(), State::Ended { .. }) {
+                let outcome = core.handle.borrow().command(next);
+                let Err(back) = outcome else { break };
+                next = back;
+                if Instant::now() >= deadline {
+                    let core = core.planned.borrow().config.shard;
+                    tracing::error!(core, "a core does not take commands");
+                    break;
+                }
+                sleep(Duration::from_millis(1)).await;
+            }
+        }
+    }
+
+    /// What metrics show of each.
+    pub fn view(&self) -> Vec<CoreView> {
+        let view = |core: &Core| {
+            let planned = core.planned.borrow();
+            CoreView {
+                shard: planned.config.shard,
+                cpu: planned.config.cpu,
+                ring: ring_word(planned.config.ring),
+                cause: planned.cause,
+                stats: Arc::clone(&core.handle.borrow().stats),
+            }
+        };
+        self.list.iter().map(view).collect()
+    }
+
+    /// Sums one number over the shards that run.
+    pub fn sum(&self, number: impl Fn(&Stats) -> u64) -> u64 {
+        let runs = |core: &&Core| *core.state.borrow() == State::Running;
+        let each = self.list.iter().filter(runs);
+        each.map(|core| number(&core.handle.borrow().stats)).sum()
+    }
+
+    /// Waits until every shard has made two turns: what it was told before is in force then.
+    /// An idle shard makes its second turn late; nobody waits longer than `patience`.
+    pub async fn settled(&self, patience: Duration) {
+        let turns = |core: &Core| core.handle.borrow().stats.shard.ticks.get();
+        let before: Vec<u64> = self.list.iter().map(turns).collect();
+        let deadline = Instant::now() + patience;
+        let mut pairs = self.list.iter().zip(before).peekable();
+        while let Some((core, before)) = pairs.peek() {
+            if turns(core) >= before + 2 || Instant::now() >= deadline {
+                pairs.next();
+            } else {
+                sleep(Duration::from_millis(2)).await;
+            }
+        }
+    }
+
+    /// Stops all shards and waits for their threads, a few seconds at most.
+    pub async fn stop(&self) {
+        self.stopping.set(true);
+        self.tell(|| Command::Stop).await;
+        let mut changes = self.changes.subscribe();
+        let ended = |core: &Core| matches!(&*core.state.borrow(), State::Ended { .. });
+        let all = async {
+            while !self.list.iter().all(ended) {
+                let _ = changes.changed().await;
+            }
+        };
+        if timeout(STOP_MAX, all).await.is_err() {
+            tracing::error!("not every core has stopped after {STOP_MAX:?}");
+        }
+        for core in self.list.iter().filter(|core| ended(core)) {
+            // It has said its last word, so this does not wait.
+            core.handle.borrow_mut().join();
+        }
+    }
+}
+
+/// The address to bind. Shards share their port with whoever of the same user asks for it, so a
+/// port that another process has is found out by asking for it alone.
+fn wanted_address(plan: &Plan) -> Result<SocketAddr, CoresError> {
+    let listen = plan.shards.iter().find_map(|shard| shard.config.listen);
+    let address = listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0)));
+    if address.port() != 0 {
+        let alone = executor::listen(address, false, true);
+        alone.map_err(|source| CoresError::Listen { address, source })?;
+    }
+    Ok(address)
+}
+
+#[expect(
+    deprecated,
+    reason = "sound for an OwnedFd, which is open and the same until dropped"
+)]
+fn register(wake: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
+    AsyncFd::with_interest(wake, Interest::READABLE)
+}
+
+async fn read_reports(cores: Weak<Cores>, index: usize, wake: AsyncFd<OwnedFd>) {
+    loop {
+        let readable = timeout(LOOK_EVERY, wake.readable()).await;
+        let Some(cores) = cores.upgrade() else { return };
+        if !cores.read(index) {
+            return;
+        }
+        if let Ok(Ok(mut guard)) = readable {
+            guard.clear_ready();
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! What we offer in discovery for one route: our instance record under the listen endpoint, and
+//! the model cards of the target (`spec/events-discovery.md` §4.3, §10.1).
+//!
+//! ```text
+//! codec that all instances read --> our record ----\
+//! cards of the target ------------> our cards -----+--> discovery, under our identity
+//! ```
+//! A lost lease is the discovery's business: it stores all records again under the new
+//! identity. Here it only counts as not registered until that is done.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use corelane_codec::control_message::PayloadCodec;
+use corelane_codec::discovery::{DeviceType, EndpointRecord, Transport};
+use corelane_codec::path::{EndpointId, TcpTransport, instance_path};
+use tokio::sync::watch;
+use tokio::time::sleep;
+
+use crate::cards::{CardPublisher, CardWatch, advertised_codec};
+use crate::discovery::{Discovery, Entry, Record, Registered};
+use crate::publish::{Board, Listed};
+
+/// A record that could not be stored at once is looked at this often until it is.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
+
+/// Keeps one route offered until `stopping` turns true. A store that is away delays, never fails.
+pub struct Offer {
+    /// The routes and our identities.
+    pub board: Rc<Board>,
+    /// Which of the routes.
+    pub index: usize,
+    /// Where it is offered.
+    pub discovery: Discovery,
+    /// What callers are told to dial.
+    pub address: SocketAddr,
+    /// Ends it.
+    pub stopping: watch::Receiver<bool>,
+}
+
+impl Offer {
+    /// Registers, and follows changes of instances, cards and identity.
+    pub async fn keep(mut self) {
+        let board = Rc::clone(&self.board);
+        let Some(listed) = board.routes().get(self.index) else {
+            return;
+        };
+        let route = &listed.route;
+        let mut instances = listed.subscribe();
+        let mut cards = CardWatch::new(&self.discovery, &route.target);
+        let mut publisher = CardPublisher::new(&self.discovery, &route.listen);
+        let mut identity = self.discovery.identity();
+        let mut stored_as = None;
+        loop {
+            if *self.stopping.borrow() {
+                return;
+            }
+            let id = *identity.borrow_and_update();
+            let known = instances.borrow_and_update().clone();
+            let codec = advertised_codec(&known);
+            if stored_as != Some((id, codec)) {
+                // Cards first or the record first: readers take either order.
+                stored_as = self
+                    .register(listed, id, codec)
+                    .await
+                    .then_some((id, codec));
+            }
+            publisher.reconcile(&cards.cards(), &known).await;
+            let again = stored_as.is_none();
+            tokio::select! {
+                _ = instances.changed() => {}
+                () = cards.changed() => {}
+                _ = identity.changed() => listed.set_registered(false),
+                _ = self.stopping.wait_for(|stop| *stop) => return,
+                () = sleep(LOOK_AGAIN), if again => {}
+            }
+        }
+    }
+
+    /// Answers whether the record stands in the store.
+    async fn register(&self, listed: &Listed, id: u64, codec: PayloadCodec) -> bool {
+        let listen = &listed.route.listen;
+        let record = record(listen, self.address, codec);
+        let stored = match self.discovery.replace(record).await {
+            Ok(outcome) => outcome == Registered::Stored,
+            Err(error) => {
+                tracing::error!(%listen, %error, "endpoint not registered");
+                false
+            }
+        };
+        if stored {
+            let path = instance_path(id, listen);
+            let codec = codec_word(codec);
+            tracing::info!(
+                %listen, target = %listed.route.target, codec, "registered as {}/{path}",
+                self.address
+            );
+        }
+        listed.set_registered(stored);
+        stored
+    }
+}
+
+fn codec_word(codec: PayloadCodec) -> &'static str {
+    match codec {
+        PayloadCodec::Json => "json",
+        PayloadCodec::MessagePack => "msgpack",
+    }
+}
+
+/// Our instance record.
+fn record(endpoint: &EndpointId, address: SocketAddr, codec: PayloadCodec) -> Record {
+    let endpoint = endpoint.clone();
+    let device = device_type(|name| std::env::var(name).ok());
+    Record::new(Record::instance_name(&endpoint), move |id| {
+        let path = instance_path(id, &endpoint);
+        let tcp = TcpTransport {
+            address,
+            path: &path,
+        };
+        let mut record = EndpointRecord::new(&endpoint, id, Transport::Tcp(tcp.value()));
+        record.device_type = Some(device);
+        record.request_plane_codec = Some(codec);
+        Entry {
+            key: record.key().to_string(),
+            // A struct of strings and numbers always has a JSON form.
+            value: serde_json::to_vec(&record).unwrap_or_default(),
+        }
+    })
+}
+
+/// As Dynamo would write it (§4.3): an accelerator, unless the environment hides them all.
+fn device_type(lookup: impl Fn(&str) -> Option<String>) -> DeviceType {
+    let hides = |name: &str, words: &[&str]| {
+        let value = lookup(name).map(|value| value.trim().to_ascii_lowercase());
+        value.is_some_and(|value| words.contains(&value.as_str()))
+    };
+    let cuda = hides("CUDA_VISIBLE_DEVICES", &["", "-1", "none", "void"]);
+    if cuda || hides("NVIDIA_VISIBLE_DEVICES", &["none", "void"]) {
+        DeviceType::Cpu
+    } else {
+        DeviceType::Cuda
+    }
+}

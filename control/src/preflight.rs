@@ -1,0 +1,212 @@
+//! From the configuration and this host to the shards of this process: limits, and the ring and
+//! the CPU of each. Opens nothing but the probe of io_uring.
+
+use std::net::SocketAddr;
+
+use corelane_engine::config::{Idle, RingKind, ShardConfig};
+use corelane_engine::placement::{self, Assignment, ControlCpu, CpuQuota, Topology};
+use corelane_engine::preflight as host;
+
+use crate::cli::Stop;
+use crate::config::{self, Config, Core};
+
+/// Connections that a core is left with however few files this process may open.
+const CONNECTIONS_MIN: u32 = 16;
+
+/// A shard to start.
+#[derive(Clone, Debug)]
+pub struct Planned {
+    /// What it is told.
+    pub config: ShardConfig,
+    /// Why it has this ring: one word for metrics ([`host::Cause::word`]).
+    pub cause: &'static str,
+    /// Whether epoll will not do in place of io_uring.
+    pub required: bool,
+}
+
+/// Who runs where.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// CPU of the control core.
+    pub control_cpu: usize,
+    /// The shards, at least one, in the order of their CPUs.
+    pub shards: Vec<Planned>,
+}
+
+/// Raises the limits of this process, looks at the host, and decides. What is not as it was asked
+/// for is logged with its remedy. To be called once, before threads are made.
+///
+/// # Errors
+/// [`Stop::HostCannot`] when io_uring is required and refused, or the kernel does not say which
+/// CPUs this process may use.
+pub fn plan(config: &Config) -> Result<Plan, Stop> {
+    host::raise_limits();
+    let report = host::probe();
+    let mask = placement::affinity().map_err(|error| {
+        Stop::HostCannot(format!(
+            "cannot read which CPUs this process may use: {error}"
+        ))
+    })?;
+    let wanted: Vec<usize> = config.cores.iter().map(|core| core.cpu).collect();
+    let mut assigned = placement::assign(&wanted, ControlCpu::Cpu(config.control.cpu), &mask);
+    let quota = CpuQuota::read(std::path::Path::new("/"));
+    assigned.advise(&Topology::of_host(), quota);
+    for note in &assigned.notes {
+        tracing::info!("placement: {note}");
+    }
+    let shards = shards(config, &assigned, &report)?;
+    log_rings(&shards, &report);
+    Ok(Plan {
+        control_cpu: assigned.control,
+        shards,
+    })
+}
+
+fn shards(
+    config: &Config,
+    assigned: &Assignment,
+    report: &host::Report,
+) -> Result<Vec<Planned>, Stop> {
+    let listen = SocketAddr::new(config.server.host, config.server.port);
+    let mut shards = Vec::with_capacity(assigned.data.len());
+    for (shard, cpu) in assigned.data.iter().copied().enumerate() {
+        // A CPU that nobody named is configured like the first one that was.
+        let named = config.cores.iter().find(|core| core.cpu == cpu);
+        let Some(core) = named.or(config.cores.first()) else {
+            continue;
+        };
+        let choice = host::choose(io(core.io), report)
+            .map_err(|refused| Stop::HostCannot(refused.to_string()))?;
+        let ring = match choice.ring {
+            host::RingKind::Uring => RingKind::Uring,
+            host::RingKind::Epoll => RingKind::Epoll,
+        };
+        let mut told = shard_config(core, ShardConfig::new(shard, cpu, ring, Some(listen)));
+        told.message_bytes_max = u64::from(config.server.message_bytes_max);
+        shards.push(Planned {
+            config: told,
+            cause: choice.cause.word(),
+            required: core.io == config::Io::Uring,
+        });
+    }
+    fit_files(&mut shards, report);
+    Ok(shards)
+}
+
+fn io(io: config::Io) -> host::Io {
+    match io {
+        config::Io::Auto => host::Io::Auto,
+        config::Io::Uring => host::Io::Uring,
+        config::Io::Epoll => host::Io::Epoll,
+    }
+}
+
+fn shard_config(core: &Core, defaults: ShardConfig) -> ShardConfig {
+    ShardConfig {
+        idle: match core.idle {
+            config::Idle::Block => Idle::Block,
+            config::Idle::Spin => Idle::Spin,
+        },
+        connections_max: core.connections_max,
+        buffer_bytes: core.buffer_bytes,
+        buffers: core.buffers,
+        in_flight_max: core.in_flight_max,
+        upstream_queue_bytes: core.upstream_queue_bytes,
+        ..defaults
+    }
+}
+
+/// A table of connections that the limit of open files cannot fill would only hide that limit:
+/// it is cut to what can be had, so that refusals are counted as such.
+fn fit_files(shards: &mut [Planned], report: &host::Report) {
+    let count = shards.len() as u64;
+    let most = shards.iter().map(|shard| shard.config.connections_max);
+    let most = u64::from(most.max().unwrap_or(0));
+    let Some(finding) = report.too_few_files(most, count) else {
+        return;
+    };
+    let can = report.files.soft.saturating_sub(host::FILES_RESERVED) / count.max(1);
+    let can = u32::try_from(can).unwrap_or(u32::MAX).max(CONNECTIONS_MIN);
+    for shard in shards {
+        shard.config.connections_max = shard.config.connections_max.min(can);
+    }
+    tracing::warn!(
+        connections_max = can,
+        "{}. {}",
+        finding.what,
+        finding.remedy
+    );
+}
+
+/// One line for each ring and cause, with the cores that it holds for.
+fn log_rings(shards: &[Planned], report: &host::Report) {
+    for (index, shard) in shards.iter().enumerate() {
+        let same =
+            |other: &&Planned| (other.config.ring, other.cause) == (shard.config.ring, shard.cause);
+        if shards[..index].iter().any(|before| same(&before)) {
+            continue;
+        }
+        let cpus: Vec<usize> = shards.iter().filter(same).map(|s| s.config.cpu).collect();
+        let cpus = config::cpu_list(&cpus);
+        let wish = match shard.config.ring {
+            RingKind::Epoll if shard.cause == host::Cause::Configured.word() => host::Io::Epoll,
+            _ => host::Io::Auto,
+        };
+        // The same question as before, so it cannot be refused now.
+        let Ok(choice) = host::choose(wish, report) else {
+            continue;
+        };
+        if choice.cause.remedy().is_empty() {
+            tracing::info!(cpus, "ring {}", choice.explain);
+        } else {
+            tracing::warn!(cpus, "ring {}", choice.explain);
+        }
+    }
+}
+
+/// The word of a ring in metrics and logs.
+pub fn ring_word(ring: RingKind) -> &'static str {
+    match ring {
+        RingKind::Uring => "uring",
+        RingKind::Epoll => "epoll",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn planned(connections_max: u32) -> Planned {
+        let mut config = ShardConfig::new(0, 0, RingKind::Epoll, None);
+        config.connections_max = connections_max;
+        Planned {
+            config,
+            cause: "configured",
+            required: false,
+        }
+    }
+
+    fn report(files: u64) -> host::Report {
+        let limit = |soft| host::Limit { soft, hard: soft };
+        host::Report {
+            io_uring: host::Cause::Usable,
+            kernel: String::new(),
+            files: limit(files),
+            memlock_bytes: limit(u64::MAX),
+        }
+    }
+
+    #[test]
+    fn connections_are_cut_to_what_files_allow() {
+        let mut shards = [planned(16_384), planned(100)];
+        fit_files(&mut shards, &report(4_096));
+        let of = |shard: &Planned| shard.config.connections_max;
+        assert_eq!((of(&shards[0]), of(&shards[1])), ((4_096 - 256) / 2, 100));
+        let mut plenty = [planned(16_384)];
+        fit_files(&mut plenty, &report(1 << 20));
+        assert_eq!(of(&plenty[0]), 16_384);
+        let mut none = [planned(16_384)];
+        fit_files(&mut none, &report(64));
+        assert_eq!(of(&none[0]), CONNECTIONS_MIN);
+    }
+}

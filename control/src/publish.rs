@@ -1,0 +1,282 @@
+//! From what discovery knows to the directory of every shard.
+//!
+//! ```text
+//! InstanceWatch of each route --> Board --(only if something differs)--> Directory --> shards
+//! our identities, newest first --^
+//! ```
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use corelane_codec::control_message::PayloadCodec;
+use corelane_codec::path::instance_path;
+use corelane_engine::directory::{self, Directory};
+use corelane_engine::shard::Command;
+use tokio::sync::{Mutex, Notify, watch};
+use tokio::time::sleep;
+
+use crate::config::{self, StaticInstance};
+use crate::cores::Cores;
+use crate::discovery::{Discovery, Freshness};
+use crate::watch::{Instance, InstanceWatch};
+
+/// Paths of so many of our identities are served: clients keep an address for a while after a
+/// lease was lost.
+pub const IDENTITIES_MAX: usize = 16;
+/// Two directories have this distance at least, so that a crowd of workers that comes at once
+/// costs a few directories and not one each.
+const PUBLISH_GAP: Duration = Duration::from_millis(5);
+/// Longest wait for the shards to take a directory over.
+const TAKEN_MAX: Duration = Duration::from_millis(100);
+
+/// The instances of one route, shared by whoever wants to know when they change.
+pub type Instances = Rc<[Instance]>;
+
+/// One route as control sees it.
+pub struct Listed {
+    /// As configured.
+    pub route: config::Route,
+    /// Known without discovery.
+    statics: Vec<Instance>,
+    /// Known now.
+    instances: watch::Sender<Instances>,
+    /// Whether our record stands in discovery under the present identity.
+    registered: Cell<bool>,
+    /// Whether the list is what the store says now, and not the last known one.
+    fresh: watch::Sender<bool>,
+}
+
+impl Listed {
+    /// The instances now.
+    pub fn instances(&self) -> Instances {
+        self.instances.borrow().clone()
+    }
+
+    /// Tells about changes.
+    pub fn subscribe(&self) -> watch::Receiver<Instances> {
+        self.instances.subscribe()
+    }
+
+    /// Whether our record stands in discovery.
+    pub fn is_registered(&self) -> bool {
+        self.registered.get()
+    }
+
+    /// Notes whether our record stands in discovery.
+    pub fn set_registered(&self, registered: bool) {
+        self.registered.set(registered);
+    }
+
+    /// Whether the list of instances is what the store says now.
+    pub fn is_fresh(&self) -> bool {
+        *self.fresh.borrow()
+    }
+
+    /// Waits until the store has listed the instances for the first time.
+    pub async fn listed(&self) {
+        // The sender is ours.
+        let _ = self.fresh.subscribe().wait_for(|fresh| *fresh).await;
+    }
+}
+
+/// All routes, and the directory that the shards have.
+pub struct Board {
+    routes: Vec<Listed>,
+    identities: RefCell<VecDeque<u64>>,
+    cores: Rc<Cores>,
+    published: RefCell<Arc<Directory>>,
+    publications: Cell<u64>,
+    /// One publication at a time, so that an older directory never follows a newer one.
+    publishing: Mutex<()>,
+    changed: Notify,
+}
+
+impl Board {
+    /// A board with no instance but the static ones, and no identity yet.
+    pub fn new(
+        routes: &[config::Route],
+        statics: &[StaticInstance],
+        cores: &Rc<Cores>,
+    ) -> Rc<Board> {
+        let listed = |route: &config::Route| {
+            let own = |instance: &&StaticInstance| instance.endpoint == route.target;
+            let own = statics.iter().filter(own);
+            let statics: Vec<Instance> = own.map(static_instance).collect();
+            Listed {
+                route: route.clone(),
+                instances: watch::Sender::new(merged(&statics, Vec::new()).into()),
+                statics,
+                registered: Cell::new(false),
+                fresh: watch::Sender::new(false),
+            }
+        };
+        Rc::new(Board {
+            routes: routes.iter().map(listed).collect(),
+            identities: RefCell::default(),
+            cores: Rc::clone(cores),
+            published: RefCell::default(),
+            publications: Cell::new(0),
+            publishing: Mutex::new(()),
+            changed: Notify::new(),
+        })
+    }
+
+    /// The routes, in the order of the configuration.
+    pub fn routes(&self) -> &[Listed] {
+        &self.routes
+    }
+
+    /// Directories handed to the shards so far.
+    pub fn publications(&self) -> u64 {
+        self.publications.get()
+    }
+
+    /// Our identity now, once there is one.
+    pub fn identity(&self) -> Option<u64> {
+        self.identities.borrow().front().copied()
+    }
+
+    /// Notes that we are `id` from now on. The paths of earlier identities stay served.
+    pub fn be(&self, id: u64) {
+        let mut identities = self.identities.borrow_mut();
+        if identities.front() == Some(&id) {
+            return;
+        }
+        identities.retain(|earlier| *earlier != id);
+        identities.push_front(id);
+        identities.truncate(IDENTITIES_MAX);
+        drop(identities);
+        self.changed.notify_one();
+    }
+
+    /// Becomes `id`, and waits until the shards know the paths under it, a moment at most.
+    pub async fn be_and_publish(&self, id: u64) {
+        self.be(id);
+        self.publish().await;
+        self.cores.settled(TAKEN_MAX).await;
+    }
+
+    /// Hands the shards a new directory if it differs from the one they have.
+    pub async fn publish(&self) {
+        let _turn = self.publishing.lock().await;
+        let next = Arc::new(self.directory());
+        if *self.published.borrow() == next {
+            return;
+        }
+        self.published.replace(Arc::clone(&next));
+        self.publications.set(self.publications.get() + 1);
+        let instances = next.routes.iter().map(|route| route.instances.len());
+        let instances: usize = instances.sum();
+        tracing::debug!(instances, "directory published");
+        let tell = || Command::Directory(Arc::clone(&next));
+        self.cores.tell(tell).await;
+    }
+
+    /// Publishes whenever something has changed; never ends.
+    pub async fn keep_published(&self) {
+        loop {
+            self.changed.notified().await;
+            self.publish().await;
+            sleep(PUBLISH_GAP).await;
+        }
+    }
+
+    fn directory(&self) -> Directory {
+        let identities = self.identities.borrow();
+        let route = |listed: &Listed| {
+            let paths = identities
+                .iter()
+                .map(|id| instance_path(*id, &listed.route.listen).into_bytes())
+                .collect();
+            route(&listed.route, paths, &listed.instances.borrow())
+        };
+        Directory {
+            routes: self.routes.iter().map(route).collect(),
+        }
+    }
+
+    /// Follows the instances of one route; never ends.
+    pub async fn follow(&self, index: usize, discovery: &Discovery) {
+        let Some(listed) = self.routes.get(index) else {
+            return;
+        };
+        let mut watch = InstanceWatch::new(discovery, &listed.route.target);
+        loop {
+            watch.changed().await;
+            let found = merged(&listed.statics, watch.instances());
+            self.found(listed, found);
+            let fresh = watch.freshness() == Freshness::Fresh;
+            listed.fresh.send_replace(fresh);
+        }
+    }
+
+    fn found(&self, listed: &Listed, found: Vec<Instance>) {
+        let before = listed.instances();
+        if *before == *found {
+            return;
+        }
+        let (listen, target) = (&listed.route.listen, &listed.route.target);
+        let (count, was) = (found.len(), before.len());
+        tracing::info!(%listen, %target, instances = count, was, "instances changed");
+        listed.instances.send_replace(found.into());
+        self.changed.notify_one();
+    }
+}
+
+fn static_instance(instance: &StaticInstance) -> Instance {
+    Instance {
+        id: instance.id,
+        address: instance.socket,
+        path: instance.path.clone().into_bytes(),
+        codec: PayloadCodec::default(),
+    }
+}
+
+/// Static instances and found ones, sorted by id; of two with one id the found one counts.
+fn merged(statics: &[Instance], found: Vec<Instance>) -> Vec<Instance> {
+    let mut all = found;
+    for instance in statics {
+        if all.iter().all(|other| other.id != instance.id) {
+            all.push(instance.clone());
+        }
+    }
+    all.sort_by_key(|instance| instance.id);
+    all
+}
+
+fn route(route: &config::Route, paths: Vec<Vec<u8>>, instances: &[Instance]) -> directory::Route {
+    let instance = |instance: &Instance| directory::Instance {
+        id: instance.id,
+        address: instance.address,
+        path: instance.path.clone(),
+    };
+    directory::Route {
+        listen: route.listen.to_string(),
+        target: route.target.to_string(),
+        paths,
+        policy: policy(route.policy),
+        header: route.header.clone().unwrap_or_default(),
+        ack: match route.ack {
+            config::Ack::OnForward => directory::Ack::OnForward,
+            config::Ack::OnAccept => directory::Ack::OnAccept,
+        },
+        ack_timeout_ns: u64::from(route.ack_timeout_ms) * 1_000_000,
+        retries_max: route.retries_max,
+        hold_bytes: route.hold_bytes,
+        instances: instances.iter().map(instance).collect(),
+    }
+}
+
+fn policy(policy: config::Policy) -> directory::Policy {
+    match policy {
+        config::Policy::RoundRobin => directory::Policy::RoundRobin,
+        config::Policy::Random => directory::Policy::Random,
+        config::Policy::PowerOfTwoChoices => directory::Policy::PowerOfTwoChoices,
+        config::Policy::LeastLoaded => directory::Policy::LeastLoaded,
+        config::Policy::Direct => directory::Policy::Direct,
+        config::Policy::Hash => directory::Policy::Hash,
+    }
+}

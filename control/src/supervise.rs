@@ -1,0 +1,440 @@
+//! The life of a router: start, serve until told to stop, drain in Dynamo's order, end
+//! (`spec/events-discovery.md` §5.3, `spec/request-plane.md` §10.3).
+//!
+//! ```text
+//! start:  shards listen -> discovery -> directory to the shards -> registered -> ready
+//! drain:  not ready -> out of discovery -> grace -> new requests refused
+//!         -> requests in flight end (bounded) -> lease back -> shards stop
+//! ```
+//! A second signal ends it at once. A shard that ends by itself starts the drain of the others.
+
+use std::cell::{Cell, RefCell};
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use corelane_codec::path::instance_path;
+use corelane_engine::shard::Command;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::{AbortHandle, JoinHandle, spawn_local};
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::cli::Exit;
+use crate::config::{self, Backend, Config};
+use crate::cores::Cores;
+use crate::discovery::{
+    BeforeRegister, Discovery, DiscoveryError, DiscoveryStats, EtcdDiscovery, EtcdOptions,
+    FileDiscovery, FileOptions, MemoryDiscovery, MemoryStore,
+};
+use crate::metrics::{ProcessNumbers, RouteNumbers, Snapshot};
+use crate::offer::Offer;
+use crate::preflight::Plan;
+use crate::publish::{Board, Listed};
+use crate::status_server::{Health, StatusOptions, StatusServer};
+
+/// Longest wait, before we are offered, for the first list of instances.
+const LIST_MAX: Duration = Duration::from_secs(2);
+/// Longest wait, before we are offered, until listed instances can be reached.
+const REACH_MAX: Duration = Duration::from_secs(1);
+/// Longest wait for what an offer is writing when the drain begins.
+const OFFER_MAX: Duration = Duration::from_secs(6);
+/// How often a drain looks whether requests have ended.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
+/// How often a long drain says what it waits for.
+const SAY_EVERY: Duration = Duration::from_secs(5);
+
+/// The two signals that mean stop.
+pub struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    /// Catches them from now on.
+    ///
+    /// # Errors
+    /// The process may not.
+    pub fn catch() -> std::io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// Waits for the next one and answers its name.
+    pub async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+/// Where a router looks for instances.
+pub enum Store {
+    /// As configured.
+    Configured,
+    /// In this process, shared with others in it.
+    Shared(MemoryStore),
+}
+
+/// What health and metrics are made from.
+struct Pulse {
+    cores: Rc<Cores>,
+    board: Rc<Board>,
+    began: Instant,
+    address: SocketAddr,
+    draining: Cell<bool>,
+    discovery: RefCell<Option<Rc<DiscoveryStats>>>,
+}
+
+/// A running router.
+pub struct Router {
+    pulse: Rc<Pulse>,
+    drain: config::Drain,
+    discovery: Discovery,
+    status: Option<StatusServer>,
+    stop_offers: watch::Sender<bool>,
+    offers: Vec<JoinHandle<()>>,
+    followers: Vec<AbortHandle>,
+}
+
+impl Router {
+    /// Starts everything; ready when this returns, except for records that the store could not
+    /// take yet. Needs a `LocalSet`.
+    ///
+    /// # Errors
+    /// A port is taken, a core cannot run, or the store cannot be reached in time.
+    pub async fn start(config: &Config, plan: &Plan, store: Store) -> Result<Self> {
+        let cores = Cores::spawn(plan)?;
+        let board = Board::new(&config.routes, &config.instances, &cores);
+        let advertised = config.server.advertised();
+        let pulse = Rc::new(Pulse {
+            address: SocketAddr::new(advertised, cores.address().port()),
+            cores: Rc::clone(&cores),
+            board: Rc::clone(&board),
+            began: Instant::now(),
+            draining: Cell::new(false),
+            discovery: RefCell::new(None),
+        });
+        cores.started().await?;
+        tracing::info!(
+            address = %cores.address(), advertised = %pulse.address,
+            cores = plan.shards.len(), "listening"
+        );
+        let status = status(&config.server, &pulse).await?;
+        let discovery = open(config, store, &board).await?;
+        pulse.discovery.replace(Some(Rc::clone(discovery.stats())));
+        let mut router = Self {
+            pulse,
+            drain: config.drain.clone(),
+            discovery,
+            status,
+            stop_offers: watch::Sender::new(false),
+            offers: Vec::new(),
+            followers: Vec::new(),
+        };
+        router.follow().await;
+        router.offer();
+        router.registered().await;
+        Ok(router)
+    }
+
+    /// Where callers of the request plane are told to go.
+    pub fn address(&self) -> SocketAddr {
+        self.pulse.address
+    }
+
+    /// Where `/health`, `/live` and `/metrics` are, unless they are off.
+    pub fn status_address(&self) -> Option<SocketAddr> {
+        self.status.as_ref().map(StatusServer::address)
+    }
+
+    /// Each listen endpoint with the address that reaches it: `IP:PORT/PATH`.
+    pub fn paths(&self) -> Vec<(String, String)> {
+        self.pulse.paths()
+    }
+
+    /// Watches the instances of all routes, and waits until the shards know and reach those that
+    /// are there: callers must not find us before we can serve them.
+    async fn follow(&mut self) {
+        let board = &self.pulse.board;
+        board.be(self.discovery.instance_id());
+        for index in 0..board.routes().len() {
+            let (board, discovery) = (Rc::clone(board), self.discovery.clone());
+            let follower = spawn_local(async move { board.follow(index, &discovery).await });
+            self.followers.push(follower.abort_handle());
+        }
+        let all = async {
+            for listed in board.routes() {
+                listed.listed().await;
+            }
+        };
+        if timeout(LIST_MAX, all).await.is_err() {
+            tracing::warn!("the store has not listed all instances after {LIST_MAX:?}");
+        }
+        board.publish().await;
+        let publisher = Rc::clone(board);
+        let publisher = spawn_local(async move { publisher.keep_published().await });
+        self.followers.push(publisher.abort_handle());
+        let cores = &self.pulse.cores;
+        cores.settled(REACH_MAX / 10).await;
+        let missing = |stats: &corelane_engine::stats::Stats| {
+            let shard = &stats.shard;
+            shard
+                .instances
+                .get()
+                .saturating_sub(shard.instances_ready.get())
+        };
+        let deadline = Instant::now() + REACH_MAX;
+        while cores.sum(missing) > 0 && Instant::now() < deadline {
+            sleep(LOOK_EVERY).await;
+        }
+    }
+
+    fn offer(&mut self) {
+        for index in 0..self.pulse.board.routes().len() {
+            let offer = Offer {
+                board: Rc::clone(&self.pulse.board),
+                index,
+                discovery: self.discovery.clone(),
+                address: self.pulse.address,
+                stopping: self.stop_offers.subscribe(),
+            };
+            self.offers.push(spawn_local(offer.keep()));
+        }
+    }
+
+    /// Waits until all endpoints are registered, a moment at most.
+    async fn registered(&self) {
+        let deadline = Instant::now() + LIST_MAX;
+        let routes = self.pulse.board.routes();
+        while !routes.iter().all(Listed::is_registered) {
+            if Instant::now() >= deadline {
+                tracing::warn!("not every endpoint is registered yet; going on to try");
+                return;
+            }
+            sleep(LOOK_EVERY / 10).await;
+        }
+    }
+
+    /// Serves until a signal or the end of a core, then drains; `after_stop` runs when nothing
+    /// comes in any more and before the cores stop.
+    pub async fn run(self, mut signals: Signals, after_stop: impl Future<Output = ()>) -> Exit {
+        let exit = tokio::select! {
+            name = signals.next() => {
+                tracing::info!("{name}: draining; a second signal ends at once");
+                Exit::Done
+            }
+            () = self.pulse.cores.failed() => {
+                tracing::error!("a core has ended: draining the others");
+                Exit::Failed
+            }
+        };
+        let draining = async {
+            self.drain(after_stop).await;
+            exit
+        };
+        tokio::select! {
+            exit = draining => exit,
+            name = signals.next() => {
+                tracing::warn!("{name} again: ending at once");
+                Exit::Failed
+            }
+        }
+    }
+
+    async fn drain(mut self, after_stop: impl Future<Output = ()>) {
+        let began = Instant::now();
+        let pulse = Rc::clone(&self.pulse);
+        pulse.draining.set(true);
+        self.withdraw().await;
+        let grace = Duration::from_secs(self.drain.grace_s.into());
+        tracing::info!(
+            in_flight = pulse.in_flight(),
+            ?grace,
+            "drain: still accepting"
+        );
+        sleep(grace).await;
+        let timeout = Duration::from_secs(self.drain.timeout_s.into());
+        tracing::info!(
+            in_flight = pulse.in_flight(),
+            ?timeout,
+            "drain: refusing new requests"
+        );
+        pulse.cores.tell(|| Command::Drain).await;
+        pulse.emptied(timeout).await;
+        after_stop.await;
+        for follower in &self.followers {
+            follower.abort();
+        }
+        self.discovery.close().await;
+        tracing::info!("drain: left the store");
+        pulse.cores.stop().await;
+        if let Some(status) = self.status.take() {
+            status.stop().await;
+        }
+        let served = pulse.cores.view();
+        let requests = served.iter().map(|core| core.stats.shard.requests.get());
+        let requests: u64 = requests.sum();
+        tracing::info!(requests, took = ?began.elapsed(), "stopped");
+    }
+
+    /// Takes endpoints and cards out of discovery.
+    async fn withdraw(&mut self) {
+        self.stop_offers.send_replace(true);
+        let offers = std::mem::take(&mut self.offers);
+        let count = offers.len();
+        let ended = async {
+            for offer in offers {
+                let _ = offer.await;
+            }
+        };
+        if timeout(OFFER_MAX, ended).await.is_err() {
+            tracing::warn!("the store is slow; leaving it anyway");
+        }
+        self.discovery.unregister_all().await;
+        for listed in self.pulse.board.routes() {
+            listed.set_registered(false);
+        }
+        tracing::info!(endpoints = count, "drain: out of discovery");
+    }
+}
+
+/// Opens discovery; whoever finds us under a new identity can be served under it already.
+async fn open(config: &Config, store: Store, board: &Rc<Board>) -> Result<Discovery> {
+    let settings = &config.discovery;
+    let lookup = |name: &str| settings.variable(name);
+    let discovery = match (store, settings.backend) {
+        (Store::Shared(store), _) => Discovery::Memory(MemoryDiscovery::with_identity(&store, 0)),
+        (Store::Configured, Backend::Memory) => {
+            Discovery::Memory(MemoryDiscovery::with_identity(&MemoryStore::default(), 0))
+        }
+        (Store::Configured, Backend::File) => {
+            Discovery::File(FileDiscovery::open(FileOptions::from_env(lookup)).await?)
+        }
+        (Store::Configured, Backend::Etcd) => {
+            let mut options = EtcdOptions::from_env(lookup)?;
+            let board = Rc::clone(board);
+            let hook: BeforeRegister = Rc::new(move |id| {
+                let board = Rc::clone(&board);
+                Box::pin(async move { board.be_and_publish(id).await })
+            });
+            options.before_register = Some(hook);
+            connect(options).await?
+        }
+    };
+    Ok(discovery)
+}
+
+async fn connect(options: EtcdOptions) -> Result<Discovery, DiscoveryError> {
+    let endpoints = options.endpoints.join(",");
+    tracing::info!(endpoints, "discovery: connecting to etcd");
+    Ok(Discovery::Etcd(EtcdDiscovery::connect(options).await?))
+}
+
+async fn status(server: &config::Server, pulse: &Rc<Pulse>) -> Result<Option<StatusServer>> {
+    let Some(port) = server.status_port else {
+        return Ok(None);
+    };
+    let address = SocketAddr::new(server.status_host, port);
+    let (health, metrics) = (Rc::clone(pulse), Rc::clone(pulse));
+    let options = StatusOptions::new(address);
+    let started =
+        StatusServer::start(options, move || health.health(), move || metrics.metrics()).await;
+    let status = started.with_context(|| {
+        format!(
+            "cannot serve /health at {address}; write another [server] status_port, or -1 for none"
+        )
+    })?;
+    tracing::info!(address = %status.address(), "status server: /live /health /metrics");
+    Ok(Some(status))
+}
+
+impl Pulse {
+    fn health(&self) -> Health {
+        let routes = self.board.routes();
+        let registered = routes.iter().all(Listed::is_registered);
+        let opened = self.discovery.borrow().is_some();
+        let draining = self.draining.get();
+        // The engine counts instances that can be reached for each core, not for each route.
+        let reached = self.cores.sum(|stats| stats.shard.instances_ready.get()) > 0;
+        let endpoint = |listed: &Listed| {
+            let served = reached && !listed.instances().is_empty();
+            let ready = listed.is_registered() && served && !draining;
+            (listed.route.listen.to_string(), ready)
+        };
+        Health {
+            ready: !draining && opened && registered && self.cores.all_run(),
+            endpoints: routes.iter().map(endpoint).collect(),
+            paths: self.paths(),
+        }
+    }
+
+    fn paths(&self) -> Vec<(String, String)> {
+        let Some(id) = self.board.identity() else {
+            return Vec::new();
+        };
+        let path = |listed: &Listed| {
+            let listen = &listed.route.listen;
+            let path = instance_path(id, listen);
+            (listen.to_string(), format!("{}/{path}", self.address))
+        };
+        self.board.routes().iter().map(path).collect()
+    }
+
+    fn metrics(&self) -> String {
+        let route = |listed: &Listed| RouteNumbers {
+            listen: listed.route.listen.to_string(),
+            target: listed.route.target.to_string(),
+            instances: listed.instances().len(),
+            registered: listed.is_registered(),
+        };
+        let process = ProcessNumbers {
+            uptime: self.began.elapsed(),
+            directories: self.board.publications(),
+            draining: self.draining.get(),
+        };
+        let routes = self.board.routes().iter().map(route).collect();
+        let discovery = self.discovery.borrow();
+        Snapshot::take(&self.cores.view(), routes, process, discovery.as_deref()).render()
+    }
+
+    /// Requests between arrival and end, and callers being told of failures.
+    fn in_flight(&self) -> u64 {
+        let busy = |stats: &corelane_engine::stats::Stats| {
+            stats.shard.in_flight.get() + stats.shard.tells.get()
+        };
+        self.cores.sum(busy)
+    }
+
+    /// Waits until nothing is in flight, `patience` at most.
+    async fn emptied(&self, patience: Duration) {
+        // What a core counts is true only once it has taken the command in.
+        self.cores.settled(SAY_EVERY.min(patience) / 20).await;
+        let began = Instant::now();
+        let mut said = began;
+        loop {
+            let in_flight = self.in_flight();
+            if in_flight == 0 {
+                tracing::info!(waited = ?began.elapsed(), "drain: nothing is in flight");
+                return;
+            }
+            if began.elapsed() >= patience {
+                tracing::warn!(
+                    in_flight,
+                    ?patience,
+                    "drain: time is up, requests are cut off"
+                );
+                return;
+            }
+            if said.elapsed() >= SAY_EVERY {
+                said = Instant::now();
+                tracing::info!(in_flight, waited = ?began.elapsed(), "drain: waiting");
+            }
+            sleep(LOOK_EVERY).await;
+        }
+    }
+}
