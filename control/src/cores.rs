@@ -233,6 +233,10 @@ impl Cores {
         while let Some(report) = handle.reports.next() {
             match report {
                 Report::Started { .. } => self.turn(core, State::Running),
+                Report::Undecodable { why } => {
+                    let core = handle.shard;
+                    tracing::warn!(core, why, "a request cannot be decoded");
+                }
                 Report::Stopped { failure } => {
                     self.turn(core, State::Ended { failure });
                     return false;
@@ -370,7 +374,7 @@ fn wanted_address(plan: &Plan) -> Result<SocketAddr, CoresError> {
     deprecated,
     reason = "sound for an OwnedFd, which is open and the same until dropped"
 )]
-fn register(wake: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
+pub(crate) fn register(wake: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
     AsyncFd::with_interest(wake, Interest::READABLE)
 }
 

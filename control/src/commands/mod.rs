@@ -22,14 +22,14 @@ pub fn up(_: UpArgs) -> Result<Exit> {
 ///
 /// # Errors
 /// As [`up`].
-pub fn echo(_: EchoArgs) -> Result<Exit> {
-    bail!(MISSING)
+pub fn echo(args: EchoArgs) -> Result<Exit> {
+    crate::echo::run(args)
 }
 
 /// `corelane call`: one call, or some.
 ///
 /// # Errors
 /// As [`up`].
-pub fn call(_: CallArgs) -> Result<Exit> {
-    bail!(MISSING)
+pub fn call(args: CallArgs) -> Result<Exit> {
+    crate::call::run(args)
 }
