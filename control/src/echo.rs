@@ -239,9 +239,7 @@ async fn open(store: Store<'_>, paths: &Rc<Paths>) -> Result<Discovery> {
     let lookup = |name: &str| args.discovery.variable(name);
     Ok(match args.discovery.backend {
         Backend::Memory => Discovery::Memory(MemoryDiscovery::new(&MemoryStore::default())),
-        Backend::File => {
-            Discovery::File(FileDiscovery::open(FileOptions::from_env(lookup)).await?)
-        }
+        Backend::File => Discovery::File(FileDiscovery::open(FileOptions::from_env(lookup)).await?),
         Backend::Etcd => {
             let mut options = EtcdOptions::from_env(lookup)?;
             let paths = Rc::clone(paths);

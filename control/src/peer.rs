@@ -77,7 +77,10 @@ impl Peer {
         match timeout_at(deadline, peer.report()).await {
             Ok(Report::Started { .. }) => Ok(peer),
             Ok(Report::Stopped { failure }) => {
-                bail!("{}", failure.unwrap_or_else(|| "the shard ended at once".into()))
+                bail!(
+                    "{}",
+                    failure.unwrap_or_else(|| "the shard ended at once".into())
+                )
             }
             Ok(Report::Undecodable { .. }) => Ok(peer),
             Err(_) => bail!("the shard does not run after {START_MAX:?}"),
@@ -177,7 +180,9 @@ impl Peer {
 fn ring() -> Result<(RingKind, bool), Stop> {
     let env = Env::current();
     let io = match env.get("CORELANE_IO") {
-        Some(text) => text.parse::<host::Io>().map_err(|error| Stop::Usage(error.to_string()))?,
+        Some(text) => text
+            .parse::<host::Io>()
+            .map_err(|error| Stop::Usage(error.to_string()))?,
         None => host::Io::Auto,
     };
     let choice = host::choose(io, &host::probe());
