@@ -199,66 +199,71 @@ enum Got {
     Bad(String),
 }
 
-/// The next whole message, taken off the connection. Large ones are copied out as they arrive.
+/// The next whole message, taken off the connection. Large ones are copied out as they arrive, and
+/// all of them are when few buffers are left: many halves must not hold what one whole needs.
 fn next_message<R: Ring>(shard: &mut Shard<R>, slot: u32) -> Option<Got> {
     let stage = stage(shard, slot);
+    let may_wait = shard.may_hold();
     let connection = &mut shard.connections[slot];
-    let there = connection.incoming.bytes();
-    if let Intake::Collect { handler, left } = connection.intake {
-        let here = (there as u64).min(left) as usize;
-        let (incoming, collected) = (&mut connection.incoming, &mut connection.collected);
-        shard.pieces.move_out(incoming, here, collected);
-        let left = left - here as u64;
-        if left > 0 {
-            connection.intake = Intake::Collect { handler, left };
-            return None;
-        }
-        connection.intake = Intake::Frames;
-        let bytes = std::mem::take(&mut connection.collected);
-        return Some(read(&bytes, stage));
+    if let Intake::Collect { left, .. } = connection.intake {
+        return collect(shard, slot, left, stage);
     }
-    if there == 0 || there < connection.need {
+    let there = connection.incoming.bytes();
+    if there == 0 || (there < connection.need && may_wait) {
         return None;
     }
-    let bytes_max = match stage {
-        Stage::Handshake => HANDSHAKE_BYTES_MAX,
-        _ => MESSAGE_BYTES_MAX,
-    };
+    connection.need = 0;
     let mut prefix = [0; TWO_PART_PREFIX_BYTES];
     let copied = shard.pieces.copy_out(&connection.incoming, 0, &mut prefix);
-    let message_bytes = match two_part::decode_prefix(&prefix[..copied], Some(bytes_max)) {
+    let message_bytes = match two_part::decode_prefix(&prefix[..copied], Some(stage.bytes_max())) {
         Decoded::Frame(message) => message.frame_bytes(),
-        Decoded::Need(bytes) => {
-            connection.need = bytes;
-            return None;
-        }
+        Decoded::Need(bytes) => bytes,
         Decoded::Bad(bad) => return Some(Got::Bad(bad.to_string())),
     };
-    connection.need = 0;
     if there < message_bytes {
-        if message_bytes <= WAIT_BYTES_MAX {
+        if may_wait && message_bytes <= WAIT_BYTES_MAX {
             connection.need = message_bytes;
-        } else {
-            connection.intake = Intake::Collect {
-                handler: NONE,
-                left: message_bytes as u64,
-            };
-            return next_message(shard, slot);
+            return None;
         }
-        return None;
+        return collect(shard, slot, message_bytes as u64, stage);
     }
     let front = shard.pieces.front(&connection.incoming);
     if let Some(bytes) = front.get(..message_bytes) {
         let got = read(bytes, stage);
-        shard
-            .pieces
-            .advance(&mut connection.incoming, message_bytes);
+        let incoming = &mut connection.incoming;
+        shard.pieces.advance(incoming, message_bytes);
         return Some(got);
     }
     let mut bytes = Vec::with_capacity(message_bytes);
-    shard
-        .pieces
-        .move_out(&mut connection.incoming, message_bytes, &mut bytes);
+    let incoming = &mut connection.incoming;
+    shard.pieces.move_out(incoming, message_bytes, &mut bytes);
+    Some(read(&bytes, stage))
+}
+
+/// Copies out what has come of the `left` bytes that are known to belong to a message.
+fn collect<R: Ring>(shard: &mut Shard<R>, slot: u32, left: u64, stage: Stage) -> Option<Got> {
+    let connection = &mut shard.connections[slot];
+    let mut left = left;
+    loop {
+        let here = (connection.incoming.bytes() as u64).min(left) as usize;
+        let (incoming, collected) = (&mut connection.incoming, &mut connection.collected);
+        shard.pieces.move_out(incoming, here, collected);
+        left -= here as u64;
+        connection.intake = Intake::Collect {
+            handler: NONE,
+            left,
+        };
+        if left > 0 {
+            return None;
+        }
+        // It may have been only the prefix that was known to come.
+        match two_part::decode(collected, Some(stage.bytes_max())) {
+            Decoded::Need(bytes) => left = (bytes - collected.len()) as u64,
+            Decoded::Frame(_) | Decoded::Bad(_) => break,
+        }
+    }
+    connection.intake = Intake::Frames;
+    let bytes = std::mem::take(&mut connection.collected);
     Some(read(&bytes, stage))
 }
 
@@ -270,6 +275,15 @@ enum Stage {
     Items(PayloadCodec),
 }
 
+impl Stage {
+    fn bytes_max(self) -> u64 {
+        match self {
+            Stage::Handshake => HANDSHAKE_BYTES_MAX,
+            Stage::Prologue | Stage::Items(_) => MESSAGE_BYTES_MAX,
+        }
+    }
+}
+
 fn stage<R: Ring>(shard: &Shard<R>, slot: u32) -> Stage {
     match shard.client.calls.get(call_of(shard, slot)) {
         None => Stage::Handshake,
@@ -279,7 +293,7 @@ fn stage<R: Ring>(shard: &Shard<R>, slot: u32) -> Stage {
 }
 
 fn read(bytes: &[u8], stage: Stage) -> Got {
-    let message = match two_part::decode(bytes, None) {
+    let message = match two_part::decode(bytes, Some(stage.bytes_max())) {
         Decoded::Frame(message) => message,
         Decoded::Need(_) => return Got::Bad("message cut".into()),
         Decoded::Bad(bad) => return Got::Bad(bad.to_string()),

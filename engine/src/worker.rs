@@ -136,9 +136,10 @@ pub(crate) fn take<R: Ring>(
     handler: u32,
 ) -> bool {
     let frame_bytes = prefix.frame_bytes();
-    let whole = frame_bytes <= WHOLE_BYTES_MAX;
+    let may_wait = frame_bytes <= WHOLE_BYTES_MAX && shard.may_hold();
     let connection = &mut shard.connections[slot];
-    if whole && (connection.incoming.bytes() as u64) < frame_bytes {
+    let whole = connection.incoming.bytes() as u64 >= frame_bytes;
+    if may_wait && !whole {
         connection.need = frame_bytes as usize;
         return false;
     }
@@ -167,8 +168,9 @@ pub(crate) fn take<R: Ring>(
 pub(crate) fn collect<R: Ring>(shard: &mut Shard<R>, slot: u32, handler: u32, left: u64) -> bool {
     let connection = &mut shard.connections[slot];
     let here = (connection.incoming.bytes() as u64).min(left) as usize;
-    let large = left > here as u64 || !connection.collected.is_empty();
-    if large && shard.worker.held_bytes + here > HELD_BYTES_MAX {
+    // Who comes in pieces is acknowledged when he is whole.
+    let pieced = left > here as u64 || !connection.collected.is_empty();
+    if pieced && shard.worker.held_bytes + here > HELD_BYTES_MAX {
         return give_up(shard, slot, left);
     }
     let (incoming, collected) = (&mut connection.incoming, &mut connection.collected);
@@ -176,14 +178,13 @@ pub(crate) fn collect<R: Ring>(shard: &mut Shard<R>, slot: u32, handler: u32, le
     connection.streamed += here as u64;
     let left = left - here as u64;
     connection.intake = Intake::Collect { handler, left };
-    if large {
+    if pieced {
         shard.worker.held_bytes += here;
     }
     if left > 0 {
         return false;
     }
-    if large {
-        // Small frames were admitted and acknowledged before they were taken.
+    if pieced {
         if !shard.worker.admits(0) {
             return give_up(shard, slot, 0);
         }
@@ -195,7 +196,7 @@ pub(crate) fn collect<R: Ring>(shard: &mut Shard<R>, slot: u32, handler: u32, le
     let connection = &mut shard.connections[slot];
     connection.intake = Intake::Frames;
     let frame = std::mem::take(&mut connection.collected);
-    if large {
+    if pieced {
         shard.worker.let_go(frame.len());
     }
     shard.stats.shard.requests.add(1);
@@ -203,7 +204,7 @@ pub(crate) fn collect<R: Ring>(shard: &mut Shard<R>, slot: u32, handler: u32, le
     true
 }
 
-/// A large frame that there is no room for any more is refused; `left` bytes of it are discarded.
+/// A frame in pieces that there is no room for any more is refused; `left` bytes of it are discarded.
 fn give_up<R: Ring>(shard: &mut Shard<R>, slot: u32, left: u64) -> bool {
     if !respond::refuse(shard, slot, Refusal::AtCapacity) {
         // Without a reply the caller would wait in vain: he is told by a closed connection.

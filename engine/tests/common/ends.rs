@@ -35,6 +35,15 @@ where
     Box::new(move |_| Rc::new(serve) as Rc<dyn Handler>)
 }
 
+/// Any port of loopback for calls home.
+pub fn home() -> HomeAddress {
+    let loopback = [127, 0, 0, 1].into();
+    HomeAddress {
+        bind: SocketAddr::new(loopback, 0),
+        advertise: loopback,
+    }
+}
+
 /// A shard with ends.
 pub struct Local {
     pub handle: ShardHandle,
@@ -42,10 +51,14 @@ pub struct Local {
 
 impl Local {
     pub fn start(ring: RingKind, ends: Ends) -> Local {
+        Local::with_buffers(ring, ends, 1024)
+    }
+
+    pub fn with_buffers(ring: RingKind, ends: Ends, buffers: u16) -> Local {
         let listen = SocketAddr::from(([127, 0, 0, 1], 0));
         let cpu = corelane_engine::placement::affinity().unwrap()[0];
         let mut config = ShardConfig::new(0, cpu, ring, Some(listen));
-        config.buffers = 1024;
+        config.buffers = buffers;
         Local {
             handle: spawn_with(config, ends).unwrap(),
         }
@@ -71,12 +84,7 @@ impl Local {
     }
 
     pub fn client(ring: RingKind) -> Local {
-        let loopback = [127, 0, 0, 1].into();
-        let home = HomeAddress {
-            bind: SocketAddr::new(loopback, 0),
-            advertise: loopback,
-        };
-        Local::start(ring, Ends::client(home, 1024))
+        Local::start(ring, Ends::client(home(), 1024))
     }
 
     pub fn address(&self) -> SocketAddr {
