@@ -4,7 +4,7 @@ use crate::buffers::BufferId;
 use crate::connection::{Intake, Role};
 use crate::ring::Ring;
 use crate::shard::{Shard, TimerKind};
-use crate::{decode, respond, tell};
+use crate::{decode, ends, respond, tell};
 
 /// A frame whose bytes stop coming for so long ends its connection.
 pub(crate) const FRAME_PAUSE_NS: u64 = 30_000_000_000;
@@ -50,6 +50,7 @@ pub(crate) fn consume<R: Ring>(shard: &mut Shard<R>, slot: u32) {
             let connection = &mut shard.connections[slot];
             shard.pieces.clear(&mut connection.incoming);
         }
+        Role::End(end) => ends::arrived(shard, slot, end),
     }
 }
 
@@ -68,6 +69,9 @@ pub(crate) fn ended<R: Ring>(shard: &mut Shard<R>, slot: u32, errno: i32) {
         // It may have shut down only its own direction: the replies are owed all the same.
         connection.end_of_stream = true;
         return respond::downstream_half_closed(shard, slot);
+    }
+    if let Role::End(end) = connection.role {
+        return ends::ended(shard, slot, end, errno);
     }
     if errno == 0
         && let Role::Tell(tell) = connection.role
