@@ -74,6 +74,8 @@ pub struct Connection {
     pub paused: bool,
     /// It waits for a free buffer.
     pub starved: bool,
+    /// It waits for room in a table.
+    pub crowded: bool,
     /// It stands in the list of connections with something to send.
     pub dirty: bool,
     /// The peer has sent its end of stream.
@@ -112,6 +114,7 @@ impl Connection {
             closing: false,
             paused: false,
             starved: false,
+            crowded: false,
             dirty: false,
             end_of_stream: false,
             frame_timer: false,

@@ -533,7 +533,7 @@ pub(crate) fn replace<R: Ring>(shard: &mut Shard<R>, request: u32, refusal: Refu
 /// Nobody can be found for a request: its caller gets a refusal, or is called home with an error
 /// if he was told already that all is well.
 pub(crate) fn fail<R: Ring>(shard: &mut Shard<R>, request: u32, refusal: Refusal<'static>) {
-    stop_streaming(shard, request);
+    let held_back = stop_streaming(shard, request);
     if shard.requests[request].reply == Reply::Open {
         respond::refuse_request(shard, request, refusal);
     } else {
@@ -544,28 +544,33 @@ pub(crate) fn fail<R: Ring>(shard: &mut Shard<R>, request: u32, refusal: Refusal
         shard.pieces.clear(&mut entry.frame);
         end_if_over(shard, request);
     }
+    if let Some(slot) = held_back
+        && shard.connections.get(slot).is_some()
+    {
+        respond::resume_if_ready(shard, slot);
+    }
 }
 
-/// The rest of a large frame has nowhere to go.
-fn stop_streaming<R: Ring>(shard: &mut Shard<R>, request: u32) {
+/// The rest of a large frame has nowhere to go. Returns its connection if that is held back: it
+/// can go on when all is said about this request.
+fn stop_streaming<R: Ring>(shard: &mut Shard<R>, request: u32) -> Option<u32> {
     let entry = &mut shard.requests[request];
     if !entry.streaming {
-        return;
+        return None;
     }
     entry.streaming = false;
     let downstream = entry.downstream;
-    if let Some(connection) = shard.connections.get_mut(downstream)
-        && let Intake::Stream {
-            request: streamed,
-            left,
-        } = connection.intake
+    let connection = shard.connections.get_mut(downstream)?;
+    if let Intake::Stream {
+        request: streamed,
+        left,
+    } = connection.intake
         && streamed == request
     {
         connection.intake = Intake::Discard { left };
-        if connection.paused {
-            respond::resume_if_ready(shard, downstream);
-        }
+        return connection.paused.then_some(downstream);
     }
+    None
 }
 
 /// The sender of a large frame went away in the middle of it. The connection that carries it can
@@ -575,7 +580,7 @@ pub(crate) fn abort<R: Ring>(shard: &mut Shard<R>, request: u32) {
     entry.streaming = false;
     entry.held = false;
     let upstream = entry.upstream;
-    if entry.reply == Reply::Open {
+    if entry.reply == Reply::Open && entry.downstream == NONE {
         entry.reply = Reply::Accepted;
     }
     if upstream == NONE {

@@ -64,8 +64,9 @@ pub(crate) fn ended<R: Ring>(shard: &mut Shard<R>, slot: u32, errno: i32) {
         // Cancelled by `pause`; if that is over already, ask again.
         return shard.receive(slot);
     }
-    if errno == 0 && connection.role == Role::Downstream && connection.replies.len > 0 {
-        // It may have shut down only its own direction: the replies are owed all the same.
+    if errno == 0 && connection.role == Role::Downstream {
+        // It may have shut down only its own direction: the replies are owed all the same, and
+        // frames that had to wait may still lie here.
         connection.end_of_stream = true;
         return respond::downstream_half_closed(shard, slot);
     }
@@ -108,6 +109,29 @@ pub(crate) fn feed_starved<R: Ring>(shard: &mut Shard<R>) {
     }
     starved.clear();
     shard.starved = starved;
+}
+
+/// A table has no room for a frame, not even for its refusal: its connection waits until there is.
+pub(crate) fn crowd<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    shard.pause(slot);
+    let generation = shard.connections.generation(slot);
+    let connection = &mut shard.connections[slot];
+    if !connection.crowded {
+        connection.crowded = true;
+        shard.crowded.push((slot, generation));
+    }
+}
+
+/// There is room again.
+pub(crate) fn make_room<R: Ring>(shard: &mut Shard<R>) {
+    // Those who find none after all queue up again behind the rest.
+    for _ in 0..shard.crowded.len() {
+        let (slot, generation) = shard.crowded.remove(0);
+        if shard.connections.is_current(slot, generation) {
+            shard.connections[slot].crowded = false;
+            respond::resume_if_ready(shard, slot);
+        }
+    }
 }
 
 /// Few buffers are left: they are kept for the answers of instances, which free others. Those who

@@ -6,8 +6,9 @@
 //! 2. commands from control first: they free or need slots, and are few;
 //! 3. completions: accept, or receive -> decode -> route -> forward | respond;
 //! 4. timers after data: data may have met a deadline;
-//! 5. sends, gathered: what all completions of this tick have queued for one socket leaves as one;
-//! 6. buffers go back to the ring, in one release-store.
+//! 5. callers who were held back go on, if what they lacked is there again;
+//! 6. sends, gathered: what all completions of this tick have queued for one socket leaves as one;
+//! 7. buffers go back to the ring, in one release-store.
 
 use std::collections::HashMap;
 use std::io;
@@ -107,6 +108,9 @@ pub struct Shard<R: Ring> {
     pub(crate) dirty_upstreams: Vec<u32>,
     /// Connections whose receive found no buffer, with their generation.
     pub(crate) starved: Vec<(u32, u32)>,
+    /// Connections with a frame for which no table had room, not even for its refusal, with their
+    /// generation.
+    pub(crate) crowded: Vec<(u32, u32)>,
     /// Downstream receives are held back until buffers are free again.
     pub(crate) throttled: bool,
     pub(crate) draining: bool,
@@ -170,6 +174,7 @@ impl<R: Ring> Shard<R> {
             dirty_connections: Vec::with_capacity(connections_max),
             dirty_upstreams: Vec::with_capacity(UPSTREAMS_MAX),
             starved: Vec::with_capacity(connections_max),
+            crowded: Vec::with_capacity(connections_max),
             throttled: false,
             draining: false,
             stopping: false,
@@ -225,6 +230,7 @@ impl<R: Ring> Shard<R> {
             self.complete(completion);
         }
         let timers = self.expire();
+        self.relieve();
         self.send_all();
         self.return_buffers();
         self.show(completions);
@@ -480,7 +486,7 @@ impl<R: Ring> Shard<R> {
             let slot = token as u32;
             match (token >> 56) as u8 {
                 1 => accept::arm(self),
-                2 if self.upstreams.is_current(slot, generation) => link::connect(self, slot),
+                2 if self.upstreams.is_current(slot, generation) => link::connect_due(self, slot),
                 3 if self.upstreams.is_current(slot, generation) => link::overdue(self, slot),
                 4 if self.connections.is_current(slot, generation) => {
                     recv::look_at_frame(self, slot);
@@ -537,17 +543,26 @@ impl<R: Ring> Shard<R> {
         self.send(slot, &spans[..count]);
     }
 
-    /// Gives free buffers back, and wakes who waits for one.
-    fn return_buffers(&mut self) {
-        for buffer in self.pieces.recycled.drain(..) {
-            self.ring.recycle(buffer);
-        }
+    /// Holds callers back, or lets them go on. Before the sends: what they sent meanwhile is
+    /// forwarded in this tick.
+    fn relieve(&mut self) {
         let (held, count) = (self.pieces.buffers.held(), self.pieces.buffers.count());
         if !self.throttled && held > count - count / 8 {
             recv::throttle(self);
         } else if self.throttled && held < count - count / 4 {
             recv::unthrottle(self);
         }
+        if !self.crowded.is_empty() && !self.requests.is_full() {
+            recv::make_room(self);
+        }
+    }
+
+    /// Gives free buffers back, and wakes who waits for one.
+    fn return_buffers(&mut self) {
+        for buffer in self.pieces.recycled.drain(..) {
+            self.ring.recycle(buffer);
+        }
+        let (held, count) = (self.pieces.buffers.held(), self.pieces.buffers.count());
         if !self.starved.is_empty() && held < count {
             recv::feed_starved(self);
         }

@@ -125,12 +125,6 @@ impl Caller {
             .count()
     }
 
-    /// It has stopped in the middle of a frame.
-    pub fn stands_still(&self) -> bool {
-        let whole = self.ends.contains(&self.written) || self.written == 0;
-        !whole && matches!(self.exit, Some((at, Exit::Stall)) if at <= self.written)
-    }
-
     /// It waits for nothing.
     pub fn is_quiet(&self) -> bool {
         let written = match self.exit {

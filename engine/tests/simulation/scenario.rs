@@ -188,6 +188,20 @@ impl World {
     }
 
     fn describe(&self) -> String {
+        let routes: Vec<_> = self
+            .directory
+            .routes
+            .iter()
+            .map(|route| {
+                (
+                    route.policy,
+                    route.ack,
+                    route.hold_bytes,
+                    route.retries_max,
+                    route.instances.len(),
+                )
+            })
+            .collect();
         let cells: Vec<String> = self
             .stats
             .shard
@@ -224,8 +238,10 @@ impl World {
                 )
             })
             .collect();
+        let weather = self.weather;
         format!(
-            "{}\n{}\n{}",
+            "{weather:?} {routes:?} unlisted {:?}\n{}\n{}\n{}",
+            self.unlisted,
             cells.join(", "),
             callers.join("\n"),
             workers.join("\n")
@@ -349,8 +365,7 @@ impl World {
             return true;
         };
         let forgotten = *death_ns > accepted.at_ns + REMEMBERED_NS;
-        let unlisted =
-            |(id, at_ns): &(u64, u64)| *id == accepted.instance && *at_ns >= accepted.at_ns;
+        let unlisted = |(id, _): &(u64, u64)| *id == accepted.instance;
         forgotten || self.unlisted.iter().any(unlisted)
     }
 

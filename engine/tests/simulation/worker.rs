@@ -100,21 +100,21 @@ impl Worker {
 
     /// As if the process were killed. It may come back after a time that nobody can overlook.
     pub fn die(&mut self, net: &Net, dice: &mut Dice) {
-        if self.listener.take().is_none() {
+        if self.listener.is_none() {
             return;
         }
+        self.die_for_good(net);
+        let pause_ns = dice.of(500_000_000..3_000_000_000) as u64;
+        self.revival_ns = dice.happens(600).then_some(net.now_ns() + pause_ns);
+    }
+
+    pub fn die_for_good(&mut self, net: &Net) {
+        self.listener = None;
         net.refuse(self.address);
         for conn in self.conns.drain(..) {
             net.peer_reset(conn.peer);
         }
         self.deaths_ns.push(net.now_ns());
-        let pause_ns = dice.of(500_000_000..3_000_000_000) as u64;
-        self.revival_ns = dice.happens(600).then_some(net.now_ns() + pause_ns);
-    }
-
-    /// Nothing is on its way here or back.
-    pub fn is_quiet(&self) -> bool {
-        self.conns.iter().all(|conn| conn.out.is_empty())
     }
 
     pub fn step(&mut self, net: &Net, book: &mut Book, dice: &mut Dice) -> bool {
