@@ -92,6 +92,10 @@ pub struct Connection {
     pub frames: u64,
     /// `frames` when the timer was set.
     pub frames_seen: u64,
+    /// Since when the frame after so many others (`frame_of`) is looked at.
+    pub frame_ns: u64,
+    /// `frames` at that time.
+    pub frame_of: u64,
     /// Bytes of large frames passed on; tells a slow one from one that stands still.
     pub streamed: u64,
     /// `streamed` when the timer was set.
@@ -123,6 +127,8 @@ impl Connection {
             intake: Intake::Frames,
             frames: 0,
             frames_seen: 0,
+            frame_ns: 0,
+            frame_of: 0,
             streamed: 0,
             streamed_seen: 0,
             replies: Fifo::EMPTY,

@@ -22,7 +22,7 @@ use crate::route::Candidates;
 use crate::shard::{Shard, TimerKind};
 use crate::table::{NONE, Table};
 use crate::upstream::{InstanceState, Upstream, UpstreamState};
-use crate::{link, tell};
+use crate::{link, recv, tell};
 
 /// Bytes gathered into one send: enough to fill a socket buffer, not so much that the first
 /// answer waits.
@@ -96,7 +96,8 @@ pub(crate) fn extend<R: Ring>(shard: &mut Shard<R>, slot: u32, request: u32, byt
     let (upstream, route) = (entry.upstream, entry.route);
     let arrived = entry.dropped_bytes + entry.frame.bytes() as u64;
     let hold_bytes = u64::from(shard.directory.routes[route as usize].hold_bytes);
-    if shard.requests[request].held && arrived > hold_bytes {
+    // When buffers are short nobody keeps a large frame: all would wait for each other's.
+    if shard.requests[request].held && (arrived > hold_bytes || !shard.may_hold()) {
         note_caller(shard, request);
         shard.requests[request].held = false;
     }
@@ -105,7 +106,7 @@ pub(crate) fn extend<R: Ring>(shard: &mut Shard<R>, slot: u32, request: u32, byt
         soil(shard, upstream);
     }
     if !complete && is_backed_up(shard, request) {
-        shard.pause(slot);
+        recv::crowd(shard, slot);
     }
     complete
 }
@@ -330,6 +331,17 @@ pub(crate) fn flush<R: Ring>(shard: &mut Shard<R>, upstream: u32) {
     if count > 0 {
         shard.send(slot, &spans[..count]);
     }
+}
+
+/// Whether bytes that have arrived wait for the socket.
+pub(crate) fn has_unsent<R: Ring>(shard: &Shard<R>, upstream: u32) -> bool {
+    let link = &shard.upstreams[upstream];
+    let Some(entry) = shard.requests.get(link.unsent) else {
+        return false;
+    };
+    let prefix_bytes = shard.instances[entry.instance].prefix.len() as u64;
+    let there = prefix_bytes + entry.dropped_bytes + entry.frame.bytes() as u64;
+    there > link.unsent_offset
 }
 
 /// The socket took `bytes` bytes.

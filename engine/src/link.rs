@@ -269,14 +269,18 @@ pub(crate) fn overdue<R: Ring>(shard: &mut Shard<R>, upstream: u32) {
     }
     let timeout_ns = forward::answer_timeout_ns(shard, request);
     let entry = &shard.requests[request];
-    // A frame that is still arriving has its own timer, on its sender's connection.
-    let since_ns = if entry.sent {
+    // A frame that is still arriving has its own timer, on its sender's connection; but if it is
+    // the instance that takes none of what has arrived, he waits for it.
+    let stalls = entry.streaming && forward::has_unsent(shard, upstream);
+    let since_ns = if stalls {
+        entry.placed_ns.max(shard.upstreams[upstream].used_ns)
+    } else if entry.sent {
         entry.sent_ns
     } else {
         entry.placed_ns
     };
     let left_ns = (since_ns + timeout_ns).saturating_sub(shard.now_ns);
-    if entry.streaming || left_ns > 0 {
+    if entry.streaming && !stalls || left_ns > 0 {
         return watch(shard, upstream, left_ns.max(timeout_ns / 16));
     }
     shard.stats.shard.ack_timeouts.add(1);

@@ -76,6 +76,8 @@ pub(crate) enum TimerKind {
     Frame,
     /// A caller has not taken what it was told.
     Tell,
+    /// Buffers have been short for long.
+    Shortage,
 }
 
 /// State of a route beside its description.
@@ -113,6 +115,8 @@ pub struct Shard<R: Ring> {
     pub(crate) crowded: Vec<(u32, u32)>,
     /// Downstream receives are held back until buffers are free again.
     pub(crate) throttled: bool,
+    /// How often that has happened; tells one shortage from the next.
+    pub(crate) throttles: u32,
     pub(crate) draining: bool,
     pub(crate) stopping: bool,
     pub(crate) epoch: u64,
@@ -176,6 +180,7 @@ impl<R: Ring> Shard<R> {
             starved: Vec::with_capacity(connections_max),
             crowded: Vec::with_capacity(connections_max),
             throttled: false,
+            throttles: 0,
             draining: false,
             stopping: false,
             epoch: 0,
@@ -492,6 +497,7 @@ impl<R: Ring> Shard<R> {
                     recv::look_at_frame(self, slot);
                 }
                 5 => tell::overdue(self, slot, generation),
+                6 => recv::look_at_shortage(self, slot),
                 _ => {}
             }
         }

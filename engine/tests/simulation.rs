@@ -189,7 +189,7 @@ fn callers_who_never_finish_their_frames_cannot_take_all_buffers_for_ever() {
 
 #[test]
 fn large_frames_kept_for_a_retry_do_not_hold_each_other_up() {
-    let mut world = calm(Ack::OnForward, |config| config.buffers = 64);
+    let mut world = calm(Ack::OnForward, |config| config.buffers = 128);
     for _ in 0..6 {
         world.add_caller(&[95_000, 95_000]);
     }
