@@ -2,7 +2,7 @@
 //! network do their worst, and what must hold all the same.
 //!
 //! A failure names its seed; `CORELANE_SEED=<seed> cargo test -p corelane-engine --test simulation`
-//! plays that scenario alone, step for step the same.
+//! plays that scenario alone, step for step the same, and `<first>..<end>` plays as many as wanted.
 
 #![allow(missing_docs, unreachable_pub)]
 
@@ -29,24 +29,68 @@ use caller::{Exit, State};
 use scenario::{Weather, World};
 use worker::Manner;
 
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// The scenarios of one test, or the one that the environment names.
-fn play_all(seeds: std::ops::Range<u64>) {
+/// The scenarios of one test, or those that the environment names: `7`, or `2000..9000`.
+fn play_all(seeds: Range<u64>) {
     // Big tables of thousands of shards: their untouched pages must stay untouched.
     // SAFETY: sets a number of the allocator.
     unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10) };
-    if let Ok(seed) = std::env::var("CORELANE_SEED") {
-        return scenario::run(seed.parse().expect("CORELANE_SEED is a number"));
-    }
-    let ends_badly = |seed: &u64| catch_unwind(AssertUnwindSafe(|| scenario::run(*seed))).is_err();
+    let number = |text: &str| {
+        text.parse::<u64>()
+            .expect("CORELANE_SEED is a number or a range")
+    };
+    let named = std::env::var("CORELANE_SEED").ok();
+    let seeds = match named
+        .as_deref()
+        .map(|text| text.split_once("..").ok_or(text))
+    {
+        None => seeds,
+        Some(Ok((first, end))) => number(first)..number(end),
+        Some(Err(seed)) => {
+            scenario::run(number(seed));
+            return;
+        }
+    };
+    let mut seen = BTreeMap::new();
+    let mut ends_badly = |seed: &u64| {
+        let stats = catch_unwind(AssertUnwindSafe(|| scenario::run(*seed)));
+        for (name, _, _, value) in stats.iter().flat_map(|stats| stats.shard.each()) {
+            *seen.entry(name).or_insert(0) += value;
+        }
+        stats.is_err()
+    };
     // Some failures say more than one; all say no more than some.
-    let failed: Vec<u64> = seeds.filter(ends_badly).take(FAILURES_MAX).collect();
+    let failed: Vec<u64> = seeds.filter(&mut ends_badly).take(FAILURES_MAX).collect();
     assert!(
         failed.is_empty(),
         "replay with CORELANE_SEED= one of {failed:?}"
     );
+    for name in EVENTS {
+        assert!(seen[name] > 0, "no scenario shows {name}: {seen:?}");
+    }
 }
+
+/// What some scenario must have shown, so that the scenarios are worth their time.
+const EVENTS: [&str; 15] = [
+    "accepted_upstream",
+    "retried",
+    "refused_unknown_endpoint",
+    "refused_no_instance",
+    "refused_frame_too_large",
+    "refused_bad_frame",
+    "refused_by_instances",
+    "callers_told",
+    "callers_untold",
+    "callers_settled",
+    "ack_timeouts",
+    "protocol_errors",
+    "slow_frames_closed",
+    "upstreams_lost",
+    "receives_paused",
+];
 
 const FAILURES_MAX: usize = 10;
 

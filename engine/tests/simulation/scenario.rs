@@ -55,6 +55,8 @@ pub struct World {
     commands: Sender<Command>,
     _reports: Receiver<Report>,
     weather: Weather,
+    /// One worker cannot be reached.
+    black_hole: bool,
     /// Instances that left the directory, and when.
     unlisted: Vec<(u64, u64)>,
     longest: Duration,
@@ -106,6 +108,7 @@ impl World {
             commands,
             _reports: reports,
             weather,
+            black_hole: false,
             unlisted: Vec::new(),
             longest: Duration::ZERO,
         }
@@ -308,6 +311,23 @@ impl World {
         });
         self.judge_callers();
         self.judge_requests();
+        self.judge_instances();
+    }
+
+    /// Whoever is listed and lives is connected again when the weather allows it.
+    fn judge_instances(&mut self) {
+        self.net.set_faults(Weather::Calm.faults());
+        self.until("all living instances are connected", |world| {
+            let lives = |address| {
+                let mut workers = world.workers.iter();
+                workers.any(|worker| worker.address == address && worker.is_alive())
+            };
+            let routes = world.directory.routes.iter();
+            let listed = routes.flat_map(|route| &route.instances);
+            let living = listed.filter(|instance| lives(instance.address)).count();
+            let hole = world.black_hole;
+            hole || world.stats.shard.instances_ready.get() == living as u64
+        });
     }
 
     fn judge_callers(&self) {
@@ -410,12 +430,16 @@ const POLICIES: [Policy; 6] = [
     Policy::Hash,
 ];
 
-/// The scenario of a seed.
-pub fn run(seed: u64) {
+/// The scenario of a seed. Answers what its shard has counted.
+pub fn run(seed: u64) -> Arc<Stats> {
     let mut dice = Dice::new(!seed);
     let weather = dice.pick(&[Weather::Calm, Weather::Crumbs, Weather::Storm]);
     let in_flight_max = dice.pick(&[8, 512, 512]);
-    let mut world = World::new(seed, weather, |config| config.in_flight_max = in_flight_max);
+    let buffers = dice.pick(&[64, 128, 1024, 1024]);
+    let mut world = World::new(seed, weather, |config| {
+        config.in_flight_max = in_flight_max;
+        config.buffers = buffers;
+    });
     for _ in 0..dice.of(1..3) {
         let policy = dice.pick(&POLICIES);
         let ack = dice.pick(&[Ack::OnForward, Ack::OnAccept]);
@@ -428,6 +452,7 @@ pub fn run(seed: u64) {
         worker.change(&mut dice);
     }
     if dice.happens(50) {
+        world.black_hole = true;
         world.net.black_hole(([10, 1, 0, 1], 1).into());
     }
     world.publish();
@@ -446,6 +471,7 @@ pub fn run(seed: u64) {
     }
     world.settle();
     world.end();
+    world.stats
 }
 
 fn add_any_caller(world: &mut World, dice: &mut Dice) {
