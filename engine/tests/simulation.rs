@@ -95,13 +95,22 @@ const EVENTS: [&str; 15] = [
 const FAILURES_MAX: usize = 10;
 
 #[test]
-fn scenarios_of_even_seeds_end_well() {
+fn a_thousand_scenarios_end_well() {
     play_all(0..1000);
 }
 
 #[test]
-fn scenarios_of_odd_seeds_end_well() {
+fn a_thousand_more_scenarios_end_well() {
     play_all(1000..2000);
+}
+
+#[test]
+fn a_seed_is_a_run() {
+    let counted = |seed| scenario::run(seed).shard.each();
+    for seed in 3000..3020 {
+        assert_eq!(counted(seed), counted(seed), "seed {seed}");
+    }
+    assert_ne!(counted(3000), counted(3001));
 }
 
 /// A calm world with one route and one worker.

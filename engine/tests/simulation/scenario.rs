@@ -468,6 +468,9 @@ pub fn run(seed: u64) -> Arc<Stats> {
         if dice.happens(10) {
             add_any_caller(&mut world, &mut dice);
         }
+        if dice.happens(1) {
+            world.commands.send(Command::Drain).unwrap();
+        }
     }
     world.settle();
     world.end();
