@@ -220,9 +220,14 @@ impl Router {
         }
     }
 
-    /// Serves until a signal or the end of a core, then drains; `after_stop` runs when nothing
-    /// comes in any more and before the cores stop.
-    pub async fn run(self, mut signals: Signals, after_stop: impl Future<Output = ()>) -> Exit {
+    /// Serves until a signal, the end of a core, or `others_failed`; then drains. `after_stop`
+    /// runs when nothing comes in any more and before the cores stop.
+    pub async fn run(
+        self,
+        mut signals: Signals,
+        others_failed: impl Future<Output = ()>,
+        after_stop: impl Future<Output = ()>,
+    ) -> Exit {
         let exit = tokio::select! {
             name = signals.next() => {
                 tracing::info!("{name}: draining; a second signal ends at once");
@@ -230,6 +235,10 @@ impl Router {
             }
             () = self.pulse.cores.failed() => {
                 tracing::error!("a core has ended: draining the others");
+                Exit::Failed
+            }
+            () = others_failed => {
+                tracing::error!("a worker has ended: draining");
                 Exit::Failed
             }
         };

@@ -21,7 +21,7 @@ pub fn up(_: UpArgs) -> Result<Exit> {
 /// `corelane worker echo`: a worker that answers with what it was sent.
 ///
 /// # Errors
-/// As [`up`].
+/// Whatever stops it; [`crate::cli::Stop`] in the chain chooses the exit code.
 pub fn echo(_: EchoArgs) -> Result<Exit> {
     bail!(MISSING)
 }
@@ -29,7 +29,7 @@ pub fn echo(_: EchoArgs) -> Result<Exit> {
 /// `corelane call`: one call, or some.
 ///
 /// # Errors
-/// As [`up`].
+/// Whatever stops it; [`crate::cli::Stop`] in the chain chooses the exit code.
 pub fn call(_: CallArgs) -> Result<Exit> {
     bail!(MISSING)
 }
