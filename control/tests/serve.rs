@@ -244,6 +244,28 @@ fn another_router_on_the_same_port_is_no_partner() {
     assert!(second.log().contains("in use"), "{}", second.log());
 }
 
+#[test]
+fn up_says_one_command_and_it_gets_answers_from_both_workers() {
+    let mut up = Program::command(&["up", "--items", "3"]);
+    let out = up.says(" call ");
+    assert_eq!(out.matches("worker  127.0.0.1:").count(), 2, "{out}");
+    let line = out.lines().find(|line| line.contains(" call ")).unwrap();
+    let words: Vec<&str> = line.split_whitespace().collect();
+    assert_eq!((words[0], words[1]), (PROGRAM, "call"));
+    let more = ["--count", "10", "--body", r#"{"prompt":"hi"}"#];
+    let mut call = Program::command(&[&words[1..], &more].concat());
+    assert_eq!(call.ended(), 0, "{}", call.log());
+    assert!(call.out().contains("prompt"), "{}", call.out());
+    let status = out.split("http://").nth(1).unwrap();
+    let address = status.split('/').next().unwrap();
+    up.status_port = address.rsplit(':').next().unwrap().parse().unwrap();
+    assert_eq!(up.metric(&["corelane_requests_total{"]), 10.0);
+    assert_eq!(up.metric(&["corelane_route_instances"]), 2.0);
+    up.signal(Signal::INT);
+    assert_eq!(up.ended(), 0);
+    assert!(up.log().contains("workers stopped"), "{}", up.log());
+}
+
 // --- etcd ------------------------------------------------------------------------------
 
 /// A router that finds its instances in etcd, with a short lease.
