@@ -121,7 +121,7 @@ impl ProcessNumbers {
         let counter = |name, help, value| number(name, CellKind::Counter, help, value);
         vec![
             gauge(
-                "draining",
+                "process_draining",
                 "1 while this process is leaving",
                 u64::from(self.draining),
             ),
@@ -534,7 +534,7 @@ mod tests {
             ),
             ("corelane_uptime_seconds", 1.5),
             ("corelane_directories_published_total", 7.0),
-            ("corelane_draining", 0.0),
+            ("corelane_process_draining", 0.0),
             ("corelane_discovery_lease_losses_total", 1.0),
         ] {
             assert_eq!(series.get(name), Some(&value), "{name}\n{text}");

@@ -84,7 +84,7 @@ fn a_drain_waits_for_what_is_in_flight_and_refuses_the_rest() {
         router.get("/health").unwrap().0 == 503
     });
     assert_eq!(router.get("/live").unwrap().0, 200);
-    assert_eq!(router.metric(&["corelane_draining"]), 1.0);
+    assert_eq!(router.metric(&["corelane_process_draining"]), 1.0);
     // While it is still known to callers it still accepts.
     let (mut late, _) = router.dial(LISTEN);
     late.send(&path);
@@ -320,7 +320,9 @@ fn instances_are_found_and_ours_is_offered_until_the_drain() {
     wait_until("the worker has it", || worker.taken() == 1);
     router.signal(Signal::TERM);
     wait_until("it has left etcd", || offered(&etcd).is_empty());
-    assert!(etcd.keys(&format!("v1/mdc/{LISTEN}/")).is_empty());
+    wait_until("its cards have left too", || {
+        etcd.keys(&format!("v1/mdc/{LISTEN}/")).is_empty()
+    });
     assert!(router.is_alive(), "a request is in flight");
     worker.hold(false);
     assert_eq!(caller.reply(), "");
@@ -381,6 +383,10 @@ fn etcd_may_go_and_come_back() {
     }
     wait_until("both are used", || second.taken() >= 2);
     assert!(router.metric(&["corelane_discovery_reconnects_total"]) >= 1.0);
+    // A store that is away does not keep us from leaving.
+    etcd.kill();
+    router.signal(Signal::TERM);
+    assert_eq!(router.ended(), 0);
 }
 
 #[test]

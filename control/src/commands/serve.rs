@@ -26,7 +26,10 @@ pub fn serve(args: ServeArgs) -> Result<Exit> {
             }
         };
         match started {
-            Some(router) => Ok(router.run(signals, std::future::pending(), async {}).await),
+            Some(mut router) => {
+                router.offer();
+                Ok(router.run(signals, std::future::pending(), async {}).await)
+            }
             None => Ok(Exit::Done),
         }
     })

@@ -55,7 +55,8 @@ async fn start(args: &UpArgs, plan: &Plan) -> Result<(Router, Vec<EchoWorker>)> 
     }
     // Only now: the threads of workers are to go wherever there is room.
     pin(plan.control_cpu);
-    let router = Router::start(config, plan, Store::Shared(store)).await?;
+    let mut router = Router::start(config, plan, Store::Shared(store)).await?;
+    router.offer();
     cli::print(&announcement(&router, &target, &workers))?;
     Ok((router, workers))
 }
