@@ -234,7 +234,8 @@ impl Cores {
             match report {
                 Report::Started { .. } => self.turn(core, State::Running),
                 Report::Undecodable { why } => {
-                    tracing::warn!(why, "a request was acknowledged and cannot be understood");
+                    let core = handle.shard;
+                    tracing::warn!(core, why, "a request cannot be decoded");
                 }
                 Report::Stopped { failure } => {
                     self.turn(core, State::Ended { failure });
@@ -373,7 +374,7 @@ fn wanted_address(plan: &Plan) -> Result<SocketAddr, CoresError> {
     deprecated,
     reason = "sound for an OwnedFd, which is open and the same until dropped"
 )]
-fn register(wake: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
+pub(crate) fn register(wake: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
     AsyncFd::with_interest(wake, Interest::READABLE)
 }
 

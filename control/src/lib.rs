@@ -1,19 +1,22 @@
 //! corelane: library behind the binary.
 //!
-//! Everything here runs on the control core; the shards of `corelane-engine` are told what they need
-//! by snapshots and never wait for it.
+//! Everything here runs on the control core; the shards of `corelane-engine` are told what they
+//! need by snapshots and never wait for it.
 
+pub mod call;
 pub mod cards;
 pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod cores;
 pub mod discovery;
+pub mod echo;
 pub mod env;
 pub mod lease;
 pub mod logging;
 pub mod metrics;
 pub mod offer;
+pub mod peer;
 pub mod preflight;
 pub mod publish;
 pub mod status_server;

@@ -121,7 +121,7 @@ impl ProcessNumbers {
         let counter = |name, help, value| number(name, CellKind::Counter, help, value);
         vec![
             gauge(
-                "draining",
+                "process_draining",
                 "1 while this process is leaving",
                 u64::from(self.draining),
             ),
@@ -180,85 +180,94 @@ fn histogram(latency: &Latency) -> Histogram {
     }
 }
 
+type DiscoveryCell = (
+    &'static str,
+    CellKind,
+    &'static str,
+    fn(&DiscoveryStats) -> &std::cell::Cell<u64>,
+);
+
+/// Everything that discovery counts.
+const DISCOVERY: &[DiscoveryCell] = &[
+    (
+        "discovery_watched_keys",
+        CellKind::Gauge,
+        "Keys in all watched directories",
+        |stats| &stats.watched_keys,
+    ),
+    (
+        "discovery_stale_watches",
+        CellKind::Gauge,
+        "Watches without contact to the store; their last known directory is kept",
+        |stats| &stats.stale_watches,
+    ),
+    (
+        "discovery_reconnects",
+        CellKind::Counter,
+        "Times that contact to the store was lost and sought again",
+        |stats| &stats.reconnects,
+    ),
+    (
+        "discovery_resyncs",
+        CellKind::Counter,
+        "Full lists taken over, the first of each watch included",
+        |stats| &stats.resyncs,
+    ),
+    (
+        "discovery_lease_losses",
+        CellKind::Counter,
+        "Leases lost; each gave this process a new identity",
+        |stats| &stats.lease_losses,
+    ),
+    (
+        "discovery_writes_deferred",
+        CellKind::Counter,
+        "Writes that failed and were put off",
+        |stats| &stats.writes_deferred,
+    ),
+    (
+        "discovery_rejected_records",
+        CellKind::Counter,
+        "Stored values that are no records, too long, or too many",
+        |stats| &stats.rejected_records,
+    ),
+    (
+        "discovery_rejected_instances",
+        CellKind::Counter,
+        "Instances that cannot be dialled",
+        |stats| &stats.rejected_instances,
+    ),
+    (
+        "discovery_mismatched_instances",
+        CellKind::Counter,
+        "Instances whose key and value disagree",
+        |stats| &stats.mismatched_instances,
+    ),
+    (
+        "discovery_removals_deferred",
+        CellKind::Counter,
+        "Lists after an outage that left removals to be confirmed",
+        |stats| &stats.removals_deferred,
+    ),
+    (
+        "discovery_card_conflicts",
+        CellKind::Counter,
+        "Model cards left out because another one holds their place",
+        |stats| &stats.card_conflicts,
+    ),
+    (
+        "discovery_expired_files",
+        CellKind::Counter,
+        "Files of others deleted because nobody refreshed them",
+        |stats| &stats.expired_files,
+    ),
+];
+
 fn discovery_numbers(stats: &DiscoveryStats) -> Vec<Number> {
-    use CellKind::{Counter, Gauge};
-    [
-        (
-            "discovery_watched_keys",
-            Gauge,
-            "Keys in all watched directories",
-            &stats.watched_keys,
-        ),
-        (
-            "discovery_stale_watches",
-            Gauge,
-            "Watches without contact to the store; their last known directory is kept",
-            &stats.stale_watches,
-        ),
-        (
-            "discovery_reconnects",
-            Counter,
-            "Times that contact to the store was lost and sought again",
-            &stats.reconnects,
-        ),
-        (
-            "discovery_resyncs",
-            Counter,
-            "Full lists taken over, the first of each watch included",
-            &stats.resyncs,
-        ),
-        (
-            "discovery_lease_losses",
-            Counter,
-            "Leases lost; each gave this process a new identity",
-            &stats.lease_losses,
-        ),
-        (
-            "discovery_writes_deferred",
-            Counter,
-            "Writes that failed and were put off",
-            &stats.writes_deferred,
-        ),
-        (
-            "discovery_rejected_records",
-            Counter,
-            "Stored values that are no records, too long, or too many",
-            &stats.rejected_records,
-        ),
-        (
-            "discovery_rejected_instances",
-            Counter,
-            "Instances that cannot be dialled",
-            &stats.rejected_instances,
-        ),
-        (
-            "discovery_mismatched_instances",
-            Counter,
-            "Instances whose key and value disagree",
-            &stats.mismatched_instances,
-        ),
-        (
-            "discovery_removals_deferred",
-            Counter,
-            "Lists after an outage that left removals to be confirmed",
-            &stats.removals_deferred,
-        ),
-        (
-            "discovery_card_conflicts",
-            Counter,
-            "Model cards left out because another one holds their place",
-            &stats.card_conflicts,
-        ),
-        (
-            "discovery_expired_files",
-            Counter,
-            "Files of others deleted because nobody refreshed them",
-            &stats.expired_files,
-        ),
-    ]
-    .into_iter()
-    .map(|(name, kind, help, cell)| number(name, kind, help, cell.get()))
-    .collect()
+    let cells = DISCOVERY.iter();
+    cells
+        .map(|(name, kind, help, cell)| number(name, *kind, help, cell(stats).get()))
+        .collect()
 }
 
 impl Collector for Snapshot {
@@ -525,7 +534,7 @@ mod tests {
             ),
             ("corelane_uptime_seconds", 1.5),
             ("corelane_directories_published_total", 7.0),
-            ("corelane_draining", 0.0),
+            ("corelane_process_draining", 0.0),
             ("corelane_discovery_lease_losses_total", 1.0),
         ] {
             assert_eq!(series.get(name), Some(&value), "{name}\n{text}");

@@ -84,7 +84,7 @@ fn a_drain_waits_for_what_is_in_flight_and_refuses_the_rest() {
         router.get("/health").unwrap().0 == 503
     });
     assert_eq!(router.get("/live").unwrap().0, 200);
-    assert_eq!(router.metric(&["corelane_draining"]), 1.0);
+    assert_eq!(router.metric(&["corelane_process_draining"]), 1.0);
     // While it is still known to callers it still accepts.
     let (mut late, _) = router.dial(LISTEN);
     late.send(&path);
@@ -244,6 +244,28 @@ fn another_router_on_the_same_port_is_no_partner() {
     assert!(second.log().contains("in use"), "{}", second.log());
 }
 
+#[test]
+fn up_says_one_command_and_it_gets_answers_from_both_workers() {
+    let mut up = Program::command(&["up", "--items", "3"]);
+    let out = up.says(" call ");
+    assert_eq!(out.matches("worker  127.0.0.1:").count(), 2, "{out}");
+    let line = out.lines().find(|line| line.contains(" call ")).unwrap();
+    let words: Vec<&str> = line.split_whitespace().collect();
+    assert_eq!((words[0], words[1]), (PROGRAM, "call"));
+    let more = ["--count", "10", "--body", r#"{"prompt":"hi"}"#];
+    let mut call = Program::command(&[&words[1..], &more].concat());
+    assert_eq!(call.ended(), 0, "{}", call.log());
+    assert!(call.out().contains("prompt"), "{}", call.out());
+    let status = out.split("http://").nth(1).unwrap();
+    let address = status.split('/').next().unwrap();
+    up.status_port = address.rsplit(':').next().unwrap().parse().unwrap();
+    assert_eq!(up.metric(&["corelane_requests_total{"]), 10.0);
+    assert_eq!(up.metric(&["corelane_route_instances"]), 2.0);
+    up.signal(Signal::INT);
+    assert_eq!(up.ended(), 0);
+    assert!(up.log().contains("workers stopped"), "{}", up.log());
+}
+
 // --- etcd ------------------------------------------------------------------------------
 
 /// A router that finds its instances in etcd, with a short lease.
@@ -298,7 +320,9 @@ fn instances_are_found_and_ours_is_offered_until_the_drain() {
     wait_until("the worker has it", || worker.taken() == 1);
     router.signal(Signal::TERM);
     wait_until("it has left etcd", || offered(&etcd).is_empty());
-    assert!(etcd.keys(&format!("v1/mdc/{LISTEN}/")).is_empty());
+    wait_until("its cards have left too", || {
+        etcd.keys(&format!("v1/mdc/{LISTEN}/")).is_empty()
+    });
     assert!(router.is_alive(), "a request is in flight");
     worker.hold(false);
     assert_eq!(caller.reply(), "");
@@ -359,6 +383,10 @@ fn etcd_may_go_and_come_back() {
     }
     wait_until("both are used", || second.taken() >= 2);
     assert!(router.metric(&["corelane_discovery_reconnects_total"]) >= 1.0);
+    // A store that is away does not keep us from leaving.
+    etcd.kill();
+    router.signal(Signal::TERM);
+    assert_eq!(router.ended(), 0);
 }
 
 #[test]

@@ -3,12 +3,15 @@
 
 use std::net::SocketAddr;
 
+/// In place of a CPU: the kernel moves the shard's thread as it likes.
+pub const ANY_CPU: usize = usize::MAX;
+
 /// Settings of one shard.
 #[derive(Clone, Debug)]
 pub struct ShardConfig {
     /// Index of the shard, from 0; a label in metrics.
     pub shard: usize,
-    /// CPU that the shard's thread is pinned to.
+    /// CPU that the shard's thread is pinned to, or [`ANY_CPU`].
     pub cpu: usize,
     /// Which ring moves its bytes.
     pub ring: RingKind,

@@ -24,7 +24,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::buffers::Buffers;
 use crate::client::{CallEvent, Client};
-use crate::config::{RingKind, ShardConfig};
+use crate::config::{ANY_CPU, RingKind, ShardConfig};
 use crate::ends::{Ends, HomeAddress};
 use crate::handler::Task;
 use crate::mesh::{self, Receiver, Sender};
@@ -270,8 +270,10 @@ fn run(parts: Parts) {
 }
 
 fn run_epoll(parts: Parts) -> io::Result<()> {
-    // Not being pinned costs speed and nothing else; preflight has said so.
-    let _ = crate::placement::pin_current_thread(parts.config.cpu);
+    if parts.config.cpu != ANY_CPU {
+        // Not being pinned costs speed and nothing else; preflight has said so.
+        let _ = crate::placement::pin_current_thread(parts.config.cpu);
+    }
     let buffers = buffers(&parts.config)?;
     let ring = Epoll::new(&buffers)?;
     let mut pool = LocalPool::new();
@@ -290,7 +292,11 @@ fn run_epoll(parts: Parts) -> io::Result<()> {
 
 fn run_uring(parts: Parts) -> io::Result<()> {
     let cpu = parts.config.cpu;
-    let executor = glommio::LocalExecutorBuilder::new(glommio::Placement::Fixed(cpu))
+    let placement = match cpu {
+        ANY_CPU => glommio::Placement::Unbound,
+        cpu => glommio::Placement::Fixed(cpu),
+    };
+    let executor = glommio::LocalExecutorBuilder::new(placement)
         .name("shard")
         .ring_depth(32)
         .io_memory(64 << 10)

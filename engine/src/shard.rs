@@ -683,11 +683,15 @@ impl<R: Ring> Shard<R> {
             };
             match command {
                 Command::Directory(directory) => link::publish(self, directory),
-                Command::Serve(paths) => self.worker.serve(paths),
+                Command::Serve(paths) => {
+                    self.worker.serve(paths);
+                    self.stats.shard.path_updates.add(1);
+                }
                 Command::Call(call) => client::begin(self, *call),
                 Command::EndCall { number, kill } => client::end_early(self, number, kill),
                 Command::Drain => {
                     self.draining = true;
+                    self.stats.shard.draining.set(1);
                     accept::stop(self);
                 }
                 Command::Stop => self.stopping = true,

@@ -131,6 +131,8 @@ cells! {
         Counter system_calls,
         /// Requests that ran in handlers of this process
         Counter handled,
+        /// Times the paths that handlers serve were changed
+        Counter path_updates,
         /// Requests acknowledged whose envelope could not be understood
         Counter undecodable,
         /// Responses of our handlers whose caller could not be reached
@@ -161,6 +163,8 @@ cells! {
         Gauge ledger,
         /// Callers being told
         Gauge tells,
+        /// 1 while new requests are refused because the process is to end
+        Gauge draining,
         /// Requests that handlers of this process run or that wait for one
         Gauge handling,
         /// Call-home sockets of our handlers

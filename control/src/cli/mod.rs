@@ -19,7 +19,7 @@ mod args;
 mod check;
 mod options;
 
-pub use args::{CallArgs, Codec, EchoArgs, ServeArgs, UpArgs};
+pub use args::{Answer, CallArgs, Codec, Early, EchoArgs, ServeArgs, Target, UpArgs};
 pub use check::{Report, SCHEMA};
 
 use options::{Command, Options, WorkerCommand};

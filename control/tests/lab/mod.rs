@@ -109,6 +109,15 @@ impl Program {
         self.read("out")
     }
 
+    /// Its standard output once it has this word.
+    pub fn says(&mut self, word: &str) -> String {
+        wait_for(word, || {
+            let out = self.out();
+            assert!(out.contains(word) || self.is_alive(), "{}", self.log());
+            out.contains(word).then_some(out)
+        })
+    }
+
     /// Waits until `/health` is 200 and all endpoints are ready.
     pub fn ready(&mut self) {
         wait_until("everything is ready", || {

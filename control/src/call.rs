@@ -1,0 +1,662 @@
+//! `corelane call`: calls an endpoint, prints items and times.
+//!
+//! With `--json` each line of standard output is one object:
+//!
+//! ```text
+//! {"type":"item","call":1,"index":0,"at_us":412.7,"instance":"1a","data":VALUE}
+//! {"type":"note","call":1,"index":1,"at_us":..,"instance":"1a","event":TEXT,"comment":[TEXT..]}
+//! {"type":"error","call":1,"index":2,"at_us":..,"instance":"1a","error":{"class","reason","text"}}
+//! {"type":"end","call":1,"instance":"1a","outcome":"ok"|"stopped"|"refused"|"failed",
+//!  "error":TEXT|null,"items":3,"ack_us":..|null,"first_us":..|null,"last_us":..|null,"end_us":..}
+//! {"type":"summary","calls":..,"ok":..,"stopped":..,"failed":..,"items":..,"errors":{TEXT:COUNT},
+//!  "seconds":..,"calls_per_second":..,"first_us":SPREAD|null,"end_us":SPREAD|null}
+//! ```
+//!
+//! Times are microseconds since the shard began the call; SPREAD is `{"p50","p90","p99","max"}`.
+//! The summary comes with more than one call. A call with an error item has failed.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::{BufWriter, Stdout, Write};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use corelane_codec::control_message::PayloadCodec;
+use corelane_codec::error::DynamoError;
+use corelane_codec::item::{self, Annotated, write_value};
+use corelane_codec::path::{instance_hex, parse_instance_path};
+use corelane_engine::client::{CallEvent, Deadlines, NewCall, What};
+use corelane_engine::ends::{Ends, HomeAddress};
+use corelane_engine::shard::Command;
+use hdrhistogram::Histogram;
+use serde_json::{Value, json};
+use tokio::runtime::Builder;
+use tokio::task::LocalSet;
+use tokio::time::timeout;
+
+use crate::cli::{CallArgs, Early, Exit, Target};
+use crate::config::{Backend, EndpointId};
+use crate::discovery::{Discovery, EtcdDiscovery, EtcdOptions, FileDiscovery, FileOptions};
+use crate::peer::Peer;
+use crate::watch::{Instance, InstanceWatch};
+
+/// Longest wait for an instance to appear in discovery.
+const APPEAR_MAX: Duration = Duration::from_secs(5);
+/// How long a worker has for its acknowledgement, unless the whole call has less.
+const ACK_MAX: Duration = Duration::from_secs(5);
+/// Slowest call that the histograms tell apart, in microseconds.
+const SLOWEST_US: u64 = 86_400_000_000;
+
+/// Makes the calls.
+///
+/// # Errors
+/// No instance is there, or this host cannot run a shard. A failed call is no error but
+/// [`Exit::Failed`].
+pub fn run(args: CallArgs) -> Result<Exit> {
+    let runtime = Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.context("cannot make the control runtime")?;
+    let local = LocalSet::new();
+    let outcome = local.block_on(&runtime, calls(args));
+    drop(local);
+    runtime.shutdown_background();
+    outcome
+}
+
+async fn calls(args: CallArgs) -> Result<Exit> {
+    let mut targets = Targets::find(&args).await?;
+    let home = HomeAddress {
+        bind: SocketAddr::new(args.server.host, 0),
+        advertise: args.server.advertised(),
+    };
+    let calls_max = args.concurrency + 64;
+    let peer = Peer::start(&args.server, None, || Ends::client(home, calls_max)).await?;
+    let mut caller = Caller {
+        bodies: Bodies::of(&args.body)?,
+        peer: &peer,
+        running: HashMap::new(),
+        printer: Printer::new(args.json),
+        tally: Tally::new()?,
+        args: &args,
+    };
+    let outcome = caller.all(&mut targets).await;
+    peer.stop().await;
+    outcome?;
+    let failed = caller.tally.failed > 0;
+    if args.count > 1 {
+        let summary = caller.tally.summary();
+        caller.printer.summary(&summary)?;
+    }
+    caller.printer.flush()?;
+    Ok(if failed { Exit::Failed } else { Exit::Done })
+}
+
+/// The instances to call, in turn.
+struct Targets {
+    watch: Option<(Discovery, InstanceWatch)>,
+    instances: Vec<Instance>,
+    next: usize,
+    name: String,
+}
+
+impl Targets {
+    async fn find(args: &CallArgs) -> Result<Targets> {
+        let endpoint = match &args.target {
+            Target::Endpoint(endpoint) => endpoint.clone(),
+            Target::Address { socket, path, .. } => {
+                let id = parse_instance_path(path).map_or(0, |(id, _)| id);
+                let instance = Instance {
+                    id,
+                    address: *socket,
+                    path: path.clone().into_bytes(),
+                    codec: PayloadCodec::Json,
+                };
+                return Ok(Targets {
+                    watch: None,
+                    instances: vec![instance],
+                    next: 0,
+                    name: format!("{socket}/{path}"),
+                });
+            }
+        };
+        let discovery = open(args).await?;
+        let mut watch = InstanceWatch::new(&discovery, &endpoint);
+        let mut instances = Vec::new();
+        let appear = async {
+            watch.listed().await;
+            loop {
+                instances = watch.instances();
+                if !instances.is_empty() {
+                    return;
+                }
+                watch.changed().await;
+            }
+        };
+        if timeout(APPEAR_MAX.min(args.timeout), appear).await.is_err() {
+            bail!("{}", nobody(&endpoint, args));
+        }
+        Ok(Targets {
+            watch: Some((discovery, watch)),
+            instances,
+            next: 0,
+            name: endpoint.to_string(),
+        })
+    }
+
+    /// The next one in turn. Instances that have left are not called; when all have left, the
+    /// last known ones are tried.
+    fn next(&mut self) -> Instance {
+        if let Some((_, watch)) = &mut self.watch {
+            let now = watch.instances();
+            if !now.is_empty() {
+                self.instances = now;
+            }
+        }
+        let instance = self.instances[self.next % self.instances.len()].clone();
+        self.next += 1;
+        instance
+    }
+}
+
+fn nobody(endpoint: &EndpointId, args: &CallArgs) -> String {
+    let place = match args.discovery.backend {
+        Backend::Etcd => format!("etcd at {}", args.discovery.endpoints.join(",")),
+        Backend::File => args.discovery.path.display().to_string(),
+        Backend::Memory => "memory".into(),
+    };
+    format!(
+        "no instance of {endpoint} in {place}; check the name and that its worker runs, or name \
+         an instance with --address IP:PORT/PATH"
+    )
+}
+
+async fn open(args: &CallArgs) -> Result<Discovery> {
+    let lookup = |name: &str| args.discovery.variable(name);
+    Ok(match args.discovery.backend {
+        Backend::Etcd => {
+            Discovery::Etcd(EtcdDiscovery::connect(EtcdOptions::from_env(lookup)?).await?)
+        }
+        Backend::File => Discovery::File(FileDiscovery::open(FileOptions::from_env(lookup)).await?),
+        // The command line has refused this; a name cannot be looked up in our own memory.
+        Backend::Memory => bail!("discovery in memory knows only its own process"),
+    })
+}
+
+/// The body in both codecs.
+struct Bodies {
+    json: Vec<u8>,
+    packed: Vec<u8>,
+}
+
+impl Bodies {
+    fn of(json: &str) -> Result<Bodies> {
+        let value: Value = serde_json::from_str(json).context("the body is not JSON")?;
+        let mut packed = Vec::new();
+        write_value(&value, PayloadCodec::MessagePack, &mut packed)?;
+        let json = json.as_bytes().to_vec();
+        Ok(Bodies { json, packed })
+    }
+
+    fn in_codec(&self, codec: PayloadCodec) -> Vec<u8> {
+        match codec {
+            PayloadCodec::Json => self.json.clone(),
+            PayloadCodec::MessagePack => self.packed.clone(),
+        }
+    }
+}
+
+/// A call under way.
+struct Running {
+    instance: Instance,
+    items: u64,
+    ack_us: Option<f64>,
+    first_us: Option<f64>,
+    last_us: Option<f64>,
+    /// The first error item.
+    error: Option<String>,
+    ended_early: bool,
+}
+
+/// How a call ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    Ok,
+    Stopped,
+    Refused,
+    Failed,
+}
+
+impl Outcome {
+    fn word(self) -> &'static str {
+        match self {
+            Outcome::Ok => "ok",
+            Outcome::Stopped => "stopped",
+            Outcome::Refused => "refused",
+            Outcome::Failed => "failed",
+        }
+    }
+}
+
+struct Caller<'a> {
+    args: &'a CallArgs,
+    peer: &'a Peer,
+    bodies: Bodies,
+    running: HashMap<u64, Running>,
+    printer: Printer,
+    tally: Tally,
+}
+
+impl Caller<'_> {
+    async fn all(&mut self, targets: &mut Targets) -> Result<()> {
+        let mut begun = 0;
+        if !self.args.json && self.args.count > 1 {
+            self.printer
+                .line(&format!("{} calls of {}", self.args.count, targets.name))?;
+        }
+        while begun < self.args.count || !self.running.is_empty() {
+            let room = self.running.len() < self.args.concurrency as usize;
+            if begun < self.args.count && room {
+                begun += 1;
+                self.begin(begun, targets.next()).await?;
+                continue;
+            }
+            let event = tokio::select! {
+                event = self.peer.event() => event,
+                why = self.peer.ended() => bail!("the shard has ended: {why}"),
+            };
+            self.take(event).await?;
+        }
+        Ok(())
+    }
+
+    async fn begin(&mut self, number: u64, instance: Instance) -> Result<()> {
+        let total = self.args.timeout;
+        let call = NewCall {
+            number,
+            address: instance.address,
+            path: instance.path.clone(),
+            id: String::new(),
+            headers: self.args.headers.clone(),
+            body: self.bodies.in_codec(instance.codec),
+            codec: instance.codec,
+            deadlines: Deadlines {
+                ack: ACK_MAX.min(total),
+                first_item: total,
+                total,
+            },
+        };
+        let running = Running {
+            instance,
+            items: 0,
+            ack_us: None,
+            first_us: None,
+            last_us: None,
+            error: None,
+            ended_early: false,
+        };
+        self.running.insert(number, running);
+        self.peer.command(Command::Call(Box::new(call))).await
+    }
+
+    async fn take(&mut self, event: CallEvent) -> Result<()> {
+        let Some(running) = self.running.get_mut(&event.call) else {
+            return Ok(());
+        };
+        let at_us = (event.at_ns - event.began_ns) as f64 / 1e3;
+        let item = match event.what {
+            What::Acked => {
+                running.ack_us = Some(at_us);
+                return Ok(());
+            }
+            What::Item(data) => Item::read(&data, running.instance.codec),
+            What::BadItem(error) => Item::Error(error),
+            end => return self.end(event.call, at_us, end),
+        };
+        running.first_us.get_or_insert(at_us);
+        running.last_us = Some(at_us);
+        if let Item::Error(error) = &item {
+            running.error.get_or_insert_with(|| error.to_string());
+        }
+        self.printer.item(event.call, running, at_us, &item)?;
+        running.items += 1;
+        let kill = match self.args.early {
+            Some(Early::Stop(items)) if running.items >= items => false,
+            Some(Early::Kill(items)) if running.items >= items => true,
+            _ => return Ok(()),
+        };
+        if !std::mem::replace(&mut running.ended_early, true) {
+            let number = event.call;
+            self.peer.command(Command::EndCall { number, kill }).await?;
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, number: u64, at_us: f64, end: What) -> Result<()> {
+        let Some(mut running) = self.running.remove(&number) else {
+            return Ok(());
+        };
+        let (outcome, error) = match end {
+            What::Refused(text) => (Outcome::Refused, Some(text)),
+            What::Failed(error) => (Outcome::Failed, Some(error.to_string())),
+            What::Stopped => (Outcome::Stopped, None),
+            _ => (Outcome::Ok, None),
+        };
+        let (outcome, error) = match (outcome, running.error.take()) {
+            (Outcome::Ok, Some(error)) => (Outcome::Failed, Some(error)),
+            _ => (outcome, error),
+        };
+        let error = error.as_deref();
+        self.tally.count(outcome, error, &running, at_us);
+        self.printer.end(number, &running, at_us, outcome, error)?;
+        // Whoever reads us wants to see what is there when nothing more comes for a while.
+        if self.running.is_empty() {
+            self.printer.flush()?;
+        }
+        Ok(())
+    }
+}
+
+/// An item as people read it.
+enum Item {
+    Data(Value),
+    Note(Annotated<Value>),
+    Error(DynamoError),
+}
+
+impl Item {
+    /// Most endpoints answer with `Annotated`; what does not look like it is shown as it is.
+    fn read(data: &[u8], codec: PayloadCodec) -> Item {
+        const MEMBERS: [&str; 5] = ["data", "id", "event", "comment", "error"];
+        let value: Value = match item::from_bytes(data, codec) {
+            Ok(value) => value,
+            Err(error) => {
+                let text = format!("the item cannot be shown: {error}");
+                return Item::Error(DynamoError::unknown(text));
+            }
+        };
+        let annotated = match &value {
+            Value::Object(members) => members.keys().all(|name| MEMBERS.contains(&name.as_str())),
+            _ => false,
+        };
+        if !annotated {
+            return Item::Data(value);
+        }
+        match serde_json::from_value::<Annotated<Value>>(value.clone()) {
+            Ok(item) => match (item.to_error(), item.data) {
+                (Some(error), _) => Item::Error(error),
+                (None, Some(data)) => Item::Data(data),
+                (None, None) => Item::Note(Annotated { data: None, ..item }),
+            },
+            Err(_) => Item::Data(value),
+        }
+    }
+}
+
+/// Counts and times of all calls.
+struct Tally {
+    began: Instant,
+    ok: u64,
+    stopped: u64,
+    failed: u64,
+    items: u64,
+    errors: BTreeMap<String, u64>,
+    first_us: Histogram<u64>,
+    end_us: Histogram<u64>,
+}
+
+impl Tally {
+    fn new() -> Result<Tally> {
+        Ok(Tally {
+            began: Instant::now(),
+            ok: 0,
+            stopped: 0,
+            failed: 0,
+            items: 0,
+            errors: BTreeMap::new(),
+            first_us: Histogram::new_with_bounds(1, SLOWEST_US, 3)?,
+            end_us: Histogram::new_with_bounds(1, SLOWEST_US, 3)?,
+        })
+    }
+
+    fn count(&mut self, outcome: Outcome, error: Option<&str>, running: &Running, end_us: f64) {
+        /// Different texts that are told apart.
+        const TEXTS_MAX: usize = 64;
+        match outcome {
+            Outcome::Ok => self.ok += 1,
+            Outcome::Stopped => self.stopped += 1,
+            Outcome::Refused | Outcome::Failed => self.failed += 1,
+        }
+        self.items += running.items;
+        if let Some(error) = error {
+            let known = self.errors.len() < TEXTS_MAX || self.errors.contains_key(error);
+            let text = if known { error } else { "others" };
+            *self.errors.entry(text.to_owned()).or_default() += 1;
+        }
+        if let Some(first_us) = running.first_us {
+            self.first_us.saturating_record(first_us as u64);
+        }
+        if outcome == Outcome::Ok {
+            self.end_us.saturating_record(end_us as u64);
+        }
+    }
+
+    fn summary(&self) -> Value {
+        let seconds = self.began.elapsed().as_secs_f64();
+        let calls = self.ok + self.stopped + self.failed;
+        json!({
+            "type": "summary",
+            "calls": calls,
+            "ok": self.ok,
+            "stopped": self.stopped,
+            "failed": self.failed,
+            "items": self.items,
+            "errors": self.errors,
+            "seconds": seconds,
+            "calls_per_second": calls as f64 / seconds.max(1e-9),
+            "first_us": spread(&self.first_us),
+            "end_us": spread(&self.end_us),
+        })
+    }
+}
+
+fn spread(times: &Histogram<u64>) -> Option<Value> {
+    (!times.is_empty()).then(|| {
+        json!({
+            "p50": times.value_at_quantile(0.5),
+            "p90": times.value_at_quantile(0.9),
+            "p99": times.value_at_quantile(0.99),
+            "max": times.max(),
+        })
+    })
+}
+
+/// Writes to standard output, for people or for programs.
+struct Printer {
+    json: bool,
+    out: BufWriter<Stdout>,
+    /// The reader went away (`| head`), which is no failure.
+    deaf: bool,
+}
+
+impl Printer {
+    fn new(json: bool) -> Printer {
+        Printer {
+            json,
+            out: BufWriter::new(std::io::stdout()),
+            deaf: false,
+        }
+    }
+
+    fn line(&mut self, text: &str) -> Result<()> {
+        let written = writeln!(self.out, "{text}");
+        self.heard(written)
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        let written = self.out.flush();
+        self.heard(written)
+    }
+
+    fn heard(&mut self, written: std::io::Result<()>) -> Result<()> {
+        match written {
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+                self.deaf = true;
+                Ok(())
+            }
+            _ if self.deaf => Ok(()),
+            other => other.context("cannot write to standard output"),
+        }
+    }
+
+    fn item(&mut self, call: u64, running: &Running, at_us: f64, item: &Item) -> Result<()> {
+        if !self.json {
+            return match item {
+                Item::Data(data) => self.line(&data.to_string()),
+                Item::Note(note) => self.line(&serde_json::to_string(note)?),
+                Item::Error(error) => self.line(&format!("error item: {error}")),
+            };
+        }
+        let mut line = json!({
+            "type": "item",
+            "call": call,
+            "index": running.items,
+            "at_us": at_us,
+            "instance": instance_hex(running.instance.id),
+        });
+        match item {
+            Item::Data(data) => line["data"] = data.clone(),
+            Item::Note(note) => {
+                line["type"] = "note".into();
+                line["event"] = json!(note.event);
+                line["comment"] = json!(note.comment);
+            }
+            Item::Error(error) => {
+                line["type"] = "error".into();
+                line["error"] = json!({
+                    "class": error.class().name(),
+                    "reason": error.reason().name(),
+                    "text": error.text(),
+                });
+            }
+        }
+        self.line(&line.to_string())?;
+        // Streams are looked at while they flow.
+        if self.out.buffer().len() > 32 * 1024 {
+            self.flush()
+        } else {
+            Ok(())
+        }
+    }
+
+    fn end(
+        &mut self,
+        call: u64,
+        running: &Running,
+        end_us: f64,
+        outcome: Outcome,
+        error: Option<&str>,
+    ) -> Result<()> {
+        let instance = &running.instance;
+        if self.json {
+            let line = json!({
+                "type": "end",
+                "call": call,
+                "instance": instance_hex(instance.id),
+                "outcome": outcome.word(),
+                "error": error,
+                "items": running.items,
+                "ack_us": running.ack_us,
+                "first_us": running.first_us,
+                "last_us": running.last_us,
+                "end_us": end_us,
+            });
+            return self.line(&line.to_string());
+        }
+        let mut text = format!(
+            "{}: {} items from {:x}",
+            outcome.word(),
+            running.items,
+            instance.id
+        );
+        if let (Some(first), Some(last)) = (running.first_us, running.last_us) {
+            let (first, last) = (milliseconds(first), milliseconds(last));
+            text += &format!(", first after {first}, last after {last}");
+        }
+        text += &format!(", end after {}", milliseconds(end_us));
+        if let Some(error) = error {
+            text += &format!("; {error}");
+        }
+        self.line(&text)
+    }
+
+    fn summary(&mut self, summary: &Value) -> Result<()> {
+        if self.json {
+            return self.line(&summary.to_string());
+        }
+        let number = |name: &str| summary[name].as_u64().unwrap_or(0);
+        let (ok, stopped, failed) = (number("ok"), number("stopped"), number("failed"));
+        let rate = summary["calls_per_second"].as_f64().unwrap_or(0.0);
+        self.line(&format!(
+            "{ok} ok, {stopped} stopped, {failed} failed, {} items, {rate:.0} calls/s",
+            number("items")
+        ))?;
+        for (name, what) in [("first_us", "first item"), ("end_us", "whole call")] {
+            let us = |quantile: &str| milliseconds(summary[name][quantile].as_f64().unwrap_or(0.0));
+            if !summary[name].is_null() {
+                let [p50, p90, p99, max] = ["p50", "p90", "p99", "max"].map(us);
+                self.line(&format!(
+                    "{what}: p50 {p50}, p90 {p90}, p99 {p99}, max {max}"
+                ))?;
+            }
+        }
+        let errors = summary["errors"].as_object();
+        for (text, count) in errors.into_iter().flatten() {
+            self.line(&format!("{count} x {text}"))?;
+        }
+        Ok(())
+    }
+}
+
+fn milliseconds(us: f64) -> String {
+    format!("{:.3} ms", us / 1e3)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shown(json: &str) -> String {
+        match Item::read(json.as_bytes(), PayloadCodec::Json) {
+            Item::Data(data) => format!("data {data}"),
+            Item::Note(note) => format!("note {:?}", note.event),
+            Item::Error(error) => format!("error {error}"),
+        }
+    }
+
+    #[test]
+    fn annotated_items_are_unwrapped_and_others_shown_whole() {
+        for (json, want) in [
+            (r#"{"data":{"i":1}}"#, r#"data {"i":1}"#),
+            (r#"{"data":1,"id":"7"}"#, "data 1"),
+            (
+                r#"{"event":"token_ids","comment":["[1]"]}"#,
+                r#"note Some("token_ids")"#,
+            ),
+            (r#"{"event":"error","comment":["a"]}"#, "error Internal: a"),
+            (r#"{"text":"x","data":1}"#, r#"data {"data":1,"text":"x"}"#),
+            ("[1]", "data [1]"),
+            (r#"{"id":5}"#, r#"data {"id":5}"#),
+        ] {
+            assert_eq!(shown(json), want);
+        }
+        assert!(shown("{").starts_with("error Internal: the item cannot be shown"));
+    }
+
+    #[test]
+    fn bodies_are_the_same_value_in_both_codecs() {
+        let bodies = Bodies::of(r#" {"a": [1, "é"]} "#).unwrap();
+        let json: Value = item::from_bytes(&bodies.json, PayloadCodec::Json).unwrap();
+        let packed = bodies.in_codec(PayloadCodec::MessagePack);
+        let packed: Value = item::from_bytes(&packed, PayloadCodec::MessagePack).unwrap();
+        assert_eq!(json, packed);
+    }
+}

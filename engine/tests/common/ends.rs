@@ -1,0 +1,384 @@
+//! A shard with handlers or calls of its own, and hand-made peers for both.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use corelane_codec::call_home::{self, Handshake};
+use corelane_codec::control_message::{
+    self, NewControlMessage, PayloadCodec, RequestType, StreamType, TcpConnection,
+    TcpConnectionInfo,
+};
+use corelane_codec::{Decoded, item, reply_frame, request_frame, two_part};
+use corelane_engine::client::{CallEvent, Deadlines, NewCall, What};
+use corelane_engine::command::LocalPath;
+use corelane_engine::config::{RingKind, ShardConfig};
+use corelane_engine::ends::{Ends, HomeAddress};
+use corelane_engine::executor::{ShardHandle, spawn_with};
+use corelane_engine::handler::{Handler, MakeHandler, Request};
+use corelane_engine::responder::Responder;
+use corelane_engine::shard::Command;
+
+use crate::common::{self, Caller, DEADLINE, wait_until};
+
+pub const SERVED: &str = "a1/test/worker/generate";
+
+/// A handler that runs `serve`, made on the shard's thread.
+pub fn handler<F, A>(serve: F) -> MakeHandler
+where
+    F: Fn(Request, Responder) -> A + Send + 'static,
+    A: Future<Output = ()> + 'static,
+{
+    Box::new(move |_| Rc::new(serve) as Rc<dyn Handler>)
+}
+
+/// A shard with ends.
+pub struct Local {
+    pub handle: ShardHandle,
+}
+
+impl Local {
+    pub fn start(ring: RingKind, ends: Ends) -> Local {
+        let listen = SocketAddr::from(([127, 0, 0, 1], 0));
+        let cpu = corelane_engine::placement::affinity().unwrap()[0];
+        let mut config = ShardConfig::new(0, cpu, ring, Some(listen));
+        config.buffers = 1024;
+        Local {
+            handle: spawn_with(config, ends).unwrap(),
+        }
+    }
+
+    /// A worker that serves [`SERVED`] with `make`.
+    pub fn worker(ring: RingKind, make: MakeHandler) -> Local {
+        Local::serving(ring, Ends::worker(vec![make]))
+    }
+
+    pub fn serving(ring: RingKind, ends: Ends) -> Local {
+        let worker = Local::start(ring, ends);
+        let path = SERVED.into();
+        let paths = vec![LocalPath { path, handler: 0 }];
+        worker.handle.command(Command::Serve(paths)).unwrap();
+        // Refused until the paths are known.
+        wait_until("it serves", || {
+            let mut caller = Caller::dial(worker.address());
+            caller.send(&common::frame(SERVED, b""));
+            caller.reply().is_empty()
+        });
+        worker
+    }
+
+    pub fn client(ring: RingKind) -> Local {
+        let loopback = [127, 0, 0, 1].into();
+        let home = HomeAddress {
+            bind: SocketAddr::new(loopback, 0),
+            advertise: loopback,
+        };
+        Local::start(ring, Ends::client(home, 1024))
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.handle.address.unwrap()
+    }
+
+    pub fn call(&self, call: NewCall) {
+        self.handle.command(Command::Call(Box::new(call))).unwrap();
+    }
+
+    /// The next event of any call.
+    pub fn event(&self) -> CallEvent {
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            self.handle.events.clear_wake();
+            if let Some(event) = self.handle.events.next() {
+                return event;
+            }
+            assert!(Instant::now() < deadline, "no event");
+            let fd = self.handle.events.as_fd();
+            let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
+            let wait = rustix::time::Timespec {
+                tv_sec: 0,
+                tv_nsec: 100_000_000,
+            };
+            let _ = rustix::event::poll(&mut fds, Some(&wait));
+        }
+    }
+
+    /// All events of one call, which is the only one, without the acknowledgement.
+    pub fn outcome(&self) -> Vec<What> {
+        let mut all = Vec::new();
+        loop {
+            let what = self.event().what;
+            if what == What::Acked {
+                continue;
+            }
+            let over = what.is_end();
+            all.push(what);
+            if over {
+                return all;
+            }
+        }
+    }
+}
+
+impl Drop for Local {
+    fn drop(&mut self) {
+        self.handle.stop();
+    }
+}
+
+/// A call with a short body in JSON.
+pub fn call_to(address: SocketAddr, number: u64) -> NewCall {
+    NewCall {
+        number,
+        address,
+        path: SERVED.into(),
+        id: String::new(),
+        headers: Vec::new(),
+        body: b"{\"a\":1}".to_vec(),
+        codec: PayloadCodec::Json,
+        deadlines: Deadlines::default(),
+    }
+}
+
+/// A hand-made frontend: a caller and the place where it is called home.
+pub struct Frontend {
+    pub caller: Caller,
+    pub listener: TcpListener,
+}
+
+impl Frontend {
+    pub fn of(worker: &Local) -> Frontend {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let caller = Caller::dial(worker.address());
+        Frontend { caller, listener }
+    }
+
+    pub fn frame(&self, subject: &str, codec: PayloadCodec, body: &[u8]) -> Vec<u8> {
+        let address = self.listener.local_addr().unwrap().to_string();
+        common::frame(SERVED, &envelope_in(&address, subject, codec, body))
+    }
+
+    pub fn send(&mut self, subject: &str, codec: PayloadCodec, body: &[u8]) {
+        let frame = self.frame(subject, codec, body);
+        self.caller.send(&frame);
+        assert_eq!(self.caller.reply(), "");
+    }
+
+    /// The next call home.
+    pub fn called(&self) -> Called {
+        self.listener.set_nonblocking(true).unwrap();
+        let deadline = Instant::now() + DEADLINE;
+        let stream = loop {
+            match self.listener.accept() {
+                Ok((stream, _)) => break stream,
+                Err(_) => assert!(Instant::now() < deadline, "nobody calls home"),
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        stream.set_nonblocking(false).unwrap();
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        let bytes = Vec::new();
+        Called { stream, bytes }
+    }
+
+    /// One whole call: the data of its items.
+    pub fn call(&mut self, codec: PayloadCodec, body: &[u8]) -> Vec<Vec<u8>> {
+        self.send("subject-1", codec, body);
+        let mut called = self.called();
+        assert_eq!(called.handshake(), "subject-1");
+        called.prologue_ok();
+        called.items_to_the_end(codec)
+    }
+}
+
+/// One call-home socket, at the frontend's end.
+pub struct Called {
+    pub stream: TcpStream,
+    bytes: Vec<u8>,
+}
+
+impl Called {
+    /// Header and body of the next message; `None` at the end of the stream or a reset.
+    pub fn message(&mut self) -> Option<(Vec<u8>, Vec<u8>)> {
+        loop {
+            if let Decoded::Frame(message) = two_part::decode(&self.bytes, None) {
+                let header = self.bytes[message.header.clone()].to_vec();
+                let body = self.bytes[message.body.clone()].to_vec();
+                self.bytes.drain(..message.frame_bytes());
+                return Some((header, body));
+            }
+            let mut chunk = [0; 4096];
+            match self.stream.read(&mut chunk) {
+                Ok(0) => return None,
+                Ok(read) => self.bytes.extend_from_slice(&chunk[..read]),
+                Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return None,
+                Err(error) => panic!("no message: {error}"),
+            }
+        }
+    }
+
+    pub fn handshake(&mut self) -> String {
+        let (header, _) = self.message().expect("a handshake");
+        Handshake::decode(&header).unwrap().subject.to_cow().into_owned()
+    }
+
+    pub fn prologue_ok(&mut self) {
+        let (header, body) = self.message().expect("a prologue");
+        assert_eq!((&header[..], &body[..]), (&call_home::PROLOGUE_OK[..], &b""[..]));
+    }
+
+    /// The next item's data, `None` for the final marker.
+    pub fn item(&mut self, codec: PayloadCodec) -> Option<Vec<u8>> {
+        let (header, body) = self.message().expect("an item");
+        assert_eq!(String::from_utf8_lossy(&header), "");
+        let item = item::decode(&body, codec).unwrap();
+        assert_eq!(item.complete_final, item.data.is_none());
+        item.data.map(|range| body[range].to_vec())
+    }
+
+    pub fn items_to_the_end(&mut self, codec: PayloadCodec) -> Vec<Vec<u8>> {
+        let mut items = Vec::new();
+        while let Some(data) = self.item(codec) {
+            items.push(data);
+        }
+        let (header, _) = self.message().expect("a sentinel");
+        assert_eq!(header, call_home::SENTINEL);
+        items
+    }
+
+    /// The text of an error prologue and all that follows.
+    pub fn error_prologue(&mut self) -> String {
+        let (header, _) = self.message().expect("a prologue");
+        assert_eq!(self.message().expect("a sentinel").0, call_home::SENTINEL);
+        String::from_utf8(header).unwrap()
+    }
+
+    pub fn say(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).unwrap();
+    }
+}
+
+pub fn envelope_in(address: &str, subject: &str, codec: PayloadCodec, body: &[u8]) -> Vec<u8> {
+    let control = NewControlMessage {
+        id: "id-1",
+        request_type: RequestType::SingleIn,
+        payload_codec: codec,
+        connection_info: TcpConnection {
+            address,
+            subject,
+            context: "id-1",
+            stream_type: StreamType::Response,
+        },
+        metadata: &[],
+        frontend_send_ts_ns: None,
+        request_stream_connection_info: None,
+    };
+    let mut header = Vec::new();
+    control.write(&mut header).unwrap();
+    let mut envelope = Vec::new();
+    two_part::write(&header, body, &mut envelope);
+    envelope
+}
+
+/// A hand-made worker: one request connection.
+pub struct HandWorker {
+    pub listener: TcpListener,
+    pub stream: Option<TcpStream>,
+    bytes: Vec<u8>,
+}
+
+/// A request as a hand-made worker reads it.
+pub struct Asked {
+    pub path: String,
+    pub headers: String,
+    pub address: SocketAddr,
+    pub subject: String,
+    pub body: Vec<u8>,
+}
+
+impl Default for HandWorker {
+    fn default() -> Self {
+        HandWorker {
+            listener: TcpListener::bind("127.0.0.1:0").unwrap(),
+            stream: None,
+            bytes: Vec::new(),
+        }
+    }
+}
+
+impl HandWorker {
+    pub fn address(&self) -> SocketAddr {
+        self.listener.local_addr().unwrap()
+    }
+
+    pub fn take(&mut self) -> Asked {
+        let stream = self.stream.get_or_insert_with(|| {
+            let (stream, _) = self.listener.accept().unwrap();
+            stream.set_read_timeout(Some(DEADLINE)).unwrap();
+            stream
+        });
+        loop {
+            if let Decoded::Frame(frame) = request_frame::decode_strict(&self.bytes) {
+                let parts = two_part::decode(frame.payload, None).frame().unwrap();
+                let control = control_message::decode(&frame.payload[parts.header]).unwrap();
+                let mut scratch = [0; 1024];
+                let info = TcpConnectionInfo::parse(&control.connection_info, &mut scratch);
+                let info = info.unwrap();
+                assert!(info.context == *control.id.to_cow());
+                let asked = Asked {
+                    path: frame.path.into(),
+                    headers: String::from_utf8(frame.headers.to_vec()).unwrap(),
+                    address: info.socket_addr().unwrap(),
+                    subject: info.subject.to_cow().into_owned(),
+                    body: frame.payload[parts.body].to_vec(),
+                };
+                let taken = frame.frame_bytes;
+                self.bytes.drain(..taken);
+                return asked;
+            }
+            let mut chunk = [0; 4096];
+            let read = stream.read(&mut chunk).expect("a request in time");
+            assert!(read > 0, "the client closed the connection");
+            self.bytes.extend_from_slice(&chunk[..read]);
+        }
+    }
+
+    pub fn reply(&mut self, text: &str) {
+        let mut out = Vec::new();
+        reply_frame::write(&[text], &mut out);
+        self.stream.as_mut().unwrap().write_all(&out).unwrap();
+    }
+}
+
+impl Asked {
+    /// Dials the caller and says for which call.
+    pub fn call_home(&self) -> Called {
+        let mut called = self.dial();
+        let mut out = Vec::new();
+        call_home::write_handshake(&self.subject, StreamType::Response, &mut out);
+        called.say(&out);
+        called
+    }
+
+    pub fn dial(&self) -> Called {
+        let stream = TcpStream::connect(self.address).unwrap();
+        stream.set_nodelay(true).unwrap();
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        let bytes = Vec::new();
+        Called { stream, bytes }
+    }
+}
+
+/// The bytes of a golden file.
+pub fn golden(name: &str) -> Vec<u8> {
+    let path = format!(
+        "{}/../codec/golden/1.6.1/request_plane/{name}.hex",
+        env!("CARGO_MANIFEST_DIR")
+    );
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
+    let digits: Vec<u8> = text.bytes().filter(u8::is_ascii_hexdigit).collect();
+    let nibble = |digit: u8| (digit as char).to_digit(16).unwrap() as u8;
+    digits.chunks(2).map(|pair| nibble(pair[0]) << 4 | nibble(pair[1])).collect()
+}
