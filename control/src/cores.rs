@@ -233,6 +233,9 @@ impl Cores {
         while let Some(report) = handle.reports.next() {
             match report {
                 Report::Started { .. } => self.turn(core, State::Running),
+                Report::Undecodable { why } => {
+                    tracing::warn!(why, "a request was acknowledged and cannot be understood");
+                }
                 Report::Stopped { failure } => {
                     self.turn(core, State::Ended { failure });
                     return false;

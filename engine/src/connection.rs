@@ -1,9 +1,11 @@
 //! One socket of a shard, whatever it is for.
 
+use crate::outgoing::Outgoing;
 use crate::pieces::PieceList;
 use crate::ring::Handle;
 use crate::send_pool::ChunkQueue;
 use crate::table::NONE;
+use crate::timer_wheel::TimerId;
 
 /// What a connection is for. The number is an index into the table of the role.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,6 +16,21 @@ pub enum Role {
     Upstream(u32),
     /// We call a caller home to tell of a failure.
     Tell(u32),
+    /// A request begins or ends in this process.
+    End(End),
+}
+
+/// A connection of the worker's or of the client's role.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// We call a caller home with the response of a handler.
+    Response(u32),
+    /// We send requests of our own to a worker.
+    Link(u32),
+    /// A worker calls us home; [`NONE`] until it has said for which call.
+    Home(u32),
+    /// A worker called us home and is told that nobody waits; then the socket is closed.
+    Goodbye,
 }
 
 /// Where the bytes of a downstream connection go next.
@@ -25,6 +42,13 @@ pub enum Intake {
     Stream {
         /// The request that takes them.
         request: u32,
+        /// Bytes still to come.
+        left: u64,
+    },
+    /// To `collected`: a frame for a handler of this process, or a large message of a response.
+    Collect {
+        /// The handler; [`NONE`] for a response.
+        handler: u32,
         /// Bytes still to come.
         left: u64,
     },
@@ -104,6 +128,12 @@ pub struct Connection {
     pub replies: Fifo,
     /// Replies and control frames to be sent.
     pub out: ChunkQueue,
+    /// The same for frames that we make ourselves.
+    pub outgoing: Outgoing,
+    /// What has arrived of a frame that is being collected.
+    pub collected: Vec<u8>,
+    /// Ends a call home that does not say for whom.
+    pub timer: Option<TimerId>,
 }
 
 impl Connection {
@@ -133,6 +163,9 @@ impl Connection {
             streamed_seen: 0,
             replies: Fifo::EMPTY,
             out: ChunkQueue::EMPTY,
+            outgoing: Outgoing::default(),
+            collected: Vec::new(),
+            timer: None,
         }
     }
 

@@ -16,7 +16,7 @@ use crate::respond::{self, Refusal};
 use crate::ring::Ring;
 use crate::route::hash_hint;
 use crate::shard::Shard;
-use crate::{forward, recv, tell};
+use crate::{forward, recv, tell, worker};
 
 /// Room for the longest prefix, and for the front of a payload behind it.
 pub(crate) const SCRATCH_BYTES: usize = REQUEST_PREFIX_BYTES_MAX + ENVELOPE_BYTES_MAX;
@@ -42,6 +42,7 @@ pub(crate) fn requests<R: Ring>(shard: &mut Shard<R>, slot: u32) {
                 connection.streamed += taken;
                 forward::extend(shard, slot, request, taken as usize)
             }
+            Intake::Collect { handler, left } => worker::collect(shard, slot, handler, left),
             Intake::Frames => there >= connection.need && frame(shard, slot),
         };
         if !goes_on {
@@ -72,7 +73,7 @@ fn frame<R: Ring>(shard: &mut Shard<R>, slot: u32) -> bool {
     let front = shard.pieces.front(&incoming);
     match request_frame::decode_prefix(front) {
         Decoded::Frame(prefix) => {
-            let route = shard.route_at.get(&front[prefix.path.clone()]).copied();
+            let route = shard.find(&front[prefix.path.clone()]);
             let hint = route.map_or(0, |route| {
                 hint(shard, route, &front[prefix.headers.clone()])
             });
@@ -101,7 +102,7 @@ fn frame_in_copy<R: Ring>(shard: &mut Shard<R>, slot: u32) -> bool {
     let decoded = request_frame::decode_prefix(&scratch[..copied]);
     let goes_on = match decoded {
         Decoded::Frame(prefix) => {
-            let route = shard.route_at.get(&scratch[prefix.path.clone()]).copied();
+            let route = shard.find(&scratch[prefix.path.clone()]);
             let headers = &scratch[prefix.headers.clone()];
             let hint = route.map_or(0, |route| hint(shard, route, headers));
             shard.scratch = scratch;
@@ -122,6 +123,9 @@ fn frame_in_copy<R: Ring>(shard: &mut Shard<R>, slot: u32) -> bool {
 
 /// What the route's policy wants to know of the headers; 0 for nothing.
 fn hint<R: Ring>(shard: &Shard<R>, route: u32, headers: &[u8]) -> u64 {
+    if route & worker::LOCAL != 0 {
+        return 0;
+    }
     let route = &shard.directory.routes[route as usize];
     if !matches!(route.policy, Policy::Direct | Policy::Hash) {
         return 0;
@@ -156,6 +160,9 @@ fn take<R: Ring>(
     };
     if let Err(error) = request_frame::check_size(prefix, shard.config.message_bytes_max) {
         return refuse_size(shard, slot, prefix, error);
+    }
+    if route & worker::LOCAL != 0 {
+        return worker::take(shard, slot, prefix, route & !worker::LOCAL);
     }
     let frame_bytes = prefix.frame_bytes();
     let wanted = frame_bytes.min(WHOLE_BYTES_MAX) as usize;
@@ -192,7 +199,12 @@ fn refuse_path<R: Ring>(shard: &mut Shard<R>, slot: u32, prefix: &Prefix) -> boo
 
 /// Queues a refusal and lets the frame's bytes pass by. When not even the refusal can be queued,
 /// the connection waits for one of its replies to leave.
-fn refuse<R: Ring>(shard: &mut Shard<R>, slot: u32, prefix: &Prefix, refusal: Refusal<'_>) -> bool {
+pub(crate) fn refuse<R: Ring>(
+    shard: &mut Shard<R>,
+    slot: u32,
+    prefix: &Prefix,
+    refusal: Refusal<'_>,
+) -> bool {
     if !respond::refuse(shard, slot, refusal) {
         recv::crowd(shard, slot);
         return false;

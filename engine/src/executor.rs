@@ -12,22 +12,28 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use futures_executor::{LocalPool, LocalSpawner};
+use futures_task::LocalSpawn;
 use rustix::event::{PollFd, PollFlags, poll};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::buffers::Buffers;
+use crate::client::{CallEvent, Client};
 use crate::config::{RingKind, ShardConfig};
+use crate::ends::{Ends, HomeAddress};
+use crate::handler::Task;
 use crate::mesh::{self, Receiver, Sender};
 use crate::ring::Ring;
 use crate::ring::epoll::Epoll;
 use crate::ring::uring::{Settings, Uring};
-use crate::shard::{Command, Report, Shard};
+use crate::shard::{Command, Lanes, Report, Shard};
 use crate::stats::Stats;
+use crate::worker::Worker;
 
 /// Longest wait of a warm shard: glommio's own timers and files are served this often at least.
 const WARM_WAIT: Duration = Duration::from_millis(50);
@@ -73,6 +79,8 @@ pub struct ShardHandle {
     commands: Sender<Command>,
     /// What it tells control; its descriptor is readable when there is something.
     pub reports: Receiver<Report>,
+    /// What becomes of its calls; its descriptor is readable when there is something.
+    pub events: Receiver<CallEvent>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -136,6 +144,14 @@ pub fn listen(address: SocketAddr, shared: bool, nonblocking: bool) -> io::Resul
 /// The address cannot be bound, or no thread can be made. Whatever fails later is reported as
 /// [`Report::Stopped`].
 pub fn spawn(config: ShardConfig) -> Result<ShardHandle, StartError> {
+    spawn_with(config, Ends::default())
+}
+
+/// Starts the thread of a shard that also answers requests, or makes calls, itself.
+///
+/// # Errors
+/// As [`spawn`].
+pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartError> {
     let shard = config.shard;
     let resources = |step| {
         move |source| StartError::Resources {
@@ -155,6 +171,8 @@ pub fn spawn(config: ShardConfig) -> Result<ShardHandle, StartError> {
     let address = listener
         .as_ref()
         .and_then(|listener| listener.local_addr().ok());
+    let home = ends.home.map(|home| home_listener(home, nonblocking)).transpose()?;
+    let (event_sender, events) = mesh::lane().map_err(resources("eventfd"))?;
     let (commands, command_receiver) = mesh::lane().map_err(resources("eventfd"))?;
     let (report_sender, reports) = mesh::lane().map_err(resources("eventfd"))?;
     let stats = Arc::new(Stats::default());
@@ -162,8 +180,13 @@ pub fn spawn(config: ShardConfig) -> Result<ShardHandle, StartError> {
         config,
         listener,
         stats: Arc::clone(&stats),
-        commands: command_receiver,
-        reports: report_sender,
+        lanes: Lanes {
+            commands: command_receiver,
+            reports: report_sender,
+        },
+        ends,
+        home,
+        events: event_sender,
     };
     let thread = std::thread::Builder::new()
         .name(format!("shard-{shard}"))
@@ -175,8 +198,24 @@ pub fn spawn(config: ShardConfig) -> Result<ShardHandle, StartError> {
         address,
         commands,
         reports,
+        events,
         thread: Some(thread),
     })
+}
+
+/// The call-home listener and the address that workers are told.
+fn home_listener(
+    home: HomeAddress,
+    nonblocking: bool,
+) -> Result<(TcpListener, SocketAddr), StartError> {
+    let address = home.bind;
+    let bound = listen(address, false, nonblocking).and_then(|listener| {
+        // Accepted sockets inherit it: whom we do not know is reset, as Dynamo's frontend does.
+        SockRef::from(&listener).set_linger(Some(Duration::ZERO))?;
+        let port = listener.local_addr()?.port();
+        Ok((listener, SocketAddr::new(home.advertise, port)))
+    });
+    bound.map_err(|source| StartError::Listen { address, source })
 }
 
 /// What the thread takes along.
@@ -184,12 +223,36 @@ struct Parts {
     config: ShardConfig,
     listener: Option<TcpListener>,
     stats: Arc<Stats>,
-    commands: Receiver<Command>,
-    reports: Sender<Report>,
+    lanes: Lanes,
+    ends: Ends,
+    home: Option<(TcpListener, SocketAddr)>,
+    events: Sender<CallEvent>,
+}
+
+/// Where the tasks of handlers run.
+pub(crate) enum Spawner {
+    /// The glommio executor that the shard itself is a task of.
+    Glommio,
+    /// A small executor that gets its turns between ticks.
+    Local(LocalSpawner),
+}
+
+impl Spawner {
+    pub(crate) fn spawn(&self, task: Task) {
+        match self {
+            Spawner::Glommio => {
+                glommio::spawn_local(task).detach();
+            }
+            Spawner::Local(spawner) => {
+                // Fails only when the pool is gone, and then the shard is as well.
+                let _ = spawner.spawn_local_obj(Box::new(task).into());
+            }
+        }
+    }
 }
 
 fn run(parts: Parts) {
-    let reports = parts.reports.clone();
+    let reports = parts.lanes.reports.clone();
     let result = match parts.config.ring {
         RingKind::Uring => run_uring(parts),
         RingKind::Epoll => run_epoll(parts),
@@ -203,10 +266,16 @@ fn run_epoll(parts: Parts) -> io::Result<()> {
     let _ = crate::placement::pin_current_thread(parts.config.cpu);
     let buffers = buffers(&parts.config)?;
     let ring = Epoll::new(&buffers)?;
-    let mut shard = parts.shard(ring, buffers);
+    let mut pool = LocalPool::new();
+    let mut shard = parts.shard(ring, buffers, Spawner::Local(pool.spawner()));
     shard.start();
     while !shard.is_stopping() {
         shard.tick(COLD_WAIT_MAX)?;
+        if shard.wants_turn() || shard.has_tasks() {
+            shard.before_turn();
+            pool.run_until_stalled();
+            shard.after_turn();
+        }
     }
     Ok(())
 }
@@ -226,7 +295,7 @@ fn run_uring(parts: Parts) -> io::Result<()> {
             files: parts.config.connections_max,
         };
         let ring = Uring::new(settings, &buffers).map_err(io::Error::other)?;
-        let mut shard = parts.shard(ring, buffers);
+        let mut shard = parts.shard(ring, buffers, Spawner::Glommio);
         shard.start();
         drive(&mut shard).await
     })
@@ -243,11 +312,13 @@ async fn drive(shard: &mut Shard<Uring>) -> io::Result<()> {
         } else {
             idle_waits += 1;
         }
-        if last_turn.elapsed() >= TURN_EVERY {
+        if shard.wants_turn() || last_turn.elapsed() >= TURN_EVERY {
+            shard.before_turn();
             executor.yield_now().await;
+            shard.after_turn();
             last_turn = Instant::now();
         }
-        if idle_waits >= COLD_AFTER {
+        if idle_waits >= COLD_AFTER && shard.may_sleep() {
             sleep(shard).await;
             // One look is enough to go cold again when it was only a timer.
             idle_waits = COLD_AFTER - 1;
@@ -293,19 +364,18 @@ fn buffers(config: &ShardConfig) -> io::Result<Buffers> {
 }
 
 impl Parts {
-    fn shard<R: Ring>(self, ring: R, buffers: Buffers) -> Shard<R> {
-        let Parts {
-            config,
-            listener,
-            stats,
-            commands,
-            reports,
-        } = self;
-        debug_assert!(
-            listener
-                .as_ref()
-                .is_none_or(|listener| listener.as_raw_fd() >= 0)
-        );
-        Shard::new(config, ring, buffers, listener, stats, commands, reports)
+    fn shard<R: Ring>(self, ring: R, buffers: Buffers, spawner: Spawner) -> Shard<R> {
+        let client = Client::new(&self.ends, self.home, self.events);
+        let worker = Worker::new(self.ends, spawner);
+        let ends = (worker, client);
+        Shard::new(
+            self.config,
+            ring,
+            buffers,
+            self.listener,
+            self.stats,
+            self.lanes,
+            ends,
+        )
     }
 }

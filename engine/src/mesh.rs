@@ -42,14 +42,32 @@ pub fn lane<T>() -> io::Result<(Sender<T>, Receiver<T>)> {
 }
 
 impl<T> Sender<T> {
+    /// Whether the next value would be given back. Only the one who sends can rely on a `false`.
+    pub fn is_full(&self) -> bool {
+        self.0.queue.is_full()
+    }
+
+    /// Queues `value`; the receiver sleeps on until [`Sender::wake`].
+    ///
+    /// # Errors
+    /// Gives the value back when the queue is full.
+    pub fn push(&self, value: T) -> Result<(), T> {
+        self.0.queue.push(value)
+    }
+
+    /// Wakes the receiver.
+    pub fn wake(&self) {
+        // Fails only when the counter is at its limit, and then the receiver is awake.
+        let _ = rustix::io::write(&self.0.wake, &1u64.to_ne_bytes());
+    }
+
     /// Queues `value` and wakes the receiver.
     ///
     /// # Errors
     /// Gives the value back when the queue is full.
     pub fn send(&self, value: T) -> Result<(), T> {
-        self.0.queue.push(value)?;
-        // Fails only when the counter is at its limit, and then the receiver is awake.
-        let _ = rustix::io::write(&self.0.wake, &1u64.to_ne_bytes());
+        self.push(value)?;
+        self.wake();
         Ok(())
     }
 }

@@ -257,6 +257,18 @@ impl Pieces {
         filled
     }
 
+    /// Takes the first `bytes` bytes out, copied behind what `to` holds.
+    pub fn move_out(&mut self, list: &mut PieceList, bytes: usize, to: &mut Vec<u8>) {
+        let mut rest = bytes;
+        while rest > 0 {
+            let front = self.front(list);
+            let here = front.len().min(rest);
+            to.extend_from_slice(&front[..here]);
+            self.advance(list, here);
+            rest -= here;
+        }
+    }
+
     fn pop(&mut self, list: &mut PieceList) {
         let at = list.head;
         let piece = self.table[at as usize];
@@ -335,6 +347,10 @@ mod tests {
         let mut out = [0; 8];
         assert_eq!(pieces.copy_out(&list, 62, &mut out), 6);
         assert_eq!(&out[..6], b"\x07\x07tail");
+        let mut moved = b"-".to_vec();
+        pieces.move_out(&mut list, 65, &mut moved);
+        assert_eq!((moved.len(), moved[65]), (66, b't'));
+        assert_eq!(all(&pieces, &list), b"ail");
         pieces.clear(&mut list);
         assert_eq!((pieces.used(), pieces.buffers.held()), (0, 0));
     }

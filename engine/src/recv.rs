@@ -4,7 +4,7 @@ use crate::buffers::BufferId;
 use crate::connection::{Intake, Role};
 use crate::ring::Ring;
 use crate::shard::{Shard, TimerKind};
-use crate::{decode, forward, respond, tell};
+use crate::{decode, ends, forward, respond, tell};
 
 /// A frame whose bytes stop coming for so long ends its connection.
 pub(crate) const FRAME_PAUSE_NS: u64 = 30_000_000_000;
@@ -53,6 +53,7 @@ pub(crate) fn consume<R: Ring>(shard: &mut Shard<R>, slot: u32) {
             let connection = &mut shard.connections[slot];
             shard.pieces.clear(&mut connection.incoming);
         }
+        Role::End(end) => ends::arrived(shard, slot, end),
     }
 }
 
@@ -72,6 +73,9 @@ pub(crate) fn ended<R: Ring>(shard: &mut Shard<R>, slot: u32, errno: i32) {
         // frames that had to wait may still lie here.
         connection.end_of_stream = true;
         return respond::downstream_half_closed(shard, slot);
+    }
+    if let Role::End(end) = connection.role {
+        return ends::ended(shard, slot, end, errno);
     }
     if errno == 0
         && let Role::Tell(tell) = connection.role

@@ -44,6 +44,8 @@ pub(crate) enum Refusal<'a> {
     TableFull,
     /// All instances tried were overloaded.
     AllOverloaded,
+    /// Our own handlers have all that they can take.
+    AtCapacity,
     /// The connection to the instance was lost and no other could be tried.
     InstanceLost,
     /// The instance did not answer in time and no other could be tried.
@@ -76,7 +78,7 @@ fn write_refusal(out: &mut Vec<u8>, refusal: Refusal<'_>, target: &str) {
             let text = " the router has too many requests in flight";
             reply_frame::write(&[reply_frame::OVERLOADED_PREFIX, text], out);
         }
-        Refusal::AllOverloaded => reply_frame::write_overloaded(out),
+        Refusal::AllOverloaded | Refusal::AtCapacity => reply_frame::write_overloaded(out),
         Refusal::InstanceLost => unavailable(&[" the connection to ", target, " was lost"], out),
         Refusal::AnswerOverdue => unavailable(&[" ", target, " did not answer in time"], out),
     }
@@ -89,7 +91,9 @@ fn count<R: Ring>(shard: &Shard<R>, refusal: Refusal<'_>) {
         Refusal::BadPath => stats.refused_bad_frame.add(1),
         Refusal::TooLarge(_) => stats.refused_frame_too_large.add(1),
         Refusal::NoInstance | Refusal::NoSuchInstance => stats.refused_no_instance.add(1),
-        Refusal::QueueFull | Refusal::TableFull => stats.refused_overloaded.add(1),
+        Refusal::QueueFull | Refusal::TableFull | Refusal::AtCapacity => {
+            stats.refused_overloaded.add(1);
+        }
         Refusal::AllOverloaded | Refusal::InstanceLost | Refusal::AnswerOverdue => {
             stats.refused_by_instances.add(1);
         }
@@ -421,6 +425,7 @@ mod tests {
             Refusal::QueueFull,
             Refusal::TableFull,
             Refusal::AllOverloaded,
+            Refusal::AtCapacity,
             Refusal::InstanceLost,
             Refusal::AnswerOverdue,
         ] {

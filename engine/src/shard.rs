@@ -17,13 +17,18 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_executor::LocalPool;
+
 use crate::buffers::Buffers;
+use crate::client::Client;
 use crate::config::{Idle, ShardConfig};
 use crate::connection::{Connection, Role};
 use crate::directory::Directory;
+use crate::ends::Ends;
+use crate::executor::Spawner;
 use crate::in_flight::Request;
 use crate::ledger::{ENVELOPE_BYTES_MAX, Ledger};
-use crate::mesh::{Receiver, Sender};
+use crate::mesh::{self, Receiver, Sender};
 use crate::operation::{Kind, Operation};
 use crate::pieces::Pieces;
 use crate::ring::{Completion, Event, Handle, Ring, SPANS_MAX, Span};
@@ -32,35 +37,12 @@ use crate::send_pool::SendPool;
 use crate::stats::Stats;
 use crate::table::{NONE, Table};
 use crate::tell::Tells;
-use crate::timer_wheel::TimerWheel;
+use crate::timer_wheel::{TimerId, TimerWheel};
 use crate::upstream::{InstanceState, Upstream};
-use crate::{accept, decode, forward, link, recv, respond, tell};
+use crate::worker::Worker;
+use crate::{accept, client, decode, ends, forward, home, link, recv, respond, tell};
 
-/// What control asks of a shard.
-#[derive(Debug)]
-pub enum Command {
-    /// A new directory.
-    Directory(Arc<Directory>),
-    /// Refuse new requests from now on.
-    Drain,
-    /// End the loop after this tick.
-    Stop,
-}
-
-/// What a shard tells control.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Report {
-    /// The shard listens.
-    Started {
-        /// Where.
-        address: Option<SocketAddr>,
-    },
-    /// The shard has ended; nobody reads its queue any more.
-    Stopped {
-        /// Why, if not because it was asked to.
-        failure: Option<String>,
-    },
-}
+pub use crate::command::{Command, Report};
 
 /// What a timer is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,8 +58,26 @@ pub(crate) enum TimerKind {
     Frame,
     /// A caller has not taken what it was told.
     Tell,
+    /// A response of a handler of ours.
+    Response,
+    /// A connection to a worker that we call.
+    Link,
+    /// A call of ours.
+    Call,
+    /// A call home that has not said for whom.
+    Home,
+    /// Accept calls home again after a failure.
+    HomeAccept,
     /// Buffers have been short for long.
-    Shortage,
+    Shortage = 11,
+}
+
+/// The shard's ends of its queues from and to control.
+pub struct Lanes {
+    /// What control asks.
+    pub commands: Receiver<Command>,
+    /// What the shard tells.
+    pub reports: Sender<Report>,
 }
 
 /// State of a route beside its description.
@@ -126,6 +126,8 @@ pub struct Shard<R: Ring> {
     pub(crate) stats: Arc<Stats>,
     pub(crate) listener: Option<TcpListener>,
     pub(crate) scratch: Vec<u8>,
+    pub(crate) worker: Worker,
+    pub(crate) client: Client,
     due: Vec<u64>,
     commands: Receiver<Command>,
     reports: Sender<Report>,
@@ -140,15 +142,36 @@ const LEDGER_BYTES: usize = 4 << 20;
 const IDLE_WAIT: Duration = Duration::from_millis(250);
 
 impl<R: Ring> Shard<R> {
+    /// A shard over `ring` that only routes, for whoever calls [`Shard::tick`] himself.
+    ///
+    /// # Errors
+    /// No eventfd could be made (out of descriptors).
+    pub fn router(
+        config: ShardConfig,
+        ring: R,
+        buffers: Buffers,
+        listener: Option<TcpListener>,
+        stats: Arc<Stats>,
+        lanes: Lanes,
+    ) -> io::Result<Shard<R>> {
+        let (events, _) = mesh::lane()?;
+        let client = Client::new(&Ends::default(), None, events);
+        // No handler, so no task: nobody has to run this executor.
+        let spawner = Spawner::Local(LocalPool::new().spawner());
+        let ends = (Worker::new(Ends::default(), spawner), client);
+        let shard = Shard::new(config, ring, buffers, listener, stats, lanes, ends);
+        Ok(shard)
+    }
+
     /// A shard over `ring`, which was made for these `buffers`.
-    pub fn new(
+    pub(crate) fn new(
         config: ShardConfig,
         mut ring: R,
         buffers: Buffers,
         listener: Option<TcpListener>,
         stats: Arc<Stats>,
-        commands: Receiver<Command>,
-        reports: Sender<Report>,
+        lanes: Lanes,
+        (worker, client): (Worker, Client),
     ) -> Shard<R> {
         let connections_max = config.connections_max as usize;
         let in_flight_max = config.in_flight_max as usize;
@@ -158,7 +181,8 @@ impl<R: Ring> Shard<R> {
         // Each buffer is at most one piece of an incoming list; each request has one piece, and
         // one more for each buffer boundary that a frame crosses.
         let pieces = Pieces::new(in_flight_max + 3 * buffers.count(), buffers);
-        let timers = connections_max + 2 * UPSTREAMS_MAX + 1024;
+        let ends = worker.responses.capacity() + client.calls.capacity() + client.links.capacity();
+        let timers = 2 * (connections_max + UPSTREAMS_MAX) + ends + 1024;
         let now_ns = ring.now_ns();
         Shard {
             ring,
@@ -190,9 +214,11 @@ impl<R: Ring> Shard<R> {
             stats,
             listener,
             scratch: vec![0; decode::SCRATCH_BYTES],
+            worker,
+            client,
             due: Vec::with_capacity(timers),
-            commands,
-            reports,
+            commands: lanes.commands,
+            reports: lanes.reports,
         }
     }
 
@@ -200,6 +226,7 @@ impl<R: Ring> Shard<R> {
     pub fn start(&mut self) {
         self.watch_wake();
         accept::arm(self);
+        home::arm(self);
         let address = self
             .listener
             .as_ref()
@@ -247,7 +274,7 @@ impl<R: Ring> Shard<R> {
         if self.config.idle == Idle::Spin {
             return Duration::ZERO;
         }
-        let longest = longest.min(IDLE_WAIT);
+        let longest = ends::patience(self, longest.min(IDLE_WAIT));
         match self.timers.next_deadline() {
             Some(deadline) => {
                 let now_ns = self.ring.now_ns();
@@ -271,6 +298,9 @@ impl<R: Ring> Shard<R> {
     fn complete(&mut self, completion: Completion) {
         let Completion { operation, event } = completion;
         match operation.kind {
+            Kind::Accept if operation.slot == home::LISTENER => {
+                return home::accepted(self, event);
+            }
             Kind::Accept => return accept::completed(self, event),
             Kind::Wake => {
                 if let Event::Woken { more: false } = event {
@@ -331,6 +361,7 @@ impl<R: Ring> Shard<R> {
             Role::Downstream => respond::replies_sent(self, slot, bytes),
             Role::Upstream(upstream) => forward::sent(self, upstream, bytes),
             Role::Tell(tell) => tell::sent(self, tell, bytes),
+            Role::End(end) => ends::sent(self, slot, end, bytes),
         }
     }
 
@@ -346,6 +377,7 @@ impl<R: Ring> Shard<R> {
             Role::Downstream => {}
             Role::Upstream(upstream) => link::connected(self, upstream),
             Role::Tell(tell) => tell::connected(self, tell),
+            Role::End(end) => ends::connected(self, slot, end),
         }
     }
 
@@ -360,6 +392,7 @@ impl<R: Ring> Shard<R> {
             Role::Downstream => respond::downstream_lost(self, slot),
             Role::Upstream(upstream) => link::lost(self, upstream, errno),
             Role::Tell(tell) => tell::lost(self, tell, errno),
+            Role::End(end) => ends::lost(self, slot, end, errno),
         }
         self.retire_if_quiet(slot);
     }
@@ -447,6 +480,19 @@ impl<R: Ring> Shard<R> {
         }
     }
 
+    /// Closes a socket of ours that does not linger so that its peer sees a reset.
+    pub(crate) fn reset(&mut self, slot: u32) {
+        let operation = self.operation(Kind::Receive, slot);
+        let connection = &mut self.connections[slot];
+        if !connection.closing {
+            connection.closing = true;
+            if connection.receiving {
+                self.ring.cancel_receive(operation, connection.handle);
+            }
+        }
+        self.retire_if_quiet(slot);
+    }
+
     /// Closes a connection that nobody wants to hear of any more.
     pub(crate) fn forget(&mut self, slot: u32) {
         self.close(slot);
@@ -465,6 +511,12 @@ impl<R: Ring> Shard<R> {
         };
         self.pieces.clear(&mut connection.incoming);
         self.pool.clear(&mut connection.out);
+        if connection.role == Role::Downstream {
+            self.worker.let_go(connection.collected.len());
+        }
+        if let Some(timer) = connection.timer {
+            self.timers.cancel(timer);
+        }
         self.ring.detach(connection.handle);
         self.ring.close(connection.handle);
         self.stats.shard.connections_closed.add(1);
@@ -477,9 +529,21 @@ impl<R: Ring> Shard<R> {
     /// Sets a timer. A full wheel means far more timers than connections: our own mistake, which
     /// costs a deadline and not the process.
     pub(crate) fn timer(&mut self, kind: TimerKind, slot: u32, generation: u32, deadline_ns: u64) {
+        self.timer_to_cancel(kind, slot, generation, deadline_ns);
+    }
+
+    /// Sets a timer that its owner may cancel.
+    pub(crate) fn timer_to_cancel(
+        &mut self,
+        kind: TimerKind,
+        slot: u32,
+        generation: u32,
+        deadline_ns: u64,
+    ) -> Option<TimerId> {
         let token = (kind as u64) << 56 | u64::from(generation) << 32 | u64::from(slot);
         let set = self.timers.insert(deadline_ns, token);
         debug_assert!(set.is_ok(), "the wheel has room for every timer");
+        set.ok()
     }
 
     fn expire(&mut self) -> bool {
@@ -497,8 +561,8 @@ impl<R: Ring> Shard<R> {
                     recv::look_at_frame(self, slot);
                 }
                 5 => tell::overdue(self, slot, generation),
-                6 => recv::look_at_shortage(self, slot),
-                _ => {}
+                11 => recv::look_at_shortage(self, slot),
+                kind => ends::overdue(self, kind, slot, generation),
             }
         }
         let any = !due.is_empty();
@@ -519,6 +583,38 @@ impl<R: Ring> Shard<R> {
             self.flush(slot);
         }
         self.dirty_connections = connections;
+        ends::settle(self);
+    }
+
+    /// Whether the executor should have a turn before the next tick.
+    pub fn wants_turn(&self) -> bool {
+        ends::wants_turn(self)
+    }
+
+    /// Whether handlers are at work.
+    pub fn has_tasks(&self) -> bool {
+        self.worker.host.tasks() > 0
+    }
+
+    /// Whether nothing happens here that the ring does not know of.
+    pub fn may_sleep(&self) -> bool {
+        !self.has_tasks() && !self.client.is_held_up()
+    }
+
+    /// Brackets a turn of the executor: the tasks that were woken before it have run after it.
+    pub fn before_turn(&self) {
+        self.worker.host.set_woken(false);
+    }
+
+    /// What the tasks have written in their turn goes on its way.
+    pub fn after_turn(&mut self) {
+        ends::settle(self);
+    }
+
+    /// The route, or the marked handler, of a request path.
+    pub(crate) fn find(&self, path: &[u8]) -> Option<u32> {
+        let route = self.route_at.get(path).copied();
+        route.or_else(|| self.worker.find(path))
     }
 
     /// Notes that a connection has something in `out`.
@@ -580,11 +676,17 @@ impl<R: Ring> Shard<R> {
         held < count - count / 4
     }
 
-    fn obey(&mut self) {
+    pub(crate) fn obey(&mut self) {
         self.commands.clear_wake();
-        while let Some(command) = self.commands.next() {
+        while !self.client.is_clogged() {
+            let Some(command) = self.commands.next() else {
+                return;
+            };
             match command {
                 Command::Directory(directory) => link::publish(self, directory),
+                Command::Serve(paths) => self.worker.serve(paths),
+                Command::Call(call) => client::begin(self, *call),
+                Command::EndCall { number, kill } => client::end_early(self, number, kill),
                 Command::Drain => {
                     self.draining = true;
                     accept::stop(self);

@@ -131,6 +131,16 @@ cells! {
         Counter system_calls,
         /// Requests that ran in handlers of this process
         Counter handled,
+        /// Requests acknowledged whose envelope could not be understood
+        Counter undecodable,
+        /// Responses of our handlers whose caller could not be reached
+        Counter responses_unreachable,
+        /// Responses of our handlers that were cut off by their caller's end
+        Counter responses_lost,
+        /// Calls made
+        Counter calls_made,
+        /// Calls home that named no call of ours, or named it too late
+        Counter homes_refused,
         /// Connections open now
         Gauge connections,
         /// Connections to instances open now
@@ -151,6 +161,12 @@ cells! {
         Gauge ledger,
         /// Callers being told
         Gauge tells,
+        /// Requests that handlers of this process run or that wait for one
+        Gauge handling,
+        /// Call-home sockets of our handlers
+        Gauge responses,
+        /// Calls under way
+        Gauge calls,
         /// Instances in the directory
         Gauge instances,
         /// Instances that can be reached

@@ -40,6 +40,11 @@ impl<T> Table<T> {
         self.used
     }
 
+    /// Slots in all.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
     /// Whether no slot is left.
     pub fn is_full(&self) -> bool {
         self.used == self.capacity

@@ -50,9 +50,10 @@ impl Cause {
     pub(crate) fn of(refusal: Refusal<'static>) -> Cause {
         match refusal {
             Refusal::TooLarge(error) => Cause::TooLarge(error),
-            Refusal::AllOverloaded | Refusal::QueueFull | Refusal::TableFull => {
-                Cause::AllOverloaded
-            }
+            Refusal::AllOverloaded
+            | Refusal::AtCapacity
+            | Refusal::QueueFull
+            | Refusal::TableFull => Cause::AllOverloaded,
             Refusal::InstanceLost => Cause::InstanceLost,
             Refusal::AnswerOverdue => Cause::AnswerOverdue,
             Refusal::UnknownEndpoint { .. }

@@ -17,7 +17,7 @@ use corelane_engine::directory::{Ack, Directory, Policy, Route};
 use corelane_engine::executor::listen;
 use corelane_engine::mesh::{self, Sender};
 use corelane_engine::ring::uring::{Settings, Uring};
-use corelane_engine::shard::{Command, Shard};
+use corelane_engine::shard::{Command, Lanes, Shard};
 use corelane_engine::stats::Stats;
 
 /// The system's allocator, with a count of the allocations of shards.
@@ -136,8 +136,12 @@ impl Bare {
             };
             let ring = Uring::new(settings, &buffers).unwrap();
             let listener = Some(listener);
-            let (commands, reports) = (command_receiver, report_sender);
-            let mut shard = Shard::new(config, ring, buffers, listener, shown, commands, reports);
+            let lanes = Lanes {
+                commands: command_receiver,
+                reports: report_sender,
+            };
+            let shard = Shard::router(config, ring, buffers, listener, shown, lanes);
+            let mut shard = shard.unwrap();
             shard.start();
             while !shard.is_stopping() {
                 shard.tick(Duration::from_millis(50)).unwrap();

@@ -166,6 +166,21 @@ fn decode_msgpack(body: &[u8]) -> Result<Item, ItemError> {
     found.finish()
 }
 
+/// The one value that `bytes` hold, without blanks around it: what may be passed on as it is. In
+/// MessagePack strings are not looked at, so a value that its reader will refuse may pass.
+///
+/// # Errors
+/// The bytes are not a value of that codec, or more follows it.
+pub fn value(bytes: &[u8], codec: PayloadCodec) -> Result<&[u8], ItemError> {
+    match codec {
+        PayloadCodec::Json => Ok(Value::parse(bytes)?.raw()),
+        PayloadCodec::MessagePack => {
+            msgpack::Reader::new(bytes).whole()?;
+            Ok(bytes)
+        }
+    }
+}
+
 /// What a JSON body has before its data.
 pub const JSON_BEFORE: &[u8; 8] = b"{\"data\":";
 /// What a JSON body has after its data, if it is not the last.
@@ -246,6 +261,18 @@ mod tests {
             let item = decode(body, codec).unwrap();
             assert_eq!(&body[item.data.unwrap()], data);
             assert!(!item.complete_final);
+        }
+    }
+
+    #[test]
+    fn a_value_is_exactly_one() {
+        assert_eq!(value(b" {\"a\":[1]}\n", Json), Ok(&b"{\"a\":[1]}"[..]));
+        assert_eq!(value(b"\x81\xa1a\x01", MessagePack).unwrap().len(), 4);
+        for bytes in [&b""[..], b"1 2", b"{", b"\xff"] {
+            assert!(value(bytes, Json).is_err());
+        }
+        for bytes in [&b""[..], b"\x01\x02", b"\x81\xa1a", b"\xc1", b"{}"] {
+            assert!(value(bytes, MessagePack).is_err());
         }
     }
 

@@ -11,6 +11,12 @@ pub enum MsgPackError {
         /// Where the missing part starts.
         at: usize,
     },
+    /// There is more than one value.
+    #[error("MessagePack goes on after its value, at byte {at}")]
+    Trailing {
+        /// Where the rest starts.
+        at: usize,
+    },
     /// The one byte that MessagePack never uses.
     #[error("MessagePack has the reserved byte 0xc1 at {at}")]
     Reserved {
@@ -116,6 +122,16 @@ impl<'a> Reader<'a> {
             left = left - 1 + head.children;
         }
         Ok(())
+    }
+
+    /// Steps over the one value that the input must be.
+    pub(super) fn whole(&mut self) -> Result<(), MsgPackError> {
+        self.skip()?;
+        let at = self.at;
+        match at == self.input.len() {
+            true => Ok(()),
+            false => Err(MsgPackError::Trailing { at }),
+        }
     }
 
     /// Enters a map or an array; `None`, and no step, at any other value.

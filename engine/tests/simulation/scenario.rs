@@ -9,7 +9,7 @@ use corelane_engine::config::{RingKind, ShardConfig};
 use corelane_engine::directory::{Ack, Directory, Policy, Route};
 use corelane_engine::mesh::{self, Receiver, Sender};
 use corelane_engine::ring::sim::{Faults, Net, Sim};
-use corelane_engine::shard::{Command, Report, Shard};
+use corelane_engine::shard::{Command, Lanes, Report, Shard};
 use corelane_engine::stats::Stats;
 
 use crate::book::{Acceptance, Book, Entry, Kind, MESSAGE_BYTES_MAX};
@@ -85,15 +85,18 @@ impl World {
         let (commands, command_receiver) = mesh::lane().unwrap();
         let (report_sender, reports) = mesh::lane().unwrap();
         let stats = Arc::new(Stats::default());
-        let mut shard = Shard::new(
+        let mut shard = Shard::router(
             config,
             ring,
             buffers,
             Some(listener),
             Arc::clone(&stats),
-            command_receiver,
-            report_sender,
-        );
+            Lanes {
+                commands: command_receiver,
+                reports: report_sender,
+            },
+        )
+        .unwrap();
         shard.start();
         World {
             home: Home::open(&net),

@@ -1,0 +1,619 @@
+//! Calls that this process makes: begun by control, ended by a worker, a deadline or control.
+//!
+//! ```text
+//! begin -> frame on a shared connection (call_link) -> ack
+//!                                     (home) handshake -> prologue -> items -> final -> end
+//! ```
+//!
+//! A call always ends, and its last event always reaches control: while control does not take
+//! events, the call keeps its place and its socket is not read.
+
+use std::collections::hash_map::RandomState;
+use std::collections::{HashMap, VecDeque};
+use std::hash::BuildHasher;
+use std::net::{SocketAddr, TcpListener};
+use std::time::Duration;
+
+use corelane_codec::call_home::{KILL_FRAME, STOP_FRAME};
+use corelane_codec::control_message::{
+    NewControlMessage, PayloadCodec, RequestType, StreamType, TcpConnection,
+};
+use corelane_codec::error::DynamoError;
+use corelane_codec::{EncodeError, headers, request_frame, two_part};
+
+use crate::call_link::{self, Link};
+use crate::ends::{self, Ends};
+use crate::home;
+use crate::mesh::Sender;
+use crate::ring::Ring;
+use crate::shard::{Shard, TimerKind};
+use crate::table::{NONE, Table};
+use crate::timer_wheel::TimerId;
+
+/// Connections to workers, at most; idle ones make room.
+const LINKS_MAX: usize = 1024;
+/// Events that wait for control beside those of calls, at most; then no command is taken.
+const UNDELIVERED_MAX: usize = 256;
+/// A worker that calls home within this time after its call was ended is told so.
+const LATE_NS: u64 = 10_000_000_000;
+
+/// What control wants to call.
+#[derive(Clone, Debug)]
+pub struct NewCall {
+    /// Names the call in its events; control's choice, different for all calls under way.
+    pub number: u64,
+    /// The worker's request plane.
+    pub address: SocketAddr,
+    /// The path that the worker serves.
+    pub path: Vec<u8>,
+    /// The request's identity; a fresh UUID when empty.
+    pub id: String,
+    /// Further headers of the frame.
+    pub headers: Vec<(String, String)>,
+    /// One value encoded by `codec`.
+    pub body: Vec<u8>,
+    /// Encoding of body and items.
+    pub codec: PayloadCodec,
+    /// How long it may take.
+    pub deadlines: Deadlines,
+}
+
+/// How long the steps of a call may take, each from its beginning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deadlines {
+    /// The worker's acknowledgement, or its call home.
+    pub ack: Duration,
+    /// The first item, or the end.
+    pub first_item: Duration,
+    /// The end.
+    pub total: Duration,
+}
+
+impl Default for Deadlines {
+    /// As Dynamo's client for the acknowledgement, and generous for the rest.
+    fn default() -> Self {
+        Deadlines {
+            ack: Duration::from_secs(5),
+            first_item: Duration::from_secs(60),
+            total: Duration::from_secs(600),
+        }
+    }
+}
+
+/// Something that happened to a call. Times are of the monotonic clock, in ns.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CallEvent {
+    /// The number that control gave the call.
+    pub call: u64,
+    /// When the shard began it.
+    pub began_ns: u64,
+    /// When this happened.
+    pub at_ns: u64,
+    /// What.
+    pub what: What,
+}
+
+/// What happens to calls. The last five are ends: no further event follows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum What {
+    /// The worker has accepted it. Does not come when the worker called home at once and its
+    /// connection was then lost.
+    Acked,
+    /// An item: the data of its wrapper, still encoded.
+    Item(Vec<u8>),
+    /// An item that could not be understood, or came where none may. The response goes on.
+    BadItem(DynamoError),
+    /// The whole response has come.
+    Finished,
+    /// The worker has refused it, in these words.
+    Refused(String),
+    /// It came to nothing, or broke off.
+    Failed(DynamoError),
+    /// It ended early because control wanted that.
+    Stopped,
+}
+
+impl What {
+    /// Whether no further event follows.
+    pub fn is_end(&self) -> bool {
+        !matches!(self, What::Acked | What::Item(_) | What::BadItem(_))
+    }
+}
+
+/// How far the response of a call has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// The worker has not called home.
+    Waiting,
+    /// It has, and owes the prologue.
+    CalledHome,
+    /// Items may come.
+    Items,
+    /// The final marker has come; the socket's end is missing.
+    Final,
+}
+
+/// One call.
+pub(crate) struct Call {
+    number: u64,
+    began_ns: u64,
+    pub(crate) codec: PayloadCodec,
+    subject: u128,
+    pub(crate) acked: bool,
+    pub(crate) phase: Phase,
+    /// The socket that the worker called home on.
+    pub(crate) home: u32,
+    pub(crate) has_item: bool,
+    /// Control wants it to end: `Some(kill)`.
+    early: Option<bool>,
+    /// How it ended, as long as that has not been told.
+    end: Option<CallEvent>,
+    /// It ended before the worker called home, who is told when he does.
+    late: bool,
+    /// Its socket is not read because control does not take events.
+    pub(crate) held_up: bool,
+    ack_ns: u64,
+    first_item_ns: u64,
+    total_ns: u64,
+    timer: Option<TimerId>,
+}
+
+/// The calls of one shard.
+pub(crate) struct Client {
+    pub(crate) calls: Table<Call>,
+    pub(crate) links: Table<Link>,
+    pub(crate) link_at: HashMap<SocketAddr, u32>,
+    pub(crate) dirty_links: Vec<u32>,
+    pub(crate) listener: Option<TcpListener>,
+    address: String,
+    subjects: HashMap<u128, u32>,
+    numbers: HashMap<u64, u32>,
+    events: Sender<CallEvent>,
+    unwoken: bool,
+    undelivered: VecDeque<CallEvent>,
+    /// Calls that wait for control to take events.
+    held_up: Vec<(u32, u32)>,
+    /// Commands wait for the same.
+    clogged: bool,
+    random: [RandomState; 2],
+    drawn: u64,
+}
+
+impl Client {
+    pub(crate) fn new(
+        ends: &Ends,
+        home: Option<(TcpListener, SocketAddr)>,
+        events: Sender<CallEvent>,
+    ) -> Client {
+        let calls_max = if home.is_some() { ends.calls_max } else { 0 } as usize;
+        let (listener, address) = match home {
+            Some((listener, address)) => (Some(listener), address.to_string()),
+            None => (None, String::new()),
+        };
+        Client {
+            calls: Table::new(calls_max),
+            links: Table::new(LINKS_MAX),
+            link_at: HashMap::new(),
+            dirty_links: Vec::new(),
+            listener,
+            address,
+            subjects: HashMap::with_capacity(calls_max),
+            numbers: HashMap::with_capacity(calls_max),
+            events,
+            unwoken: false,
+            undelivered: VecDeque::new(),
+            held_up: Vec::new(),
+            clogged: false,
+            random: [RandomState::new(), RandomState::new()],
+            drawn: 0,
+        }
+    }
+
+    /// Whether control must take events before another command is looked at.
+    pub(crate) fn is_clogged(&mut self) -> bool {
+        self.clogged = self.undelivered.len() >= UNDELIVERED_MAX;
+        self.clogged
+    }
+
+    /// Whether something waits for control to take events.
+    pub(crate) fn is_held_up(&self) -> bool {
+        !self.held_up.is_empty() || !self.undelivered.is_empty() || self.clogged
+    }
+
+    /// Whether another event can be told now.
+    pub(crate) fn has_room(&self) -> bool {
+        self.undelivered.is_empty() && !self.events.is_full()
+    }
+
+    /// The call that a subject was made for.
+    pub(crate) fn of_subject(&self, subject: u128) -> Option<u32> {
+        self.subjects.get(&subject).copied()
+    }
+
+    /// A random UUID, version 4: a keyed hash (SipHash under keys of the operating system) of a
+    /// counter, which nobody can guess who does not know the keys, and no system call.
+    fn draw(&mut self) -> u128 {
+        self.drawn += 1;
+        let [high, low] = [0, 1].map(|half| self.random[half].hash_one(self.drawn));
+        let bits = u128::from(high) << 64 | u128::from(low);
+        bits & !(0xf << 76 | 0xc << 60) | 0x4 << 76 | 0x8 << 60
+    }
+
+    fn push(&mut self, event: CallEvent) {
+        self.unwoken = true;
+        if let Err(event) = self.events.push(event) {
+            self.undelivered.push_back(event);
+        }
+    }
+
+    fn deliver(&mut self) {
+        while let Some(event) = self.undelivered.pop_front() {
+            self.unwoken = true;
+            if let Err(event) = self.events.push(event) {
+                return self.undelivered.push_front(event);
+            }
+        }
+    }
+}
+
+/// A UUID as text.
+pub(crate) fn uuid(bits: u128) -> String {
+    let hex = format!("{bits:032x}");
+    [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
+}
+
+/// Begins a call.
+pub(crate) fn begin<R: Ring>(shard: &mut Shard<R>, new: NewCall) {
+    let began_ns = shard.now_ns;
+    shard.stats.shard.calls_made.add(1);
+    let refuse = |shard: &mut Shard<R>, error| {
+        shard.client.push(CallEvent {
+            call: new.number,
+            began_ns,
+            at_ns: began_ns,
+            what: What::Failed(error),
+        });
+    };
+    if shard.client.calls.is_full() {
+        let text = "too many calls at the same time; raise calls_max or call less at once";
+        return refuse(shard, DynamoError::resource_exhausted(text));
+    }
+    let subject = shard.client.draw();
+    let mut frame = Vec::with_capacity(1024 + new.body.len());
+    if let Err(error) = write_frame(&mut shard.client, &new, subject, &mut frame) {
+        return refuse(shard, DynamoError::invalid_argument(error.to_string()));
+    }
+    let bytes_max = shard.config.message_bytes_max;
+    if frame.len() as u64 > bytes_max {
+        let text = format!("the request has {} bytes of at most {bytes_max}", frame.len());
+        return refuse(shard, DynamoError::invalid_argument(text));
+    }
+    let after = |time: Duration| began_ns.saturating_add(time.as_nanos().min(1 << 62) as u64);
+    let call = Call {
+        number: new.number,
+        began_ns,
+        codec: new.codec,
+        subject,
+        acked: false,
+        phase: Phase::Waiting,
+        home: NONE,
+        has_item: false,
+        early: None,
+        end: None,
+        late: false,
+        held_up: false,
+        ack_ns: after(new.deadlines.ack),
+        first_item_ns: after(new.deadlines.first_item),
+        total_ns: after(new.deadlines.total),
+        timer: None,
+    };
+    let Ok(slot) = shard.client.calls.insert(call) else {
+        return;
+    };
+    shard.client.subjects.insert(subject, slot);
+    shard.client.numbers.insert(new.number, slot);
+    watch(shard, slot);
+    call_link::send(shard, new.address, slot, &frame);
+}
+
+fn write_frame(
+    client: &mut Client,
+    new: &NewCall,
+    subject: u128,
+    out: &mut Vec<u8>,
+) -> Result<(), EncodeError> {
+    let id = match new.id.is_empty() {
+        true => uuid(client.draw()),
+        false => new.id.clone(),
+    };
+    let subject = uuid(subject);
+    let message = NewControlMessage {
+        id: &id,
+        request_type: RequestType::SingleIn,
+        payload_codec: new.codec,
+        connection_info: TcpConnection {
+            address: &client.address,
+            subject: &subject,
+            context: &id,
+            stream_type: StreamType::Response,
+        },
+        metadata: &[],
+        frontend_send_ts_ns: None,
+        request_stream_connection_info: None,
+    };
+    let mut control = Vec::with_capacity(512);
+    message.write(&mut control)?;
+    let path = String::from_utf8_lossy(&new.path);
+    let own = [(headers::ENDPOINT_PATH, &*path), (headers::REQUEST_ID, &*id)];
+    let theirs = new.headers.iter().map(|(name, value)| (&**name, &**value));
+    let theirs: Vec<(&str, &str)> = theirs.collect();
+    let own = own.iter().copied().filter(|(name, _)| theirs.iter().all(|(other, _)| other != name));
+    let all: Vec<(&str, &str)> = own.chain(theirs.iter().copied()).collect();
+    let mut map = Vec::with_capacity(256);
+    headers::write(&all, &mut map);
+    let prefix = two_part::prefix(control.len(), new.body.len());
+    let payload_bytes = prefix.len() + control.len() + new.body.len();
+    request_frame::write_prefix(&new.path, &map, payload_bytes, out)?;
+    for part in [&prefix[..], &control, &new.body] {
+        out.extend_from_slice(part);
+    }
+    Ok(())
+}
+
+/// Tells control of something that is not an end. The caller has made sure of room, except for
+/// the acknowledgement, of which there is one for each call.
+pub(crate) fn tell<R: Ring>(shard: &mut Shard<R>, slot: u32, what: What) {
+    let call = &shard.client.calls[slot];
+    let event = CallEvent {
+        call: call.number,
+        began_ns: call.began_ns,
+        at_ns: shard.now_ns,
+        what,
+    };
+    shard.client.push(event);
+}
+
+/// The worker has accepted the call.
+pub(crate) fn acked<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    let call = &mut shard.client.calls[slot];
+    if !call.acked && !call.is_over() {
+        call.acked = true;
+        tell(shard, slot, What::Acked);
+    }
+}
+
+impl Call {
+    /// Whether its end is known.
+    pub(crate) fn is_over(&self) -> bool {
+        self.end.is_some() || self.late
+    }
+
+    /// Whether only its worker is still to be told of its end.
+    pub(crate) fn is_late(&self) -> bool {
+        self.late
+    }
+
+    /// Whether control has asked for an early end.
+    pub(crate) fn is_ended_early(&self) -> bool {
+        self.early.is_some()
+    }
+
+    fn next_deadline(&self) -> u64 {
+        let mut deadline_ns = self.total_ns;
+        if !self.has_item {
+            deadline_ns = deadline_ns.min(self.first_item_ns);
+        }
+        if !self.acked && self.phase == Phase::Waiting {
+            deadline_ns = deadline_ns.min(self.ack_ns);
+        }
+        deadline_ns
+    }
+}
+
+/// The call has ended: its socket goes, and control is told as soon as it takes events.
+pub(crate) fn end<R: Ring>(shard: &mut Shard<R>, slot: u32, what: What) {
+    let call = &mut shard.client.calls[slot];
+    if call.is_over() {
+        return;
+    }
+    call.end = Some(CallEvent {
+        call: call.number,
+        began_ns: call.began_ns,
+        at_ns: shard.now_ns,
+        what,
+    });
+    let home = std::mem::replace(&mut call.home, NONE);
+    if home != NONE {
+        home::hang_up(shard, home);
+    }
+    if !report_end(shard, slot) {
+        hold_up(shard, slot);
+    }
+}
+
+/// Tells the end if there is room, and frees the call's place.
+fn report_end<R: Ring>(shard: &mut Shard<R>, slot: u32) -> bool {
+    if !shard.client.has_room() {
+        return false;
+    }
+    let call = &mut shard.client.calls[slot];
+    let Some(event) = call.end.take() else {
+        return true;
+    };
+    let number = call.number;
+    // A worker who has not called home yet will, and is told then that nobody waits.
+    call.late = call.early.is_some() && call.phase == Phase::Waiting;
+    call.total_ns = shard.now_ns + LATE_NS;
+    let late = call.late;
+    shard.client.push(event);
+    shard.client.numbers.remove(&number);
+    match late {
+        true => watch(shard, slot),
+        false => remove(shard, slot),
+    }
+    true
+}
+
+fn remove<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    if let Some(call) = shard.client.calls.remove(slot) {
+        shard.client.subjects.remove(&call.subject);
+        if let Some(timer) = call.timer {
+            shard.timers.cancel(timer);
+        }
+    }
+}
+
+/// The call waits until control takes events.
+pub(crate) fn hold_up<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    let generation = shard.client.calls.generation(slot);
+    let call = &mut shard.client.calls[slot];
+    if !call.held_up {
+        call.held_up = true;
+        shard.client.held_up.push((slot, generation));
+    }
+}
+
+/// Control wants a call to end.
+pub(crate) fn end_early<R: Ring>(shard: &mut Shard<R>, number: u64, kill: bool) {
+    let Some(slot) = shard.client.numbers.get(&number).copied() else {
+        return;
+    };
+    let call = &mut shard.client.calls[slot];
+    if call.is_over() || call.early.is_some_and(|killed| killed || !kill) {
+        return;
+    }
+    call.early = Some(kill);
+    match call.phase {
+        Phase::Waiting | Phase::CalledHome => say_end(shard, slot),
+        Phase::Items | Phase::Final if kill => say_end(shard, slot),
+        // What still comes is taken, until the worker closes.
+        Phase::Items | Phase::Final => {
+            let home = call.home;
+            say(shard, home, &STOP_FRAME);
+        }
+    }
+}
+
+/// Tells the worker of the early end, if he has called home, and ends the call.
+fn say_end<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    let call = &shard.client.calls[slot];
+    let (home, kill) = (call.home, call.early != Some(false));
+    if home != NONE {
+        say(shard, home, if kill { &KILL_FRAME } else { &STOP_FRAME });
+    }
+    end(shard, slot, What::Stopped);
+}
+
+/// A worker has called home for a call that had ended: he is told, and its place is free.
+pub(crate) fn settle_late<R: Ring>(shard: &mut Shard<R>, slot: u32, home: u32) {
+    let kill = shard.client.calls[slot].early != Some(false);
+    say(shard, home, if kill { &KILL_FRAME } else { &STOP_FRAME });
+    home::hang_up(shard, home);
+    remove(shard, slot);
+}
+
+/// Writes a control frame to a worker.
+pub(crate) fn say<R: Ring>(shard: &mut Shard<R>, home: u32, frame: &[u8]) {
+    let connection = &mut shard.connections[home];
+    connection.outgoing.waiting().extend_from_slice(frame);
+    ends::flush(shard, home);
+}
+
+fn watch<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    let generation = shard.client.calls.generation(slot);
+    let call = &mut shard.client.calls[slot];
+    let deadline_ns = match call.late {
+        true => call.total_ns,
+        false => call.next_deadline(),
+    };
+    if let Some(timer) = call.timer.take() {
+        shard.timers.cancel(timer);
+    }
+    let timer = shard.timer_to_cancel(TimerKind::Call, slot, generation, deadline_ns);
+    shard.client.calls[slot].timer = timer;
+}
+
+/// The timer of a call.
+pub(crate) fn overdue<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    let now_ns = shard.now_ns;
+    let call = &mut shard.client.calls[slot];
+    call.timer = None;
+    if call.late {
+        return remove(shard, slot);
+    }
+    if call.is_over() {
+        return;
+    }
+    let error = if call.total_ns <= now_ns {
+        DynamoError::deadline_exceeded("the call took longer than it may")
+    } else if !call.has_item && call.first_item_ns <= now_ns {
+        DynamoError::response_timeout("the worker sent no item in time")
+    } else if !call.acked && call.phase == Phase::Waiting && call.ack_ns <= now_ns {
+        DynamoError::connection_timeout("the worker did not acknowledge the request in time")
+    } else {
+        return watch(shard, slot);
+    };
+    let home = call.home;
+    call.early = Some(true);
+    if home != NONE {
+        say(shard, home, &KILL_FRAME);
+    }
+    end(shard, slot, What::Failed(error));
+}
+
+/// At the end of a tick: requests leave, and events go to control.
+pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
+    let mut links = std::mem::take(&mut shard.client.dirty_links);
+    for link in links.drain(..) {
+        call_link::flush(shard, link);
+    }
+    shard.client.dirty_links = links;
+    if shard.client.is_held_up() {
+        shard.client.deliver();
+        go_on(shard);
+    }
+    if std::mem::take(&mut shard.client.unwoken) {
+        shard.client.events.wake();
+    }
+}
+
+/// Control may have taken events: those who waited for it go on.
+fn go_on<R: Ring>(shard: &mut Shard<R>) {
+    let held_up = std::mem::take(&mut shard.client.held_up);
+    for (slot, generation) in held_up {
+        if !shard.client.calls.is_current(slot, generation) {
+            continue;
+        }
+        let call = &mut shard.client.calls[slot];
+        call.held_up = false;
+        let home = call.home;
+        if call.is_over() {
+            if !report_end(shard, slot) {
+                hold_up(shard, slot);
+            }
+        } else if home != NONE {
+            home::go_on(shard, home);
+        }
+    }
+    if shard.client.clogged && !shard.client.is_clogged() {
+        shard.obey();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn subjects_are_uuids_of_version_4_and_all_differ() {
+        let (events, _taken) = crate::mesh::lane().unwrap();
+        let mut client = Client::new(&Ends::default(), None, events);
+        let mut seen = std::collections::HashSet::new();
+        for _ in 0..10_000 {
+            let text = uuid(client.draw());
+            assert_eq!((text.len(), &text[14..15]), (36, "4"));
+            assert!("89ab".contains(&text[19..20]), "{text}");
+            assert!(seen.insert(text));
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! What control and a shard say to each other.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use crate::client::NewCall;
+use crate::directory::Directory;
+
+/// What control asks of a shard.
+#[derive(Debug)]
+pub enum Command {
+    /// A new directory.
+    Directory(Arc<Directory>),
+    /// From now on exactly these paths are served by handlers of this process.
+    Serve(Vec<LocalPath>),
+    /// Make a call; its events come over the shard's own queue.
+    Call(Box<NewCall>),
+    /// End a call early. Nothing happens when it has ended.
+    EndCall {
+        /// The number that control gave it.
+        number: u64,
+        /// Do not even take what the worker still sends.
+        kill: bool,
+    },
+    /// Refuse new requests from now on.
+    Drain,
+    /// End the loop after this tick.
+    Stop,
+}
+
+/// A request path and who answers there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LocalPath {
+    /// The path, byte for byte.
+    pub path: Vec<u8>,
+    /// Index into [`crate::ends::Ends::handlers`].
+    pub handler: u32,
+}
+
+/// What a shard tells control.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Report {
+    /// The shard listens.
+    Started {
+        /// Where.
+        address: Option<SocketAddr>,
+    },
+    /// A request was acknowledged and then could not be understood; at most one a second is told,
+    /// the counter has them all.
+    Undecodable {
+        /// What was wrong.
+        why: String,
+    },
+    /// The shard has ended; nobody reads its queue any more.
+    Stopped {
+        /// Why, if not because it was asked to.
+        failure: Option<String>,
+    },
+}

@@ -1,0 +1,217 @@
+//! The two ends of a request inside this process, as the shard's loop sees them: the worker's
+//! (handlers answer) and the client's (calls are made).
+//!
+//! ```text
+//! callers --requests--> worker -> handler -> respond_stream --call home--> callers
+//! control --calls--> client -> call_link --requests--> workers
+//!                    client <- home      <--call home-- workers
+//! ```
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use crate::connection::End;
+use crate::handler::MakeHandler;
+use crate::ring::{Ring, Span};
+use crate::shard::{Shard, TimerKind};
+use crate::{call_link, client, home, respond_stream, worker};
+
+/// What a shard is to be besides a router. The default is: nothing.
+pub struct Ends {
+    /// Made on the shard's thread; [`crate::command::Command::Serve`] gives them their paths.
+    pub handlers: Vec<MakeHandler>,
+    /// Requests in handlers at the same time, at most.
+    pub running_max: u32,
+    /// Acknowledged requests that wait for a handler, at most.
+    pub queue_max: u32,
+    /// Where workers call home; without it no call can be made.
+    pub home: Option<HomeAddress>,
+    /// Calls at the same time, at most.
+    pub calls_max: u32,
+}
+
+/// The call-home listener of a shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HomeAddress {
+    /// Where it listens; port 0 takes any.
+    pub bind: SocketAddr,
+    /// The address that workers are told.
+    pub advertise: IpAddr,
+}
+
+impl Default for Ends {
+    fn default() -> Self {
+        Ends {
+            handlers: Vec::new(),
+            running_max: 0,
+            queue_max: 0,
+            home: None,
+            calls_max: 0,
+        }
+    }
+}
+
+impl Ends {
+    /// A worker with the bounds of Dynamo's (spec/request-plane.md §10.1).
+    pub fn worker(handlers: Vec<MakeHandler>) -> Ends {
+        Ends {
+            handlers,
+            running_max: 10_000,
+            queue_max: 40_000,
+            ..Ends::default()
+        }
+    }
+
+    /// A client with so many calls at the same time.
+    pub fn client(home: HomeAddress, calls_max: u32) -> Ends {
+        Ends {
+            home: Some(home),
+            calls_max,
+            ..Ends::default()
+        }
+    }
+}
+
+/// While handlers are at work, the executor gets a turn this often: they may wait for more than
+/// what the shard knows of.
+const TURN_EVERY: Duration = Duration::from_millis(1);
+/// While control does not take events, it is looked at this often.
+const FULL_PAUSE: Duration = Duration::from_millis(1);
+
+/// Starts one send of what waits in `outgoing`, if the socket is free for it.
+pub(crate) fn flush<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    let connection = &mut shard.connections[slot];
+    if connection.sending || connection.closing || connection.connecting {
+        return;
+    }
+    let span = Span::of(connection.outgoing.next());
+    if !span.is_empty() {
+        shard.send(slot, &[span]);
+    }
+}
+
+/// The connect has succeeded.
+pub(crate) fn connected<R: Ring>(shard: &mut Shard<R>, slot: u32, end: End) {
+    match end {
+        End::Response(response) => respond_stream::connected(shard, response),
+        End::Link(link) => call_link::connected(shard, slot, link),
+        End::Home(_) | End::Goodbye => {}
+    }
+}
+
+/// The socket took `bytes` bytes.
+pub(crate) fn sent<R: Ring>(shard: &mut Shard<R>, slot: u32, end: End, bytes: usize) {
+    match end {
+        End::Response(response) => respond_stream::sent(shard, response, bytes),
+        End::Link(_) | End::Home(_) | End::Goodbye => {
+            let outgoing = &mut shard.connections[slot].outgoing;
+            outgoing.sent(bytes);
+            if end == End::Goodbye && outgoing.is_empty() {
+                return shard.forget(slot);
+            }
+            flush(shard, slot);
+        }
+    }
+}
+
+/// Bytes have arrived.
+pub(crate) fn arrived<R: Ring>(shard: &mut Shard<R>, slot: u32, end: End) {
+    match end {
+        End::Response(response) => respond_stream::said(shard, slot, response),
+        End::Link(link) => call_link::replies(shard, slot, link),
+        End::Home(_) => home::arrived(shard, slot),
+        End::Goodbye => {
+            let incoming = &mut shard.connections[slot].incoming;
+            shard.pieces.clear(incoming);
+        }
+    }
+}
+
+/// No more bytes will arrive: the peer's end of stream (errno 0), or a failure.
+pub(crate) fn ended<R: Ring>(shard: &mut Shard<R>, slot: u32, end: End, errno: i32) {
+    match end {
+        End::Response(response) if errno == 0 => {
+            respond_stream::half_closed(shard, slot, response);
+        }
+        End::Response(_) | End::Link(_) | End::Goodbye => shard.lost(slot, errno),
+        End::Home(_) => home::ended(shard, slot),
+    }
+}
+
+/// The connection is gone; it has been closed already.
+pub(crate) fn lost<R: Ring>(shard: &mut Shard<R>, slot: u32, end: End, errno: i32) {
+    match end {
+        End::Response(response) => respond_stream::lost(shard, response, errno),
+        End::Link(link) => call_link::lost(shard, link, errno),
+        End::Home(_) => home::lost(shard, slot),
+        End::Goodbye => {}
+    }
+}
+
+/// A timer of `kind` has run out.
+pub(crate) fn overdue<R: Ring>(shard: &mut Shard<R>, kind: u8, slot: u32, generation: u32) {
+    const RESPONSE: u8 = TimerKind::Response as u8;
+    const LINK: u8 = TimerKind::Link as u8;
+    const CALL: u8 = TimerKind::Call as u8;
+    const HOME: u8 = TimerKind::Home as u8;
+    const HOME_ACCEPT: u8 = TimerKind::HomeAccept as u8;
+    match kind {
+        RESPONSE if shard.worker.responses.is_current(slot, generation) => {
+            respond_stream::overdue(shard, slot);
+        }
+        LINK if shard.client.links.is_current(slot, generation) => {
+            call_link::overdue(shard, slot);
+        }
+        CALL if shard.client.calls.is_current(slot, generation) => client::overdue(shard, slot),
+        HOME if shard.connections.is_current(slot, generation) => home::overdue(shard, slot),
+        HOME_ACCEPT => home::arm(shard),
+        _ => {}
+    }
+}
+
+/// Whether the executor should have a turn before the next tick.
+pub(crate) fn wants_turn<R: Ring>(shard: &Shard<R>) -> bool {
+    shard.worker.host.is_woken()
+}
+
+/// How long the next tick may wait at most.
+pub(crate) fn patience<R: Ring>(shard: &Shard<R>, longest: Duration) -> Duration {
+    let host = &shard.worker.host;
+    if host.is_woken() {
+        return Duration::ZERO;
+    }
+    let mut longest = longest;
+    if host.tasks() > 0 {
+        longest = longest.min(TURN_EVERY);
+    }
+    if shard.client.is_held_up() {
+        longest = longest.min(FULL_PAUSE);
+    }
+    match host.next_deadline() {
+        Some(deadline_ns) => {
+            let left_ns = deadline_ns.saturating_sub(shard.ring.now_ns());
+            longest.min(Duration::from_nanos(left_ns))
+        }
+        None => longest,
+    }
+}
+
+/// At the end of a tick, and after a turn of the executor: what handlers have written and what
+/// calls have made necessary is sent, and events go to control.
+pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
+    shard.worker.host.wake_sleepers(shard.now_ns);
+    let mut touched = std::mem::take(&mut shard.worker.touched);
+    shard.worker.host.take_touched(&mut touched);
+    for (slot, generation) in touched.drain(..) {
+        if shard.worker.responses.is_current(slot, generation) {
+            respond_stream::advance(shard, slot);
+        }
+    }
+    shard.worker.touched = touched;
+    worker::start_waiting(shard);
+    client::settle(shard);
+    let stats = &shard.stats.shard;
+    stats.handling.set(shard.worker.busy() as u64);
+    stats.responses.set(shard.worker.responses.used() as u64);
+    stats.calls.set(shard.client.calls.used() as u64);
+}

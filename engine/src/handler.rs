@@ -1,0 +1,355 @@
+//! Handlers: requests that this process answers itself.
+//!
+//! A handler is an async function on the shard's own thread. It gets a [`Request`] and a
+//! [`Responder`](crate::responder::Responder); what it writes there leaves on a call-home socket
+//! that the shard drives (`respond_stream`).
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+
+use corelane_codec::control_message::{
+    self, ConnectionInfo, PayloadCodec, RequestType, StreamType, TcpConnectionInfo,
+};
+use corelane_codec::json::{Object, Text};
+use corelane_codec::{Decoded, headers, item, two_part};
+
+use crate::responder::{Host, Responder, Shared};
+
+/// Answers requests. Functions of a request and a responder that return a future are handlers.
+pub trait Handler {
+    /// Answers one request. Dropping the future must be harmless: a handler that goes on long
+    /// after its caller has gone is dropped.
+    fn handle(&self, request: Request, responder: Responder) -> Pin<Box<dyn Future<Output = ()>>>;
+}
+
+impl<F, A> Handler for F
+where
+    F: Fn(Request, Responder) -> A,
+    A: Future<Output = ()> + 'static,
+{
+    fn handle(&self, request: Request, responder: Responder) -> Pin<Box<dyn Future<Output = ()>>> {
+        Box::pin(self(request, responder))
+    }
+}
+
+/// Makes a handler on the thread of its shard.
+pub type MakeHandler = Box<dyn FnOnce(&Host) -> Rc<dyn Handler> + Send>;
+
+/// One request, whole.
+#[derive(Debug)]
+pub struct Request {
+    /// `[u16 H][headers][u32 N][payload]`, as it came.
+    bytes: Vec<u8>,
+    headers: Range<usize>,
+    body: Range<usize>,
+    id: String,
+    codec: PayloadCodec,
+}
+
+/// Why a body is not one value of its codec.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the request's body is not {codec}: {why}")]
+pub struct BadBody {
+    codec: &'static str,
+    why: String,
+}
+
+impl Request {
+    /// Its identity, the same at every hop.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// How the body is encoded, and each item of the response is to be.
+    pub fn codec(&self) -> PayloadCodec {
+        self.codec
+    }
+
+    /// The body, not looked at.
+    pub fn body(&self) -> &[u8] {
+        &self.bytes[self.body.clone()]
+    }
+
+    /// The one value that the body must be, without blanks around it, still encoded.
+    ///
+    /// # Errors
+    /// The body is not a value of its codec, or more than one.
+    pub fn value(&self) -> Result<&[u8], BadBody> {
+        item::value(self.body(), self.codec).map_err(|error| BadBody {
+            codec: self.codec.name(),
+            why: error.to_string(),
+        })
+    }
+
+    /// The value of a header of the frame.
+    pub fn header(&self, name: &str) -> Option<Text<'_>> {
+        headers::find(&self.bytes[self.headers.clone()], name)
+    }
+
+    /// Bytes that it holds.
+    pub(crate) fn held_bytes(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+/// Where the caller waits for the response.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct CallHome {
+    pub(crate) address: SocketAddr,
+    pub(crate) subject: String,
+}
+
+/// A frame whose envelope cannot be understood, and where its caller can be told, if known.
+#[derive(Debug)]
+pub(crate) struct Undecodable {
+    pub(crate) home: Option<CallHome>,
+    pub(crate) why: String,
+}
+
+/// Reads a frame without its path.
+pub(crate) fn read(bytes: Vec<u8>) -> Result<(Request, CallHome), Undecodable> {
+    let headers_bytes = usize::from(u16::from_be_bytes([bytes[0], bytes[1]]));
+    let headers = 2..2 + headers_bytes;
+    let payload = headers.end + 4;
+    match envelope(&bytes[payload..]) {
+        Ok(envelope) => {
+            let body = payload + envelope.body.start..payload + envelope.body.end;
+            let request = Request {
+                bytes,
+                headers,
+                body,
+                id: envelope.id,
+                codec: envelope.codec,
+            };
+            Ok((request, envelope.home))
+        }
+        Err(why) => {
+            let home = call_home_of(&bytes[payload..]);
+            Err(Undecodable { home, why })
+        }
+    }
+}
+
+struct Envelope {
+    body: Range<usize>,
+    id: String,
+    codec: PayloadCodec,
+    home: CallHome,
+}
+
+/// All that Dynamo's worker asks of an envelope (spec/request-plane.md §10.2).
+fn envelope(payload: &[u8]) -> Result<Envelope, String> {
+    let parts = match two_part::decode(payload, None) {
+        Decoded::Frame(parts) => parts,
+        Decoded::Need(bytes) => {
+            let have = payload.len();
+            return Err(format!("the envelope has {have} bytes of {bytes}"));
+        }
+        Decoded::Bad(bad) => return Err(bad.to_string()),
+    };
+    let control = control_message::decode(&payload[parts.header.clone()]);
+    let control = control.map_err(|error| error.to_string())?;
+    let mut scratch = scratch(&control.connection_info);
+    let info = TcpConnectionInfo::parse(&control.connection_info, &mut scratch);
+    let info = info.map_err(|error| error.to_string())?;
+    if info.stream_type != StreamType::Response {
+        return Err("the connection info is not one for a response".into());
+    }
+    let (id, context) = (control.id.to_cow(), info.context.to_cow());
+    if id != context {
+        return Err("the connection info's context is not the request's id".into());
+    }
+    if control.request_type == RequestType::ManyIn {
+        return Err("this endpoint takes one request, not a stream of them".into());
+    }
+    if parts.body.is_empty() {
+        return Err("the request has no body".into());
+    }
+    let address = info.socket_addr().map_err(|error| error.to_string())?;
+    Ok(Envelope {
+        body: parts.body,
+        id: id.into_owned(),
+        codec: control.payload_codec,
+        home: CallHome {
+            address,
+            subject: info.subject.to_cow().into_owned(),
+        },
+    })
+}
+
+/// Where the caller is, if at least that can be read: his connection info must be whole, whatever
+/// is wrong around it.
+fn call_home_of(payload: &[u8]) -> Option<CallHome> {
+    let Decoded::Frame(parts) = two_part::decode_prefix(payload, None) else {
+        return None;
+    };
+    let mut members = Object::open(payload.get(parts.header)?).ok()?;
+    while let Some(member) = members.next_member().ok()? {
+        if member.key == "connection_info" {
+            let info = ConnectionInfo::decode(member.value.raw()).ok()?;
+            let mut scratch = scratch(&info);
+            let info = TcpConnectionInfo::parse(&info, &mut scratch).ok()?;
+            return Some(CallHome {
+                address: info.socket_addr().ok()?,
+                subject: info.subject.to_cow().into_owned(),
+            });
+        }
+    }
+    None
+}
+
+/// Room for an info of any length: a request id may be long.
+fn scratch(info: &ConnectionInfo<'_>) -> Vec<u8> {
+    vec![0; info.info.raw().len()]
+}
+
+/// A handler at work. A panic ends the request and nothing else.
+pub(crate) struct Task {
+    work: Option<Pin<Box<dyn Future<Output = ()>>>>,
+    stream: Shared,
+}
+
+impl Task {
+    pub(crate) fn new(
+        handler: Rc<dyn Handler>,
+        request: Request,
+        responder: Responder,
+        stream: Shared,
+    ) -> Task {
+        // Called inside the future, so that a panic of `handle` itself is caught as well.
+        let work = async move { handler.handle(request, responder).await };
+        stream.borrow_mut().task_began();
+        Task {
+            work: Some(Box::pin(work)),
+            stream,
+        }
+    }
+
+    fn poll_work(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let Some(work) = &mut self.work else {
+            return Poll::Ready(());
+        };
+        match catch_unwind(AssertUnwindSafe(|| work.as_mut().poll(context))) {
+            Ok(poll) => poll,
+            Err(_) => {
+                self.stream.borrow_mut().panicked();
+                Poll::Ready(())
+            }
+        }
+    }
+
+    /// Drops the handler, whatever it does when it is dropped.
+    fn put_down(&mut self) {
+        let work = self.work.take();
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(work)));
+    }
+}
+
+impl Future for Task {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        let abandoned = self.stream.borrow_mut().task_polled(context);
+        if !abandoned && self.poll_work(context).is_pending() {
+            return Poll::Pending;
+        }
+        self.put_down();
+        Poll::Ready(())
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.put_down();
+        self.stream.borrow_mut().task_ended();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use corelane_codec::control_message::{NewControlMessage, TcpConnection};
+
+    use super::*;
+
+    fn frame(control: &[u8], body: &[u8]) -> Vec<u8> {
+        let mut payload = Vec::new();
+        two_part::write(control, body, &mut payload);
+        let headers = br#"{"request-id":"r","x-a":"1"}"#;
+        let mut frame = (headers.len() as u16).to_be_bytes().to_vec();
+        frame.extend_from_slice(headers);
+        frame.extend_from_slice(&(payload.len() as u32).to_be_bytes());
+        frame.extend_from_slice(&payload);
+        frame
+    }
+
+    fn control(context: &str) -> String {
+        let message = NewControlMessage {
+            id: "id-1",
+            request_type: RequestType::SingleIn,
+            payload_codec: PayloadCodec::Json,
+            connection_info: TcpConnection {
+                address: "127.0.0.1:9",
+                subject: "s",
+                context,
+                stream_type: StreamType::Response,
+            },
+            metadata: &[],
+            frontend_send_ts_ns: None,
+            request_stream_connection_info: None,
+        };
+        let mut out = Vec::new();
+        message.write(&mut out).unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn a_good_frame_becomes_a_request() {
+        let bytes = frame(control("id-1").as_bytes(), b" {\"a\":1} ");
+        let (request, home) = read(bytes).unwrap();
+        assert_eq!((request.id(), request.codec()), ("id-1", PayloadCodec::Json));
+        assert_eq!(request.body(), b" {\"a\":1} ");
+        assert_eq!(request.value().unwrap(), b"{\"a\":1}");
+        assert!(request.header("x-a").unwrap() == "1" && request.header("x-b").is_none());
+        assert_eq!(home.address, "127.0.0.1:9".parse().unwrap());
+        assert_eq!(home.subject, "s");
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_and_the_caller_found_all_the_same() {
+        let good = control("id-1");
+        for (control, body, why) in [
+            (control("other"), "1", "context"),
+            (good.replace("\\\"response\\\"", "\\\"request\\\""), "1", "response"),
+            (good.replace("\"json\"", "\"cbor\""), "1", "payload_codec"),
+            (good.replace("single_in", "many_in"), "1", "stream"),
+            (good.replace("\"id\":\"id-1\",", ""), "1", "`id`"),
+            (good.clone(), "", "no body"),
+        ] {
+            let undecodable = read(frame(control.as_bytes(), body.as_bytes())).unwrap_err();
+            assert!(undecodable.why.contains(why), "{}", undecodable.why);
+            let home = undecodable.home.expect("the address was there");
+            assert_eq!(home.subject, "s");
+        }
+        let mut cut = frame(good.as_bytes(), b"body");
+        cut.truncate(cut.len() - 2);
+        assert!(read(cut).unwrap_err().home.is_some());
+        for control in ["", "{}", "[]", &good.replace("tcp_server", "zmq")] {
+            let undecodable = read(frame(control.as_bytes(), b"1")).unwrap_err();
+            assert_eq!(undecodable.home, None, "{control}");
+        }
+    }
+
+    #[test]
+    fn a_body_must_be_one_value() {
+        for body in ["{", "1 2", "nope"] {
+            let (request, _) = read(frame(control("id-1").as_bytes(), body.as_bytes())).unwrap();
+            let error = request.value().unwrap_err();
+            assert!(error.to_string().starts_with("the request's body is not json: "));
+        }
+    }
+}

@@ -1,0 +1,275 @@
+//! The call-home socket of each request that a handler of this process answers.
+//!
+//! ```text
+//! Dialing --connected--> Open --all written--> Closing --caller's end, or 10 s--> (gone)
+//!    |  '-no port left-> Pausing                                  ^
+//!    '------ refused, late ---> Dead <--stop, kill, reset, cut off |
+//!                                '--the handler has ended----------'
+//! ```
+//!
+//! The dial and the handler run at the same time; what the handler has written when the connect
+//! completes leaves with the handshake in one send.
+
+use std::cell::RefCell;
+use std::net::SocketAddr;
+use std::rc::Rc;
+
+use corelane_codec::call_home::{self, StreamMessage};
+use corelane_codec::control_message::PayloadCodec;
+use corelane_codec::{Decoded, two_part};
+
+use crate::connection::{End, Role};
+use crate::ends;
+use crate::handler::CallHome;
+use crate::responder::{Shared, Stream};
+use crate::ring::Ring;
+use crate::shard::{Shard, TimerKind};
+use crate::table::NONE;
+use crate::timer_wheel::TimerId;
+
+/// From the first attempt to dial to the last moment that one may succeed.
+const DIAL_NS: u64 = 5_000_000_000;
+/// Pause after an attempt that failed for lack of a port, a descriptor or memory.
+const PAUSE_NS: u64 = 100_000_000;
+/// The caller has so long to close the socket after the sentinel (spec/request-plane.md §4.5).
+const CLOSE_NS: u64 = 10_000_000_000;
+/// A handler has so long to end once its caller is gone.
+const END_NS: u64 = 10_000_000_000;
+/// No control message that we know is longer.
+const CONTROL_BYTES_MAX: usize = 256;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Dialing,
+    Pausing,
+    Open,
+    Closing,
+    Dead,
+}
+
+/// One response and its socket.
+pub(crate) struct Response {
+    stream: Shared,
+    connection: u32,
+    address: SocketAddr,
+    state: State,
+    dial_until_ns: u64,
+    timer: Option<TimerId>,
+    holds_slot: bool,
+}
+
+/// Takes a slot for a response and dials its caller. `None` when the table is full.
+pub(crate) fn open<R: Ring>(
+    shard: &mut Shard<R>,
+    home: &CallHome,
+    codec: PayloadCodec,
+) -> Option<Shared> {
+    let stream = Stream::new(&home.subject, codec, &shard.worker.host);
+    let stream = Rc::new(RefCell::new(stream));
+    let response = Response {
+        stream: Rc::clone(&stream),
+        connection: NONE,
+        address: home.address,
+        state: State::Dialing,
+        dial_until_ns: shard.now_ns + DIAL_NS,
+        timer: None,
+        holds_slot: true,
+    };
+    let slot = shard.worker.responses.insert(response).ok()?;
+    let generation = shard.worker.responses.generation(slot);
+    stream.borrow_mut().set_place((slot, generation));
+    shard.worker.take_slot();
+    dial(shard, slot);
+    Some(stream)
+}
+
+fn dial<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    let response = &mut shard.worker.responses[slot];
+    response.state = State::Dialing;
+    let (address, until_ns) = (response.address, response.dial_until_ns);
+    set_timer(shard, slot, until_ns);
+    match shard.dial(&address, Role::End(End::Response(slot))) {
+        Ok(connection) => shard.worker.responses[slot].connection = connection,
+        Err(errno) => not_connected(shard, slot, errno),
+    }
+}
+
+/// A dial has failed.
+fn not_connected<R: Ring>(shard: &mut Shard<R>, slot: u32, errno: i32) {
+    let lacking = [
+        libc::EADDRNOTAVAIL,
+        libc::EMFILE,
+        libc::ENFILE,
+        libc::ENOBUFS,
+        libc::ENOMEM,
+    ];
+    let again_ns = shard.now_ns + PAUSE_NS;
+    if lacking.contains(&errno) && again_ns < shard.worker.responses[slot].dial_until_ns {
+        shard.worker.responses[slot].state = State::Pausing;
+        return set_timer(shard, slot, again_ns);
+    }
+    shard.stats.shard.responses_unreachable.add(1);
+    die(shard, slot, true);
+}
+
+/// The caller has answered the dial.
+pub(crate) fn connected<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    clear_timer(shard, slot);
+    shard.worker.responses[slot].state = State::Open;
+    advance(shard, slot);
+}
+
+/// The handler has written, or ended, or the socket has taken something.
+pub(crate) fn advance<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    let response = &mut shard.worker.responses[slot];
+    let connection = response.connection;
+    response.stream.borrow_mut().seen();
+    match response.state {
+        State::Dialing | State::Pausing => return,
+        State::Closing | State::Dead => return end_if_over(shard, slot),
+        State::Open => {}
+    }
+    let outgoing = &mut shard.connections[connection].outgoing;
+    if !outgoing.is_empty() {
+        return;
+    }
+    if response.stream.borrow_mut().give(outgoing.waiting()) {
+        return ends::flush(shard, connection);
+    }
+    if response.stream.borrow().is_written() {
+        written(shard, slot);
+    }
+}
+
+/// The socket took `bytes` bytes.
+pub(crate) fn sent<R: Ring>(shard: &mut Shard<R>, slot: u32, bytes: usize) {
+    let connection = shard.worker.responses[slot].connection;
+    let outgoing = &mut shard.connections[connection].outgoing;
+    outgoing.sent(bytes);
+    if !outgoing.is_empty() {
+        return ends::flush(shard, connection);
+    }
+    shard.worker.responses[slot].stream.borrow_mut().taken();
+    advance(shard, slot);
+}
+
+/// The whole response is in the socket.
+fn written<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    let response = &mut shard.worker.responses[slot];
+    let connection = response.connection;
+    let complete = response.stream.borrow().is_complete();
+    if !complete || shard.connections[connection].end_of_stream {
+        // Cut off by its handler, or the caller has closed before us.
+        return die(shard, slot, false);
+    }
+    response.state = State::Closing;
+    let until_ns = shard.now_ns + CLOSE_NS;
+    set_timer(shard, slot, until_ns);
+    end_if_over(shard, slot);
+}
+
+/// The socket goes; the entry stays until the handler has ended.
+fn die<R: Ring>(shard: &mut Shard<R>, slot: u32, kill: bool) {
+    let response = &mut shard.worker.responses[slot];
+    response.state = State::Dead;
+    response.stream.borrow_mut().stop(kill);
+    let connection = std::mem::replace(&mut response.connection, NONE);
+    if connection != NONE {
+        shard.connections[connection].outgoing.drop_waiting();
+        shard.forget(connection);
+    }
+    let until_ns = shard.now_ns + END_NS;
+    set_timer(shard, slot, until_ns);
+    end_if_over(shard, slot);
+}
+
+/// Frees the slot when the handler has ended, and the entry when the socket is gone as well.
+fn end_if_over<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    let response = &mut shard.worker.responses[slot];
+    if !response.stream.borrow().is_task_over() {
+        return;
+    }
+    if std::mem::take(&mut response.holds_slot) {
+        shard.worker.free_slot();
+    }
+    if shard.worker.responses[slot].state == State::Dead {
+        clear_timer(shard, slot);
+        shard.worker.responses.remove(slot);
+    }
+}
+
+/// The caller has said something on the socket (spec/request-plane.md §4.6).
+pub(crate) fn said<R: Ring>(shard: &mut Shard<R>, connection: u32, slot: u32) {
+    loop {
+        let incoming = &mut shard.connections[connection].incoming;
+        if shard.worker.responses[slot].state == State::Closing {
+            // Too late to matter.
+            return shard.pieces.clear(incoming);
+        }
+        let mut bytes = [0; CONTROL_BYTES_MAX];
+        let copied = shard.pieces.copy_out(incoming, 0, &mut bytes);
+        let bytes = &bytes[..copied];
+        let message = match two_part::decode(bytes, Some(CONTROL_BYTES_MAX as u64)) {
+            Decoded::Frame(message) => message,
+            Decoded::Need(_) => return,
+            Decoded::Bad(_) => return die(shard, slot, true),
+        };
+        match call_home::classify(bytes, &message) {
+            StreamMessage::Empty => shard.pieces.advance(incoming, message.frame_bytes()),
+            StreamMessage::Stop => return die(shard, slot, false),
+            _ => return die(shard, slot, true),
+        }
+    }
+}
+
+/// The caller's end of stream. Before the sentinel it means nothing: he may have closed only his
+/// own direction.
+pub(crate) fn half_closed<R: Ring>(shard: &mut Shard<R>, connection: u32, slot: u32) {
+    shard.connections[connection].end_of_stream = true;
+    if shard.worker.responses[slot].state == State::Closing {
+        shard.lost(connection, 0);
+    }
+}
+
+/// The connection is gone; it has been closed already.
+pub(crate) fn lost<R: Ring>(shard: &mut Shard<R>, slot: u32, errno: i32) {
+    let response = &mut shard.worker.responses[slot];
+    response.connection = NONE;
+    match response.state {
+        State::Dialing => not_connected(shard, slot, errno),
+        State::Open => {
+            shard.stats.shard.responses_lost.add(1);
+            die(shard, slot, true);
+        }
+        // A reset after the sentinel is as good as an end of stream (§4.5).
+        State::Closing => die(shard, slot, false),
+        State::Pausing | State::Dead => {}
+    }
+}
+
+/// The timer of a response.
+pub(crate) fn overdue<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    let response = &mut shard.worker.responses[slot];
+    response.timer = None;
+    let connection = response.connection;
+    match response.state {
+        State::Dialing => shard.lost(connection, libc::ETIMEDOUT),
+        State::Pausing => dial(shard, slot),
+        State::Closing => die(shard, slot, false),
+        State::Dead => response.stream.borrow_mut().abandon(),
+        State::Open => {}
+    }
+}
+
+fn set_timer<R: Ring>(shard: &mut Shard<R>, slot: u32, deadline_ns: u64) {
+    clear_timer(shard, slot);
+    let generation = shard.worker.responses.generation(slot);
+    let timer = shard.timer_to_cancel(TimerKind::Response, slot, generation, deadline_ns);
+    shard.worker.responses[slot].timer = timer;
+}
+
+fn clear_timer<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    if let Some(timer) = shard.worker.responses[slot].timer.take() {
+        shard.timers.cancel(timer);
+    }
+}

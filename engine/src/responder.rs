@@ -1,0 +1,513 @@
+//! What a handler writes its response with, and the state that it shares with its shard.
+//!
+//! ```text
+//! handler --item, finish--> out (encoded) --shard--> call-home socket
+//! handler <--room, stopped-- wakers       <--shard-- bytes taken, "stop", "kill"
+//! ```
+//!
+//! Both sides live on one thread and never borrow the state across a wait.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use corelane_codec::call_home::{self, SENTINEL_FRAME};
+use corelane_codec::control_message::{PayloadCodec, StreamType};
+use corelane_codec::error::DynamoError;
+use corelane_codec::item::{self, Annotated};
+use corelane_codec::two_part;
+
+use crate::ring::monotonic_ns;
+
+/// Items that may wait for the socket before a handler has to.
+const ITEMS_MAX: u32 = 64;
+/// Bytes that may.
+const BYTES_MAX: usize = 256 * 1024;
+
+/// The caller wants nothing more, or cannot be reached: the handler should end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the caller of this request is gone")]
+pub struct Gone;
+
+/// What the handlers of one shard share: its timers, and the list of responses to look at.
+#[derive(Clone, Default)]
+pub struct Host(Rc<HostState>);
+
+#[derive(Default)]
+struct HostState {
+    /// Responses that a handler has touched, by slot and generation.
+    touched: RefCell<Vec<(u32, u32)>>,
+    /// By deadline and number. The shard's timer wheel counts milliseconds; pauses between items
+    /// are shorter.
+    sleepers: RefCell<BTreeMap<(u64, u64), Waker>>,
+    next_sleeper: Cell<u64>,
+    /// A task was spawned or woken since the executor's last turn.
+    woken: Cell<bool>,
+    tasks: Cell<usize>,
+}
+
+impl Host {
+    /// Waits for so long, at least.
+    pub fn sleep(&self, time: Duration) -> Sleep {
+        let ns = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        Sleep {
+            host: self.clone(),
+            deadline_ns: monotonic_ns().saturating_add(ns),
+            number: None,
+        }
+    }
+
+    /// Whether the executor has something to do.
+    pub(crate) fn is_woken(&self) -> bool {
+        self.0.woken.get()
+    }
+
+    pub(crate) fn set_woken(&self, woken: bool) {
+        self.0.woken.set(woken);
+    }
+
+    /// Tasks that have not ended.
+    pub(crate) fn tasks(&self) -> usize {
+        self.0.tasks.get()
+    }
+
+    pub(crate) fn take_touched(&self, into: &mut Vec<(u32, u32)>) {
+        into.append(&mut self.0.touched.borrow_mut());
+    }
+
+    /// When the first sleeper is to be woken.
+    pub(crate) fn next_deadline(&self) -> Option<u64> {
+        let sleepers = self.0.sleepers.borrow();
+        sleepers.first_key_value().map(|((deadline, _), _)| *deadline)
+    }
+
+    /// Wakes the sleepers whose time has come.
+    pub(crate) fn wake_sleepers(&self, now_ns: u64) {
+        loop {
+            let mut sleepers = self.0.sleepers.borrow_mut();
+            match sleepers.first_entry() {
+                Some(first) if first.key().0 <= now_ns => {
+                    let waker = first.remove();
+                    drop(sleepers);
+                    self.wake(waker);
+                }
+                _ => return,
+            }
+        }
+    }
+
+    fn wake(&self, waker: Waker) {
+        self.set_woken(true);
+        waker.wake();
+    }
+}
+
+/// A pause of a handler.
+#[must_use = "a future does nothing unless it is awaited"]
+pub struct Sleep {
+    host: Host,
+    deadline_ns: u64,
+    number: Option<u64>,
+}
+
+impl Future for Sleep {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        if monotonic_ns() >= self.deadline_ns {
+            return Poll::Ready(());
+        }
+        let state = Rc::clone(&self.host.0);
+        let number = *self.number.get_or_insert_with(|| {
+            state.next_sleeper.set(state.next_sleeper.get() + 1);
+            state.next_sleeper.get()
+        });
+        let waker = context.waker().clone();
+        let mut sleepers = state.sleepers.borrow_mut();
+        sleepers.insert((self.deadline_ns, number), waker);
+        Poll::Pending
+    }
+}
+
+impl Drop for Sleep {
+    fn drop(&mut self) {
+        if let Some(number) = self.number {
+            let mut sleepers = self.host.0.sleepers.borrow_mut();
+            sleepers.remove(&(self.deadline_ns, number));
+        }
+    }
+}
+
+/// The state of one response.
+pub(crate) struct Stream {
+    codec: PayloadCodec,
+    /// Encoded, and not given to the socket.
+    out: Vec<u8>,
+    out_items: u32,
+    /// Given to the socket, and not taken by it.
+    sending_bytes: usize,
+    sending_items: u32,
+    /// The prologue has been written.
+    began: bool,
+    /// Nothing more will be written.
+    over: bool,
+    /// It ended with a sentinel, so the caller closes the socket.
+    complete: bool,
+    stopped: bool,
+    killed: bool,
+    /// The handler has been given time to end and has not.
+    abandoned: bool,
+    task_over: bool,
+    task: Option<Waker>,
+    wakers: Vec<Waker>,
+    place: (u32, u32),
+    touched: bool,
+    host: Host,
+}
+
+/// A response's state as its shard and its handler hold it.
+pub(crate) type Shared = Rc<RefCell<Stream>>;
+
+impl Stream {
+    /// A response that begins with the handshake of `subject`. It has no task yet.
+    pub(crate) fn new(subject: &str, codec: PayloadCodec, host: &Host) -> Stream {
+        let mut out = Vec::with_capacity(512);
+        call_home::write_handshake(subject, StreamType::Response, &mut out);
+        Stream {
+            codec,
+            out,
+            out_items: 0,
+            sending_bytes: 0,
+            sending_items: 0,
+            began: false,
+            over: false,
+            complete: false,
+            stopped: false,
+            killed: false,
+            abandoned: false,
+            task_over: true,
+            task: None,
+            wakers: Vec::new(),
+            place: (0, 0),
+            touched: false,
+            host: host.clone(),
+        }
+    }
+
+    // --- for the shard ---------------------------------------------------------------
+
+    /// Where the shard keeps it: slot and generation.
+    pub(crate) fn set_place(&mut self, place: (u32, u32)) {
+        self.place = place;
+    }
+
+    /// The shard has seen what was touched.
+    pub(crate) fn seen(&mut self) {
+        self.touched = false;
+    }
+
+    /// Whether nothing more will be written and all has been given to the socket.
+    pub(crate) fn is_written(&self) -> bool {
+        self.over && self.out.is_empty()
+    }
+
+    pub(crate) fn is_complete(&self) -> bool {
+        self.complete
+    }
+
+    pub(crate) fn is_task_over(&self) -> bool {
+        self.task_over
+    }
+
+    /// Gives what there is to the socket; false when there is nothing.
+    pub(crate) fn give(&mut self, to: &mut Vec<u8>) -> bool {
+        debug_assert!(to.is_empty());
+        std::mem::swap(to, &mut self.out);
+        self.sending_bytes = to.len();
+        self.sending_items = std::mem::take(&mut self.out_items);
+        !to.is_empty()
+    }
+
+    /// The socket has taken all that it was given.
+    pub(crate) fn taken(&mut self) {
+        self.sending_bytes = 0;
+        self.sending_items = 0;
+        self.wake_all();
+    }
+
+    /// The caller wants no more, or is gone. What has not been given to the socket is thrown away.
+    pub(crate) fn stop(&mut self, kill: bool) {
+        self.stopped = true;
+        self.killed |= kill;
+        self.over = true;
+        self.complete = false;
+        self.out.clear();
+        self.out_items = 0;
+        self.wake_all();
+    }
+
+    /// The handler is to be dropped.
+    pub(crate) fn abandon(&mut self) {
+        self.abandoned = true;
+        if let Some(task) = self.task.take() {
+            self.host.wake(task);
+        }
+    }
+
+    fn wake_all(&mut self) {
+        for waker in std::mem::take(&mut self.wakers) {
+            self.host.wake(waker);
+        }
+    }
+
+    // --- for the task ----------------------------------------------------------------
+
+    pub(crate) fn task_began(&mut self) {
+        self.task_over = false;
+        self.host.0.tasks.set(self.host.tasks() + 1);
+        self.host.set_woken(true);
+    }
+
+    /// Notes whom to wake; answers whether the handler is to be dropped.
+    pub(crate) fn task_polled(&mut self, context: &mut Context<'_>) -> bool {
+        match &self.task {
+            Some(task) if task.will_wake(context.waker()) => {}
+            _ => self.task = Some(context.waker().clone()),
+        }
+        self.abandoned
+    }
+
+    pub(crate) fn task_ended(&mut self) {
+        self.task_over = true;
+        self.task = None;
+        self.host.0.tasks.set(self.host.tasks() - 1);
+        self.touch();
+    }
+
+    /// The handler panicked: the caller gets an error, as for any other failure.
+    pub(crate) fn panicked(&mut self) {
+        self.fail(&DynamoError::backend_unknown("the handler of this request panicked"));
+    }
+
+    // --- for the responder -----------------------------------------------------------
+
+    fn touch(&mut self) {
+        if !self.touched {
+            self.touched = true;
+            self.host.0.touched.borrow_mut().push(self.place);
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.out_items + self.sending_items >= ITEMS_MAX
+            || self.out.len() + self.sending_bytes >= BYTES_MAX
+    }
+
+    fn wait(&mut self, context: &mut Context<'_>) {
+        if !self.wakers.iter().any(|waker| waker.will_wake(context.waker())) {
+            self.wakers.push(context.waker().clone());
+        }
+    }
+
+    fn poll_room(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Gone>> {
+        if self.over {
+            return Poll::Ready(Err(Gone));
+        }
+        if !self.is_full() {
+            return Poll::Ready(Ok(()));
+        }
+        self.wait(context);
+        Poll::Pending
+    }
+
+    fn begin(&mut self) {
+        if !self.began {
+            self.began = true;
+            self.out.extend_from_slice(&call_home::PROLOGUE_OK_FRAME);
+        }
+    }
+
+    /// One item whose data are `parts`, one behind the other.
+    fn write_item(&mut self, parts: [&[u8]; 3]) {
+        self.begin();
+        let (before, after) = item::around(self.codec);
+        let data_bytes: usize = parts.iter().map(|part| part.len()).sum();
+        let body_bytes = before.len() + data_bytes + after.len();
+        self.out.extend_from_slice(&two_part::prefix(0, body_bytes));
+        self.out.extend_from_slice(before);
+        for part in parts {
+            self.out.extend_from_slice(part);
+        }
+        self.out.extend_from_slice(after);
+        self.out_items += 1;
+        self.touch();
+    }
+
+    fn write_error_item(&mut self, error: &DynamoError) {
+        let item = Annotated::<()>::from_error(error.clone());
+        let mut data = Vec::with_capacity(256);
+        // Texts and words always have a form in both codecs.
+        if item::write_value(&item, self.codec, &mut data).is_ok() {
+            self.write_item([&data, b"", b""]);
+        }
+    }
+
+    fn finish(&mut self) {
+        if self.over {
+            return;
+        }
+        self.begin();
+        let last = call_home::final_marker_frame(self.codec);
+        self.out.extend_from_slice(last);
+        self.end();
+    }
+
+    /// An error prologue as long as there is no prologue, an error item after that.
+    pub(crate) fn fail(&mut self, error: &DynamoError) {
+        if self.over {
+            return;
+        }
+        if self.began {
+            self.write_error_item(error);
+            return self.finish();
+        }
+        self.began = true;
+        call_home::write_prologue_error(error.text(), Some(&error.to_json()), &mut self.out);
+        self.end();
+    }
+
+    fn end(&mut self) {
+        self.out.extend_from_slice(&SENTINEL_FRAME);
+        self.over = true;
+        self.complete = true;
+        self.touch();
+    }
+}
+
+/// Writes the response of one request. Dropped before [`Responder::finish`] or
+/// [`Responder::fail`] it closes the socket, and the caller sees a worker that was lost.
+pub struct Responder {
+    stream: Shared,
+    host: Host,
+}
+
+impl Responder {
+    pub(crate) fn new(stream: &Shared) -> Responder {
+        let host = stream.borrow().host.clone();
+        Responder {
+            stream: Rc::clone(stream),
+            host,
+        }
+    }
+
+    /// How items are to be encoded.
+    pub fn codec(&self) -> PayloadCodec {
+        self.stream.borrow().codec
+    }
+
+    /// Writes one item; `data` is one encoded value of the endpoint's response type. Waits while
+    /// 64 items or 256 KiB wait for the caller.
+    ///
+    /// # Errors
+    /// [`Gone`]: the item is not written, and no later one will be.
+    pub async fn item(&mut self, data: &[u8]) -> Result<(), Gone> {
+        self.room().await?;
+        self.stream.borrow_mut().write_item([data, b"", b""]);
+        Ok(())
+    }
+
+    /// Writes one item of the usual type: `Annotated` with `value`, one encoded value, as its data.
+    ///
+    /// # Errors
+    /// As [`Responder::item`].
+    pub async fn annotated(&mut self, value: &[u8]) -> Result<(), Gone> {
+        self.room().await?;
+        let mut stream = self.stream.borrow_mut();
+        match stream.codec {
+            PayloadCodec::Json => stream.write_item([b"{\"data\":", value, b"}"]),
+            PayloadCodec::MessagePack => stream.write_item([b"\x81\xa4data", value, b""]),
+        }
+        Ok(())
+    }
+
+    /// Writes an item that is an error. The response goes on.
+    ///
+    /// # Errors
+    /// As [`Responder::item`].
+    pub async fn error_item(&mut self, error: &DynamoError) -> Result<(), Gone> {
+        self.room().await?;
+        self.stream.borrow_mut().write_error_item(error);
+        Ok(())
+    }
+
+    /// Ends the response with an error: in the prologue if there was no item, else as last item.
+    pub fn fail(self, error: &DynamoError) {
+        self.stream.borrow_mut().fail(error);
+    }
+
+    /// Ends the response well.
+    pub fn finish(self) {
+        self.stream.borrow_mut().finish();
+    }
+
+    /// Whether the caller asked to stop, or is gone.
+    pub fn is_stopped(&self) -> bool {
+        self.stream.borrow().stopped
+    }
+
+    /// Whether the caller asked to be spared the rest, or is gone.
+    pub fn is_killed(&self) -> bool {
+        self.stream.borrow().killed
+    }
+
+    /// Waits until [`Responder::is_stopped`].
+    pub async fn stopped(&self) {
+        poll_fn(|context| self.poll_stopped(context)).await;
+    }
+
+    /// Waits for so long, at least.
+    ///
+    /// # Errors
+    /// [`Gone`] at once when the caller asks to stop or is gone.
+    pub async fn sleep(&self, time: Duration) -> Result<(), Gone> {
+        let mut sleep = self.host.sleep(time);
+        poll_fn(|context| {
+            if self.poll_stopped(context).is_ready() {
+                return Poll::Ready(Err(Gone));
+            }
+            Pin::new(&mut sleep).poll(context).map(Ok)
+        })
+        .await
+    }
+
+    fn poll_stopped(&self, context: &mut Context<'_>) -> Poll<()> {
+        let mut stream = self.stream.borrow_mut();
+        if stream.stopped {
+            return Poll::Ready(());
+        }
+        stream.wait(context);
+        Poll::Pending
+    }
+
+    async fn room(&self) -> Result<(), Gone> {
+        poll_fn(|context| self.stream.borrow_mut().poll_room(context)).await
+    }
+}
+
+impl Drop for Responder {
+    fn drop(&mut self) {
+        // During a panic the task ends the response, with an error.
+        if std::thread::panicking() {
+            return;
+        }
+        let mut stream = self.stream.borrow_mut();
+        if !stream.over {
+            stream.over = true;
+            stream.touch();
+        }
+    }
+}

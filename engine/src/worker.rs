@@ -1,0 +1,288 @@
+//! Requests for handlers of this process: taken whole, admitted or refused, acknowledged, run.
+//!
+//! ```text
+//! frame -> admit -> ack -> envelope -> running (a slot) -> handler + call-home socket
+//!            |                  |-----> queue, first come first served
+//!            '-> refusal        '-----> cannot be decoded: its caller is called home with an error
+//! ```
+
+use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
+
+use corelane_codec::error::DynamoError;
+use corelane_codec::request_frame::Prefix;
+
+use crate::command::{LocalPath, Report};
+use crate::connection::Intake;
+use crate::decode::{self, WHOLE_BYTES_MAX};
+use crate::ends::Ends;
+use crate::executor::Spawner;
+use crate::handler::{self, CallHome, Handler, Request, Task, Undecodable};
+use crate::recv;
+use crate::respond::{self, Refusal};
+use crate::respond_stream::{self, Response};
+use crate::responder::{Host, Responder};
+use crate::ring::Ring;
+use crate::shard::Shard;
+use crate::table::Table;
+
+/// Marks an index as that of a handler, where it could also be that of a route.
+pub(crate) const LOCAL: u32 = 1 << 31;
+
+/// Bytes of requests that wait or still arrive; beyond this requests are refused.
+const HELD_BYTES_MAX: usize = 256 << 20;
+/// Undecodable requests are reported this often at most; all are counted.
+const REPORT_PAUSE_NS: u64 = 1_000_000_000;
+
+struct Waiting {
+    handler: u32,
+    request: Request,
+    home: CallHome,
+}
+
+/// The handlers of one shard and the requests that they have.
+pub(crate) struct Worker {
+    handlers: Vec<Rc<dyn Handler>>,
+    at: HashMap<Vec<u8>, u32>,
+    queue: VecDeque<Waiting>,
+    queue_max: usize,
+    running: usize,
+    running_max: usize,
+    /// Bytes of queued requests and of large frames that are arriving.
+    held_bytes: usize,
+    pub(crate) responses: Table<Response>,
+    pub(crate) host: Host,
+    spawner: Spawner,
+    /// Slots may have become free since the queue was looked at.
+    may_start: bool,
+    pub(crate) touched: Vec<(u32, u32)>,
+    reported_ns: u64,
+}
+
+impl Worker {
+    pub(crate) fn new(ends: Ends, spawner: Spawner) -> Worker {
+        let host = Host::default();
+        let handlers = ends.handlers.into_iter().map(|make| make(&host)).collect();
+        // Beside those that run there are those whose caller has not closed his socket yet.
+        let responses = if ends.running_max == 0 { 0 } else { 2 * ends.running_max + 64 };
+        Worker {
+            handlers,
+            at: HashMap::new(),
+            queue: VecDeque::new(),
+            queue_max: ends.queue_max as usize,
+            running: 0,
+            running_max: ends.running_max as usize,
+            held_bytes: 0,
+            responses: Table::new(responses as usize),
+            host,
+            spawner,
+            may_start: false,
+            touched: Vec::new(),
+            reported_ns: 0,
+        }
+    }
+
+    /// The handler at a path, marked as such.
+    pub(crate) fn find(&self, path: &[u8]) -> Option<u32> {
+        self.at.get(path).map(|handler| handler | LOCAL)
+    }
+
+    /// Takes over which paths are served.
+    pub(crate) fn serve(&mut self, paths: Vec<LocalPath>) {
+        let known = self.handlers.len();
+        let paths = paths.into_iter().filter(|local| (local.handler as usize) < known);
+        self.at = paths.map(|local| (local.path, local.handler)).collect();
+    }
+
+    /// Requests that run or wait.
+    pub(crate) fn busy(&self) -> usize {
+        self.running + self.queue.len()
+    }
+
+    fn admits(&self, bytes: usize) -> bool {
+        let slot = self.queue.is_empty() && self.has_slot();
+        (slot || self.queue.len() < self.queue_max) && self.held_bytes + bytes <= HELD_BYTES_MAX
+    }
+
+    fn has_slot(&self) -> bool {
+        self.running < self.running_max && !self.responses.is_full()
+    }
+
+    /// A large frame will not be completed.
+    pub(crate) fn let_go(&mut self, bytes: usize) {
+        self.held_bytes -= bytes.min(self.held_bytes);
+    }
+
+    pub(crate) fn take_slot(&mut self) {
+        self.running += 1;
+    }
+
+    pub(crate) fn free_slot(&mut self) {
+        self.running -= 1;
+        self.may_start = true;
+    }
+}
+
+/// A frame for a handler is at the front of a connection. Returns whether to look again.
+pub(crate) fn take<R: Ring>(
+    shard: &mut Shard<R>,
+    slot: u32,
+    prefix: &Prefix,
+    handler: u32,
+) -> bool {
+    let frame_bytes = prefix.frame_bytes();
+    let whole = frame_bytes <= WHOLE_BYTES_MAX;
+    let connection = &mut shard.connections[slot];
+    if whole && (connection.incoming.bytes() as u64) < frame_bytes {
+        connection.need = frame_bytes as usize;
+        return false;
+    }
+    let bytes = frame_bytes as usize - prefix.path.end;
+    if !shard.worker.admits(bytes) {
+        return decode::refuse(shard, slot, prefix, Refusal::AtCapacity);
+    }
+    if whole && !respond::accept(shard, slot) {
+        recv::crowd(shard, slot);
+        return false;
+    }
+    let connection = &mut shard.connections[slot];
+    connection.need = 0;
+    connection.frames += 1;
+    let path_bytes = prefix.path.end;
+    shard.pieces.advance(&mut connection.incoming, path_bytes);
+    connection.intake = Intake::Collect {
+        handler,
+        left: bytes as u64,
+    };
+    true
+}
+
+/// More of a frame has arrived. It is copied out at once, so that many half frames cannot hold all
+/// receive buffers. Returns whether to look again.
+pub(crate) fn collect<R: Ring>(shard: &mut Shard<R>, slot: u32, handler: u32, left: u64) -> bool {
+    let connection = &mut shard.connections[slot];
+    let here = (connection.incoming.bytes() as u64).min(left) as usize;
+    let large = left > here as u64 || !connection.collected.is_empty();
+    if large && shard.worker.held_bytes + here > HELD_BYTES_MAX {
+        return give_up(shard, slot, left);
+    }
+    let (incoming, collected) = (&mut connection.incoming, &mut connection.collected);
+    shard.pieces.move_out(incoming, here, collected);
+    connection.streamed += here as u64;
+    let left = left - here as u64;
+    connection.intake = Intake::Collect { handler, left };
+    if large {
+        shard.worker.held_bytes += here;
+    }
+    if left > 0 {
+        return false;
+    }
+    if large {
+        // Small frames were admitted and acknowledged before they were taken.
+        if !shard.worker.admits(0) {
+            return give_up(shard, slot, 0);
+        }
+        if !respond::accept(shard, slot) {
+            shard.lost(slot, libc::ENOBUFS);
+            return false;
+        }
+    }
+    let connection = &mut shard.connections[slot];
+    connection.intake = Intake::Frames;
+    let frame = std::mem::take(&mut connection.collected);
+    if large {
+        shard.worker.let_go(frame.len());
+    }
+    shard.stats.shard.requests.add(1);
+    begin(shard, handler, frame);
+    true
+}
+
+/// A large frame that there is no room for any more is refused; `left` bytes of it are discarded.
+fn give_up<R: Ring>(shard: &mut Shard<R>, slot: u32, left: u64) -> bool {
+    if !respond::refuse(shard, slot, Refusal::AtCapacity) {
+        // Without a reply the caller would wait in vain: he is told by a closed connection.
+        shard.lost(slot, libc::ENOBUFS);
+        return false;
+    }
+    let connection = &mut shard.connections[slot];
+    shard.worker.let_go(connection.collected.len());
+    connection.collected = Vec::new();
+    connection.intake = match left {
+        0 => Intake::Frames,
+        left => Intake::Discard { left },
+    };
+    true
+}
+
+/// An acknowledged request, without its path.
+fn begin<R: Ring>(shard: &mut Shard<R>, handler: u32, frame: Vec<u8>) {
+    match handler::read(frame) {
+        Ok((request, home)) => {
+            let waiting = Waiting {
+                handler,
+                request,
+                home,
+            };
+            if shard.worker.queue.is_empty() && shard.worker.has_slot() {
+                start(shard, waiting);
+            } else {
+                shard.worker.held_bytes += waiting.request.held_bytes();
+                shard.worker.queue.push_back(waiting);
+            }
+        }
+        Err(undecodable) => complain(shard, undecodable),
+    }
+}
+
+/// Nothing can be run, but the caller may be told.
+fn complain<R: Ring>(shard: &mut Shard<R>, undecodable: Undecodable) {
+    let Undecodable { home, why } = undecodable;
+    shard.stats.shard.undecodable.add(1);
+    let told = home.is_some_and(|home| {
+        let error = DynamoError::invalid_argument(format!("the request cannot be decoded: {why}"));
+        let opened = respond_stream::open(shard, &home, Default::default());
+        if let Some(stream) = &opened {
+            stream.borrow_mut().fail(&error);
+        }
+        opened.is_some()
+    });
+    if !told {
+        shard.stats.shard.callers_untold.add(1);
+    }
+    if shard.worker.reported_ns + REPORT_PAUSE_NS <= shard.now_ns {
+        shard.worker.reported_ns = shard.now_ns;
+        shard.report(Report::Undecodable { why });
+    }
+}
+
+fn start<R: Ring>(shard: &mut Shard<R>, waiting: Waiting) {
+    let Waiting {
+        handler,
+        request,
+        home,
+    } = waiting;
+    let Some(stream) = respond_stream::open(shard, &home, request.codec()) else {
+        shard.stats.shard.callers_untold.add(1);
+        return;
+    };
+    shard.stats.shard.handled.add(1);
+    let handler = Rc::clone(&shard.worker.handlers[handler as usize]);
+    let responder = Responder::new(&stream);
+    let task = Task::new(handler, request, responder, stream);
+    shard.worker.spawner.spawn(task);
+}
+
+/// Gives free slots to those who wait.
+pub(crate) fn start_waiting<R: Ring>(shard: &mut Shard<R>) {
+    if !std::mem::take(&mut shard.worker.may_start) {
+        return;
+    }
+    while shard.worker.has_slot() {
+        let Some(waiting) = shard.worker.queue.pop_front() else {
+            return;
+        };
+        shard.worker.let_go(waiting.request.held_bytes());
+        start(shard, waiting);
+    }
+}
