@@ -5,9 +5,9 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 
+use corelane_codec::Decoded;
 use corelane_codec::error::DynamoError;
 use corelane_codec::reply_frame::{self, Reply};
-use corelane_codec::Decoded;
 
 use crate::client::{self, Phase, What};
 use crate::connection::{End, Role};
@@ -99,7 +99,9 @@ fn cannot_connect(address: SocketAddr, errno: i32) -> DynamoError {
 
 fn make_room<R: Ring>(shard: &mut Shard<R>) {
     let links = &shard.client.links;
-    let idle = links.slots().find(|link| links[*link].unanswered.is_empty());
+    let idle = links
+        .slots()
+        .find(|link| links[*link].unanswered.is_empty());
     if let Some(idle) = idle {
         let connection = links[idle].connection;
         shard.lost(connection, 0);

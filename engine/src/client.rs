@@ -259,7 +259,14 @@ impl Client {
 /// A UUID as text.
 pub(crate) fn uuid(bits: u128) -> String {
     let hex = format!("{bits:032x}");
-    [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
+    [
+        &hex[..8],
+        &hex[8..12],
+        &hex[12..16],
+        &hex[16..20],
+        &hex[20..],
+    ]
+    .join("-")
 }
 
 /// Begins a call.
@@ -285,7 +292,10 @@ pub(crate) fn begin<R: Ring>(shard: &mut Shard<R>, new: NewCall) {
     }
     let bytes_max = shard.config.message_bytes_max;
     if frame.len() as u64 > bytes_max {
-        let text = format!("the request has {} bytes of at most {bytes_max}", frame.len());
+        let text = format!(
+            "the request has {} bytes of at most {bytes_max}",
+            frame.len()
+        );
         return refuse(shard, DynamoError::invalid_argument(text));
     }
     let after = |time: Duration| began_ns.saturating_add(time.as_nanos().min(1 << 62) as u64);
@@ -344,10 +354,16 @@ fn write_frame(
     let mut control = Vec::with_capacity(512);
     message.write(&mut control)?;
     let path = String::from_utf8_lossy(&new.path);
-    let own = [(headers::ENDPOINT_PATH, &*path), (headers::REQUEST_ID, &*id)];
+    let own = [
+        (headers::ENDPOINT_PATH, &*path),
+        (headers::REQUEST_ID, &*id),
+    ];
     let theirs = new.headers.iter().map(|(name, value)| (&**name, &**value));
     let theirs: Vec<(&str, &str)> = theirs.collect();
-    let own = own.iter().copied().filter(|(name, _)| theirs.iter().all(|(other, _)| other != name));
+    let own = own
+        .iter()
+        .copied()
+        .filter(|(name, _)| theirs.iter().all(|(other, _)| other != name));
     let all: Vec<(&str, &str)> = own.chain(theirs.iter().copied()).collect();
     let mut map = Vec::with_capacity(256);
     headers::write(&all, &mut map);

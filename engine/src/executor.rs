@@ -171,7 +171,10 @@ pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartE
     let address = listener
         .as_ref()
         .and_then(|listener| listener.local_addr().ok());
-    let home = ends.home.map(|home| home_listener(home, nonblocking)).transpose()?;
+    let home = ends
+        .home
+        .map(|home| home_listener(home, nonblocking))
+        .transpose()?;
     let (event_sender, events) = mesh::lane().map_err(resources("eventfd"))?;
     let (commands, command_receiver) = mesh::lane().map_err(resources("eventfd"))?;
     let (report_sender, reports) = mesh::lane().map_err(resources("eventfd"))?;
@@ -238,6 +241,11 @@ pub(crate) enum Spawner {
 }
 
 impl Spawner {
+    /// For a shard without handlers: nothing is ever spawned.
+    pub(crate) fn local() -> Spawner {
+        Spawner::Local(LocalPool::new().spawner())
+    }
+
     pub(crate) fn spawn(&self, task: Task) {
         match self {
             Spawner::Glommio => {

@@ -311,7 +311,10 @@ mod tests {
     fn a_good_frame_becomes_a_request() {
         let bytes = frame(control("id-1").as_bytes(), b" {\"a\":1} ");
         let (request, home) = read(bytes).unwrap();
-        assert_eq!((request.id(), request.codec()), ("id-1", PayloadCodec::Json));
+        assert_eq!(
+            (request.id(), request.codec()),
+            ("id-1", PayloadCodec::Json)
+        );
         assert_eq!(request.body(), b" {\"a\":1} ");
         assert_eq!(request.value().unwrap(), b"{\"a\":1}");
         assert!(request.header("x-a").unwrap() == "1" && request.header("x-b").is_none());
@@ -324,7 +327,11 @@ mod tests {
         let good = control("id-1");
         for (control, body, why) in [
             (control("other"), "1", "context"),
-            (good.replace("\\\"response\\\"", "\\\"request\\\""), "1", "response"),
+            (
+                good.replace("\\\"response\\\"", "\\\"request\\\""),
+                "1",
+                "response",
+            ),
             (good.replace("\"json\"", "\"cbor\""), "1", "payload_codec"),
             (good.replace("single_in", "many_in"), "1", "stream"),
             (good.replace("\"id\":\"id-1\",", ""), "1", "`id`"),
@@ -349,7 +356,11 @@ mod tests {
         for body in ["{", "1 2", "nope"] {
             let (request, _) = read(frame(control("id-1").as_bytes(), body.as_bytes())).unwrap();
             let error = request.value().unwrap_err();
-            assert!(error.to_string().starts_with("the request's body is not json: "));
+            assert!(
+                error
+                    .to_string()
+                    .starts_with("the request's body is not json: ")
+            );
         }
     }
 }

@@ -250,11 +250,15 @@ fn next_message<R: Ring>(shard: &mut Shard<R>, slot: u32) -> Option<Got> {
     let front = shard.pieces.front(&connection.incoming);
     if let Some(bytes) = front.get(..message_bytes) {
         let got = read(bytes, stage);
-        shard.pieces.advance(&mut connection.incoming, message_bytes);
+        shard
+            .pieces
+            .advance(&mut connection.incoming, message_bytes);
         return Some(got);
     }
     let mut bytes = Vec::with_capacity(message_bytes);
-    shard.pieces.move_out(&mut connection.incoming, message_bytes, &mut bytes);
+    shard
+        .pieces
+        .move_out(&mut connection.incoming, message_bytes, &mut bytes);
     Some(read(&bytes, stage))
 }
 

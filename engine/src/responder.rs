@@ -82,7 +82,9 @@ impl Host {
     /// When the first sleeper is to be woken.
     pub(crate) fn next_deadline(&self) -> Option<u64> {
         let sleepers = self.0.sleepers.borrow();
-        sleepers.first_key_value().map(|((deadline, _), _)| *deadline)
+        sleepers
+            .first_key_value()
+            .map(|((deadline, _), _)| *deadline)
     }
 
     /// Wakes the sleepers whose time has come.
@@ -290,7 +292,9 @@ impl Stream {
 
     /// The handler panicked: the caller gets an error, as for any other failure.
     pub(crate) fn panicked(&mut self) {
-        self.fail(&DynamoError::backend_unknown("the handler of this request panicked"));
+        self.fail(&DynamoError::backend_unknown(
+            "the handler of this request panicked",
+        ));
     }
 
     // --- for the responder -----------------------------------------------------------
@@ -308,7 +312,11 @@ impl Stream {
     }
 
     fn wait(&mut self, context: &mut Context<'_>) {
-        if !self.wakers.iter().any(|waker| waker.will_wake(context.waker())) {
+        if !self
+            .wakers
+            .iter()
+            .any(|waker| waker.will_wake(context.waker()))
+        {
             self.wakers.push(context.waker().clone());
         }
     }

@@ -17,8 +17,6 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_executor::LocalPool;
-
 use crate::buffers::Buffers;
 use crate::client::Client;
 use crate::config::{Idle, ShardConfig};
@@ -69,7 +67,7 @@ pub(crate) enum TimerKind {
     /// Accept calls home again after a failure.
     HomeAccept,
     /// Buffers have been short for long.
-    Shortage = 11,
+    Shortage,
 }
 
 /// The shard's ends of its queues from and to control.
@@ -142,27 +140,6 @@ const LEDGER_BYTES: usize = 4 << 20;
 const IDLE_WAIT: Duration = Duration::from_millis(250);
 
 impl<R: Ring> Shard<R> {
-    /// A shard over `ring` that only routes, for whoever calls [`Shard::tick`] himself.
-    ///
-    /// # Errors
-    /// No eventfd could be made (out of descriptors).
-    pub fn router(
-        config: ShardConfig,
-        ring: R,
-        buffers: Buffers,
-        listener: Option<TcpListener>,
-        stats: Arc<Stats>,
-        lanes: Lanes,
-    ) -> io::Result<Shard<R>> {
-        let (events, _) = mesh::lane()?;
-        let client = Client::new(&Ends::default(), None, events);
-        // No handler, so no task: nobody has to run this executor.
-        let spawner = Spawner::Local(LocalPool::new().spawner());
-        let ends = (Worker::new(Ends::default(), spawner), client);
-        let shard = Shard::new(config, ring, buffers, listener, stats, lanes, ends);
-        Ok(shard)
-    }
-
     /// A shard over `ring`, which was made for these `buffers`.
     pub(crate) fn new(
         config: ShardConfig,
@@ -220,6 +197,28 @@ impl<R: Ring> Shard<R> {
             commands: lanes.commands,
             reports: lanes.reports,
         }
+    }
+
+    /// A shard that only routes, for whoever drives a ring by himself.
+    ///
+    /// # Errors
+    /// No eventfd can be made.
+    pub fn router(
+        config: ShardConfig,
+        ring: R,
+        buffers: Buffers,
+        listener: Option<TcpListener>,
+        stats: Arc<Stats>,
+        lanes: Lanes,
+    ) -> io::Result<Shard<R>> {
+        let ends = Ends::default();
+        let (events, _) = mesh::lane()?;
+        let client = Client::new(&ends, None, events);
+        let worker = Worker::new(ends, Spawner::local());
+        let ends = (worker, client);
+        Ok(Shard::new(
+            config, ring, buffers, listener, stats, lanes, ends,
+        ))
     }
 
     /// Begins to accept, and to watch for commands.

@@ -18,7 +18,6 @@ use crate::decode::{self, WHOLE_BYTES_MAX};
 use crate::ends::Ends;
 use crate::executor::Spawner;
 use crate::handler::{self, CallHome, Handler, Request, Task, Undecodable};
-use crate::recv;
 use crate::respond::{self, Refusal};
 use crate::respond_stream::{self, Response};
 use crate::responder::{Host, Responder};
@@ -64,7 +63,11 @@ impl Worker {
         let host = Host::default();
         let handlers = ends.handlers.into_iter().map(|make| make(&host)).collect();
         // Beside those that run there are those whose caller has not closed his socket yet.
-        let responses = if ends.running_max == 0 { 0 } else { 2 * ends.running_max + 64 };
+        let responses = if ends.running_max == 0 {
+            0
+        } else {
+            2 * ends.running_max + 64
+        };
         Worker {
             handlers,
             at: HashMap::new(),
@@ -90,7 +93,9 @@ impl Worker {
     /// Takes over which paths are served.
     pub(crate) fn serve(&mut self, paths: Vec<LocalPath>) {
         let known = self.handlers.len();
-        let paths = paths.into_iter().filter(|local| (local.handler as usize) < known);
+        let paths = paths
+            .into_iter()
+            .filter(|local| (local.handler as usize) < known);
         self.at = paths.map(|local| (local.path, local.handler)).collect();
     }
 
@@ -142,7 +147,7 @@ pub(crate) fn take<R: Ring>(
         return decode::refuse(shard, slot, prefix, Refusal::AtCapacity);
     }
     if whole && !respond::accept(shard, slot) {
-        recv::crowd(shard, slot);
+        shard.pause(slot);
         return false;
     }
     let connection = &mut shard.connections[slot];

@@ -85,18 +85,12 @@ impl World {
         let (commands, command_receiver) = mesh::lane().unwrap();
         let (report_sender, reports) = mesh::lane().unwrap();
         let stats = Arc::new(Stats::default());
-        let mut shard = Shard::router(
-            config,
-            ring,
-            buffers,
-            Some(listener),
-            Arc::clone(&stats),
-            Lanes {
-                commands: command_receiver,
-                reports: report_sender,
-            },
-        )
-        .unwrap();
+        let lanes = Lanes {
+            commands: command_receiver,
+            reports: report_sender,
+        };
+        let (listener, shown) = (Some(listener), Arc::clone(&stats));
+        let mut shard = Shard::router(config, ring, buffers, listener, shown, lanes).unwrap();
         shard.start();
         World {
             home: Home::open(&net),
