@@ -21,6 +21,7 @@ use corelane_codec::control_message::{
 use corelane_codec::error::DynamoError;
 use corelane_codec::{EncodeError, headers, request_frame, two_part};
 
+pub use crate::call::{CallEvent, Deadlines, NewCall, What};
 use crate::call_link::{self, Link};
 use crate::ends::{self, Ends};
 use crate::home;
@@ -36,89 +37,6 @@ const LINKS_MAX: usize = 1024;
 const UNDELIVERED_MAX: usize = 256;
 /// A worker that calls home within this time after its call was ended is told so.
 const LATE_NS: u64 = 10_000_000_000;
-
-/// What control wants to call.
-#[derive(Clone, Debug)]
-pub struct NewCall {
-    /// Names the call in its events; control's choice, different for all calls under way.
-    pub number: u64,
-    /// The worker's request plane.
-    pub address: SocketAddr,
-    /// The path that the worker serves.
-    pub path: Vec<u8>,
-    /// The request's identity; a fresh UUID when empty.
-    pub id: String,
-    /// Further headers of the frame.
-    pub headers: Vec<(String, String)>,
-    /// One value encoded by `codec`.
-    pub body: Vec<u8>,
-    /// Encoding of body and items.
-    pub codec: PayloadCodec,
-    /// How long it may take.
-    pub deadlines: Deadlines,
-}
-
-/// How long the steps of a call may take, each from its beginning.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Deadlines {
-    /// The worker's acknowledgement, or its call home.
-    pub ack: Duration,
-    /// The first item, or the end.
-    pub first_item: Duration,
-    /// The end.
-    pub total: Duration,
-}
-
-impl Default for Deadlines {
-    /// As Dynamo's client for the acknowledgement, and generous for the rest.
-    fn default() -> Self {
-        Deadlines {
-            ack: Duration::from_secs(5),
-            first_item: Duration::from_secs(60),
-            total: Duration::from_secs(600),
-        }
-    }
-}
-
-/// Something that happened to a call. Times are of the monotonic clock, in ns.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CallEvent {
-    /// The number that control gave the call.
-    pub call: u64,
-    /// When the shard began it.
-    pub began_ns: u64,
-    /// When this happened.
-    pub at_ns: u64,
-    /// What.
-    pub what: What,
-}
-
-/// What happens to calls. The last five are ends: no further event follows.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum What {
-    /// The worker has accepted it. Does not come when the worker called home at once and its
-    /// connection was then lost.
-    Acked,
-    /// An item: the data of its wrapper, still encoded.
-    Item(Vec<u8>),
-    /// An item that could not be understood, or came where none may. The response goes on.
-    BadItem(DynamoError),
-    /// The whole response has come.
-    Finished,
-    /// The worker has refused it, in these words.
-    Refused(String),
-    /// It came to nothing, or broke off.
-    Failed(DynamoError),
-    /// It ended early because control wanted that.
-    Stopped,
-}
-
-impl What {
-    /// Whether no further event follows.
-    pub fn is_end(&self) -> bool {
-        !matches!(self, What::Acked | What::Item(_) | What::BadItem(_))
-    }
-}
 
 /// How far the response of a call has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -595,8 +513,11 @@ pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
 
 /// Control may have taken events: those who waited for it go on.
 fn go_on<R: Ring>(shard: &mut Shard<R>) {
-    let held_up = std::mem::take(&mut shard.client.held_up);
-    for (slot, generation) in held_up {
+    let mut held_up = std::mem::take(&mut shard.client.held_up).into_iter();
+    while shard.client.has_room() {
+        let Some((slot, generation)) = held_up.next() else {
+            break;
+        };
         if !shard.client.calls.is_current(slot, generation) {
             continue;
         }
@@ -604,13 +525,14 @@ fn go_on<R: Ring>(shard: &mut Shard<R>) {
         call.held_up = false;
         let home = call.home;
         if call.is_over() {
-            if !report_end(shard, slot) {
-                hold_up(shard, slot);
-            }
+            report_end(shard, slot);
         } else if home != NONE {
             home::go_on(shard, home);
         }
     }
+    // Those who were first in line stay so.
+    let again = std::mem::replace(&mut shard.client.held_up, held_up.collect());
+    shard.client.held_up.extend(again);
     if shard.client.clogged && !shard.client.is_clogged() {
         shard.obey();
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::client::NewCall;
 use crate::directory::Directory;
+use crate::mesh::{Receiver, Sender};
 
 /// What control asks of a shard.
 #[derive(Debug)]
@@ -56,4 +57,12 @@ pub enum Report {
         /// Why, if not because it was asked to.
         failure: Option<String>,
     },
+}
+
+/// The shard's ends of its queues from and to control.
+pub struct Lanes {
+    /// What control asks.
+    pub commands: Receiver<Command>,
+    /// What the shard tells.
+    pub reports: Sender<Report>,
 }

@@ -17,6 +17,7 @@ use crate::shard::{Shard, TimerKind};
 use crate::{call_link, client, home, respond_stream, worker};
 
 /// What a shard is to be besides a router. The default is: nothing.
+#[derive(Default)]
 pub struct Ends {
     /// Made on the shard's thread; [`crate::command::Command::Serve`] gives them their paths.
     pub handlers: Vec<MakeHandler>,
@@ -37,18 +38,6 @@ pub struct HomeAddress {
     pub bind: SocketAddr,
     /// The address that workers are told.
     pub advertise: IpAddr,
-}
-
-impl Default for Ends {
-    fn default() -> Self {
-        Ends {
-            handlers: Vec::new(),
-            running_max: 0,
-            queue_max: 0,
-            home: None,
-            calls_max: 0,
-        }
-    }
 }
 
 impl Ends {
@@ -84,7 +73,7 @@ pub(crate) fn flush<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     if connection.sending || connection.closing || connection.connecting {
         return;
     }
-    let span = Span::of(connection.outgoing.next());
+    let span = Span::of(connection.outgoing.unsent_bytes());
     if !span.is_empty() {
         shard.send(slot, &[span]);
     }
@@ -169,11 +158,6 @@ pub(crate) fn overdue<R: Ring>(shard: &mut Shard<R>, kind: u8, slot: u32, genera
     }
 }
 
-/// Whether the executor should have a turn before the next tick.
-pub(crate) fn wants_turn<R: Ring>(shard: &Shard<R>) -> bool {
-    shard.worker.host.is_woken()
-}
-
 /// How long the next tick may wait at most.
 pub(crate) fn patience<R: Ring>(shard: &Shard<R>, longest: Duration) -> Duration {
     let host = &shard.worker.host;
@@ -214,4 +198,37 @@ pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
     stats.handling.set(shard.worker.busy() as u64);
     stats.responses.set(shard.worker.responses.used() as u64);
     stats.calls.set(shard.client.calls.used() as u64);
+}
+
+impl<R: Ring> Shard<R> {
+    /// Whether the executor should have a turn before the next tick.
+    pub fn wants_turn(&self) -> bool {
+        self.worker.host.is_woken()
+    }
+
+    /// Whether handlers are at work.
+    pub fn has_tasks(&self) -> bool {
+        self.worker.host.tasks() > 0
+    }
+
+    /// Whether nothing happens here that the ring does not know of.
+    pub fn may_sleep(&self) -> bool {
+        !self.has_tasks() && !self.client.is_held_up()
+    }
+
+    /// Brackets a turn of the executor: the tasks that were woken before it have run after it.
+    pub fn before_turn(&self) {
+        self.worker.host.set_woken(false);
+    }
+
+    /// What the tasks have written in their turn goes on its way.
+    pub fn after_turn(&mut self) {
+        settle(self);
+    }
+
+    /// The route, or the marked handler, of a request path.
+    pub(crate) fn find(&self, path: &[u8]) -> Option<u32> {
+        let route = self.route_at.get(path).copied();
+        route.or_else(|| self.worker.find(path))
+    }
 }

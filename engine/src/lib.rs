@@ -5,6 +5,7 @@
 
 mod accept;
 pub mod buffers;
+pub mod call;
 mod call_link;
 pub mod client;
 pub mod command;
@@ -12,6 +13,7 @@ pub mod config;
 pub mod connection;
 mod decode;
 pub mod directory;
+mod due;
 pub mod ends;
 pub mod executor;
 mod forward;

@@ -35,7 +35,7 @@ impl Outgoing {
     }
 
     /// What is to be sent next, all that there is. Only while no send is under way.
-    pub fn next(&mut self) -> &[u8] {
+    pub fn unsent_bytes(&mut self) -> &[u8] {
         if self.sent == self.sending.len() {
             self.sent = 0;
             self.sending.clear();
@@ -47,7 +47,7 @@ impl Outgoing {
         &self.sending[self.sent..]
     }
 
-    /// The socket took `bytes` bytes of what [`Outgoing::next`] answered.
+    /// The socket took `bytes` bytes of what [`Outgoing::unsent_bytes`] answered.
     pub fn sent(&mut self, bytes: usize) {
         self.sent += bytes;
         debug_assert!(self.sent <= self.sending.len(), "more was sent than given");
@@ -67,13 +67,16 @@ mod tests {
     fn what_is_appended_during_a_send_follows_it() {
         let mut outgoing = Outgoing::default();
         outgoing.waiting().extend_from_slice(b"abc");
-        assert_eq!(outgoing.next(), b"abc");
+        assert_eq!(outgoing.unsent_bytes(), b"abc");
         outgoing.waiting().extend_from_slice(b"def");
         outgoing.sent(2);
-        assert_eq!(outgoing.next(), b"c");
+        assert_eq!(outgoing.unsent_bytes(), b"c");
         outgoing.sent(1);
-        assert_eq!((outgoing.unsent(), outgoing.next()), (3, &b"def"[..]));
+        assert_eq!(
+            (outgoing.unsent(), outgoing.unsent_bytes()),
+            (3, &b"def"[..])
+        );
         outgoing.sent(3);
-        assert!(outgoing.is_empty() && outgoing.next().is_empty());
+        assert!(outgoing.is_empty() && outgoing.unsent_bytes().is_empty());
     }
 }

@@ -35,48 +35,13 @@ use crate::send_pool::SendPool;
 use crate::stats::Stats;
 use crate::table::{NONE, Table};
 use crate::tell::Tells;
-use crate::timer_wheel::{TimerId, TimerWheel};
+use crate::timer_wheel::TimerWheel;
 use crate::upstream::{InstanceState, Upstream};
 use crate::worker::Worker;
 use crate::{accept, client, decode, ends, forward, home, link, recv, respond, tell};
 
-pub use crate::command::{Command, Report};
-
-/// What a timer is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub(crate) enum TimerKind {
-    /// Accept again after a failure.
-    Accept = 1,
-    /// Connect to an upstream again.
-    Connect,
-    /// Look at the oldest unanswered request of an upstream, or at an idle bulk upstream.
-    Answer,
-    /// Look at an unfinished frame of a connection.
-    Frame,
-    /// A caller has not taken what it was told.
-    Tell,
-    /// A response of a handler of ours.
-    Response,
-    /// A connection to a worker that we call.
-    Link,
-    /// A call of ours.
-    Call,
-    /// A call home that has not said for whom.
-    Home,
-    /// Accept calls home again after a failure.
-    HomeAccept,
-    /// Buffers have been short for long.
-    Shortage,
-}
-
-/// The shard's ends of its queues from and to control.
-pub struct Lanes {
-    /// What control asks.
-    pub commands: Receiver<Command>,
-    /// What the shard tells.
-    pub reports: Sender<Report>,
-}
+pub use crate::command::{Command, Lanes, Report};
+pub(crate) use crate::due::TimerKind;
 
 /// State of a route beside its description.
 pub(crate) struct RouteState {
@@ -126,7 +91,7 @@ pub struct Shard<R: Ring> {
     pub(crate) scratch: Vec<u8>,
     pub(crate) worker: Worker,
     pub(crate) client: Client,
-    due: Vec<u64>,
+    pub(crate) due: Vec<u64>,
     commands: Receiver<Command>,
     reports: Sender<Report>,
 }
@@ -525,51 +490,6 @@ impl<R: Ring> Shard<R> {
         Operation::new(kind, slot, self.connections.generation(slot))
     }
 
-    /// Sets a timer. A full wheel means far more timers than connections: our own mistake, which
-    /// costs a deadline and not the process.
-    pub(crate) fn timer(&mut self, kind: TimerKind, slot: u32, generation: u32, deadline_ns: u64) {
-        self.timer_to_cancel(kind, slot, generation, deadline_ns);
-    }
-
-    /// Sets a timer that its owner may cancel.
-    pub(crate) fn timer_to_cancel(
-        &mut self,
-        kind: TimerKind,
-        slot: u32,
-        generation: u32,
-        deadline_ns: u64,
-    ) -> Option<TimerId> {
-        let token = (kind as u64) << 56 | u64::from(generation) << 32 | u64::from(slot);
-        let set = self.timers.insert(deadline_ns, token);
-        debug_assert!(set.is_ok(), "the wheel has room for every timer");
-        set.ok()
-    }
-
-    fn expire(&mut self) -> bool {
-        let mut due = std::mem::take(&mut self.due);
-        self.timers
-            .expire(self.now_ns, &mut |token| due.push(token));
-        for token in due.iter().copied() {
-            let generation = (token >> 32) as u32 & (crate::operation::GENERATIONS - 1);
-            let slot = token as u32;
-            match (token >> 56) as u8 {
-                1 => accept::arm(self),
-                2 if self.upstreams.is_current(slot, generation) => link::connect_due(self, slot),
-                3 if self.upstreams.is_current(slot, generation) => link::overdue(self, slot),
-                4 if self.connections.is_current(slot, generation) => {
-                    recv::look_at_frame(self, slot);
-                }
-                5 => tell::overdue(self, slot, generation),
-                11 => recv::look_at_shortage(self, slot),
-                kind => ends::overdue(self, kind, slot, generation),
-            }
-        }
-        let any = !due.is_empty();
-        due.clear();
-        self.due = due;
-        any
-    }
-
     /// Starts the sends that this tick has made necessary.
     fn send_all(&mut self) {
         let mut upstreams = std::mem::take(&mut self.dirty_upstreams);
@@ -583,37 +503,6 @@ impl<R: Ring> Shard<R> {
         }
         self.dirty_connections = connections;
         ends::settle(self);
-    }
-
-    /// Whether the executor should have a turn before the next tick.
-    pub fn wants_turn(&self) -> bool {
-        ends::wants_turn(self)
-    }
-
-    /// Whether handlers are at work.
-    pub fn has_tasks(&self) -> bool {
-        self.worker.host.tasks() > 0
-    }
-
-    /// Whether nothing happens here that the ring does not know of.
-    pub fn may_sleep(&self) -> bool {
-        !self.has_tasks() && !self.client.is_held_up()
-    }
-
-    /// Brackets a turn of the executor: the tasks that were woken before it have run after it.
-    pub fn before_turn(&self) {
-        self.worker.host.set_woken(false);
-    }
-
-    /// What the tasks have written in their turn goes on its way.
-    pub fn after_turn(&mut self) {
-        ends::settle(self);
-    }
-
-    /// The route, or the marked handler, of a request path.
-    pub(crate) fn find(&self, path: &[u8]) -> Option<u32> {
-        let route = self.route_at.get(path).copied();
-        route.or_else(|| self.worker.find(path))
     }
 
     /// Notes that a connection has something in `out`.

@@ -1,4 +1,5 @@
 //! A shard with handlers or calls of its own, and hand-made peers for both.
+#![allow(dead_code, missing_docs, unreachable_pub)]
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -96,7 +97,10 @@ impl Local {
             }
             assert!(Instant::now() < deadline, "no event");
             let fd = self.handle.events.as_fd();
-            let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
+            let mut fds = [rustix::event::PollFd::new(
+                &fd,
+                rustix::event::PollFlags::IN,
+            )];
             let wait = rustix::time::Timespec {
                 tv_sec: 0,
                 tv_nsec: 100_000_000,
@@ -221,12 +225,19 @@ impl Called {
 
     pub fn handshake(&mut self) -> String {
         let (header, _) = self.message().expect("a handshake");
-        Handshake::decode(&header).unwrap().subject.to_cow().into_owned()
+        Handshake::decode(&header)
+            .unwrap()
+            .subject
+            .to_cow()
+            .into_owned()
     }
 
     pub fn prologue_ok(&mut self) {
         let (header, body) = self.message().expect("a prologue");
-        assert_eq!((&header[..], &body[..]), (&call_home::PROLOGUE_OK[..], &b""[..]));
+        assert_eq!(
+            (&header[..], &body[..]),
+            (&call_home::PROLOGUE_OK[..], &b""[..])
+        );
     }
 
     /// The next item's data, `None` for the final marker.
@@ -380,5 +391,8 @@ pub fn golden(name: &str) -> Vec<u8> {
     let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
     let digits: Vec<u8> = text.bytes().filter(u8::is_ascii_hexdigit).collect();
     let nibble = |digit: u8| (digit as char).to_digit(16).unwrap() as u8;
-    digits.chunks(2).map(|pair| nibble(pair[0]) << 4 | nibble(pair[1])).collect()
+    digits
+        .chunks(2)
+        .map(|pair| nibble(pair[0]) << 4 | nibble(pair[1]))
+        .collect()
 }

@@ -1,0 +1,81 @@
+//! Timers of a shard: what each is for, and what is done when it is due.
+
+use crate::ring::Ring;
+use crate::shard::Shard;
+use crate::timer_wheel::TimerId;
+use crate::{accept, ends, link, recv, tell};
+
+/// What a timer is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum TimerKind {
+    /// Accept again after a failure.
+    Accept = 1,
+    /// Connect to an upstream again.
+    Connect,
+    /// Look at the oldest unanswered request of an upstream, or at an idle bulk upstream.
+    Answer,
+    /// Look at an unfinished frame of a connection.
+    Frame,
+    /// A caller has not taken what it was told.
+    Tell,
+    /// A response of a handler of ours.
+    Response,
+    /// A connection to a worker that we call.
+    Link,
+    /// A call of ours.
+    Call,
+    /// A call home that has not said for whom.
+    Home,
+    /// Accept calls home again after a failure.
+    HomeAccept,
+    /// Buffers have been short for long.
+    Shortage,
+}
+
+impl<R: Ring> Shard<R> {
+    /// Sets a timer. A full wheel means far more timers than connections: our own mistake, which
+    /// costs a deadline and not the process.
+    pub(crate) fn timer(&mut self, kind: TimerKind, slot: u32, generation: u32, deadline_ns: u64) {
+        self.timer_to_cancel(kind, slot, generation, deadline_ns);
+    }
+
+    /// Sets a timer that its owner may cancel.
+    pub(crate) fn timer_to_cancel(
+        &mut self,
+        kind: TimerKind,
+        slot: u32,
+        generation: u32,
+        deadline_ns: u64,
+    ) -> Option<TimerId> {
+        let token = (kind as u64) << 56 | u64::from(generation) << 32 | u64::from(slot);
+        let set = self.timers.insert(deadline_ns, token);
+        debug_assert!(set.is_ok(), "the wheel has room for every timer");
+        set.ok()
+    }
+
+    pub(crate) fn expire(&mut self) -> bool {
+        let mut due = std::mem::take(&mut self.due);
+        self.timers
+            .expire(self.now_ns, &mut |token| due.push(token));
+        for token in due.iter().copied() {
+            let generation = (token >> 32) as u32 & (crate::operation::GENERATIONS - 1);
+            let slot = token as u32;
+            match (token >> 56) as u8 {
+                1 => accept::arm(self),
+                2 if self.upstreams.is_current(slot, generation) => link::connect_due(self, slot),
+                3 if self.upstreams.is_current(slot, generation) => link::overdue(self, slot),
+                4 if self.connections.is_current(slot, generation) => {
+                    recv::look_at_frame(self, slot);
+                }
+                5 => tell::overdue(self, slot, generation),
+                11 => recv::look_at_shortage(self, slot),
+                kind => ends::overdue(self, kind, slot, generation),
+            }
+        }
+        let any = !due.is_empty();
+        due.clear();
+        self.due = due;
+        any
+    }
+}
