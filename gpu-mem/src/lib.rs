@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  engine process                         this crate, in the service's process
-//!  client -> region (reserved addresses)  server (sockets, epoll) -> core (sessions)
+//!  client -> region (reserved addresses)  server (sockets, epoll) -> domain (one pool: sessions)
 //!     |  handshake = lock, frames            |                        |        |
 //!     +--------- Unix socket ----------------+                      lock     store
 //!     +<-------- file descriptor -----------------------------------backend (memfd, CUDA)
@@ -12,4 +12,11 @@
 //! Wire compatible with Dynamo's GPU memory service (`spec/gpu-memory.md`), both generations.
 //! The crate is a leaf: it knows no runtime, only descriptors, threads and time.
 
+pub mod backend;
+pub mod domain;
+pub mod history;
 pub mod lock;
+pub mod protocol;
+pub mod session;
+pub mod stats;
+pub mod store;
