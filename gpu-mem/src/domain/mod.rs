@@ -390,7 +390,7 @@ impl Domain {
         turn.send(client, frame);
     }
 
-    /// Publishes or makes durable: the shape is hashed first, because the state may move on at once.
+    /// Publishes or makes durable: hashed first, because the state may move on at once.
     fn seal_layout(&mut self) {
         self.layout_hash = self.store.layout_hash();
         self.layout_digest = self.store.layout_digest();
@@ -496,7 +496,7 @@ impl Domain {
         let frame = match (stored, self.config.policy.profile) {
             (Ok(allocation), Profile::V1) => v1::allocated(allocation),
             (Ok(_), Profile::V2) => v2::success(),
-            (Err(text), _) => self.error(text, false),
+            (Err(text), _) => return turn.send(client, self.error(text, false)),
         };
         self.stats.count(Counter::Allocations);
         turn.send(client, frame);

@@ -248,7 +248,11 @@ fn run(acts: &[Act]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 300,
+        failure_persistence: None,
+        ..Default::default()
+    })]
     #[test]
     fn long_random_runs_agree_with_the_reference_model(acts in acts()) {
         run(&acts);

@@ -186,7 +186,11 @@ fn a_nested_tag_may_be_missing_but_not_wrong() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 400,
+        failure_persistence: None,
+        ..Default::default()
+    })]
 
     /// Flips, cuts, doubles and splices: never a panic, and what is still read means the same when
     /// it is written and read again.
