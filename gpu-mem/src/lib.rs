@@ -13,11 +13,15 @@
 //! The crate is a leaf: it knows no runtime, only descriptors, threads and time.
 
 pub mod backend;
+pub mod client;
 pub mod domain;
+pub mod failover_lock;
+pub mod failover_metrics;
 pub mod history;
 pub mod lock;
 pub mod paths;
 pub mod protocol;
+pub mod region;
 pub mod server;
 pub mod session;
 pub mod stats;

@@ -306,6 +306,7 @@ impl Domain {
             memory_layout_hash: self.layout_hash.clone(),
             layout_committed: lock.layout_committed,
             total_bytes: self.store.total_bytes().into(),
+            waiting_clients: (self.lock.standing().waiters as u64).into(),
         }
         .into()
     }

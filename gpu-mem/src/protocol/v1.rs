@@ -254,6 +254,8 @@ messages! {
         layout_committed: Extra<bool>,
         /// Ours: the aligned sizes together.
         total_bytes: Extra<u64>,
+        /// Ours: everybody who waits, readers too.
+        waiting_clients: Extra<u64>,
     }
     /// Asks for the history; the first and only message of its connection.
     "get_event_history_request" GetEventHistoryRequest {}

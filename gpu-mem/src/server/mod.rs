@@ -23,8 +23,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 use std::{fs, io};
 
-use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::{EventfdFlags, Timespec, eventfd};
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
 use thiserror::Error;
@@ -130,6 +130,7 @@ pub struct Server {
     epoll: OwnedFd,
     wake: Arc<OwnedFd>,
     stop: Arc<AtomicBool>,
+    finished: Arc<AtomicBool>,
     listeners: Vec<Listener>,
     domains: Vec<Domain>,
     gauges: Arc<[PoolGauges]>,
@@ -161,7 +162,7 @@ impl Server {
     /// A path is taken or unusable; sockets that were bound already are removed again.
     pub fn bind(config: ServerConfig) -> Result<Server, ServerError> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(ServerError::os("epoll"))?;
-        let wake = rustix::event::eventfd(0, rustix::event::EventfdFlags::all())
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(ServerError::os("eventfd"))?;
         epoll::add(&epoll, &wake, EventData::new_u64(WAKE), EventFlags::IN)
             .map_err(ServerError::os("epoll"))?;
@@ -188,6 +189,7 @@ impl Server {
             epoll,
             wake: Arc::new(wake),
             stop: Arc::default(),
+            finished: Arc::default(),
             listeners,
             domains,
             gauges: gauges.into(),
@@ -587,6 +589,7 @@ impl Server {
         self.connections.clear();
         self.listeners.clear();
         self.publish();
+        self.finished.store(true, Ordering::Release);
         tracing::info!("the service has stopped");
     }
 }

@@ -106,6 +106,7 @@ impl PoolGauges {
 /// A running service. Dropping it stops the service.
 pub struct ServerHandle {
     stop: Arc<AtomicBool>,
+    finished: Arc<AtomicBool>,
     wake: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
     gauges: Arc<[PoolGauges]>,
@@ -136,6 +137,7 @@ impl Server {
     pub fn handle(&self) -> ServerHandle {
         ServerHandle {
             stop: Arc::clone(&self.stop),
+            finished: Arc::clone(&self.finished),
             wake: Arc::clone(&self.wake),
             thread: None,
             gauges: Arc::clone(&self.gauges),
@@ -156,9 +158,9 @@ impl ServerHandle {
         }
     }
 
-    /// Whether the service's thread has ended, by itself or because it was told to.
+    /// Whether the service has ended, by itself or because it was told to.
     pub fn is_finished(&self) -> bool {
-        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+        self.finished.load(Ordering::Acquire)
     }
 
     /// How the pools stand, in the order of the config.
