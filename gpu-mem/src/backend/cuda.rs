@@ -251,8 +251,8 @@ struct CudaBlock {
 }
 
 impl Block for CudaBlock {
-    /// The driver's descriptors carry no access right: whether a mapping can be written is chosen by
-    /// the client that maps it.
+    /// The driver's descriptors carry no access right: whether a mapping can be written is chosen
+    /// by the client that maps it.
     fn export(&self, _access: Access) -> Result<OwnedFd, BackendError> {
         let mut descriptor: RawFd = -1;
         // SAFETY: for this kind of handle the driver writes a descriptor where the pointer points.

@@ -3,6 +3,7 @@
 //! The service makes blocks and lends descriptors; it never maps one, so no fault of a mapping can
 //! reach it. Clients map descriptors at addresses that they reserved.
 
+pub mod choice;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod host;

@@ -172,6 +172,10 @@ impl<M: Mapper> SharedMemory<M> {
             Grant::Ro | Grant::RwData => self.remap().map(|()| Woken::Remapped),
         };
         if woken.is_err() {
+            // What was mapped before the error must go before the lock does. Should the driver
+            // refuse, the lock is kept until this value is dropped.
+            // SAFETY: the memory slept, and nobody was told that it is awake.
+            unsafe { self.unmap_all() }?;
             self.session = None;
         }
         woken

@@ -124,6 +124,12 @@ impl Stage {
         )
     }
 
+    /// Asks for memory that may not be there.
+    fn starve(&mut self, id: u64) -> Vec<(u64, Reply)> {
+        let (size, tag) = (1, "t".into());
+        self.say(id, AllocateRequest { size, tag })
+    }
+
     fn id_of(reply: Reply) -> String {
         match reply {
             Reply::Allocate(made) => made.allocation_id,
@@ -293,17 +299,7 @@ fn memory_that_is_short_is_waited_for_and_recorded_once() {
     let hog = other.create(GRANULARITY_BYTES).expect("memory");
     let mut stage = Stage::on(backend);
     stage.open(1, LockType::Rw);
-    assert!(
-        stage
-            .say(
-                1,
-                AllocateRequest {
-                    size: 1,
-                    tag: "t".into()
-                }
-            )
-            .is_empty()
-    );
+    assert!(stage.starve(1).is_empty());
     assert!(stage.domain.is_busy(ClientId(1)));
     assert_eq!(stage.domain.next_deadline_ns(), Some(500 * MS));
     assert!(stage.pass(500 * MS).is_empty());
@@ -313,17 +309,7 @@ fn memory_that_is_short_is_waited_for_and_recorded_once() {
         [(1, Reply::Allocate(_))]
     ));
     assert!(!stage.domain.is_busy(ClientId(1)));
-    assert!(
-        stage
-            .say(
-                1,
-                AllocateRequest {
-                    size: 1,
-                    tag: "t".into()
-                }
-            )
-            .is_empty()
-    );
+    assert!(stage.starve(1).is_empty());
     let mut answers = Vec::new();
     while answers.is_empty() {
         answers = stage.pass(500 * MS);
@@ -338,17 +324,7 @@ fn memory_that_is_short_is_waited_for_and_recorded_once() {
             .count(),
         2
     );
-    assert!(
-        stage
-            .say(
-                1,
-                AllocateRequest {
-                    size: 1,
-                    tag: "t".into()
-                }
-            )
-            .is_empty()
-    );
+    assert!(stage.starve(1).is_empty());
     stage.leave(1);
     assert_eq!(
         stage.domain.next_deadline_ns(),

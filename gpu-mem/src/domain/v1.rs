@@ -143,18 +143,10 @@ impl Domain {
             }
             Request::CommitLayout(_) => self.commit_layout(client, turn)?.into(),
             Request::ExportAllocation(which) => {
-                let descriptor = self.export(client, &which.allocation_id)?;
-                Answer::ReplyWith(
-                    exported(self.find(&which.allocation_id)?).into(),
-                    descriptor,
-                )
+                return self.export_v1(client, &which.allocation_id, |it| exported(it).into());
             }
             Request::Export(which) => {
-                let descriptor = self.export(client, &which.allocation_id)?;
-                Answer::ReplyWith(
-                    described(self.find(&which.allocation_id)?).into(),
-                    descriptor,
-                )
+                return self.export_v1(client, &which.allocation_id, |it| described(it).into());
             }
             Request::GetAllocation(which) => described(self.find(&which.allocation_id)?).into(),
             Request::ListAllocations(filter) => {
@@ -174,11 +166,7 @@ impl Domain {
                 MetadataListResponse { keys }.into()
             }
             Request::LockState(_) => self.lock_state().into(),
-            Request::AllocationState(_) => GetAllocationStateResponse {
-                allocation_count: self.store.count(),
-                total_bytes: self.store.total_bytes().into(),
-            }
-            .into(),
+            Request::AllocationState(_) => self.allocation_state().into(),
             Request::LayoutHash(_) => GetMemoryLayoutHashResponse {
                 memory_layout_hash: self.layout_hash.clone(),
                 layout_digest: self.layout_digest.clone().into(),
@@ -188,6 +176,17 @@ impl Domain {
                 return Err("not allowed inside a session".into());
             }
         })
+    }
+
+    /// The two dialects' exports differ in their reply only.
+    fn export_v1(
+        &mut self,
+        client: ClientId,
+        id: &str,
+        reply: impl FnOnce(&Allocation) -> Reply,
+    ) -> Result<Answer, String> {
+        let descriptor = self.export(client, id)?;
+        Ok(Answer::ReplyWith(reply(self.find(id)?), descriptor))
     }
 
     fn find(&self, id: &str) -> Result<&Allocation, String> {
@@ -278,6 +277,13 @@ impl Domain {
             memory_layout_hash: self.layout_hash.clone(),
             granted_lock_type: Some(Grant::RwData),
         })
+    }
+
+    fn allocation_state(&self) -> GetAllocationStateResponse {
+        GetAllocationStateResponse {
+            allocation_count: self.store.count(),
+            total_bytes: self.store.total_bytes().into(),
+        }
     }
 
     fn lock_state(&self) -> GetLockStateResponse {

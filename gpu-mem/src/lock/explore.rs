@@ -213,6 +213,12 @@ fn check_step(before: &World, act: Act, effects: &[Effect], after: &World) {
             Effect::Moved(step) => assert_table(step, after.lock.policy.profile),
         }
     }
+    check_nothing_lost(before, act, effects, after);
+}
+
+/// What is published or durable goes only when it is cleared, and everybody who is late is told.
+fn check_nothing_lost(before: &World, act: Act, effects: &[Effect], after: &World) {
+    let published = before.lock.committed;
     let is_clear = |effect: &Effect| matches!(effect, Effect::Clear(_));
     if published && !effects.iter().any(is_clear) {
         assert!(

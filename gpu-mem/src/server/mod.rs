@@ -2,128 +2,40 @@
 //!
 //! ```text
 //!  epoll -> accept | read -> frame -> pool.message -+
-//!       \-> time   -> pool.tick --------------------+-> actions -> queues of frames -> write, close
+//!       \-> time   -> pool.tick --------------------+-> actions -> queued frames -> write, close
 //!       \-> hang-up -> pool.disconnect -------------+
 //! ```
 //!
-//! One thread moves all pools, so whatever a message changes is changed at once for everybody.
+//! One thread moves all pools, so what a message changes is changed at once for everybody.
 //! Nothing in it waits but epoll itself.
 
+mod config;
 mod connection;
 mod listener;
 mod running;
 
+pub use config::{DeviceConfig, PoolConfig, ServerConfig, ServerError};
 pub use running::{PoolGauges, ServerHandle};
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::fs;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
-use std::{fs, io};
 
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
-use thiserror::Error;
 
 use self::connection::{Connection, Filled, Limits};
 use self::listener::{Listener, peer_of};
-use crate::backend::Backend;
-use crate::domain::{Action, Domain, DomainConfig, Fence, Turn};
+use crate::domain::{Action, Domain, Fence, Turn};
 use crate::history::Audit;
 use crate::lock::ClientId;
 use crate::protocol::frame::Cut;
 use crate::stats::{Counter, Stats};
-
-/// One pool and its socket.
-pub struct PoolConfig {
-    /// Where it listens (`crate::paths` knows the usual names).
-    pub path: PathBuf,
-    /// The pool.
-    pub domain: DomainConfig,
-    /// Where its memory comes from.
-    pub backend: Box<dyn Backend>,
-    /// Pools with the same number are one GPU's and share a checkpoint (second generation).
-    pub checkpoint_group: Option<u32>,
-}
-
-/// What a service is made from.
-pub struct ServerConfig {
-    /// The pools: any number of devices and tags.
-    pub pools: Vec<PoolConfig>,
-    /// Clients at a time, over all pools.
-    pub connections_max: usize,
-    /// Who may connect; empty is the service's own user alone.
-    pub uids_allowed: Vec<u32>,
-    /// How long a connection may be silent before its first frame.
-    pub first_frame_timeout: Duration,
-    /// How long a frame may take, in and out.
-    pub frame_timeout: Duration,
-}
-
-impl ServerConfig {
-    /// The defaults for these pools.
-    pub fn new(pools: Vec<PoolConfig>) -> ServerConfig {
-        ServerConfig {
-            pools,
-            connections_max: 4096,
-            uids_allowed: Vec::new(),
-            first_frame_timeout: Duration::from_secs(10),
-            frame_timeout: Duration::from_secs(30),
-        }
-    }
-}
-
-/// Why there is no service.
-#[derive(Debug, Error)]
-pub enum ServerError {
-    /// Somebody answers on the socket.
-    #[error("a service is already running on {}; stop it or choose another path", path.display())]
-    AlreadyRunning {
-        /// Where.
-        path: PathBuf,
-    },
-    /// The path does not fit into a socket address.
-    #[error(
-        "{} has {bytes} bytes, but a socket's path may have 107; set {} to a shorter directory",
-        path.display(),
-        crate::paths::SOCKET_DIR_VARIABLE
-    )]
-    PathTooLong {
-        /// Which.
-        path: PathBuf,
-        /// How long it is.
-        bytes: usize,
-    },
-    /// The socket could not be bound.
-    #[error("cannot listen on {}: {source}", path.display())]
-    Bind {
-        /// Where.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The kernel refused something else.
-    #[error("{what} failed: {source}")]
-    Os {
-        /// What.
-        what: &'static str,
-        /// Why.
-        source: io::Error,
-    },
-}
-
-impl ServerError {
-    fn os(what: &'static str) -> impl FnOnce(Errno) -> ServerError {
-        move |errno| ServerError::Os {
-            what,
-            source: errno.into(),
-        }
-    }
-}
 
 /// The service, bound but not yet running.
 pub struct Server {

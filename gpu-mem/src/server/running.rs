@@ -160,7 +160,8 @@ impl ServerHandle {
 
     /// Whether the service has ended, by itself or because it was told to.
     pub fn is_finished(&self) -> bool {
-        self.finished.load(Ordering::Acquire)
+        let ended = self.thread.as_ref().is_some_and(JoinHandle::is_finished);
+        ended || self.finished.load(Ordering::Acquire)
     }
 
     /// How the pools stand, in the order of the config.
