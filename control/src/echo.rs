@@ -177,6 +177,11 @@ impl EchoWorker {
         Ok(worker)
     }
 
+    /// Waits until its shard ends; answers why.
+    pub async fn ended(&self) -> String {
+        self.peer.ended().await
+    }
+
     /// Where callers dial.
     pub fn address(&self) -> SocketAddr {
         self.address

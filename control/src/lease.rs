@@ -1,7 +1,8 @@
 //! One etcd lease: granted, kept alive in time, given back; and the pauses between attempts.
 //!
 //! The keeper is a task of its own, so that slow writes or lists never delay a refresh
-//! (`spec/events-discovery.md` §4.7). It refreshes when half of the TTL has passed. A broken
+//! (`spec/events-discovery.md` §4.7). It refreshes when half of the TTL has passed, and
+//! every 2 s at least. A broken
 //! stream is not a lost lease: the lease is lost only when the store itself says that it does
 //! not know it. That way a restart of the store on its old data, which keeps leases, keeps our
 //! identity too.
@@ -78,7 +79,8 @@ pub(crate) async fn keep_alive(
     let mut refreshed = Instant::now();
     loop {
         alive();
-        let _ = timeout_at(refreshed + lease.ttl / 2, doubt.notified()).await;
+        let pause = (lease.ttl / 2).min(REFRESH_EVERY);
+        let _ = timeout_at(refreshed + pause, doubt.notified()).await;
         refreshed = Instant::now();
         let refresh = async {
             keeper.keep_alive().await?;
@@ -93,6 +95,10 @@ pub(crate) async fn keep_alive(
         }
     }
 }
+
+/// A lease that was revoked from outside is noticed this soon, whatever its TTL: until then clients
+/// do not find us.
+const REFRESH_EVERY: Duration = Duration::from_secs(2);
 
 /// The client library reports an unknown lease and a failing stream by the same error; ask.
 async fn lost_or_broken(

@@ -1,7 +1,7 @@
 //! corelane: library behind the binary.
 //!
-//! Everything here runs on the control core; the shards of `corelane-engine` are told what they need
-//! by snapshots and never wait for it.
+//! Everything here runs on the control core; the shards of `corelane-engine` are told what they
+//! need by snapshots and never wait for it.
 
 pub mod call;
 pub mod cards;

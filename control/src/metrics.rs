@@ -33,6 +33,7 @@ pub struct Snapshot {
     cores: Vec<CoreNumbers>,
     routes: Vec<RouteNumbers>,
     own: Vec<Number>,
+    uptime: Duration,
 }
 
 #[derive(Debug)]
@@ -50,7 +51,7 @@ struct Number {
     name: &'static str,
     kind: CellKind,
     help: &'static str,
-    value: f64,
+    value: u64,
 }
 
 #[derive(Debug)]
@@ -99,6 +100,7 @@ impl Snapshot {
             cores: cores.iter().map(core_numbers).collect(),
             routes,
             own,
+            uptime: process.uptime,
         }
     }
 
@@ -119,25 +121,20 @@ impl ProcessNumbers {
         let counter = |name, help, value| number(name, CellKind::Counter, help, value);
         vec![
             gauge(
-                "uptime_seconds",
-                "Time since the start",
-                self.uptime.as_secs_f64(),
-            ),
-            gauge(
-                "draining",
+                "process_draining",
                 "1 while this process is leaving",
-                f64::from(u8::from(self.draining)),
+                u64::from(self.draining),
             ),
             counter(
                 "directories_published",
                 "Directories handed to the cores",
-                self.directories as f64,
+                self.directories,
             ),
         ]
     }
 }
 
-fn number(name: &'static str, kind: CellKind, help: &'static str, value: f64) -> Number {
+fn number(name: &'static str, kind: CellKind, help: &'static str, value: u64) -> Number {
     Number {
         name,
         kind,
@@ -156,7 +153,7 @@ fn core_numbers(core: &CoreView) -> CoreNumbers {
         ring: core.ring,
         cause: core.cause,
         cells: cells
-            .map(|(name, kind, help, value)| number(name, kind, help, value as f64))
+            .map(|(name, kind, help, value)| number(name, kind, help, value))
             .collect(),
         hop: histogram(&core.stats.hop),
         answer: histogram(&core.stats.answer),
@@ -183,85 +180,94 @@ fn histogram(latency: &Latency) -> Histogram {
     }
 }
 
+type DiscoveryCell = (
+    &'static str,
+    CellKind,
+    &'static str,
+    fn(&DiscoveryStats) -> &std::cell::Cell<u64>,
+);
+
+/// Everything that discovery counts.
+const DISCOVERY: &[DiscoveryCell] = &[
+    (
+        "discovery_watched_keys",
+        CellKind::Gauge,
+        "Keys in all watched directories",
+        |stats| &stats.watched_keys,
+    ),
+    (
+        "discovery_stale_watches",
+        CellKind::Gauge,
+        "Watches without contact to the store; their last known directory is kept",
+        |stats| &stats.stale_watches,
+    ),
+    (
+        "discovery_reconnects",
+        CellKind::Counter,
+        "Times that contact to the store was lost and sought again",
+        |stats| &stats.reconnects,
+    ),
+    (
+        "discovery_resyncs",
+        CellKind::Counter,
+        "Full lists taken over, the first of each watch included",
+        |stats| &stats.resyncs,
+    ),
+    (
+        "discovery_lease_losses",
+        CellKind::Counter,
+        "Leases lost; each gave this process a new identity",
+        |stats| &stats.lease_losses,
+    ),
+    (
+        "discovery_writes_deferred",
+        CellKind::Counter,
+        "Writes that failed and were put off",
+        |stats| &stats.writes_deferred,
+    ),
+    (
+        "discovery_rejected_records",
+        CellKind::Counter,
+        "Stored values that are no records, too long, or too many",
+        |stats| &stats.rejected_records,
+    ),
+    (
+        "discovery_rejected_instances",
+        CellKind::Counter,
+        "Instances that cannot be dialled",
+        |stats| &stats.rejected_instances,
+    ),
+    (
+        "discovery_mismatched_instances",
+        CellKind::Counter,
+        "Instances whose key and value disagree",
+        |stats| &stats.mismatched_instances,
+    ),
+    (
+        "discovery_removals_deferred",
+        CellKind::Counter,
+        "Lists after an outage that left removals to be confirmed",
+        |stats| &stats.removals_deferred,
+    ),
+    (
+        "discovery_card_conflicts",
+        CellKind::Counter,
+        "Model cards left out because another one holds their place",
+        |stats| &stats.card_conflicts,
+    ),
+    (
+        "discovery_expired_files",
+        CellKind::Counter,
+        "Files of others deleted because nobody refreshed them",
+        |stats| &stats.expired_files,
+    ),
+];
+
 fn discovery_numbers(stats: &DiscoveryStats) -> Vec<Number> {
-    use CellKind::{Counter, Gauge};
-    [
-        (
-            "discovery_watched_keys",
-            Gauge,
-            "Keys in all watched directories",
-            &stats.watched_keys,
-        ),
-        (
-            "discovery_stale_watches",
-            Gauge,
-            "Watches without contact to the store; their last known directory is kept",
-            &stats.stale_watches,
-        ),
-        (
-            "discovery_reconnects",
-            Counter,
-            "Times that contact to the store was lost and sought again",
-            &stats.reconnects,
-        ),
-        (
-            "discovery_resyncs",
-            Counter,
-            "Full lists taken over, the first of each watch included",
-            &stats.resyncs,
-        ),
-        (
-            "discovery_lease_losses",
-            Counter,
-            "Leases lost; each gave this process a new identity",
-            &stats.lease_losses,
-        ),
-        (
-            "discovery_writes_deferred",
-            Counter,
-            "Writes that failed and were put off",
-            &stats.writes_deferred,
-        ),
-        (
-            "discovery_rejected_records",
-            Counter,
-            "Stored values that are no records, too long, or too many",
-            &stats.rejected_records,
-        ),
-        (
-            "discovery_rejected_instances",
-            Counter,
-            "Instances that cannot be dialled",
-            &stats.rejected_instances,
-        ),
-        (
-            "discovery_mismatched_instances",
-            Counter,
-            "Instances whose key and value disagree",
-            &stats.mismatched_instances,
-        ),
-        (
-            "discovery_removals_deferred",
-            Counter,
-            "Lists after an outage that left removals to be confirmed",
-            &stats.removals_deferred,
-        ),
-        (
-            "discovery_card_conflicts",
-            Counter,
-            "Model cards left out because another one holds their place",
-            &stats.card_conflicts,
-        ),
-        (
-            "discovery_expired_files",
-            Counter,
-            "Files of others deleted because nobody refreshed them",
-            &stats.expired_files,
-        ),
-    ]
-    .into_iter()
-    .map(|(name, kind, help, cell)| number(name, kind, help, cell.get() as f64))
-    .collect()
+    let cells = DISCOVERY.iter();
+    cells
+        .map(|(name, kind, help, cell)| number(name, *kind, help, cell(stats).get()))
+        .collect()
 }
 
 impl Collector for Snapshot {
@@ -271,6 +277,10 @@ impl Collector for Snapshot {
         self.refusals(&mut encoder)?;
         self.latencies(&mut encoder)?;
         self.routes(&mut encoder)?;
+        let help = "Time since the start.";
+        let mut uptime =
+            encoder.encode_descriptor("uptime_seconds", help, None, MetricType::Gauge)?;
+        uptime.encode_gauge(&self.uptime.as_secs_f64())?;
         for number in &self.own {
             let help = format!("{}.", number.help);
             let metric = encoder.encode_descriptor(number.name, &help, None, kind(number.kind))?;
@@ -408,7 +418,176 @@ fn kind(kind: CellKind) -> MetricType {
 
 fn write(mut metric: MetricEncoder, number: &Number) -> fmt::Result {
     match number.kind {
-        CellKind::Counter => metric.encode_counter::<NoLabelSet, _, u64>(&number.value, None),
+        CellKind::Counter => metric.encode_counter::<NoLabelSet, _, f64>(&number.value, None),
         CellKind::Gauge => metric.encode_gauge(&number.value),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+    use std::sync::Arc;
+
+    use corelane_engine::stats::Stats;
+
+    use super::*;
+
+    fn core(shard: usize, cause: &'static str) -> CoreView {
+        CoreView {
+            shard,
+            cpu: shard + 4,
+            ring: "epoll",
+            cause,
+            stats: Arc::new(Stats::default()),
+        }
+    }
+
+    fn route() -> RouteNumbers {
+        RouteNumbers {
+            listen: "a/b/c".into(),
+            target: "a/\"d/c".into(),
+            instances: 3,
+            registered: true,
+        }
+    }
+
+    fn process() -> ProcessNumbers {
+        ProcessNumbers {
+            uptime: Duration::from_millis(1_500),
+            directories: 7,
+            draining: false,
+        }
+    }
+
+    /// Series and their values.
+    fn series(text: &str) -> BTreeMap<&str, f64> {
+        let lines = text.lines().filter(|line| !line.starts_with('#'));
+        let pairs = lines.map(|line| line.rsplit_once(' ').unwrap());
+        pairs
+            .map(|(name, value)| (name, value.parse().unwrap()))
+            .collect()
+    }
+
+    #[test]
+    fn every_family_stands_once_and_says_what_it_is() {
+        let stats = DiscoveryStats::default();
+        let cores = [core(0, "seccomp"), core(1, "seccomp")];
+        let text = Snapshot::take(&cores, vec![route(), route()], process(), Some(&stats)).render();
+        assert!(text.ends_with("# EOF\n"));
+        let mut types = BTreeMap::new();
+        for line in text.lines() {
+            if let Some(rest) = line.strip_prefix("# TYPE ") {
+                let (name, kind) = rest.split_once(' ').unwrap();
+                assert!(types.insert(name, kind).is_none(), "{name} twice");
+            }
+            if let Some(rest) = line.strip_prefix("# HELP ") {
+                assert!(rest.ends_with('.') && !rest.ends_with(".."), "{rest}");
+            }
+        }
+        for name in series(&text).keys() {
+            let bare = name.split('{').next().unwrap();
+            assert!(bare.starts_with("corelane_"), "{bare}");
+            let suffixes = ["_total", "_info", "_sum", "_count", "_bucket", ""];
+            let typed = suffixes
+                .iter()
+                .filter_map(|suffix| types.get(bare.strip_suffix(suffix)?));
+            assert_eq!(typed.count(), 1, "{bare}");
+        }
+        assert_eq!(types["corelane_refused"], "counter");
+        assert!(
+            !types
+                .keys()
+                .any(|name| name.starts_with("corelane_refused_"))
+        );
+    }
+
+    #[test]
+    fn numbers_stand_where_they_belong() {
+        let cores = [core(0, "usable"), core(1, "memlock")];
+        let cells = &cores[1].stats.shard;
+        cells.requests.add(12);
+        cells.in_flight.set(2);
+        cells.refused_no_instance.add(5);
+        let stats = DiscoveryStats::default();
+        stats.lease_losses.set(1);
+        let text = Snapshot::take(&cores, vec![route()], process(), Some(&stats)).render();
+        let series = series(&text);
+        for (name, value) in [
+            (r#"corelane_requests_total{core="1",cpu="5"}"#, 12.0),
+            (r#"corelane_requests_total{core="0",cpu="4"}"#, 0.0),
+            (r#"corelane_in_flight{core="1",cpu="5"}"#, 2.0),
+            (
+                r#"corelane_refused_total{core="1",cpu="5",reason="no_instance"}"#,
+                5.0,
+            ),
+            (
+                r#"corelane_ring_info{core="1",cpu="5",ring="epoll",cause="memlock"}"#,
+                1.0,
+            ),
+            (
+                r#"corelane_route_instances{listen="a/b/c",target="a/\"d/c"}"#,
+                3.0,
+            ),
+            (
+                r#"corelane_route_registered{listen="a/b/c",target="a/\"d/c"}"#,
+                1.0,
+            ),
+            ("corelane_uptime_seconds", 1.5),
+            ("corelane_directories_published_total", 7.0),
+            ("corelane_process_draining", 0.0),
+            ("corelane_discovery_lease_losses_total", 1.0),
+        ] {
+            assert_eq!(series.get(name), Some(&value), "{name}\n{text}");
+        }
+        let version = format!(
+            r#"corelane_build_info{{version="{}"}}"#,
+            env!("CARGO_PKG_VERSION")
+        );
+        assert!(series.contains_key(version.as_str()));
+        assert!(text.contains("corelane_requests_total{core=\"1\",cpu=\"5\"} 12\n"));
+    }
+
+    #[test]
+    fn latencies_become_cumulative_buckets_that_are_always_the_same() {
+        let bounds = |text: &str| -> BTreeSet<String> {
+            let of = |line: &str| {
+                line.split("le=\"")
+                    .nth(1)?
+                    .split('"')
+                    .next()
+                    .map(str::to_owned)
+            };
+            text.lines().filter_map(of).collect()
+        };
+        let core = core(0, "usable");
+        let take = || {
+            let cores = std::slice::from_ref(&core);
+            Snapshot::take(cores, Vec::new(), process(), None).render()
+        };
+        let empty = take();
+        core.stats.hop.record(900);
+        core.stats.hop.record(10_000);
+        core.stats.hop.record(3_600_000_000_000);
+        let text = take();
+        assert_eq!(bounds(&empty), bounds(&text));
+        let series = series(&text);
+        let bucket = |le: &str| {
+            series[&*format!(r#"corelane_hop_seconds_bucket{{le="{le}",core="0",cpu="4"}}"#)]
+        };
+        assert_eq!(bucket("0.000001536"), 1.0);
+        assert_eq!(bucket("0.000008192"), 1.0);
+        assert_eq!(bucket("0.000012288"), 2.0);
+        assert_eq!(bucket("8.589934592"), 2.0);
+        assert_eq!(bucket("+Inf"), 3.0);
+        assert_eq!(
+            series[r#"corelane_hop_seconds_count{core="0",cpu="4"}"#],
+            3.0
+        );
+        let sum = series[r#"corelane_hop_seconds_sum{core="0",cpu="4"}"#];
+        assert!((sum - 3600.0000109).abs() < 1e-6, "{sum}");
+        assert_eq!(
+            series[r#"corelane_answer_seconds_count{core="0",cpu="4"}"#],
+            0.0
+        );
     }
 }

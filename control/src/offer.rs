@@ -143,3 +143,38 @@ fn device_type(lookup: impl Fn(&str) -> Option<String>) -> DeviceType {
         DeviceType::Cuda
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_record_is_what_dynamo_reads() {
+        let endpoint = EndpointId::new("demo", "router", "generate");
+        let address = "10.0.0.7:7000".parse().unwrap();
+        let entry = record(&endpoint, address, PayloadCodec::MessagePack).entry(0xa1);
+        assert_eq!(entry.key, "v1/instances/demo/router/generate/a1");
+        let value: serde_json::Value = serde_json::from_slice(&entry.value).unwrap();
+        assert_eq!(value["type"], "Endpoint");
+        assert_eq!(value["instance_id"], 0xa1);
+        assert_eq!(
+            value["transport"]["tcp"],
+            "10.0.0.7:7000/a1/demo/router/generate"
+        );
+        assert_eq!(value["request_plane_codec"], "msgpack");
+        assert!(value["device_type"].is_string());
+    }
+
+    #[test]
+    fn a_device_is_there_unless_the_environment_hides_it() {
+        let device = |name: &'static str, value: &'static str| {
+            device_type(move |asked| (asked == name).then(|| value.to_owned()))
+        };
+        assert_eq!(device("HOME", "none"), DeviceType::Cuda);
+        assert_eq!(device("CUDA_VISIBLE_DEVICES", "0"), DeviceType::Cuda);
+        assert_eq!(device("CUDA_VISIBLE_DEVICES", ""), DeviceType::Cpu);
+        assert_eq!(device("CUDA_VISIBLE_DEVICES", " None "), DeviceType::Cpu);
+        assert_eq!(device("NVIDIA_VISIBLE_DEVICES", "void"), DeviceType::Cpu);
+        assert_eq!(device("NVIDIA_VISIBLE_DEVICES", ""), DeviceType::Cuda);
+    }
+}

@@ -77,10 +77,7 @@ fn shards(
         };
         let choice = host::choose(io(core.io), report)
             .map_err(|refused| Stop::HostCannot(refused.to_string()))?;
-        let ring = match choice.ring {
-            host::RingKind::Uring => RingKind::Uring,
-            host::RingKind::Epoll => RingKind::Epoll,
-        };
+        let ring = choice.ring;
         let mut told = shard_config(core, ShardConfig::new(shard, cpu, ring, Some(listen)));
         told.message_bytes_max = u64::from(config.server.message_bytes_max);
         shards.push(Planned {

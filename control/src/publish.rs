@@ -280,3 +280,61 @@ fn policy(policy: config::Policy) -> directory::Policy {
         config::Policy::Hash => directory::Policy::Hash,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use corelane_codec::path::EndpointId;
+
+    use super::*;
+
+    fn instance(id: u64, port: u16) -> Instance {
+        Instance {
+            id,
+            address: ([127, 0, 0, 1], port).into(),
+            path: format!("{id:x}/x").into_bytes(),
+            codec: PayloadCodec::Json,
+        }
+    }
+
+    #[test]
+    fn found_instances_stand_before_static_ones_of_the_same_id() {
+        let statics = [instance(7, 1), instance(2, 2)];
+        let all = merged(&statics, vec![instance(9, 9), instance(7, 70)]);
+        let seen: Vec<(u64, u16)> = all
+            .iter()
+            .map(|instance| (instance.id, instance.address.port()))
+            .collect();
+        assert_eq!(seen, [(2, 2), (7, 70), (9, 9)]);
+    }
+
+    #[test]
+    fn a_route_is_handed_over_in_the_shards_words() {
+        let configured = config::Route {
+            listen: EndpointId::new("a", "router", "g"),
+            target: EndpointId::new("a", "worker", "g"),
+            policy: config::Policy::Hash,
+            header: Some("x-session".into()),
+            response: config::Response::Direct,
+            ack: config::Ack::OnAccept,
+            ack_timeout_ms: 1_500,
+            retries_max: 3,
+            hold_bytes: 4_096,
+        };
+        let handed = route(
+            &configured,
+            vec![b"0/a/router/g".to_vec()],
+            &[instance(3, 30)],
+        );
+        assert_eq!(
+            (handed.listen.as_str(), handed.target.as_str()),
+            ("a/router/g", "a/worker/g")
+        );
+        assert_eq!(handed.policy, directory::Policy::Hash);
+        assert_eq!(handed.ack, directory::Ack::OnAccept);
+        assert_eq!(
+            (handed.header.as_str(), handed.ack_timeout_ns),
+            ("x-session", 1_500_000_000)
+        );
+        assert_eq!(handed.instances[0].path, b"3/x");
+    }
+}

@@ -4,7 +4,7 @@
 //! | route | answer |
 //! |---|---|
 //! | `/live` | 200 while this process runs at all (unlike Dynamo's, which repeats `/health`) |
-//! | `/health` | 200 or 503, `{"status":..,"uptime":{"secs":..,"nanos":..},"endpoints":{..},"paths":{..}}` |
+//! | `/health` | 200 or 503, `{"status":..,"uptime":{..},"endpoints":{..},"paths":{..}}` |
 //! | `/metrics` | 200, text |
 //! | else | 404 `Route not found` |
 //!

@@ -2,7 +2,8 @@
 //! (`spec/events-discovery.md` §5.3, `spec/request-plane.md` §10.3).
 //!
 //! ```text
-//! start:  shards listen -> discovery -> directory to the shards -> registered -> ready
+//! start:  shards listen -> discovery -> directory to the shards -> instances reached
+//! offer:  registered, with cards -> ready
 //! drain:  not ready -> out of discovery -> grace -> new requests refused
 //!         -> requests in flight end (bounded) -> lease back -> shards stop
 //! ```
@@ -102,8 +103,8 @@ pub struct Router {
 }
 
 impl Router {
-    /// Starts everything; ready when this returns, except for records that the store could not
-    /// take yet. Needs a `LocalSet`.
+    /// Starts everything but what callers see of us: see [`Router::offer`]. May be given up at any
+    /// time. Needs a `LocalSet`.
     ///
     /// # Errors
     /// A port is taken, a core cannot run, or the store cannot be reached in time.
@@ -137,8 +138,6 @@ impl Router {
             followers: Vec::new(),
         };
         router.follow().await;
-        router.offer();
-        router.registered().await;
         Ok(router)
     }
 
@@ -194,7 +193,9 @@ impl Router {
         }
     }
 
-    fn offer(&mut self) {
+    /// Registers the listen endpoints and their cards, and keeps them so. Does not wait; from here
+    /// on only [`Router::run`] leaves in good order.
+    pub fn offer(&mut self) {
         for index in 0..self.pulse.board.routes().len() {
             let offer = Offer {
                 board: Rc::clone(&self.pulse.board),
@@ -207,22 +208,14 @@ impl Router {
         }
     }
 
-    /// Waits until all endpoints are registered, a moment at most.
-    async fn registered(&self) {
-        let deadline = Instant::now() + LIST_MAX;
-        let routes = self.pulse.board.routes();
-        while !routes.iter().all(Listed::is_registered) {
-            if Instant::now() >= deadline {
-                tracing::warn!("not every endpoint is registered yet; going on to try");
-                return;
-            }
-            sleep(LOOK_EVERY / 10).await;
-        }
-    }
-
-    /// Serves until a signal or the end of a core, then drains; `after_stop` runs when nothing
-    /// comes in any more and before the cores stop.
-    pub async fn run(self, mut signals: Signals, after_stop: impl Future<Output = ()>) -> Exit {
+    /// Serves until a signal, the end of a core, or `others_failed`; then drains. `after_stop`
+    /// runs when nothing comes in any more and before the cores stop.
+    pub async fn run(
+        self,
+        mut signals: Signals,
+        others_failed: impl Future<Output = ()>,
+        after_stop: impl Future<Output = ()>,
+    ) -> Exit {
         let exit = tokio::select! {
             name = signals.next() => {
                 tracing::info!("{name}: draining; a second signal ends at once");
@@ -230,6 +223,10 @@ impl Router {
             }
             () = self.pulse.cores.failed() => {
                 tracing::error!("a core has ended: draining the others");
+                Exit::Failed
+            }
+            () = others_failed => {
+                tracing::error!("a worker has ended: draining");
                 Exit::Failed
             }
         };

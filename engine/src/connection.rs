@@ -98,6 +98,8 @@ pub struct Connection {
     pub paused: bool,
     /// It waits for a free buffer.
     pub starved: bool,
+    /// It waits for room in a table.
+    pub crowded: bool,
     /// It stands in the list of connections with something to send.
     pub dirty: bool,
     /// The peer has sent its end of stream.
@@ -114,6 +116,10 @@ pub struct Connection {
     pub frames: u64,
     /// `frames` when the timer was set.
     pub frames_seen: u64,
+    /// Since when the frame after so many others (`frame_of`) is looked at.
+    pub frame_ns: u64,
+    /// `frames` at that time.
+    pub frame_of: u64,
     /// Bytes of large frames passed on; tells a slow one from one that stands still.
     pub streamed: u64,
     /// `streamed` when the timer was set.
@@ -142,6 +148,7 @@ impl Connection {
             closing: false,
             paused: false,
             starved: false,
+            crowded: false,
             dirty: false,
             end_of_stream: false,
             frame_timer: false,
@@ -150,6 +157,8 @@ impl Connection {
             intake: Intake::Frames,
             frames: 0,
             frames_seen: 0,
+            frame_ns: 0,
+            frame_of: 0,
             streamed: 0,
             streamed_seen: 0,
             replies: Fifo::EMPTY,

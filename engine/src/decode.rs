@@ -16,7 +16,7 @@ use crate::respond::{self, Refusal};
 use crate::ring::Ring;
 use crate::route::hash_hint;
 use crate::shard::Shard;
-use crate::{forward, tell, worker};
+use crate::{forward, recv, tell, worker};
 
 /// Room for the longest prefix, and for the front of a payload behind it.
 pub(crate) const SCRATCH_BYTES: usize = REQUEST_PREFIX_BYTES_MAX + ENVELOPE_BYTES_MAX;
@@ -206,7 +206,7 @@ pub(crate) fn refuse<R: Ring>(
     refusal: Refusal<'_>,
 ) -> bool {
     if !respond::refuse(shard, slot, refusal) {
-        shard.pause(slot);
+        recv::crowd(shard, slot);
         return false;
     }
     skip(shard, slot, prefix.frame_bytes());
@@ -231,7 +231,7 @@ fn refuse_size<R: Ring>(shard: &mut Shard<R>, slot: u32, prefix: &Prefix, error:
         .copy_out(&incoming, prefix.prefix_bytes, envelope);
     if tell::can_reach(envelope) {
         if !respond::accept(shard, slot) {
-            shard.pause(slot);
+            recv::crowd(shard, slot);
             return false;
         }
         shard.stats.shard.refused_frame_too_large.add(1);

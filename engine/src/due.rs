@@ -29,6 +29,8 @@ pub(crate) enum TimerKind {
     Home,
     /// Accept calls home again after a failure.
     HomeAccept,
+    /// Buffers have been short for long.
+    Shortage,
 }
 
 impl<R: Ring> Shard<R> {
@@ -61,12 +63,13 @@ impl<R: Ring> Shard<R> {
             let slot = token as u32;
             match (token >> 56) as u8 {
                 1 => accept::arm(self),
-                2 if self.upstreams.is_current(slot, generation) => link::connect(self, slot),
+                2 if self.upstreams.is_current(slot, generation) => link::connect_due(self, slot),
                 3 if self.upstreams.is_current(slot, generation) => link::overdue(self, slot),
                 4 if self.connections.is_current(slot, generation) => {
                     recv::look_at_frame(self, slot);
                 }
                 5 => tell::overdue(self, slot, generation),
+                11 => recv::look_at_shortage(self, slot),
                 kind => ends::overdue(self, kind, slot, generation),
             }
         }

@@ -241,6 +241,11 @@ pub(crate) enum Spawner {
 }
 
 impl Spawner {
+    /// For a shard without handlers: nothing is ever spawned.
+    pub(crate) fn local() -> Spawner {
+        Spawner::Local(LocalPool::new().spawner())
+    }
+
     pub(crate) fn spawn(&self, task: Task) {
         match self {
             Spawner::Glommio => {

@@ -22,7 +22,7 @@ use crate::route::Candidates;
 use crate::shard::{Shard, TimerKind};
 use crate::table::{NONE, Table};
 use crate::upstream::{InstanceState, Upstream, UpstreamState};
-use crate::{link, tell};
+use crate::{link, recv, tell};
 
 /// Bytes gathered into one send: enough to fill a socket buffer, not so much that the first
 /// answer waits.
@@ -96,7 +96,8 @@ pub(crate) fn extend<R: Ring>(shard: &mut Shard<R>, slot: u32, request: u32, byt
     let (upstream, route) = (entry.upstream, entry.route);
     let arrived = entry.dropped_bytes + entry.frame.bytes() as u64;
     let hold_bytes = u64::from(shard.directory.routes[route as usize].hold_bytes);
-    if shard.requests[request].held && arrived > hold_bytes {
+    // When buffers are short nobody keeps a large frame: all would wait for each other's.
+    if shard.requests[request].held && (arrived > hold_bytes || !shard.may_hold()) {
         note_caller(shard, request);
         shard.requests[request].held = false;
     }
@@ -105,7 +106,7 @@ pub(crate) fn extend<R: Ring>(shard: &mut Shard<R>, slot: u32, request: u32, byt
         soil(shard, upstream);
     }
     if !complete && is_backed_up(shard, request) {
-        shard.pause(slot);
+        recv::crowd(shard, slot);
     }
     complete
 }
@@ -332,6 +333,17 @@ pub(crate) fn flush<R: Ring>(shard: &mut Shard<R>, upstream: u32) {
     }
 }
 
+/// Whether bytes that have arrived wait for the socket.
+pub(crate) fn has_unsent<R: Ring>(shard: &Shard<R>, upstream: u32) -> bool {
+    let link = &shard.upstreams[upstream];
+    let Some(entry) = shard.requests.get(link.unsent) else {
+        return false;
+    };
+    let prefix_bytes = shard.instances[entry.instance].prefix.len() as u64;
+    let there = prefix_bytes + entry.dropped_bytes + entry.frame.bytes() as u64;
+    there > link.unsent_offset
+}
+
 /// The socket took `bytes` bytes.
 pub(crate) fn sent<R: Ring>(shard: &mut Shard<R>, upstream: u32, bytes: usize) {
     let link = &mut shard.upstreams[upstream];
@@ -533,7 +545,7 @@ pub(crate) fn replace<R: Ring>(shard: &mut Shard<R>, request: u32, refusal: Refu
 /// Nobody can be found for a request: its caller gets a refusal, or is called home with an error
 /// if he was told already that all is well.
 pub(crate) fn fail<R: Ring>(shard: &mut Shard<R>, request: u32, refusal: Refusal<'static>) {
-    stop_streaming(shard, request);
+    let held_back = stop_streaming(shard, request);
     if shard.requests[request].reply == Reply::Open {
         respond::refuse_request(shard, request, refusal);
     } else {
@@ -544,28 +556,33 @@ pub(crate) fn fail<R: Ring>(shard: &mut Shard<R>, request: u32, refusal: Refusal
         shard.pieces.clear(&mut entry.frame);
         end_if_over(shard, request);
     }
+    if let Some(slot) = held_back
+        && shard.connections.get(slot).is_some()
+    {
+        respond::resume_if_ready(shard, slot);
+    }
 }
 
-/// The rest of a large frame has nowhere to go.
-fn stop_streaming<R: Ring>(shard: &mut Shard<R>, request: u32) {
+/// The rest of a large frame has nowhere to go. Returns its connection if that is held back: it
+/// can go on when all is said about this request.
+fn stop_streaming<R: Ring>(shard: &mut Shard<R>, request: u32) -> Option<u32> {
     let entry = &mut shard.requests[request];
     if !entry.streaming {
-        return;
+        return None;
     }
     entry.streaming = false;
     let downstream = entry.downstream;
-    if let Some(connection) = shard.connections.get_mut(downstream)
-        && let Intake::Stream {
-            request: streamed,
-            left,
-        } = connection.intake
+    let connection = shard.connections.get_mut(downstream)?;
+    if let Intake::Stream {
+        request: streamed,
+        left,
+    } = connection.intake
         && streamed == request
     {
         connection.intake = Intake::Discard { left };
-        if connection.paused {
-            respond::resume_if_ready(shard, downstream);
-        }
+        return connection.paused.then_some(downstream);
     }
+    None
 }
 
 /// The sender of a large frame went away in the middle of it. The connection that carries it can
@@ -575,7 +592,7 @@ pub(crate) fn abort<R: Ring>(shard: &mut Shard<R>, request: u32) {
     entry.streaming = false;
     entry.held = false;
     let upstream = entry.upstream;
-    if entry.reply == Reply::Open {
+    if entry.reply == Reply::Open && entry.downstream == NONE {
         entry.reply = Reply::Accepted;
     }
     if upstream == NONE {

@@ -71,12 +71,19 @@ fn list<R: Ring>(
         shard.instances[slot].epoch = shard.epoch;
         return Some(slot);
     }
+    if shard.instances.is_full() {
+        return None;
+    }
     let upstream = shared(shard, instance.address)?;
     let mut state = InstanceState::new(instance.id, route, instance.address, &instance.path);
     state.upstream = upstream;
     state.epoch = shard.epoch;
     let slot = shard.instances.insert(state).ok()?;
     shard.upstreams[upstream].instances += 1;
+    if shard.upstreams[upstream].instances == 1 {
+        // Not before it counts as used: a dial that fails at once is tried again only then.
+        connect(shard, upstream);
+    }
     Some(slot)
 }
 
@@ -107,14 +114,13 @@ pub(crate) fn release_instance<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     }
 }
 
-/// The upstream for whole frames to `address`; dialled when it is new.
+/// The upstream for whole frames to `address`; a new one is to be dialled.
 fn shared<R: Ring>(shard: &mut Shard<R>, address: SocketAddr) -> Option<u32> {
     if let Some(upstream) = shard.upstream_at.get(&address) {
         return Some(*upstream);
     }
     let upstream = shard.upstreams.insert(Upstream::new(address, false)).ok()?;
     shard.upstream_at.insert(address, upstream);
-    connect(shard, upstream);
     Some(upstream)
 }
 
@@ -136,12 +142,31 @@ pub(crate) fn bulk<R: Ring>(shard: &mut Shard<R>, address: SocketAddr) -> Option
         return Some(least);
     }
     let upstream = shard.upstreams.insert(Upstream::new(address, true)).ok()?;
+    let generation = shard.upstreams.generation(upstream);
     connect(shard, upstream);
-    Some(upstream)
+    // A dial that fails at once, for lack of descriptors for example, takes it along.
+    shard
+        .upstreams
+        .is_current(upstream, generation)
+        .then_some(upstream)
+}
+
+/// Sets the timer of an upstream's connect. One that was set before means nothing from now on.
+fn connect_at<R: Ring>(shard: &mut Shard<R>, upstream: u32, at_ns: u64) {
+    shard.upstreams[upstream].connect_due_ns = at_ns;
+    let generation = shard.upstreams.generation(upstream);
+    shard.timer(TimerKind::Connect, upstream, generation, at_ns);
+}
+
+/// A timer of an upstream's connect has run out.
+pub(crate) fn connect_due<R: Ring>(shard: &mut Shard<R>, upstream: u32) {
+    if shard.upstreams[upstream].connect_due_ns <= shard.now_ns {
+        connect(shard, upstream);
+    }
 }
 
 /// Dials an upstream that waits; gives up on one whose connect takes too long.
-pub(crate) fn connect<R: Ring>(shard: &mut Shard<R>, upstream: u32) {
+fn connect<R: Ring>(shard: &mut Shard<R>, upstream: u32) {
     let link = &mut shard.upstreams[upstream];
     match link.state {
         UpstreamState::Open => {}
@@ -155,9 +180,7 @@ pub(crate) fn connect<R: Ring>(shard: &mut Shard<R>, upstream: u32) {
             match shard.dial(&address, Role::Upstream(upstream)) {
                 Ok(slot) => {
                     shard.upstreams[upstream].connection = slot;
-                    let generation = shard.upstreams.generation(upstream);
-                    let deadline_ns = shard.now_ns + CONNECT_TIMEOUT_NS;
-                    shard.timer(TimerKind::Connect, upstream, generation, deadline_ns);
+                    connect_at(shard, upstream, shard.now_ns + CONNECT_TIMEOUT_NS);
                 }
                 Err(errno) => lost(shard, upstream, errno),
             }
@@ -213,13 +236,7 @@ pub(crate) fn lost<R: Ring>(shard: &mut Shard<R>, upstream: u32, errno: i32) {
     } else if !abandoned && shard.upstreams.get(upstream).is_some() {
         let link = &shard.upstreams[upstream];
         let pause_ns = if was_open { 0 } else { link.backoff_ns() };
-        let generation = shard.upstreams.generation(upstream);
-        shard.timer(
-            TimerKind::Connect,
-            upstream,
-            generation,
-            shard.now_ns + pause_ns,
-        );
+        connect_at(shard, upstream, shard.now_ns + pause_ns);
     }
     count_ready(shard);
 }
@@ -252,14 +269,18 @@ pub(crate) fn overdue<R: Ring>(shard: &mut Shard<R>, upstream: u32) {
     }
     let timeout_ns = forward::answer_timeout_ns(shard, request);
     let entry = &shard.requests[request];
-    // A frame that is still arriving has its own timer, on its sender's connection.
-    let since_ns = if entry.sent {
+    // A frame that is still arriving has its own timer, on its sender's connection; but if it is
+    // the instance that takes none of what has arrived, he waits for it.
+    let stalls = entry.streaming && forward::has_unsent(shard, upstream);
+    let since_ns = if stalls {
+        entry.placed_ns.max(shard.upstreams[upstream].used_ns)
+    } else if entry.sent {
         entry.sent_ns
     } else {
         entry.placed_ns
     };
     let left_ns = (since_ns + timeout_ns).saturating_sub(shard.now_ns);
-    if entry.streaming || left_ns > 0 {
+    if entry.streaming && !stalls || left_ns > 0 {
         return watch(shard, upstream, left_ns.max(timeout_ns / 16));
     }
     shard.stats.shard.ack_timeouts.add(1);

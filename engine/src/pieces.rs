@@ -174,10 +174,13 @@ impl Pieces {
 
     fn join_crumb(&mut self, list: &mut PieceList, buffer: BufferId, bytes: u32) -> Option<usize> {
         const CRUMB_BYTES: u32 = 1024;
+        // When buffers become short whatever fits is joined: slow senders of large frames would
+        // hold one for each segment.
+        let short = self.buffers.held() > self.buffers.count() / 2;
         let last = self.table.get(list.tail as usize)?;
         let into = last.buffer;
         let room = self.buffers.buffer_bytes() as u32 - last.end;
-        if bytes > CRUMB_BYTES || bytes > room || self.buffers.holders(into) != 1 {
+        if bytes > CRUMB_BYTES && !short || bytes > room || self.buffers.holders(into) != 1 {
             return None;
         }
         let (at, from) = (

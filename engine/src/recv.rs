@@ -4,10 +4,13 @@ use crate::buffers::BufferId;
 use crate::connection::{Intake, Role};
 use crate::ring::Ring;
 use crate::shard::{Shard, TimerKind};
-use crate::{decode, ends, respond, tell};
+use crate::{decode, ends, forward, respond, tell};
 
 /// A frame whose bytes stop coming for so long ends its connection.
 pub(crate) const FRAME_PAUSE_NS: u64 = 30_000_000_000;
+
+/// A shortage of buffers that lasts so long ends the connections that hold them.
+const SHORTAGE_NS: u64 = 1_000_000_000;
 
 /// `buffer[..bytes]` has been filled for the connection.
 pub(crate) fn received<R: Ring>(
@@ -65,8 +68,9 @@ pub(crate) fn ended<R: Ring>(shard: &mut Shard<R>, slot: u32, errno: i32) {
         // Cancelled by `pause`; if that is over already, ask again.
         return shard.receive(slot);
     }
-    if errno == 0 && connection.role == Role::Downstream && connection.replies.len > 0 {
-        // It may have shut down only its own direction: the replies are owed all the same.
+    if errno == 0 && connection.role == Role::Downstream {
+        // It may have shut down only its own direction: the replies are owed all the same, and
+        // frames that had to wait may still lie here.
         connection.end_of_stream = true;
         return respond::downstream_half_closed(shard, slot);
     }
@@ -114,14 +118,70 @@ pub(crate) fn feed_starved<R: Ring>(shard: &mut Shard<R>) {
     shard.starved = starved;
 }
 
-/// Few buffers are left: they are kept for the answers of instances, which free others. Those who
-/// began a frame long ago and do not finish it pay first.
+/// A table has no room for a frame, not even for its refusal: its connection waits until there is.
+pub(crate) fn crowd<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    shard.pause(slot);
+    let generation = shard.connections.generation(slot);
+    let connection = &mut shard.connections[slot];
+    if !connection.crowded {
+        connection.crowded = true;
+        shard.crowded.push((slot, generation));
+    }
+}
+
+/// There is room again.
+pub(crate) fn make_room<R: Ring>(shard: &mut Shard<R>) {
+    // Those who find none after all queue up again behind the rest.
+    for _ in 0..shard.crowded.len() {
+        let (slot, generation) = shard.crowded.remove(0);
+        if !shard.connections.is_current(slot, generation) {
+            continue;
+        }
+        shard.connections[slot].crowded = false;
+        respond::resume_if_ready(shard, slot);
+        if let Some(connection) = shard.connections.get(slot)
+            && let Intake::Stream { request, .. } = connection.intake
+            && connection.paused
+            && forward::is_backed_up(shard, request)
+        {
+            crowd(shard, slot);
+        }
+    }
+}
+
+/// Few buffers are left: they are kept for the answers of instances, which free others.
 pub(crate) fn throttle<R: Ring>(shard: &mut Shard<R>) {
     shard.throttled = true;
+    shard.throttles = shard.throttles.wrapping_add(1);
+    watch_shortage(shard);
     let downstream: Vec<u32> = downstream(shard);
     for slot in downstream {
         shard.pause(slot);
     }
+}
+
+fn watch_shortage<R: Ring>(shard: &mut Shard<R>) {
+    let due_ns = shard.now_ns + SHORTAGE_NS;
+    shard.timer(TimerKind::Shortage, shard.throttles, 0, due_ns);
+}
+
+/// Buffers have been short for long: what holds them are frames that nobody finishes, or their
+/// senders may not. The oldest go, until enough is free.
+pub(crate) fn look_at_shortage<R: Ring>(shard: &mut Shard<R>, throttles: u32) {
+    if !shard.throttled || throttles != shard.throttles {
+        return;
+    }
+    let mut unfinished = downstream(shard);
+    unfinished.retain(|slot| !shard.connections[*slot].incoming.is_empty());
+    unfinished.sort_unstable_by_key(|slot| shard.connections[*slot].frame_ns);
+    for slot in unfinished {
+        if shard.may_hold() {
+            break;
+        }
+        shard.stats.shard.slow_frames_closed.add(1);
+        shard.lost(slot, libc::ETIMEDOUT);
+    }
+    watch_shortage(shard);
 }
 
 /// Enough buffers are free again.
@@ -147,6 +207,9 @@ fn watch_frame<R: Ring>(shard: &mut Shard<R>, slot: u32) {
         return;
     };
     let unfinished = !connection.incoming.is_empty() || connection.intake != Intake::Frames;
+    if connection.frame_ns == 0 || connection.frame_of != connection.frames {
+        (connection.frame_ns, connection.frame_of) = (shard.now_ns, connection.frames);
+    }
     if unfinished && !connection.frame_timer && !connection.closing {
         connection.frame_timer = true;
         connection.frames_seen = connection.frames;

@@ -256,7 +256,10 @@ fn is_ready<R: Ring>(shard: &Shard<R>, connection: &Connection) -> bool {
 /// Listens to a caller again if nothing of ours stands in the way.
 pub(crate) fn resume_if_ready<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     let connection = &shard.connections[slot];
-    if !connection.paused || connection.closing || !is_ready(shard, connection) {
+    if !connection.paused {
+        return close_if_over(shard, slot);
+    }
+    if connection.closing || !is_ready(shard, connection) {
         return;
     }
     if let Intake::Stream { request, .. } = connection.intake
@@ -269,6 +272,7 @@ pub(crate) fn resume_if_ready<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     if !shard.connections[slot].paused {
         decode::requests(shard, slot);
     }
+    close_if_over(shard, slot);
 }
 
 /// The socket took `bytes` bytes of replies.
@@ -280,15 +284,19 @@ pub(crate) fn replies_sent<R: Ring>(shard: &mut Shard<R>, slot: u32, bytes: usiz
     let connection = &shard.connections[slot];
     if !connection.out.is_empty() {
         shard.soil(slot);
-    } else if connection.end_of_stream && connection.replies.len == 0 {
-        return shard.lost(slot, 0);
     }
-    if shard
-        .connections
-        .get(slot)
-        .is_some_and(|connection| connection.paused)
-    {
-        resume_if_ready(shard, slot);
+    resume_if_ready(shard, slot);
+}
+
+/// Closes the connection of a caller who sends nothing more and is owed nothing more.
+fn close_if_over<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    let Some(connection) = shard.connections.get(slot) else {
+        return;
+    };
+    let owed = connection.replies.len > 0 || !connection.out.is_empty();
+    let waits = connection.paused && !connection.incoming.is_empty();
+    if connection.end_of_stream && !connection.closing && !owed && !waits {
+        shard.lost(slot, 0);
     }
 }
 
@@ -302,6 +310,7 @@ pub(crate) fn downstream_half_closed<R: Ring>(shard: &mut Shard<R>, slot: u32) {
         connection.intake = Intake::Frames;
         forward::abort(shard, request);
     }
+    close_if_over(shard, slot);
 }
 
 /// The caller's connection is gone. Requests that are complete go on: the caller hears of them over
@@ -376,13 +385,24 @@ fn one_answer<R: Ring>(shard: &mut Shard<R>, slot: u32, upstream: u32) -> bool {
     goes_on
 }
 
+/// What the caller gets before words of an instance that he would take for success
+/// (spec/request-plane.md §2.5): he would wait for a response that never comes.
+const MEANINGLESS: &[u8] = b"Server unavailable: the instance answered: ";
+
 /// The instance's own words, for the caller. Words that do not fit a chunk are cut.
 pub(crate) fn decide_text<R: Ring>(shard: &mut Shard<R>, request: u32, text: &[u8]) {
-    let text = &text[..text.len().min(CHUNK_BYTES - 4)];
+    let before = match Answer::classify(text).is_refusal() {
+        true => &[],
+        false => MEANINGLESS,
+    };
+    let text = &text[..text.len().min(CHUNK_BYTES - 4 - before.len())];
+    let start = 4 + before.len();
+    let end = start + text.len();
     let mut frame = [0; CHUNK_BYTES];
-    frame[..4].copy_from_slice(&(text.len() as u32).to_be_bytes());
-    frame[4..4 + text.len()].copy_from_slice(text);
-    let chunk = chunk_of(shard, &frame[..4 + text.len()]);
+    frame[..4].copy_from_slice(&(end as u32 - 4).to_be_bytes());
+    frame[4..start].copy_from_slice(before);
+    frame[start..end].copy_from_slice(text);
+    let chunk = chunk_of(shard, &frame[..end]);
     decide(shard, request, chunk.map_or(Reply::Text(NONE), Reply::Text));
 }
 

@@ -6,8 +6,9 @@
 //! 2. commands from control first: they free or need slots, and are few;
 //! 3. completions: accept, or receive -> decode -> route -> forward | respond;
 //! 4. timers after data: data may have met a deadline;
-//! 5. sends, gathered: what all completions of this tick have queued for one socket leaves as one;
-//! 6. buffers go back to the ring, in one release-store.
+//! 5. callers who were held back go on, if what they lacked is there again;
+//! 6. sends, gathered: what all completions of this tick have queued for one socket leaves as one;
+//! 7. buffers go back to the ring, in one release-store.
 
 use std::collections::HashMap;
 use std::io;
@@ -21,9 +22,11 @@ use crate::client::Client;
 use crate::config::{Idle, ShardConfig};
 use crate::connection::{Connection, Role};
 use crate::directory::Directory;
+use crate::ends::Ends;
+use crate::executor::Spawner;
 use crate::in_flight::Request;
 use crate::ledger::{ENVELOPE_BYTES_MAX, Ledger};
-use crate::mesh::{Receiver, Sender};
+use crate::mesh::{self, Receiver, Sender};
 use crate::operation::{Kind, Operation};
 use crate::pieces::Pieces;
 use crate::ring::{Completion, Event, Handle, Ring, SPANS_MAX, Span};
@@ -70,8 +73,13 @@ pub struct Shard<R: Ring> {
     pub(crate) dirty_upstreams: Vec<u32>,
     /// Connections whose receive found no buffer, with their generation.
     pub(crate) starved: Vec<(u32, u32)>,
+    /// Connections with a frame for which no table had room, not even for its refusal, with their
+    /// generation.
+    pub(crate) crowded: Vec<(u32, u32)>,
     /// Downstream receives are held back until buffers are free again.
     pub(crate) throttled: bool,
+    /// How often that has happened; tells one shortage from the next.
+    pub(crate) throttles: u32,
     pub(crate) draining: bool,
     pub(crate) stopping: bool,
     pub(crate) epoch: u64,
@@ -136,7 +144,9 @@ impl<R: Ring> Shard<R> {
             dirty_connections: Vec::with_capacity(connections_max),
             dirty_upstreams: Vec::with_capacity(UPSTREAMS_MAX),
             starved: Vec::with_capacity(connections_max),
+            crowded: Vec::with_capacity(connections_max),
             throttled: false,
+            throttles: 0,
             draining: false,
             stopping: false,
             epoch: 0,
@@ -152,6 +162,28 @@ impl<R: Ring> Shard<R> {
             commands: lanes.commands,
             reports: lanes.reports,
         }
+    }
+
+    /// A shard that only routes, for whoever drives a ring by himself.
+    ///
+    /// # Errors
+    /// No eventfd can be made.
+    pub fn router(
+        config: ShardConfig,
+        ring: R,
+        buffers: Buffers,
+        listener: Option<TcpListener>,
+        stats: Arc<Stats>,
+        lanes: Lanes,
+    ) -> io::Result<Shard<R>> {
+        let ends = Ends::default();
+        let (events, _) = mesh::lane()?;
+        let client = Client::new(&ends, None, events);
+        let worker = Worker::new(ends, Spawner::local());
+        let ends = (worker, client);
+        Ok(Shard::new(
+            config, ring, buffers, listener, stats, lanes, ends,
+        ))
     }
 
     /// Begins to accept, and to watch for commands.
@@ -194,6 +226,7 @@ impl<R: Ring> Shard<R> {
             self.complete(completion);
         }
         let timers = self.expire();
+        self.relieve();
         self.send_all();
         self.return_buffers();
         self.show(completions);
@@ -500,17 +533,26 @@ impl<R: Ring> Shard<R> {
         self.send(slot, &spans[..count]);
     }
 
-    /// Gives free buffers back, and wakes who waits for one.
-    fn return_buffers(&mut self) {
-        for buffer in self.pieces.recycled.drain(..) {
-            self.ring.recycle(buffer);
-        }
+    /// Holds callers back, or lets them go on. Before the sends: what they sent meanwhile is
+    /// forwarded in this tick.
+    fn relieve(&mut self) {
         let (held, count) = (self.pieces.buffers.held(), self.pieces.buffers.count());
         if !self.throttled && held > count - count / 8 {
             recv::throttle(self);
         } else if self.throttled && held < count - count / 4 {
             recv::unthrottle(self);
         }
+        if !self.crowded.is_empty() && !self.requests.is_full() {
+            recv::make_room(self);
+        }
+    }
+
+    /// Gives free buffers back, and wakes who waits for one.
+    fn return_buffers(&mut self) {
+        for buffer in self.pieces.recycled.drain(..) {
+            self.ring.recycle(buffer);
+        }
+        let (held, count) = (self.pieces.buffers.held(), self.pieces.buffers.count());
         if !self.starved.is_empty() && held < count {
             recv::feed_starved(self);
         }

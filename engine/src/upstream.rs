@@ -126,6 +126,9 @@ pub struct Upstream {
     pub dirty: bool,
     /// A timer looks at its oldest request.
     pub timer: bool,
+    /// When something is to be done about its connect: dial, or give up a dial that takes too
+    /// long. Timers set for an earlier state come before this and mean nothing.
+    pub connect_due_ns: u64,
     /// Failed connects in a row.
     pub failures: u32,
     /// It was open once and was lost: callers remembered for it may have to be told.
@@ -149,6 +152,7 @@ impl Upstream {
             queued_bytes: 0,
             dirty: false,
             timer: false,
+            connect_due_ns: 0,
             failures: 0,
             lost: false,
             used_ns: 0,

@@ -18,6 +18,7 @@ use crate::decode::{self, WHOLE_BYTES_MAX};
 use crate::ends::Ends;
 use crate::executor::Spawner;
 use crate::handler::{self, CallHome, Handler, Request, Task, Undecodable};
+use crate::recv;
 use crate::respond::{self, Refusal};
 use crate::respond_stream::{self, Response};
 use crate::responder::{Host, Responder};
@@ -148,7 +149,7 @@ pub(crate) fn take<R: Ring>(
         return decode::refuse(shard, slot, prefix, Refusal::AtCapacity);
     }
     if whole && !respond::accept(shard, slot) {
-        shard.pause(slot);
+        recv::crowd(shard, slot);
         return false;
     }
     let connection = &mut shard.connections[slot];

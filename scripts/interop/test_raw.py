@@ -55,7 +55,7 @@ def test_refusals_and_the_connection_stays(routed):
         await caller.send(frame(b""))
         assert await caller.reply() == b"Server unavailable: unknown endpoint "
         await caller.send(frame(b"\xff\xfe/x", b"x"))
-        assert await caller.reply() == b"Invalid endpoint path"
+        assert await caller.reply() == b"Server unavailable: invalid endpoint path"
         async with Home() as home:
             value = fresh()
             stream, data = home.request(path, value)
@@ -82,7 +82,7 @@ def test_no_instance(lab):
 
 
 @pytest.mark.short
-def test_too_large_is_told_and_closed(routed):
+def test_too_large_is_told_and_the_connection_serves_on(routed):
     address, path = routed
     total = LIMIT + 1
 
@@ -91,12 +91,18 @@ def test_too_large_is_told_and_closed(routed):
         whole = frame(path, b"")
         missing = total - len(whole)
         await caller.send(whole[:-4] + struct.pack(">I", missing))
-        told = f"Read error: message too large: {total} bytes (max: {LIMIT} bytes)"
+        # It is told as soon as the front of the payload shows that nobody can be called home.
+        await caller.send(b"z" * 4096)
+        told = f"Server unavailable: message too large: {total} bytes (max: {LIMIT} bytes)"
         assert await caller.reply() == told.encode()
-        assert await caller.closed() == b""
+        # The rest passes by, and the connection serves on.
+        await caller.send(b"z" * (missing - 4096))
         async with Home() as home:
             value = fresh()
-            assert echoes(await ask(*routed, value, home)) == [value]
+            stream, data = home.request(path, value)
+            await caller.send(data)
+            assert await caller.reply() == b""
+            assert echoes(await stream.values()) == [value]
 
     run(test())
 
@@ -147,7 +153,7 @@ def test_replies_in_request_order(routed):
                     expected.append(b"Server unavailable: unknown endpoint none/%d" % number)
                 elif number % 31 == 0:
                     sent.append(frame(b"\xff%d" % number))
-                    expected.append(b"Invalid endpoint path")
+                    expected.append(b"Server unavailable: invalid endpoint path")
                 else:
                     value = fresh(text="y" * (number * 11 % 5000))
                     stream, data = home.request(path, value)

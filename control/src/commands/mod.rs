@@ -1,27 +1,19 @@
 //! What the commands do once their arguments are read; `cli` reads them and `check` is its own.
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
-use crate::cli::{CallArgs, EchoArgs, Exit, UpArgs};
+use crate::cli::{CallArgs, EchoArgs, Exit};
 
 mod serve;
+mod up;
 
 pub use serve::serve;
-
-const MISSING: &str = "this command is wired in by the engine";
-
-/// `corelane up`: a router, discovery in memory and echo workers in this process.
-///
-/// # Errors
-/// Whatever stops it; [`crate::cli::Stop`] in the chain chooses the exit code.
-pub fn up(_: UpArgs) -> Result<Exit> {
-    bail!(MISSING)
-}
+pub use up::up;
 
 /// `corelane worker echo`: a worker that answers with what it was sent.
 ///
 /// # Errors
-/// As [`up`].
+/// Whatever stops it; [`crate::cli::Stop`] in the chain chooses the exit code.
 pub fn echo(args: EchoArgs) -> Result<Exit> {
     crate::echo::run(args)
 }
@@ -29,7 +21,7 @@ pub fn echo(args: EchoArgs) -> Result<Exit> {
 /// `corelane call`: one call, or some.
 ///
 /// # Errors
-/// As [`up`].
+/// As [`echo`].
 pub fn call(args: CallArgs) -> Result<Exit> {
     crate::call::run(args)
 }

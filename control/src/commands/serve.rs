@@ -15,8 +15,8 @@ use crate::supervise::{Router, Signals, Store};
 pub fn serve(args: ServeArgs) -> Result<Exit> {
     let config = args.config;
     let plan = preflight::plan(&config)?;
-    let cpu = plan.control_cpu;
-    on_control_core(cpu, async move {
+    pin(plan.control_cpu);
+    on_this_thread(async move {
         let mut signals = Signals::catch().context("cannot catch signals")?;
         let started = tokio::select! {
             router = Router::start(&config, &plan, Store::Configured) => Some(router?),
@@ -26,18 +26,17 @@ pub fn serve(args: ServeArgs) -> Result<Exit> {
             }
         };
         match started {
-            Some(router) => Ok(router.run(signals, async {}).await),
+            Some(mut router) => {
+                router.offer();
+                Ok(router.run(signals, std::future::pending(), async {}).await)
+            }
             None => Ok(Exit::Done),
         }
     })
 }
 
-/// Runs `work` on a runtime of this thread, pinned to `cpu`. Shards, whose threads begin on the CPU
-/// of who made them, move to their own.
-pub(super) fn on_control_core<T>(cpu: usize, work: impl Future<Output = Result<T>>) -> Result<T> {
-    if let Err(error) = corelane_engine::placement::pin_current_thread(cpu) {
-        tracing::warn!(cpu, %error, "the control core is not pinned");
-    }
+/// Runs `work` on a runtime of this thread.
+pub(super) fn on_this_thread<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     let runtime = Builder::new_current_thread().enable_all().build();
     let runtime = runtime.context("cannot make the control runtime")?;
     let local = LocalSet::new();
@@ -46,4 +45,12 @@ pub(super) fn on_control_core<T>(cpu: usize, work: impl Future<Output = Result<T
     drop(local);
     runtime.shutdown_background();
     outcome
+}
+
+/// Makes this thread the control core's. Threads that it starts begin on the same CPU; shards
+/// move to their own.
+pub(super) fn pin(cpu: usize) {
+    if let Err(error) = corelane_engine::placement::pin_current_thread(cpu) {
+        tracing::warn!(cpu, %error, "the control core is not pinned");
+    }
 }

@@ -310,8 +310,11 @@ fn send(
             return Some(Event::SendFailed { errno });
         }
     };
-    let bytes: Vec<u8> = spans.iter().flat_map(bytes_of).copied().collect();
-    let mut count = bytes.len().min(room);
+    let mut bytes = Vec::new();
+    for span in spans.iter().map(bytes_of) {
+        bytes.extend_from_slice(&span[..span.len().min(room - bytes.len())]);
+    }
+    let mut count = bytes.len();
     if count > 1 && world.happens(world.faults.short_send) {
         count = 1 + world.chance.below(count as u64) as usize;
     }

@@ -187,9 +187,10 @@ impl Net {
 
     /// Takes at most `bytes_max` of the bytes that have arrived.
     pub fn peer_read(&self, peer: PeerId, bytes_max: usize) -> Vec<u8> {
-        let inbound = &mut self.0.borrow_mut().ends[peer.0].inbound;
-        let count = inbound.len().min(bytes_max);
-        inbound.drain(..count).collect()
+        let mut world = self.0.borrow_mut();
+        let mut bytes = vec![0; world.ends[peer.0].inbound.len().min(bytes_max)];
+        world.read(peer.0, &mut bytes);
+        bytes
     }
 
     /// What comes after the bytes that can be read now.
@@ -414,10 +415,12 @@ impl World {
 
     /// Moves inbound bytes into `into`, which is not longer than what `readable` answered.
     pub(super) fn read(&mut self, end: usize, into: &mut [u8]) {
-        let bytes = self.ends[end].inbound.drain(..into.len());
-        for (place, byte) in into.iter_mut().zip(bytes) {
-            *place = byte;
-        }
+        let inbound = &mut self.ends[end].inbound;
+        let (front, back) = inbound.as_slices();
+        let (first, rest) = into.split_at_mut(into.len().min(front.len()));
+        first.copy_from_slice(&front[..first.len()]);
+        rest.copy_from_slice(&back[..rest.len()]);
+        inbound.drain(..into.len());
     }
 
     /// Sends bytes that there is room for.

@@ -1,0 +1,447 @@
+//! Memory of NVIDIA GPUs, through the driver's virtual memory management: blocks that are shared by
+//! descriptor and mapped by each client where it likes (`spec/gpu-memory.md` §5).
+//!
+//! The driver's library is loaded at run time. It is asked for every function that is used here
+//! before any is called, because the binding panics over a missing one; so a machine without a
+//! driver, or with one that is too old, gets an error that says so.
+
+use std::ffi::{CStr, c_int, c_void};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr;
+use std::sync::OnceLock;
+
+use cudarc::driver::sys;
+use thiserror::Error;
+
+use super::{Access, Backend, BackendError, Block, CreateError, Mapper};
+use crate::paths;
+
+/// Why CUDA cannot be used. Each has its own remedy, so each is its own case.
+#[derive(Clone, Debug, Eq, Error, PartialEq)]
+pub enum CudaError {
+    /// There is no driver.
+    #[error("libcuda was not found: install the NVIDIA driver, or serve host memory")]
+    NoLibrary,
+    /// The driver lacks a function.
+    #[error("libcuda lacks {0}: the driver is too old (CUDA 11.4 or later is needed)")]
+    Incomplete(&'static str),
+    /// The driver does not start.
+    #[error("the CUDA driver does not start: {0}")]
+    NotStarted(String),
+    /// There is no such GPU.
+    #[error("there is no GPU {ordinal}: the driver sees {count} (CUDA_VISIBLE_DEVICES counts)")]
+    NoDevice {
+        /// Which was asked for.
+        ordinal: u32,
+        /// How many there are.
+        count: u32,
+    },
+    /// The driver refused something.
+    #[error("{call} failed: {name}")]
+    Driver {
+        /// The call.
+        call: &'static str,
+        /// The driver's name for the error.
+        name: String,
+    },
+}
+
+impl From<CudaError> for BackendError {
+    fn from(error: CudaError) -> BackendError {
+        match error {
+            CudaError::Driver { call, name } => BackendError::new(call, name),
+            other => BackendError::new("using CUDA", other),
+        }
+    }
+}
+
+/// Every function that is called below.
+const FUNCTIONS: [&str; 21] = [
+    "cuInit",
+    "cuGetErrorName",
+    "cuDeviceGet",
+    "cuDeviceGetCount",
+    "cuDeviceGetUuid",
+    "cuMemGetAllocationGranularity",
+    "cuMemCreate",
+    "cuMemRelease",
+    "cuMemExportToShareableHandle",
+    "cuMemImportFromShareableHandle",
+    "cuMemAddressReserve",
+    "cuMemAddressFree",
+    "cuMemMap",
+    "cuMemUnmap",
+    "cuMemSetAccess",
+    "cuPointerGetAttribute",
+    "cuCtxGetCurrent",
+    "cuCtxSetCurrent",
+    "cuCtxSynchronize",
+    "cuDevicePrimaryCtxRetain",
+    "cuDevicePrimaryCtxRelease_v2",
+];
+
+/// Proof that the driver is loaded, complete and started: only then may it be called.
+#[derive(Clone, Copy, Debug)]
+struct Driver;
+
+impl Driver {
+    /// Loads and starts the driver, once per process.
+    fn load() -> Result<Driver, CudaError> {
+        static LOADED: OnceLock<Result<Driver, CudaError>> = OnceLock::new();
+        LOADED.get_or_init(Driver::load_once).clone()
+    }
+
+    fn load_once() -> Result<Driver, CudaError> {
+        // SAFETY: looks for the library by name and runs its initialisers, which is what is wanted.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(CudaError::NoLibrary);
+        }
+        // SAFETY: the library is there, so this does not panic.
+        let library = unsafe { sys::culib() };
+        for function in FUNCTIONS {
+            // SAFETY: the symbol is only looked up, never used through this type.
+            let found = unsafe { library.get::<*const c_void>(function.as_bytes()) };
+            if found.is_err() {
+                return Err(CudaError::Incomplete(function));
+            }
+        }
+        // SAFETY: the function is there.
+        let started = unsafe { sys::cuInit(0) };
+        match check("cuInit", started) {
+            Ok(()) => Ok(Driver),
+            Err(CudaError::Driver { name, .. }) => Err(CudaError::NotStarted(name)),
+            Err(other) => Err(other),
+        }
+    }
+
+    fn device(self, ordinal: u32) -> Result<sys::CUdevice, CudaError> {
+        let mut count: c_int = 0;
+        // SAFETY: the pointer is to a live value.
+        let answer = unsafe { sys::cuDeviceGetCount(&raw mut count) };
+        check("cuDeviceGetCount", answer)?;
+        let count = u32::try_from(count).unwrap_or_default();
+        if ordinal >= count {
+            return Err(CudaError::NoDevice { ordinal, count });
+        }
+        let mut device: sys::CUdevice = 0;
+        // SAFETY: the pointer is to a live value, and the ordinal is one of the driver's.
+        let answer = unsafe { sys::cuDeviceGet(&raw mut device, ordinal as c_int) };
+        check("cuDeviceGet", answer).map(|()| device)
+    }
+
+    fn granularity_bytes(self, device: sys::CUdevice) -> Result<u64, CudaError> {
+        let properties = properties(device);
+        let mut bytes = 0;
+        let minimum = sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_MINIMUM;
+        // SAFETY: both pointers are to live values.
+        let answer = unsafe {
+            sys::cuMemGetAllocationGranularity(&raw mut bytes, &raw const properties, minimum)
+        };
+        check("cuMemGetAllocationGranularity", answer).map(|()| bytes as u64)
+    }
+}
+
+/// Turns the driver's answer into a result.
+fn check(call: &'static str, answer: sys::CUresult) -> Result<(), CudaError> {
+    if answer == sys::CUresult::CUDA_SUCCESS {
+        return Ok(());
+    }
+    let mut name = ptr::null();
+    // SAFETY: the pointer is to a live value; the driver puts a static text there or nothing.
+    let named = unsafe { sys::cuGetErrorName(answer, &raw mut name) };
+    let name = if named == sys::CUresult::CUDA_SUCCESS && !name.is_null() {
+        // SAFETY: the driver's text ends with a zero and is never freed.
+        unsafe { CStr::from_ptr(name) }
+            .to_string_lossy()
+            .into_owned()
+    } else {
+        format!("error {answer:?}")
+    };
+    Err(CudaError::Driver { call, name })
+}
+
+/// What every block is: pinned memory of one device that can be shared by descriptor.
+fn properties(device: sys::CUdevice) -> sys::CUmemAllocationProp {
+    sys::CUmemAllocationProp {
+        type_: sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
+        requestedHandleTypes: POSIX_DESCRIPTOR,
+        location: location(device),
+        win32HandleMetaData: ptr::null_mut(),
+        allocFlags: sys::CUmemAllocationProp_st__bindgen_ty_1 {
+            compressionType: 0,
+            gpuDirectRDMACapable: 0,
+            usage: 0,
+            reserved: [0; 4],
+        },
+    }
+}
+
+fn location(device: sys::CUdevice) -> sys::CUmemLocation {
+    sys::CUmemLocation {
+        type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE,
+        id: device,
+    }
+}
+
+const POSIX_DESCRIPTOR: sys::CUmemAllocationHandleType =
+    sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+
+/// The GPU's id as clients write it in socket names, found by CUDA ordinal: NVML's index ignores
+/// `CUDA_VISIBLE_DEVICES` and may name another GPU (hazard H6).
+///
+/// # Errors
+/// There is no driver or no such GPU.
+pub fn gpu_uuid(ordinal: u32) -> Result<String, CudaError> {
+    let device = Driver::load()?.device(ordinal)?;
+    let mut uuid = sys::CUuuid { bytes: [0; 16] };
+    // SAFETY: the pointer is to a live value.
+    let answer = unsafe { sys::cuDeviceGetUuid(&raw mut uuid, device) };
+    check("cuDeviceGetUuid", answer)?;
+    Ok(paths::gpu_uuid(uuid.bytes.map(|byte| byte as u8)))
+}
+
+/// Makes blocks of one GPU's memory. It has no context and maps nothing, so it takes no memory of
+/// the GPU for itself and no fault of a context reaches it.
+#[derive(Clone, Copy, Debug)]
+pub struct CudaBackend {
+    device: sys::CUdevice,
+    granularity_bytes: u64,
+}
+
+impl CudaBackend {
+    /// A backend for the GPU with this CUDA ordinal.
+    ///
+    /// # Errors
+    /// There is no driver or no such GPU.
+    pub fn new(ordinal: u32) -> Result<CudaBackend, CudaError> {
+        let driver = Driver::load()?;
+        let device = driver.device(ordinal)?;
+        Ok(CudaBackend {
+            device,
+            granularity_bytes: driver.granularity_bytes(device)?,
+        })
+    }
+}
+
+impl Backend for CudaBackend {
+    fn name(&self) -> &'static str {
+        "cuda"
+    }
+
+    fn granularity_bytes(&self) -> u64 {
+        self.granularity_bytes
+    }
+
+    fn create(&mut self, bytes: u64) -> Result<Box<dyn Block>, CreateError> {
+        let properties = properties(self.device);
+        let mut handle = 0;
+        // SAFETY: both pointers are to live values; a backend exists only with a loaded driver.
+        let answer =
+            unsafe { sys::cuMemCreate(&raw mut handle, bytes as usize, &raw const properties, 0) };
+        if answer == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            return Err(CreateError::OutOfMemory);
+        }
+        check("cuMemCreate", answer).map_err(BackendError::from)?;
+        Ok(Box::new(CudaBlock { handle }))
+    }
+}
+
+struct CudaBlock {
+    handle: sys::CUmemGenericAllocationHandle,
+}
+
+impl Block for CudaBlock {
+    /// The driver's descriptors carry no access right: whether a mapping can be written is chosen
+    /// by the client that maps it.
+    fn export(&self, _access: Access) -> Result<OwnedFd, BackendError> {
+        let mut descriptor: RawFd = -1;
+        // SAFETY: for this kind of handle the driver writes a descriptor where the pointer points.
+        let answer = unsafe {
+            let into = (&raw mut descriptor).cast::<c_void>();
+            sys::cuMemExportToShareableHandle(into, self.handle, POSIX_DESCRIPTOR, 0)
+        };
+        check("cuMemExportToShareableHandle", answer)?;
+        // SAFETY: the driver has just opened it for us.
+        Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+    }
+}
+
+impl Drop for CudaBlock {
+    fn drop(&mut self) {
+        // SAFETY: the handle is ours and is not used again.
+        let answer = unsafe { sys::cuMemRelease(self.handle) };
+        if let Err(error) = check("cuMemRelease", answer) {
+            tracing::error!(%error, "a block of GPU memory is lost");
+        }
+    }
+}
+
+/// Maps blocks of GPU memory into this process.
+#[derive(Debug)]
+pub struct CudaMapper {
+    device: sys::CUdevice,
+    granularity_bytes: u64,
+    /// The device's primary context, kept for as long as the mapper.
+    context: usize,
+}
+
+impl CudaMapper {
+    /// A mapper for the GPU with this CUDA ordinal.
+    ///
+    /// # Errors
+    /// There is no driver or no such GPU.
+    pub fn new(ordinal: u32) -> Result<CudaMapper, CudaError> {
+        let driver = Driver::load()?;
+        let device = driver.device(ordinal)?;
+        let granularity_bytes = driver.granularity_bytes(device)?;
+        let mut context = ptr::null_mut();
+        // SAFETY: the pointer is to a live value.
+        let answer = unsafe { sys::cuDevicePrimaryCtxRetain(&raw mut context, device) };
+        check("cuDevicePrimaryCtxRetain", answer)?;
+        Ok(CudaMapper {
+            device,
+            granularity_bytes,
+            context: context as usize,
+        })
+    }
+
+    /// Makes sure that this thread has a context; one that an engine has made current stays.
+    fn enter(&self) -> Result<(), CudaError> {
+        let mut current = ptr::null_mut();
+        // SAFETY: the pointer is to a live value.
+        let answer = unsafe { sys::cuCtxGetCurrent(&raw mut current) };
+        check("cuCtxGetCurrent", answer)?;
+        if !current.is_null() {
+            return Ok(());
+        }
+        // SAFETY: the context is retained for as long as this mapper lives.
+        let answer = unsafe { sys::cuCtxSetCurrent(self.context as sys::CUcontext) };
+        check("cuCtxSetCurrent", answer)
+    }
+
+    fn import(&self, descriptor: OwnedFd) -> Result<u64, CudaError> {
+        let mut handle = 0;
+        // The descriptor travels as a pointer's value; it is closed here, whatever the answer.
+        let value = descriptor.as_raw_fd() as usize as *mut c_void;
+        // SAFETY: the first pointer is to a live value; the second is a number by contract.
+        let answer = unsafe {
+            sys::cuMemImportFromShareableHandle(&raw mut handle, value, POSIX_DESCRIPTOR)
+        };
+        check("cuMemImportFromShareableHandle", answer).map(|()| handle)
+    }
+
+    /// # Safety
+    /// As [`Mapper::map`].
+    unsafe fn map_handle(
+        &self,
+        address: u64,
+        bytes: u64,
+        handle: u64,
+        access: Access,
+    ) -> Result<(), CudaError> {
+        // SAFETY: the caller owns the range, in which nothing is mapped.
+        let answer = unsafe { sys::cuMemMap(address, bytes as usize, 0, handle, 0) };
+        check("cuMemMap", answer)?;
+        let flags = match access {
+            Access::Read => sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READ,
+            Access::ReadWrite => sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
+        };
+        let wanted = sys::CUmemAccessDesc {
+            location: location(self.device),
+            flags,
+        };
+        // SAFETY: the range was just mapped; the pointer is to one live value.
+        let answer = unsafe { sys::cuMemSetAccess(address, bytes as usize, &raw const wanted, 1) };
+        check("cuMemSetAccess", answer).inspect_err(|_| {
+            // SAFETY: nobody can have used a mapping without access.
+            unsafe { sys::cuMemUnmap(address, bytes as usize) };
+        })
+    }
+}
+
+// SAFETY: reservations and mappings are the driver's, which keeps them apart; each call is given
+// exactly the range that the caller owns.
+unsafe impl Mapper for CudaMapper {
+    fn granularity_bytes(&self) -> u64 {
+        self.granularity_bytes
+    }
+
+    fn reserve(&self, bytes: u64) -> Result<u64, BackendError> {
+        let mut address = 0;
+        let align = self.granularity_bytes as usize;
+        // SAFETY: the pointer is to a live value; the driver chooses the address.
+        let answer =
+            unsafe { sys::cuMemAddressReserve(&raw mut address, bytes as usize, align, 0, 0) };
+        Ok(check("cuMemAddressReserve", answer).map(|()| address)?)
+    }
+
+    unsafe fn map(
+        &self,
+        address: u64,
+        bytes: u64,
+        descriptor: OwnedFd,
+        access: Access,
+    ) -> Result<u64, BackendError> {
+        self.enter()?;
+        let handle = self.import(descriptor)?;
+        // SAFETY: the caller's contract is the same.
+        let mapped = unsafe { self.map_handle(address, bytes, handle, access) };
+        mapped.inspect_err(|_| {
+            // SAFETY: the handle is ours and nothing is mapped from it.
+            unsafe { sys::cuMemRelease(handle) };
+        })?;
+        Ok(handle)
+    }
+
+    unsafe fn unmap(&self, address: u64, bytes: u64, mapping: u64) -> Result<(), BackendError> {
+        // SAFETY: the range is mapped from this handle, and nobody uses it any more.
+        let answers = unsafe {
+            (
+                sys::cuMemUnmap(address, bytes as usize),
+                sys::cuMemRelease(mapping),
+            )
+        };
+        check("cuMemUnmap", answers.0)?;
+        Ok(check("cuMemRelease", answers.1)?)
+    }
+
+    unsafe fn release(&self, address: u64, bytes: u64) {
+        // SAFETY: the reservation is whole and empty.
+        let answer = unsafe { sys::cuMemAddressFree(address, bytes as usize) };
+        if let Err(error) = check("cuMemAddressFree", answer) {
+            tracing::error!(%error, "a reservation of GPU addresses is lost");
+        }
+    }
+
+    fn synchronize(&self) -> Result<(), BackendError> {
+        self.enter()?;
+        // SAFETY: this thread has a context.
+        Ok(check("cuCtxSynchronize", unsafe {
+            sys::cuCtxSynchronize()
+        })?)
+    }
+
+    fn verify(&self, address: u64) -> Result<(), BackendError> {
+        let mut known: sys::CUdeviceptr = 0;
+        let which = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_POINTER;
+        // SAFETY: for this attribute the driver writes an address where the pointer points.
+        let answer = unsafe {
+            sys::cuPointerGetAttribute((&raw mut known).cast::<c_void>(), which, address)
+        };
+        check("cuPointerGetAttribute", answer)?;
+        match known == address {
+            true => Ok(()),
+            false => Err(BackendError::new(
+                "checking an address",
+                "the driver knows another",
+            )),
+        }
+    }
+}
+
+impl Drop for CudaMapper {
+    fn drop(&mut self) {
+        // SAFETY: retained once by `new`.
+        unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
+    }
+}

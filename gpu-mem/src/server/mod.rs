@@ -1,0 +1,533 @@
+//! The service: listening sockets, clients' sockets, and the pools behind them, on one thread.
+//!
+//! ```text
+//!  epoll -> accept | read -> frame -> pool.message -+
+//!       \-> time   -> pool.tick --------------------+-> actions -> queued frames -> write, close
+//!       \-> hang-up -> pool.disconnect -------------+
+//! ```
+//!
+//! One thread moves all pools, so what a message changes is changed at once for everybody.
+//! Nothing in it waits but epoll itself.
+
+mod config;
+mod connection;
+mod listener;
+mod running;
+
+pub use config::{DeviceConfig, PoolConfig, ServerConfig, ServerError};
+pub use running::{PoolGauges, ServerHandle};
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::{EventfdFlags, Timespec, eventfd};
+use rustix::io::Errno;
+use rustix::net::SocketFlags;
+
+use self::connection::{Connection, Filled, Limits};
+use self::listener::{Listener, peer_of};
+use crate::domain::{Action, Domain, Fence, Turn};
+use crate::history::Audit;
+use crate::lock::ClientId;
+use crate::protocol::frame::Cut;
+use crate::stats::{Counter, Stats};
+
+/// The service, bound but not yet running.
+pub struct Server {
+    epoll: OwnedFd,
+    wake: Arc<OwnedFd>,
+    stop: Arc<AtomicBool>,
+    finished: Arc<AtomicBool>,
+    listeners: Vec<Listener>,
+    domains: Vec<Domain>,
+    gauges: Arc<[PoolGauges]>,
+    /// Checkpoints, each with its pools.
+    fences: Vec<(Fence, Vec<usize>)>,
+    connections: HashMap<u64, Connection>,
+    /// When each connection's time is over, soonest first.
+    deadlines: BTreeSet<(u64, u64)>,
+    deadline_of: HashMap<u64, u64>,
+    next_id: u64,
+    uids_allowed: Vec<u32>,
+    connections_max: usize,
+    limits: Limits,
+    stats: Arc<Stats>,
+    audit: Audit,
+    start: Instant,
+    scratch: Vec<u8>,
+    actions: Vec<Action>,
+    /// Connections that something was done to.
+    ripe: VecDeque<u64>,
+    /// Given up for a moment to take in, and turn away, a client when descriptors run out.
+    spare: Option<OwnedFd>,
+}
+
+impl Server {
+    /// Binds all sockets.
+    ///
+    /// # Errors
+    /// A path is taken or unusable; sockets that were bound already are removed again.
+    pub fn bind(config: ServerConfig) -> Result<Server, ServerError> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(ServerError::os("epoll"))?;
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(ServerError::os("eventfd"))?;
+        epoll::add(&epoll, &wake, EventData::new_u64(WAKE), EventFlags::IN)
+            .map_err(ServerError::os("epoll"))?;
+        let stats = Arc::new(Stats::default());
+        let audit = Audit::default();
+        let (mut listeners, mut domains, mut gauges) = (Vec::new(), Vec::new(), Vec::new());
+        let mut groups: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
+        for (index, pool) in config.pools.into_iter().enumerate() {
+            let listener = Listener::bind(&pool.path)?;
+            let data = EventData::new_u64(LISTENERS + index as u64);
+            epoll::add(&epoll, &listener.socket, data, EventFlags::IN)
+                .map_err(ServerError::os("epoll"))?;
+            let (path, tag) = (pool.path.display().to_string(), &pool.domain.tag);
+            tracing::info!(path, tag, backend = pool.backend.name(), "pool is open");
+            gauges.push(PoolGauges::new(&pool.domain, pool.path));
+            if let Some(group) = pool.checkpoint_group {
+                groups.entry(group).or_default().push(index);
+            }
+            listeners.push(listener);
+            let (stats, audit) = (Arc::clone(&stats), audit.clone());
+            domains.push(Domain::new(pool.domain, pool.backend, stats, audit));
+        }
+        Ok(Server {
+            epoll,
+            wake: Arc::new(wake),
+            stop: Arc::default(),
+            finished: Arc::default(),
+            listeners,
+            domains,
+            gauges: gauges.into(),
+            fences: groups
+                .into_values()
+                .map(|pools| (Fence::default(), pools))
+                .collect(),
+            connections: HashMap::new(),
+            deadlines: BTreeSet::new(),
+            deadline_of: HashMap::new(),
+            next_id: 0,
+            uids_allowed: match config.uids_allowed.is_empty() {
+                true => vec![rustix::process::geteuid().as_raw()],
+                false => config.uids_allowed,
+            },
+            connections_max: config.connections_max,
+            limits: Limits {
+                first_frame_ns: ns(config.first_frame_timeout),
+                frame_ns: ns(config.frame_timeout),
+            },
+            stats,
+            audit,
+            start: Instant::now(),
+            scratch: vec![0; READ_BYTES],
+            actions: Vec::new(),
+            ripe: VecDeque::new(),
+            spare: spare(),
+        })
+    }
+
+    /// Serves on this thread until it is told to stop.
+    pub fn run(mut self) {
+        let mut events = [const { std::mem::MaybeUninit::uninit() }; EVENTS];
+        while !self.stop.load(Ordering::Acquire) {
+            let timeout = self.next_timeout();
+            let ready = match epoll::wait(&self.epoll, &mut events, timeout.as_ref()) {
+                Ok((ready, _)) => &*ready,
+                Err(Errno::INTR) => &[],
+                Err(errno) => {
+                    tracing::error!(%errno, "waiting for events failed; the service stops");
+                    break;
+                }
+            };
+            for event in ready {
+                let (token, flags) = (event.data.u64(), event.flags);
+                match token {
+                    WAKE => _ = rustix::io::read(&*self.wake, &mut [0; 8]),
+                    LISTENERS.. => self.accept((token - LISTENERS) as usize),
+                    id => self.ready(id, flags),
+                }
+                self.settle();
+            }
+            self.tick();
+            self.publish();
+        }
+        self.shut_down();
+    }
+
+    fn now_ns(&self) -> u64 {
+        ns(self.start.elapsed())
+    }
+
+    /// How long epoll may wait: until the next deadline of anything.
+    fn next_timeout(&self) -> Option<Timespec> {
+        let pools = self
+            .domains
+            .iter()
+            .filter_map(Domain::next_deadline_ns)
+            .min();
+        let connections = self.deadlines.first().map(|(deadline, _)| *deadline);
+        let next = [pools, connections].into_iter().flatten().min()?;
+        let wait = next.saturating_sub(self.now_ns());
+        let seconds = i64::try_from(wait / 1_000_000_000).unwrap_or(i64::MAX);
+        Some(Timespec {
+            tv_sec: seconds,
+            tv_nsec: (wait % 1_000_000_000) as i64,
+        })
+    }
+
+    /// Takes in new clients of one pool.
+    fn accept(&mut self, domain: usize) {
+        for _ in 0..ACCEPTS {
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            match rustix::net::accept_with(&self.listeners[domain].socket, flags) {
+                Ok(socket) => self.admit(socket, domain),
+                Err(Errno::MFILE | Errno::NFILE) => {
+                    // Without this the client would wait in the backlog and epoll would spin.
+                    self.spare = None;
+                    drop(rustix::net::accept_with(
+                        &self.listeners[domain].socket,
+                        flags,
+                    ));
+                    self.spare = spare();
+                    self.stats.count(Counter::ConnectionsOverLimit);
+                    tracing::error!("no descriptor is left; a client was turned away");
+                    return;
+                }
+                Err(Errno::INTR | Errno::CONNABORTED) => {}
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn admit(&mut self, socket: OwnedFd, domain: usize) {
+        if self.connections.len() >= self.connections_max {
+            self.stats.count(Counter::ConnectionsOverLimit);
+            tracing::warn!(
+                max = self.connections_max,
+                "too many clients; one was turned away"
+            );
+            return;
+        }
+        let Ok(peer) = peer_of(&socket) else { return };
+        if !self.uids_allowed.contains(&peer.uid) {
+            self.stats.count(Counter::ConnectionsRefused);
+            tracing::warn!(
+                uid = peer.uid,
+                pid = peer.pid,
+                "a user outside the allow-list"
+            );
+            return;
+        }
+        let id = self.next_id;
+        self.next_id += 1;
+        let watched = EventFlags::IN | EventFlags::RDHUP;
+        if epoll::add(&self.epoll, &socket, EventData::new_u64(id), watched).is_err() {
+            return;
+        }
+        self.stats.count(Counter::Connections);
+        self.connections
+            .insert(id, Connection::new(socket, domain, watched));
+        self.domains[domain].connect(ClientId(id), peer);
+        self.ripe.push_back(id);
+    }
+
+    /// Something happened on a client's socket.
+    fn ready(&mut self, id: u64, flags: EventFlags) {
+        let Some(connection) = self.connections.get_mut(&id) else {
+            return;
+        };
+        let reads = connection.watched.contains(EventFlags::IN);
+        if reads && flags.intersects(EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP) {
+            match connection.fill(&mut self.scratch) {
+                Ok(Filled::Bytes | Filled::End | Filled::Nothing) => self.ripe.push_back(id),
+                Ok(Filled::Descriptor) => {
+                    tracing::warn!(session = id, "a client sent a descriptor; session dropped");
+                    self.sever(id);
+                }
+                Err(_) => self.sever(id),
+            }
+        } else if flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR) {
+            // Nobody to answer: a waiter, a writer that waits for memory, or one that does not
+            // read what we send.
+            self.sever(id);
+        } else {
+            self.ripe.push_back(id);
+        }
+    }
+
+    /// Works off everything that became possible.
+    fn settle(&mut self) {
+        self.carry_out();
+        while let Some(id) = self.ripe.pop_front() {
+            self.pump(id);
+            self.carry_out();
+        }
+    }
+
+    /// Moves one connection as far as it goes: frames out, then frames in, one at a time.
+    fn pump(&mut self, id: u64) {
+        let Some(connection) = self.connections.get_mut(&id) else {
+            return;
+        };
+        if connection.flush().is_err() {
+            return self.sever(id);
+        }
+        if connection.is_sending() {
+            if connection.ended {
+                return self.sever(id);
+            }
+            return self.watch(id);
+        }
+        if connection.closing {
+            return self.sever(id);
+        }
+        let domain = connection.domain;
+        if self.domains[domain].is_busy(ClientId(id)) {
+            if connection.ended {
+                return self.sever(id);
+            }
+            return self.watch(id);
+        }
+        match connection.front() {
+            Cut::Frame(payload) => {
+                let payload_bytes = payload.len();
+                self.deliver(id, domain);
+                if let Some(connection) = self.connections.get_mut(&id) {
+                    connection.consume(payload_bytes);
+                }
+                // Its answer is carried out before it is looked at again.
+                self.ripe.push_back(id);
+            }
+            Cut::Need(_) if !connection.ended => self.watch(id),
+            Cut::Need(_) => self.sever(id),
+            Cut::Bad(bad) => {
+                self.stats.count(Counter::FramesBad);
+                tracing::warn!(session = id, %bad, "session dropped");
+                self.sever(id);
+            }
+        }
+    }
+
+    /// Hands the frame at the front of a connection to its pool.
+    fn deliver(&mut self, id: u64, domain: usize) {
+        let client = ClientId(id);
+        let now_ns = self.now_ns();
+        let Server {
+            connections,
+            domains,
+            actions,
+            fences,
+            ..
+        } = self;
+        let Some(Cut::Frame(payload)) = connections.get(&id).map(Connection::front) else {
+            return;
+        };
+        let pulse = &mut |client: ClientId| is_alive(connections, client);
+        let mut turn = Turn {
+            now_ns,
+            unix_ms: unix_ms(),
+            pulse,
+            actions,
+        };
+        let Some(request) = domains[domain].message(client, payload, &mut turn) else {
+            return;
+        };
+        if let Some((fence, pools)) = fences.iter_mut().find(|(_, pools)| pools.contains(&domain)) {
+            let asked = pools
+                .iter()
+                .position(|pool| *pool == domain)
+                .unwrap_or_default();
+            let members = domains.iter_mut().enumerate();
+            let mut members: Vec<_> = members
+                .filter(|(index, _)| pools.contains(index))
+                .map(|(_, pool)| pool)
+                .collect();
+            fence.control(&mut members, asked, client, request, &mut turn);
+        } else {
+            let mut alone = Fence::default();
+            alone.control(&mut [&mut domains[domain]], 0, client, request, &mut turn);
+        }
+    }
+
+    /// Forgets a client whose socket is of no more use.
+    fn sever(&mut self, id: u64) {
+        // The pool may still ask whether this client is alive, so it is dropped afterwards.
+        let Some(domain) = self
+            .connections
+            .get(&id)
+            .map(|connection| connection.domain)
+        else {
+            return;
+        };
+        let now_ns = self.now_ns();
+        let Server {
+            connections,
+            domains,
+            actions,
+            ..
+        } = self;
+        let pulse = &mut |client: ClientId| is_alive(connections, client);
+        let mut turn = Turn {
+            now_ns,
+            unix_ms: unix_ms(),
+            pulse,
+            actions,
+        };
+        domains[domain].disconnect(ClientId(id), &mut turn);
+        self.connections.remove(&id);
+        self.schedule(id, None);
+    }
+
+    /// Puts what pools decided into the connections' queues.
+    fn carry_out(&mut self) {
+        for action in self.actions.drain(..) {
+            let (Action::Send { client, .. } | Action::Close { client }) = &action;
+            let id = client.0;
+            let Some(connection) = self.connections.get_mut(&id) else {
+                continue;
+            };
+            match action {
+                Action::Send {
+                    frame, descriptor, ..
+                } => connection.push(frame, descriptor),
+                Action::Close { .. } => connection.closing = true,
+            }
+            self.ripe.push_back(id);
+        }
+    }
+
+    /// Tells epoll what a connection waits for, and notes by when it must come.
+    fn watch(&mut self, id: u64) {
+        let now_ns = self.now_ns();
+        let Some(connection) = self.connections.get_mut(&id) else {
+            return;
+        };
+        let busy = self.domains[connection.domain].is_busy(ClientId(id));
+        let wants = connection.wants(busy);
+        if wants != connection.watched {
+            connection.watched = wants;
+            let data = EventData::new_u64(id);
+            if let Err(errno) = epoll::modify(&self.epoll, &connection.socket, data, wants) {
+                tracing::error!(%errno, session = id, "epoll lost a client; session dropped");
+                return self.sever(id);
+            }
+        }
+        let deadline_ns = connection.deadline_ns(busy, self.limits, now_ns);
+        self.schedule(id, deadline_ns);
+    }
+
+    fn schedule(&mut self, id: u64, deadline_ns: Option<u64>) {
+        let before = match deadline_ns {
+            Some(deadline) => self.deadline_of.insert(id, deadline),
+            None => self.deadline_of.remove(&id),
+        };
+        if before != deadline_ns {
+            before.map(|deadline| self.deadlines.remove(&(deadline, id)));
+            deadline_ns.map(|deadline| self.deadlines.insert((deadline, id)));
+        }
+    }
+
+    /// Does what time demands.
+    fn tick(&mut self) {
+        let now_ns = self.now_ns();
+        for index in 0..self.domains.len() {
+            let Server {
+                connections,
+                domains,
+                actions,
+                ..
+            } = self;
+            if domains[index]
+                .next_deadline_ns()
+                .is_some_and(|deadline| deadline <= now_ns)
+            {
+                let pulse = &mut |client: ClientId| is_alive(connections, client);
+                domains[index].tick(&mut Turn {
+                    now_ns,
+                    unix_ms: unix_ms(),
+                    pulse,
+                    actions,
+                });
+            }
+        }
+        while let Some(&(deadline, id)) = self.deadlines.first()
+            && deadline <= now_ns
+        {
+            self.stats.count(Counter::DeadlinesPassed);
+            let owes = self.connections.get(&id).and_then(Connection::debt);
+            tracing::warn!(session = id, ?owes, "too slow; session dropped");
+            self.schedule(id, None);
+            self.sever(id);
+        }
+        self.settle();
+    }
+
+    /// Lets other threads see how the pools stand.
+    fn publish(&self) {
+        for (domain, gauges) in self.domains.iter().zip(self.gauges.iter()) {
+            gauges.set(domain);
+        }
+    }
+
+    /// Answers waiters, closes everybody, gives up memory and removes the sockets.
+    fn shut_down(&mut self) {
+        let now_ns = self.now_ns();
+        let Server {
+            connections,
+            domains,
+            actions,
+            ..
+        } = self;
+        for domain in domains.iter_mut() {
+            let pulse = &mut |client: ClientId| is_alive(connections, client);
+            domain.stop(&mut Turn {
+                now_ns,
+                unix_ms: unix_ms(),
+                pulse,
+                actions,
+            });
+        }
+        self.carry_out();
+        for connection in self.connections.values_mut() {
+            // One try: whoever does not read now is not waited for.
+            let _ = connection.flush();
+        }
+        self.connections.clear();
+        self.listeners.clear();
+        self.publish();
+        self.finished.store(true, Ordering::Release);
+        tracing::info!("the service has stopped");
+    }
+}
+
+fn is_alive(connections: &HashMap<u64, Connection>, client: ClientId) -> bool {
+    connections.get(&client.0).is_some_and(Connection::is_alive)
+}
+
+fn spare() -> Option<OwnedFd> {
+    fs::File::open("/dev/null").ok().map(OwnedFd::from)
+}
+
+fn unix_ms() -> u64 {
+    let since = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn ns(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+// Connections have the numbers from zero up, one more for each; they never come near these.
+const WAKE: u64 = u64::MAX;
+const LISTENERS: u64 = 1 << 62;
+const EVENTS: usize = 64;
+const ACCEPTS: usize = 64;
+const READ_BYTES: usize = 64 << 10;

@@ -1,0 +1,395 @@
+"""An independent peer of the GPU memory service: msgspec messages, plain sockets, no code of ours.
+
+Usage: peer.py DIR, where DIR holds weights.sock, kv_cache.sock and weights-v2.sock of a service that
+serves host memory. Runs through the life of a pool and exits with 0 if every answer was right.
+"""
+
+import array
+import mmap
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+from typing import List, Optional, Union
+
+import msgspec
+
+PATIENCE_S = 20.0
+MIB2 = 2 << 20
+
+
+class Tagged(msgspec.Struct, tag_field="type", kw_only=True):
+    pass
+
+
+class HandshakeRequest(Tagged, tag="handshake_request"):
+    lock_type: str
+    timeout_ms: Optional[int] = None
+
+
+class HandshakeResponse(Tagged, tag="handshake_response"):
+    success: bool
+    committed: bool
+    granted_lock_type: Optional[str] = None
+
+
+class CommitRequest(Tagged, tag="commit_request"):
+    pass
+
+
+class CommitResponse(Tagged, tag="commit_response"):
+    success: bool
+
+
+class CommitLayoutRequest(Tagged, tag="commit_layout_request"):
+    pass
+
+
+class CommitLayoutResponse(Tagged, tag="commit_layout_response"):
+    success: bool
+    memory_layout_hash: str = ""
+    granted_lock_type: Optional[str] = None
+
+
+class AllocateRequest(Tagged, tag="allocate_request"):
+    size: int
+    tag: str = "default"
+
+
+class AllocateResponse(Tagged, tag="allocate_response"):
+    allocation_id: str
+    size: int
+    aligned_size: int
+    layout_slot: int
+
+
+class ExportAllocationRequest(Tagged, tag="export_allocation_request"):
+    allocation_id: str
+
+
+class ExportAllocationResponse(Tagged, tag="export_allocation_response"):
+    allocation_id: str
+    size: int
+    aligned_size: int
+    tag: str
+    layout_slot: int
+
+
+class GetAllocationResponse(Tagged, tag="get_allocation_response"):
+    allocation_id: str
+    size: int
+    aligned_size: int
+    tag: str
+    layout_slot: int = 0
+
+
+class ExportRequest(Tagged, tag="export_request"):
+    allocation_id: str
+
+
+class ListAllocationsRequest(Tagged, tag="list_allocations_request"):
+    tag: Optional[str] = None
+
+
+class ListAllocationsResponse(Tagged, tag="list_allocations_response"):
+    allocations: List[GetAllocationResponse] = []
+
+
+class MetadataPutRequest(Tagged, tag="metadata_put_request"):
+    key: str
+    allocation_id: str
+    offset_bytes: int
+    value: bytes
+
+
+class MetadataPutResponse(Tagged, tag="metadata_put_response"):
+    success: bool
+
+
+class MetadataGetRequest(Tagged, tag="metadata_get_request"):
+    key: str
+
+
+class MetadataGetResponse(Tagged, tag="metadata_get_response"):
+    found: bool
+    allocation_id: Optional[str] = None
+    offset_bytes: Optional[int] = None
+    value: Optional[bytes] = None
+
+
+class MetadataListRequest(Tagged, tag="metadata_list_request"):
+    prefix: str = ""
+
+
+class MetadataListResponse(Tagged, tag="metadata_list_response"):
+    keys: List[str] = []
+
+
+class RuntimeStateRequest(Tagged, tag="get_runtime_state_request"):
+    pass
+
+
+class RuntimeStateResponse(Tagged, tag="get_runtime_state_response"):
+    state: str
+    has_rw_session: bool
+    ro_session_count: int
+    waiting_writers: int
+    committed: bool
+    is_ready: bool
+    allocation_count: int
+    memory_layout_hash: str
+    layout_committed: bool = False
+
+
+class EventHistoryRequest(Tagged, tag="get_event_history_request"):
+    pass
+
+
+class Event(msgspec.Struct):
+    kind: str
+    allocation_count: int
+
+
+class EventHistoryResponse(Tagged, tag="get_event_history_response"):
+    events: List[Event] = []
+
+
+class ErrorResponse(Tagged, tag="error_response"):
+    error: str
+    code: int = 0
+
+
+Reply = Union[
+    HandshakeResponse,
+    CommitResponse,
+    CommitLayoutResponse,
+    AllocateResponse,
+    ExportAllocationResponse,
+    GetAllocationResponse,
+    ListAllocationsResponse,
+    MetadataPutResponse,
+    MetadataGetResponse,
+    MetadataListResponse,
+    RuntimeStateResponse,
+    EventHistoryResponse,
+    ErrorResponse,
+]
+
+
+class StrictHandshake(Tagged, tag="handshake_request", forbid_unknown_fields=True):
+    lock_type: str
+    expected_identity: Optional[tuple[str, str]] = None
+
+
+class StrictGranted(Tagged, tag="handshake_response", forbid_unknown_fields=True):
+    lock_type: str
+    server_nonce: str
+    gpu_uuid: str
+
+
+class StrictAllocate(Tagged, tag="allocate_request", forbid_unknown_fields=True):
+    allocation_id: str
+    aligned_size: int
+
+
+class StrictExport(Tagged, tag="export_request", forbid_unknown_fields=True):
+    allocation_id: str
+
+
+class StrictExported(Tagged, tag="export_response", forbid_unknown_fields=True):
+    pass
+
+
+class StrictSuccess(Tagged, tag="success_response", forbid_unknown_fields=True):
+    pass
+
+
+class StrictError(Tagged, tag="error_response", forbid_unknown_fields=True):
+    message: str
+    out_of_memory: bool = False
+
+
+StrictReply = Union[StrictGranted, StrictExported, StrictSuccess, StrictError]
+
+ENCODER = msgspec.msgpack.Encoder()
+DECODER = msgspec.msgpack.Decoder(Reply)
+STRICT = msgspec.msgpack.Decoder(StrictReply)
+
+
+class Peer:
+    """One connection. Descriptors are looked for beside the first bytes of a reply only."""
+
+    def __init__(self, path, decoder=DECODER):
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(PATIENCE_S)
+        self.sock.connect(path)
+        self.decoder = decoder
+
+    def say(self, message):
+        payload = ENCODER.encode(message)
+        self.sock.sendall(struct.pack("!I", len(payload)) + payload)
+
+    def hear(self):
+        room = socket.CMSG_LEN(struct.calcsize("i"))
+        data, ancillary, _, _ = self.sock.recvmsg(4096, room)
+        if not data:
+            return None, None
+        fds = array.array("i")
+        for level, kind, bytes_ in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(bytes_[: len(bytes_) - len(bytes_) % fds.itemsize])
+        assert len(fds) <= 1
+        while len(data) < 4 or len(data) < 4 + struct.unpack("!I", data[:4])[0]:
+            more = self.sock.recv(4096)
+            assert more, "the reply ends in its middle"
+            data += more
+        (length,) = struct.unpack("!I", data[:4])
+        assert len(data) == 4 + length, "nothing may follow a reply"
+        return self.decoder.decode(data[4:]), (fds[0] if fds else None)
+
+    def ask(self, message, kind):
+        self.say(message)
+        reply, fd = self.hear()
+        assert isinstance(reply, kind), reply
+        return (reply, fd) if fd is not None else reply
+
+    def lock(self, lock_type, timeout_ms=10_000):
+        request = HandshakeRequest(lock_type=lock_type, timeout_ms=timeout_ms)
+        return self.ask(request, HandshakeResponse)
+
+    def close(self):
+        self.sock.close()
+
+
+def probe(path):
+    return Peer(path).ask(RuntimeStateRequest(), RuntimeStateResponse)
+
+
+def until(path, wanted):
+    deadline = time.monotonic() + PATIENCE_S
+    while not wanted(probe(path)):
+        assert time.monotonic() < deadline, probe(path)
+        time.sleep(0.002)
+
+
+def first_generation(path):
+    assert probe(path).state == "EMPTY"
+    writer = Peer(path)
+    granted = writer.lock("rw_or_ro")
+    assert granted.success and granted.granted_lock_type == "rw" and not granted.committed
+    made = writer.ask(AllocateRequest(size=1000, tag="weights"), AllocateResponse)
+    assert (made.size, made.aligned_size, made.layout_slot) == (1000, MIB2, 0)
+    export = ExportAllocationRequest(allocation_id=made.allocation_id)
+    _, fd = writer.ask(export, ExportAllocationResponse)
+    with mmap.mmap(fd, MIB2) as memory:
+        memory[:5] = b"hello"
+    os.close(fd)
+    put = MetadataPutRequest(key="w", allocation_id=made.allocation_id, offset_bytes=0, value=b"{}")
+    assert writer.ask(put, MetadataPutResponse).success
+    assert writer.ask(CommitRequest(), CommitResponse).success
+    assert writer.hear() == (None, None), "the server closes after a commit"
+
+    reader = Peer(path)
+    granted = reader.lock("rw_or_ro")
+    assert granted.granted_lock_type == "ro" and granted.committed
+    listed = reader.ask(ListAllocationsRequest(), ListAllocationsResponse).allocations
+    assert [a.allocation_id for a in listed] == [made.allocation_id]
+    found = reader.ask(MetadataGetRequest(key="w"), MetadataGetResponse)
+    assert (found.found, found.value, found.offset_bytes) == (True, b"{}", 0)
+    assert reader.ask(MetadataListRequest(), MetadataListResponse).keys == ["w"]
+    for request, kind in (
+        (export, ExportAllocationResponse),
+        (ExportRequest(allocation_id=made.allocation_id), GetAllocationResponse),
+    ):
+        _, fd = reader.ask(request, kind)
+        with mmap.mmap(fd, MIB2, prot=mmap.PROT_READ) as memory:
+            assert memory[:5] == b"hello"
+        try:
+            mmap.mmap(fd, MIB2, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            raise AssertionError("a reader's descriptor maps for writing")
+        except PermissionError:
+            pass
+        os.close(fd)
+    refused = reader.ask(AllocateRequest(size=1), ErrorResponse)
+    assert "not allowed" in refused.error and refused.code == 0
+
+    waiter = Peer(path)
+    waiter.say(HandshakeRequest(lock_type="rw"))
+    until(path, lambda state: state.waiting_writers == 1)
+    late = Peer(path).lock("ro", timeout_ms=20)
+    assert not late.success and late.committed
+    waiter.close()
+    until(path, lambda state: state.waiting_writers == 0)
+    reader.close()
+    until(path, lambda state: state.state == "COMMITTED")
+    assert probe(path).allocation_count == 1, "a dead waiter costs nothing"
+
+
+def killed_writer(path):
+    ready, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        writer = Peer(path)
+        writer.lock("rw")
+        writer.ask(AllocateRequest(size=1), AllocateResponse)
+        os.write(tell, b".")
+        signal.pause()
+    os.read(ready, 1)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    until(path, lambda state: (state.state, state.allocation_count) == ("EMPTY", 0))
+    events = Peer(path).ask(EventHistoryRequest(), EventHistoryResponse).events
+    assert [e.kind for e in events[-2:]] == ["rw_aborted", "allocations_cleared"], events
+
+
+def durable_layout(path):
+    writer = Peer(path)
+    assert writer.lock("rw_data_or_rw").granted_lock_type == "rw"
+    made = writer.ask(AllocateRequest(size=1, tag="kv"), AllocateResponse)
+    sealed = writer.ask(CommitLayoutRequest(), CommitLayoutResponse)
+    assert sealed.granted_lock_type == "rw_data" and len(sealed.memory_layout_hash) == 64
+    writer.close()
+    until(path, lambda state: state.state == "LAYOUT_COMMITTED" and state.layout_committed)
+    heir = Peer(path)
+    assert heir.lock("rw_data_or_rw").granted_lock_type == "rw_data"
+    listed = heir.ask(ListAllocationsRequest(), ListAllocationsResponse).allocations
+    assert [a.allocation_id for a in listed] == [made.allocation_id]
+    assert probe(path).memory_layout_hash == sealed.memory_layout_hash
+    heir.close()
+
+
+def second_generation(path):
+    writer = Peer(path, STRICT)
+    granted = writer.ask(StrictHandshake(lock_type="rw_or_ro"), StrictGranted)
+    assert granted.lock_type == "rw"
+    name = "00000000-0000-4000-8000-000000000001"
+    wrong = writer.ask(StrictAllocate(allocation_id=name, aligned_size=5), StrictError)
+    assert not wrong.out_of_memory
+    writer.ask(StrictAllocate(allocation_id=name, aligned_size=MIB2), StrictSuccess)
+    _, fd = writer.ask(StrictExport(allocation_id=name), StrictExported)
+    os.close(fd)
+    writer.ask(CommitRequest(), StrictSuccess)
+    reader = Peer(path, STRICT)
+    identity = (granted.server_nonce, granted.gpu_uuid)
+    again = reader.ask(StrictHandshake(lock_type="ro", expected_identity=identity), StrictGranted)
+    assert again.lock_type == "ro"
+    stranger = Peer(path, STRICT)
+    other = StrictHandshake(lock_type="ro", expected_identity=("other", "GPU-x"))
+    stranger.ask(other, StrictError)
+    assert stranger.hear() == (None, None)
+
+
+def main():
+    folder = sys.argv[1]
+    weights = os.path.join(folder, "weights.sock")
+    first_generation(weights)
+    killed_writer(weights)
+    durable_layout(os.path.join(folder, "kv_cache.sock"))
+    second_generation(os.path.join(folder, "weights-v2.sock"))
+    print("all answers were right")
+
+
+if __name__ == "__main__":
+    main()
