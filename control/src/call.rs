@@ -260,9 +260,16 @@ impl Caller<'_> {
                 self.begin(begun, targets.next()).await?;
                 continue;
             }
-            let event = tokio::select! {
-                event = self.peer.event() => event,
-                why = self.peer.ended() => bail!("the shard has ended: {why}"),
+            let event = match self.peer.next_event() {
+                Some(event) => event,
+                None => {
+                    // Streams are looked at while they flow.
+                    self.printer.flush()?;
+                    tokio::select! {
+                        event = self.peer.event() => event,
+                        why = self.peer.ended() => bail!("the shard has ended: {why}"),
+                    }
+                }
             };
             self.take(event).await?;
         }
@@ -348,10 +355,6 @@ impl Caller<'_> {
         let error = error.as_deref();
         self.tally.count(outcome, error, &running, at_us);
         self.printer.end(number, &running, at_us, outcome, error)?;
-        // Whoever reads us wants to see what is there when nothing more comes for a while.
-        if self.running.is_empty() {
-            self.printer.flush()?;
-        }
         Ok(())
     }
 }

@@ -144,12 +144,14 @@ impl Peer {
         }
     }
 
+    /// The next event of a call, if there is one.
+    pub fn next_event(&self) -> Option<CallEvent> {
+        self.handle.borrow().events.next()
+    }
+
     /// Waits for the next event of a call.
     pub async fn event(&self) -> CallEvent {
         loop {
-            if let Some(event) = self.handle.borrow().events.next() {
-                return event;
-            }
             self.handle.borrow().events.clear_wake();
             if let Some(event) = self.handle.borrow().events.next() {
                 return event;

@@ -205,7 +205,7 @@ pub(crate) fn collect<R: Ring>(shard: &mut Shard<R>, slot: u32, handler: u32, le
     true
 }
 
-/// A frame in pieces that there is no room for any more is refused; `left` bytes of it are discarded.
+/// A frame in pieces that there is no room for any more is refused; `left` bytes of it pass by.
 fn give_up<R: Ring>(shard: &mut Shard<R>, slot: u32, left: u64) -> bool {
     if !respond::refuse(shard, slot, Refusal::AtCapacity) {
         // Without a reply the caller would wait in vain: he is told by a closed connection.

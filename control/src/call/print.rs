@@ -122,13 +122,7 @@ impl Printer {
                 });
             }
         }
-        self.line(&line.to_string())?;
-        // Streams are looked at while they flow.
-        if self.out.buffer().len() > 32 * 1024 {
-            self.flush()
-        } else {
-            Ok(())
-        }
+        self.line(&line.to_string())
     }
 
     pub(super) fn end(

@@ -251,13 +251,17 @@ pub enum Purpose {
     Serve,
     /// A router with workers in the same process.
     Up,
-    /// A worker or a caller: only `[server]` and `[discovery]` count.
+    /// A worker or a caller: only `[server]`, `[discovery]` and `[drain]` count.
     Peer,
 }
 
 impl Purpose {
     fn reads(self, section: Section) -> bool {
-        self != Self::Peer || matches!(section, Section::Server | Section::Discovery)
+        self != Self::Peer
+            || matches!(
+                section,
+                Section::Server | Section::Discovery | Section::Drain
+            )
     }
 }
 
