@@ -28,6 +28,8 @@ pub enum Kind {
     Cancel = 6,
     /// One look at what a connection has to read, beside its multishot receive.
     Collect = 7,
+    /// One send of replies: nothing waits for its completion but the next replies.
+    Reply = 8,
 }
 
 /// Kind, slot and generation of one ring operation.
@@ -70,6 +72,7 @@ impl Operation {
             5 => Kind::Wake,
             6 => Kind::Cancel,
             7 => Kind::Collect,
+            8 => Kind::Reply,
             _ => return None,
         };
         let generation = (bits >> 32) as u32 & (GENERATIONS - 1);
@@ -95,6 +98,7 @@ mod tests {
             Kind::Wake,
             Kind::Cancel,
             Kind::Collect,
+            Kind::Reply,
         ] {
             for (slot, generation) in [(0, 0), (u32::MAX, GENERATIONS - 1), (7, 1)] {
                 let operation = Operation::new(kind, slot, generation);

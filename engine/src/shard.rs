@@ -276,7 +276,7 @@ impl<R: Ring> Shard<R> {
                 return self.obey();
             }
             Kind::Cancel => return,
-            Kind::Receive | Kind::Collect | Kind::Send | Kind::Connect => {}
+            Kind::Receive | Kind::Collect | Kind::Send | Kind::Reply | Kind::Connect => {}
         }
         let slot = operation.slot;
         if !self.connections.is_current(slot, operation.generation) {
@@ -434,7 +434,11 @@ impl<R: Ring> Shard<R> {
 
     /// Starts one send of `spans`.
     pub(crate) fn send(&mut self, slot: u32, spans: &[Span]) {
-        let operation = self.operation(Kind::Send, slot);
+        self.send_as(Kind::Send, slot, spans);
+    }
+
+    fn send_as(&mut self, kind: Kind, slot: u32, spans: &[Span]) {
+        let operation = self.operation(kind, slot);
         let connection = &mut self.connections[slot];
         debug_assert!(!connection.sending && !connection.closing);
         connection.sending = true;
@@ -537,7 +541,7 @@ impl<R: Ring> Shard<R> {
             count += 1;
         }
         const { assert!(16 <= SPANS_MAX) };
-        self.send(slot, &spans[..count]);
+        self.send_as(Kind::Reply, slot, &spans[..count]);
     }
 
     /// Holds callers back, or lets them go on. Before the sends: what they sent meanwhile is

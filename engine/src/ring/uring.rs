@@ -53,9 +53,16 @@ pub struct Uring {
     reaped: VecDeque<Completion>,
     eventfd: OwnedFd,
     files: u32,
+    /// Operations under way whose completion is no reason to wake up, see [`Uring::wanted`]: all,
+    /// and those of this tick.
+    quiet: usize,
+    quiet_new: usize,
     system_calls: u64,
 }
 
+/// A wait past quiet operations lasts no longer: one of them may not complete after all, and then
+/// the completion of another kind is not enough to end it.
+const QUIET_WAIT: Duration = Duration::from_millis(4);
 const BUFFER_GROUP: u16 = 0;
 /// Sends that can be prepared between two submits.
 const MESSAGES_MAX: usize = 1024;
@@ -107,6 +114,8 @@ impl Uring {
             reaped: VecDeque::with_capacity(settings.entries as usize * 8),
             eventfd,
             files,
+            quiet: 0,
+            quiet_new: 0,
             system_calls: 0,
         })
     }
@@ -134,6 +143,22 @@ impl Uring {
         }
     }
 
+    /// Counts an operation that completes while it is submitted, as a rule.
+    fn quiet(&mut self, kind: Kind) {
+        if is_quiet(kind) {
+            self.quiet += 1;
+            self.quiet_new += 1;
+        }
+    }
+
+    /// How many completions end a wait. Sends of replies complete within their submission unless
+    /// the socket is full; to return for them alone would double the system calls of a request.
+    /// They are waited past as long as none has been left over from before.
+    fn wanted(&mut self) -> usize {
+        let new = std::mem::take(&mut self.quiet_new);
+        if self.quiet == new { 1 + new } else { 1 }
+    }
+
     fn submitted(&mut self) {
         if self.ring.submission().is_empty() {
             self.spans.clear();
@@ -158,6 +183,9 @@ impl Uring {
             let Some(operation) = Operation::from_bits(entry.user_data()) else {
                 continue;
             };
+            if is_quiet(operation.kind) {
+                self.quiet -= 1;
+            }
             if let Some(event) = event_of(operation.kind, &entry) {
                 self.reaped.push_back(Completion { operation, event });
             } else if let Some(buffer) = cqueue::buffer_select(entry.flags()) {
@@ -234,6 +262,7 @@ impl Ring for Uring {
     }
 
     fn collect(&mut self, operation: Operation, handle: Handle) {
+        self.quiet(operation.kind);
         let entry = on!(self.target(handle), file => {
             opcode::Recv::new(file, std::ptr::null_mut(), 0)
                 .buf_group(BUFFER_GROUP)
@@ -259,6 +288,7 @@ impl Ring for Uring {
     }
 
     fn send(&mut self, operation: Operation, handle: Handle, spans: &[Span]) {
+        self.quiet(operation.kind);
         debug_assert!(!spans.is_empty() && spans.len() <= SPANS_MAX);
         if let [span] = spans {
             let (pointer, length) = (span.0.iov_base as *const u8, span.0.iov_len as u32);
@@ -328,12 +358,18 @@ impl Ring for Uring {
     fn wait(&mut self, timeout: Duration) -> io::Result<()> {
         self.buffer_ring.commit();
         self.system_calls += 1;
+        let wanted = self.wanted();
         let result = if timeout.is_zero() || !self.reaped.is_empty() {
             self.ring.submit_and_wait(0)
         } else {
+            let timeout = if wanted > 1 {
+                timeout.min(QUIET_WAIT)
+            } else {
+                timeout
+            };
             let timespec = types::Timespec::from(timeout);
             let arguments = types::SubmitArgs::new().timespec(&timespec);
-            self.ring.submitter().submit_with_args(1, &arguments)
+            self.ring.submitter().submit_with_args(wanted, &arguments)
         };
         match result {
             Ok(_) => {}
@@ -376,6 +412,10 @@ impl Ring for Uring {
     }
 }
 
+fn is_quiet(kind: Kind) -> bool {
+    matches!(kind, Kind::Reply | Kind::Collect)
+}
+
 fn event_of(kind: Kind, entry: &cqueue::Entry) -> Option<Event> {
     let (result, more) = (entry.result(), cqueue::more(entry.flags()));
     Some(match kind {
@@ -406,10 +446,10 @@ fn event_of(kind: Kind, entry: &cqueue::Entry) -> Option<Event> {
         Kind::Receive if result == 0 => Event::EndOfStream,
         Kind::Receive if result == -libc::ENOBUFS => Event::NoBuffers,
         Kind::Receive => Event::ReceiveFailed { errno: -result },
-        Kind::Send if result >= 0 => Event::Sent {
+        Kind::Send | Kind::Reply if result >= 0 => Event::Sent {
             bytes: result as u32,
         },
-        Kind::Send => Event::SendFailed { errno: -result },
+        Kind::Send | Kind::Reply => Event::SendFailed { errno: -result },
         Kind::Connect => Event::Connected { errno: -result },
         Kind::Wake => Event::Woken { more },
         Kind::Cancel => return None,
