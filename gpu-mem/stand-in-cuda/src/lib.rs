@@ -266,7 +266,7 @@ pub extern "C" fn cuMemCreate(
             return INVALID_VALUE;
         };
         let is_pinned_on_device = (properties.kind, properties.location_kind) == (1, 1);
-        if flags != 0 || bytes == 0 || bytes % GRANULARITY != 0 || !is_pinned_on_device {
+        if flags != 0 || bytes == 0 || !bytes.is_multiple_of(GRANULARITY) || !is_pinned_on_device {
             return INVALID_VALUE;
         }
         if properties.location < 0 || properties.location >= devices() {
@@ -333,7 +333,7 @@ pub extern "C" fn cuMemImportFromShareableHandle(
         // The descriptor stays the caller's.
         let fd = dup(descriptor as usize as c_int);
         let bytes = if fd < 0 { -1 } else { lseek(fd, 0, SEEK_END) };
-        if kind != POSIX_DESCRIPTOR || bytes <= 0 || bytes as usize % GRANULARITY != 0 {
+        if kind != POSIX_DESCRIPTOR || bytes <= 0 || !(bytes as usize).is_multiple_of(GRANULARITY) {
             return INVALID_VALUE;
         }
         handle.put(state.insert(fd, bytes as usize, true, false));
@@ -350,7 +350,7 @@ pub extern "C" fn cuMemAddressReserve(
     flags: c_ulonglong,
 ) -> Answer {
     started(|state| {
-        if bytes == 0 || bytes % GRANULARITY != 0 || flags != 0 || align > GRANULARITY {
+        if bytes == 0 || !bytes.is_multiple_of(GRANULARITY) || flags != 0 || align > GRANULARITY {
             return INVALID_VALUE;
         }
         let kind = PRIVATE | ANONYMOUS | NORESERVE;
