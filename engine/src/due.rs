@@ -3,7 +3,7 @@
 use crate::ring::Ring;
 use crate::shard::Shard;
 use crate::timer_wheel::TimerId;
-use crate::{accept, ends, link, recv, tell};
+use crate::{accept, collect, ends, link, recv, tell};
 
 /// What a timer is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +31,8 @@ pub(crate) enum TimerKind {
     HomeAccept,
     /// Buffers have been short for long.
     Shortage,
+    /// Answers may lie unread at an upstream.
+    Collect,
 }
 
 impl<R: Ring> Shard<R> {
@@ -69,6 +71,7 @@ impl<R: Ring> Shard<R> {
                     recv::look_at_frame(self, slot);
                 }
                 5 => tell::overdue(self, slot, generation),
+                12 if self.upstreams.is_current(slot, generation) => collect::due(self, slot),
                 11 => recv::look_at_shortage(self, slot),
                 kind => ends::overdue(self, kind, slot, generation),
             }

@@ -22,7 +22,7 @@ use crate::route::Candidates;
 use crate::shard::{Shard, TimerKind};
 use crate::table::{NONE, Table};
 use crate::upstream::{InstanceState, Upstream, UpstreamState};
-use crate::{link, recv, tell};
+use crate::{collect, link, recv, tell};
 
 /// Bytes gathered into one send: enough to fill a socket buffer, not so much that the first
 /// answer waits.
@@ -330,6 +330,7 @@ pub(crate) fn flush<R: Ring>(shard: &mut Shard<R>, upstream: u32) {
     }
     if count > 0 {
         shard.send(slot, &spans[..count]);
+        collect::along(shard, upstream);
     }
 }
 

@@ -8,6 +8,7 @@ pub mod buffers;
 pub mod call;
 mod call_link;
 pub mod client;
+mod collect;
 pub mod command;
 pub mod config;
 pub mod connection;

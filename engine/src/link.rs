@@ -12,7 +12,7 @@ use crate::route::Chooser;
 use crate::shard::{RouteState, Shard, TimerKind};
 use crate::table::NONE;
 use crate::upstream::{BULK_MAX, InstanceState, Upstream, UpstreamState};
-use crate::{forward, tell};
+use crate::{collect, forward, tell};
 
 const CONNECT_TIMEOUT_NS: u64 = 5_000_000_000;
 /// A connection for large frames that has carried none for so long is closed.
@@ -52,6 +52,10 @@ pub(crate) fn publish<R: Ring>(shard: &mut Shard<R>, directory: Arc<Directory>) 
         .sum();
     shard.stats.shard.instances.set(listed);
     shard.directory = directory;
+    let upstreams: Vec<u32> = shard.upstreams.slots().collect();
+    for upstream in upstreams {
+        collect::tune(shard, upstream);
+    }
     count_ready(shard);
 }
 
@@ -194,9 +198,11 @@ pub(crate) fn connected<R: Ring>(shard: &mut Shard<R>, upstream: u32) {
     link.state = UpstreamState::Open;
     link.failures = 0;
     link.lost = false;
+    link.lazy = false;
     if link.unsent != NONE {
         forward::soil(shard, upstream);
     }
+    collect::tune(shard, upstream);
     count_ready(shard);
 }
 

@@ -26,6 +26,8 @@ pub enum Kind {
     Wake = 5,
     /// Cancellation of another operation; its own result is of no interest.
     Cancel = 6,
+    /// One look at what a connection has to read, beside its multishot receive.
+    Collect = 7,
 }
 
 /// Kind, slot and generation of one ring operation.
@@ -67,6 +69,7 @@ impl Operation {
             4 => Kind::Connect,
             5 => Kind::Wake,
             6 => Kind::Cancel,
+            7 => Kind::Collect,
             _ => return None,
         };
         let generation = (bits >> 32) as u32 & (GENERATIONS - 1);
@@ -91,6 +94,7 @@ mod tests {
             Kind::Connect,
             Kind::Wake,
             Kind::Cancel,
+            Kind::Collect,
         ] {
             for (slot, generation) in [(0, 0), (u32::MAX, GENERATIONS - 1), (7, 1)] {
                 let operation = Operation::new(kind, slot, generation);

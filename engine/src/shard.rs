@@ -38,7 +38,7 @@ use crate::tell::Tells;
 use crate::timer_wheel::TimerWheel;
 use crate::upstream::{InstanceState, Upstream};
 use crate::worker::Worker;
-use crate::{accept, client, decode, ends, forward, home, link, recv, respond, tell};
+use crate::{accept, client, collect, decode, ends, forward, home, link, recv, respond, tell};
 
 pub use crate::command::{Command, Lanes, Report};
 pub(crate) use crate::due::TimerKind;
@@ -71,6 +71,8 @@ pub struct Shard<R: Ring> {
     pub(crate) dirty_connections: Vec<u32>,
     /// Upstreams with something unsent.
     pub(crate) dirty_upstreams: Vec<u32>,
+    /// Upstreams whose answers are asked for at the end of this tick.
+    pub(crate) collecting: Vec<u32>,
     /// Connections whose receive found no buffer, with their generation.
     pub(crate) starved: Vec<(u32, u32)>,
     /// Connections with a frame for which no table had room, not even for its refusal, with their
@@ -143,6 +145,7 @@ impl<R: Ring> Shard<R> {
             tells: Tells::new(),
             dirty_connections: Vec::with_capacity(connections_max),
             dirty_upstreams: Vec::with_capacity(UPSTREAMS_MAX),
+            collecting: Vec::with_capacity(UPSTREAMS_MAX),
             starved: Vec::with_capacity(connections_max),
             crowded: Vec::with_capacity(connections_max),
             throttled: false,
@@ -273,7 +276,7 @@ impl<R: Ring> Shard<R> {
                 return self.obey();
             }
             Kind::Cancel => return,
-            Kind::Receive | Kind::Send | Kind::Connect => {}
+            Kind::Receive | Kind::Collect | Kind::Send | Kind::Connect => {}
         }
         let slot = operation.slot;
         if !self.connections.is_current(slot, operation.generation) {
@@ -289,6 +292,9 @@ impl<R: Ring> Shard<R> {
                 bytes,
                 more,
             } => {
+                // A look beside a receive says nothing of how that goes on.
+                let beside = operation.kind == Kind::Collect;
+                let more = more && (!beside || self.connections[slot].receiving);
                 recv::received(self, slot, buffer, bytes, more);
             }
             Event::EndOfStream => recv::ended(self, slot, 0),
@@ -503,6 +509,7 @@ impl<R: Ring> Shard<R> {
         }
         self.dirty_connections = connections;
         ends::settle(self);
+        collect::ask(self);
     }
 
     /// Notes that a connection has something in `out`.

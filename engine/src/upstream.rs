@@ -124,6 +124,12 @@ pub struct Upstream {
     pub queued_bytes: u64,
     /// It stands in the list of upstreams with something to send.
     pub dirty: bool,
+    /// Its answers are read in batches.
+    pub lazy: bool,
+    /// A timer looks for answers that lie unread.
+    pub collect_timer: bool,
+    /// When it was looked for them last.
+    pub collected_ns: u64,
     /// A timer looks at its oldest request.
     pub timer: bool,
     /// When something is to be done about its connect: dial, or give up a dial that takes too
@@ -151,6 +157,9 @@ impl Upstream {
             unsent_offset: 0,
             queued_bytes: 0,
             dirty: false,
+            lazy: false,
+            collect_timer: false,
+            collected_ns: 0,
             timer: false,
             connect_due_ns: 0,
             failures: 0,

@@ -445,6 +445,16 @@ impl Ring for Epoll {
         self.queue(handle.slot);
     }
 
+    fn collect(&mut self, _operation: Operation, handle: Handle) {
+        self.slots[handle.slot as usize].readable = true;
+        self.queue(handle.slot);
+    }
+
+    fn low_water(&mut self, handle: Handle, bytes: u32) {
+        self.system_calls += 1;
+        sockets::low_water(handle.fd, bytes);
+    }
+
     fn cancel_receive(&mut self, operation: Operation, handle: Handle) {
         let errno = libc::ECANCELED;
         if operation.kind == Kind::Accept {

@@ -144,6 +144,13 @@ pub trait Ring {
     /// Receive into buffers of the ring, again and again.
     fn receive(&mut self, operation: Operation, handle: Handle);
 
+    /// Have a look at what is there now, beside a receive that goes on: `Received` if there is
+    /// something, nothing otherwise.
+    fn collect(&mut self, operation: Operation, handle: Handle);
+
+    /// Receives of this socket complete only when so many bytes are there, or its end.
+    fn low_water(&mut self, handle: Handle, bytes: u32);
+
     /// End a receive early; its last completion says `ReceiveFailed` with ECANCELED. An accept
     /// can be ended so too (`AcceptFailed`; the handle is not looked at).
     fn cancel_receive(&mut self, operation: Operation, handle: Handle);

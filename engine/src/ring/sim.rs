@@ -413,6 +413,12 @@ impl Ring for Sim {
         slot.receive = Some(pending);
     }
 
+    fn collect(&mut self, _operation: Operation, _handle: Handle) {
+        // Bytes are never held back here.
+    }
+
+    fn low_water(&mut self, _handle: Handle, _bytes: u32) {}
+
     fn cancel_receive(&mut self, operation: Operation, handle: Handle) {
         let errno = libc::ECANCELED;
         if operation.kind == Kind::Accept {

@@ -25,6 +25,21 @@ pub(super) fn shutdown(fd: RawFd) {
     let _ = SockRef::from(&fd).shutdown(Shutdown::Both);
 }
 
+/// Sets SO_RCVLOWAT. A socket that refuses it is woken more often, no more.
+pub(super) fn low_water(fd: RawFd, bytes: u32) {
+    let value = bytes as libc::c_int;
+    // SAFETY: a socket of the caller, and an option of the size of an int.
+    unsafe {
+        libc::setsockopt(
+            fd,
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        );
+    }
+}
+
 /// Closes a descriptor.
 pub(super) fn close(fd: RawFd) {
     // SAFETY: the caller owns the descriptor and gives it up here.

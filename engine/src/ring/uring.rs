@@ -233,6 +233,22 @@ impl Ring for Uring {
         self.push(entry.user_data(operation.to_bits()));
     }
 
+    fn collect(&mut self, operation: Operation, handle: Handle) {
+        let entry = on!(self.target(handle), file => {
+            opcode::Recv::new(file, std::ptr::null_mut(), 0)
+                .buf_group(BUFFER_GROUP)
+                .flags(libc::MSG_DONTWAIT)
+                .build()
+                .flags(squeue::Flags::BUFFER_SELECT)
+        });
+        self.push(entry.user_data(operation.to_bits()));
+    }
+
+    fn low_water(&mut self, handle: Handle, bytes: u32) {
+        self.system_calls += 1;
+        sockets::low_water(handle.fd, bytes);
+    }
+
     fn cancel_receive(&mut self, operation: Operation, _handle: Handle) {
         let cancel = Operation {
             kind: Kind::Cancel,
@@ -373,6 +389,14 @@ fn event_of(kind: Kind, entry: &cqueue::Entry) -> Option<Event> {
             Event::Accepted { socket, more }
         }
         Kind::Accept => Event::AcceptFailed { errno: -result },
+        Kind::Collect => match cqueue::buffer_select(entry.flags()) {
+            Some(buffer) if result > 0 => Event::Received {
+                buffer,
+                bytes: result as u32,
+                more: true,
+            },
+            _ => return None,
+        },
         Kind::Receive if result > 0 => match cqueue::buffer_select(entry.flags()) {
             Some(buffer) => Event::Received {
                 buffer,
