@@ -2,8 +2,8 @@
 //!
 //! Where callers are acknowledged on forward, an instance's answer only lets the router drop the
 //! frame that it has kept. Waking up for each would cost as much as the request itself. So the
-//! kernel is told to wake us for [`LOW_WATER_BYTES`] of answers (SO_RCVLOWAT), the end of the stream
-//! or an error; fewer are fetched along with the next frames that leave, or after
+//! kernel is told to wake us for [`LOW_WATER_BYTES`] of answers (SO_RCVLOWAT), the end of the
+//! stream or an error; fewer are fetched along with the next frames that leave, or after
 //! [`COLLECT_NS`] at the latest.
 
 use crate::directory::Ack;

@@ -1,8 +1,8 @@
 //! Handlers: requests that this process answers itself.
 //!
 //! A handler is an async function on the shard's own thread. It gets a [`Request`] and a
-//! [`Responder`](crate::responder::Responder); what it writes there leaves on a call-home socket
-//! that the shard drives (`respond_stream`).
+//! [`Responder`]; what it writes there leaves on a call-home socket that the shard drives
+//! (`respond_stream`).
 
 use std::future::Future;
 use std::net::SocketAddr;

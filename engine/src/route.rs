@@ -1,8 +1,13 @@
-//! The choice of an instance. Pure: candidates, policy, hint and chance in, a place in the list out.
+//! The choice of an instance. Pure: candidates, policy, hint and chance in, a place in the list
+//! out.
 
 use crate::directory::Policy;
 
 /// What the choice needs to know of an instance.
+#[expect(
+    clippy::len_without_is_empty,
+    reason = "every policy handles an empty list by finding no place"
+)]
 pub trait Candidates {
     /// How many there are, reachable or not.
     fn len(&self) -> usize;

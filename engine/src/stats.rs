@@ -1,7 +1,7 @@
 //! Counters and gauges of one shard, read by others while it runs.
 //!
-//! One writer: each cell is an atomic only so that a reader sees whole values. Writes are a load and
-//! a store, never a read-modify-write, and no cell is shared by two shards.
+//! One writer: each cell is an atomic only so that a reader sees whole values. Writes are a load
+//! and a store, never a read-modify-write, and no cell is shared by two shards.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -117,7 +117,7 @@ cells! {
         Counter joined_bytes,
         /// Receives that found no free buffer
         Counter buffers_exhausted,
-        /// Times a downstream connection was told to wait: its replies are not read, or an instance is slow
+        /// Times a downstream connection had to wait: its replies unread, or an instance slow
         Counter receives_paused,
         /// Completions of operations whose connection was gone
         Counter stale_completions,

@@ -1,7 +1,7 @@
 //! Instances, and the connections to them.
 //!
-//! An *instance* is an entry of the directory: an endpoint of a worker process. An *upstream* is one
-//! connection to a worker's address, shared by all requests of this core to all endpoints there:
+//! An *instance* is an entry of the directory: an endpoint of a worker process. An *upstream* is
+//! a connection to a worker's address, shared by all requests of this core to all endpoints there:
 //! frames go out gathered, answers come back in order. Large frames that are cut through get
 //! upstreams of their own (`bulk`), so that no small frame waits behind one.
 

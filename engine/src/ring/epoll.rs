@@ -20,7 +20,8 @@ use std::time::Duration;
 
 use socket2::SockRef;
 
-use super::{Completion, Event, Handle, Ring, SPANS_MAX, Span, sockets};
+use super::sockets::{self, connect_result, errno, send_now};
+use super::{Completion, Event, Handle, Ring, SPANS_MAX, Span};
 use crate::buffers::{BufferId, Buffers};
 use crate::operation::{Kind, Operation};
 
@@ -572,37 +573,4 @@ impl Memory {
         };
         usize::try_from(bytes).map_err(|_| errno())
     }
-}
-
-/// Sends without blocking. None: the socket takes nothing now.
-fn send_now(fd: RawFd, spans: *const libc::iovec, count: usize) -> Option<Event> {
-    // SAFETY: all-zero is a valid msghdr. The spans are valid until the send completes, which is
-    // the caller's part of [`Ring::send`]; the kernel does not write to them.
-    let bytes = unsafe {
-        let mut message: libc::msghdr = std::mem::zeroed();
-        message.msg_iov = spans.cast_mut();
-        message.msg_iovlen = count as _;
-        libc::sendmsg(fd, &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT)
-    };
-    match (u32::try_from(bytes), errno()) {
-        (Ok(bytes), _) => Some(Event::Sent { bytes }),
-        (Err(_), libc::EAGAIN) => None,
-        (Err(_), errno) => Some(Event::SendFailed { errno }),
-    }
-}
-
-/// How a connect that was under way has ended: 0 or errno.
-fn connect_result(fd: RawFd, events: u32) -> i32 {
-    // SAFETY: an attached descriptor is kept open by the caller.
-    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-    match SockRef::from(&fd).take_error() {
-        Ok(Some(error)) | Err(error) => error.raw_os_error().unwrap_or(libc::EIO),
-        // Hung up with no error of its own: it was shut down while it connected.
-        Ok(None) if events & libc::EPOLLHUP as u32 != 0 => libc::ECONNRESET,
-        Ok(None) => 0,
-    }
-}
-
-fn errno() -> i32 {
-    io::Error::last_os_error().raw_os_error().unwrap_or(0)
 }

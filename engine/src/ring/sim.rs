@@ -552,6 +552,22 @@ mod tests {
         closing: bool,
     }
 
+    impl Echoed {
+        /// Adds to what is sent back.
+        fn append(&mut self, bytes: Vec<u8>) {
+            // What is being sent must not move: it goes to the next vector.
+            if self.sending {
+                let mut out = self.out.clone();
+                out.extend(bytes);
+                let sending = std::mem::replace(&mut self.out, out);
+                // The memory under way stays as it is until the test ends.
+                std::mem::forget(sending);
+            } else {
+                self.out.extend(bytes);
+            }
+        }
+    }
+
     fn address() -> SocketAddr {
         "10.0.0.1:1".parse().unwrap()
     }
@@ -621,16 +637,7 @@ mod tests {
                     self.ring.recycle(buffer);
                     let connection = self.connections.get_mut(&slot).unwrap();
                     assert_eq!(connection.generation, operation.generation);
-                    // What is being sent must not move: it goes to the next vector.
-                    if connection.sending {
-                        let mut out = connection.out.clone();
-                        out.extend(bytes);
-                        let sending = std::mem::replace(&mut connection.out, out);
-                        // The memory under way stays as it is until the test ends.
-                        std::mem::forget(sending);
-                    } else {
-                        connection.out.extend(bytes);
-                    }
+                    connection.append(bytes);
                     if !more {
                         connection.receiving = false;
                         self.receive(slot);

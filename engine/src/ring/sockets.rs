@@ -1,10 +1,13 @@
-//! The system calls on sockets that are not ring operations, shared by the rings on real sockets.
+//! System calls on sockets: those that are no operations of a ring, shared by the rings on real
+//! sockets, and those with which the epoll ring does what io_uring has operations for.
 
 use std::io;
 use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
+
+use super::Event;
 
 /// A TCP socket without Nagle's delay, to be connected to `address`. io_uring wants it blocking:
 /// on a non-blocking one an operation that has to wait fails with EAGAIN instead.
@@ -44,4 +47,38 @@ pub(super) fn low_water(fd: RawFd, bytes: u32) {
 pub(super) fn close(fd: RawFd) {
     // SAFETY: the caller owns the descriptor and gives it up here.
     drop(unsafe { OwnedFd::from_raw_fd(fd) });
+}
+
+/// Sends without blocking. None: the socket takes nothing now.
+pub(super) fn send_now(fd: RawFd, spans: *const libc::iovec, count: usize) -> Option<Event> {
+    // SAFETY: all-zero is a valid msghdr. The spans are valid until the send completes, which is
+    // the caller's part of [`Ring::send`]; the kernel does not write to them.
+    let bytes = unsafe {
+        let mut message: libc::msghdr = std::mem::zeroed();
+        message.msg_iov = spans.cast_mut();
+        message.msg_iovlen = count as _;
+        libc::sendmsg(fd, &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT)
+    };
+    match (u32::try_from(bytes), errno()) {
+        (Ok(bytes), _) => Some(Event::Sent { bytes }),
+        (Err(_), libc::EAGAIN) => None,
+        (Err(_), errno) => Some(Event::SendFailed { errno }),
+    }
+}
+
+/// How a connect that was under way has ended: 0 or errno.
+pub(super) fn connect_result(fd: RawFd, events: u32) -> i32 {
+    // SAFETY: an attached descriptor is kept open by the caller.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    match SockRef::from(&fd).take_error() {
+        Ok(Some(error)) | Err(error) => error.raw_os_error().unwrap_or(libc::EIO),
+        // Hung up with no error of its own: it was shut down while it connected.
+        Ok(None) if events & libc::EPOLLHUP as u32 != 0 => libc::ECONNRESET,
+        Ok(None) => 0,
+    }
+}
+
+/// Why the last system call of this thread failed.
+pub(super) fn errno() -> i32 {
+    io::Error::last_os_error().raw_os_error().unwrap_or(0)
 }

@@ -292,15 +292,16 @@ impl Ring for Uring {
         debug_assert!(!spans.is_empty() && spans.len() <= SPANS_MAX);
         if let [span] = spans {
             let (pointer, length) = (span.0.iov_base as *const u8, span.0.iov_len as u32);
-            if self
-                .fixed
-                .as_ref()
-                .is_some_and(|fixed| fixed.contains(&(pointer as usize)))
-            {
-                let entry = on!(self.target(handle), file => opcode::WriteFixed::new(file, pointer, length, 0).build());
-                return self.push(entry.user_data(operation.to_bits()));
-            }
-            let entry = on!(self.target(handle), file => opcode::Send::new(file, pointer, length).flags(libc::MSG_NOSIGNAL).build());
+            let is_fixed = |range: &Range<usize>| range.contains(&(pointer as usize));
+            let entry = if self.fixed.as_ref().is_some_and(is_fixed) {
+                on!(self.target(handle), file => {
+                    opcode::WriteFixed::new(file, pointer, length, 0).build()
+                })
+            } else {
+                on!(self.target(handle), file => {
+                    opcode::Send::new(file, pointer, length).flags(libc::MSG_NOSIGNAL).build()
+                })
+            };
             return self.push(entry.user_data(operation.to_bits()));
         }
         if self.messages.len() == MESSAGES_MAX || self.spans.len() + spans.len() > SPANS_ARENA {
@@ -314,7 +315,10 @@ impl Ring for Uring {
         message.msg_iovlen = spans.len() as _;
         self.messages.push(message);
         let message = self.messages.last().expect("pushed above") as *const _;
-        let entry = on!(self.target(handle), file => opcode::SendMsg::new(file, message).flags(libc::MSG_NOSIGNAL as u32).build());
+        let flags = libc::MSG_NOSIGNAL as u32;
+        let entry = on!(self.target(handle), file => {
+            opcode::SendMsg::new(file, message).flags(flags).build()
+        });
         self.push(entry.user_data(operation.to_bits()));
     }
 
@@ -421,10 +425,8 @@ fn event_of(kind: Kind, entry: &cqueue::Entry) -> Option<Event> {
     Some(match kind {
         Kind::Accept if result >= 0 => {
             // SAFETY: the kernel has just made this descriptor for us.
-            Event::Accepted {
-                socket: unsafe { OwnedFd::from_raw_fd(result) },
-                more,
-            }
+            let socket = unsafe { OwnedFd::from_raw_fd(result) };
+            Event::Accepted { socket, more }
         }
         Kind::Accept => Event::AcceptFailed { errno: -result },
         Kind::Collect => match cqueue::buffer_select(entry.flags()) {

@@ -1,6 +1,9 @@
 //! A libcuda that keeps "GPU" memory in memfds: just the functions that the CUDA backend calls, and
 //! strict where the driver is strict, so that what passes here is what the driver accepts.
 //!
+//! It is reached through the C interface only. Pointers for answers come as [`Out`], structures
+//! that are read come as references that may be null.
+//!
 //! Faults are injected by environment: `STAND_IN_CREATE_OOM=n` makes the first n creations run out
 //! of memory, `STAND_IN_EXPORT_FAILS=1` refuses exports, `STAND_IN_DEVICES=n` sets the number of
 //! GPUs, `STAND_IN_CAPACITY=bytes` the memory of each.
@@ -11,11 +14,12 @@ use std::collections::HashMap;
 use std::ffi::{c_char, c_int, c_uint, c_ulonglong, c_void};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+// SAFETY: as libc declares them on Linux; those that touch no memory are safe to call.
 unsafe extern "C" {
     fn memfd_create(name: *const c_char, flags: c_uint) -> c_int;
-    fn ftruncate(fd: c_int, bytes: i64) -> c_int;
-    fn lseek(fd: c_int, offset: i64, whence: c_int) -> i64;
-    fn dup(fd: c_int) -> c_int;
+    safe fn ftruncate(fd: c_int, bytes: i64) -> c_int;
+    safe fn lseek(fd: c_int, offset: i64, whence: c_int) -> i64;
+    safe fn dup(fd: c_int) -> c_int;
     fn close(fd: c_int) -> c_int;
     fn mmap(
         at: *mut c_void,
@@ -48,6 +52,17 @@ const PRIVATE: c_int = 2;
 const FIXED: c_int = 0x10;
 const ANONYMOUS: c_int = 0x20;
 const NORESERVE: c_int = 0x4000;
+
+/// Where a caller wants an answer.
+#[repr(transparent)]
+pub struct Out<T>(*mut T);
+
+impl<T> Out<T> {
+    fn put(self, value: T) {
+        // SAFETY: the driver's contract is that the place can be written; callers keep it.
+        unsafe { self.0.write(value) };
+    }
+}
 
 /// As the driver lays it out.
 #[repr(C)]
@@ -133,6 +148,7 @@ impl State {
         };
         memory.references -= 1;
         if memory.references == 0 {
+            // SAFETY: the descriptor is ours, and nothing holds it any more.
             unsafe { close(memory.fd) };
             if memory.created_here {
                 self.created_bytes -= memory.bytes;
@@ -180,7 +196,7 @@ pub extern "C" fn cuInit(flags: c_uint) -> Answer {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuGetErrorName(error: Answer, name: *mut *const c_char) -> Answer {
+pub extern "C" fn cuGetErrorName(error: Answer, name: Out<*const c_char>) -> Answer {
     let text = match error {
         SUCCESS => c"CUDA_SUCCESS",
         INVALID_VALUE => c"CUDA_ERROR_INVALID_VALUE",
@@ -193,62 +209,64 @@ pub unsafe extern "C" fn cuGetErrorName(error: Answer, name: *mut *const c_char)
         NOT_SUPPORTED => c"CUDA_ERROR_NOT_SUPPORTED",
         _ => return INVALID_VALUE,
     };
-    unsafe { *name = text.as_ptr() };
+    name.put(text.as_ptr());
     SUCCESS
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceGetCount(count: *mut c_int) -> Answer {
+pub extern "C" fn cuDeviceGetCount(count: Out<c_int>) -> Answer {
     started(|_| {
-        unsafe { *count = devices() };
+        count.put(devices());
         SUCCESS
     })
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceGet(device: *mut c_int, ordinal: c_int) -> Answer {
+pub extern "C" fn cuDeviceGet(device: Out<c_int>, ordinal: c_int) -> Answer {
     started(|_| {
         if ordinal < 0 || ordinal >= devices() {
             return INVALID_DEVICE;
         }
-        unsafe { *device = ordinal };
+        device.put(ordinal);
         SUCCESS
     })
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceGetUuid(uuid: *mut [u8; 16], device: c_int) -> Answer {
+pub extern "C" fn cuDeviceGetUuid(uuid: Out<[u8; 16]>, device: c_int) -> Answer {
     started(|_| {
         let mut bytes = [0xc0; 16];
         bytes[15] = device as u8;
-        unsafe { *uuid = bytes };
+        uuid.put(bytes);
         SUCCESS
     })
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemGetAllocationGranularity(
-    bytes: *mut usize,
+pub extern "C" fn cuMemGetAllocationGranularity(
+    bytes: Out<usize>,
     _properties: *const Properties,
     _option: c_uint,
 ) -> Answer {
     started(|_| {
-        unsafe { *bytes = GRANULARITY };
+        bytes.put(GRANULARITY);
         SUCCESS
     })
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemCreate(
-    handle: *mut u64,
+pub extern "C" fn cuMemCreate(
+    handle: Out<u64>,
     bytes: usize,
-    properties: *const Properties,
+    properties: Option<&Properties>,
     flags: c_ulonglong,
 ) -> Answer {
     started(|state| {
-        let properties = unsafe { &*properties };
+        let Some(properties) = properties else {
+            return INVALID_VALUE;
+        };
         let is_pinned_on_device = (properties.kind, properties.location_kind) == (1, 1);
-        if flags != 0 || bytes == 0 || bytes % GRANULARITY != 0 || !is_pinned_on_device {
+        if flags != 0 || bytes == 0 || !bytes.is_multiple_of(GRANULARITY) || !is_pinned_on_device {
             return INVALID_VALUE;
         }
         if properties.location < 0 || properties.location >= devices() {
@@ -259,13 +277,14 @@ pub unsafe extern "C" fn cuMemCreate(
         if full || state.creations <= setting("STAND_IN_CREATE_OOM", 0) {
             return OUT_OF_MEMORY;
         }
+        // SAFETY: the name is a C string of the program's lifetime.
         let fd = unsafe { memfd_create(c"stand-in".as_ptr(), 1) };
-        if fd < 0 || unsafe { ftruncate(fd, bytes as i64) } != 0 {
+        if fd < 0 || ftruncate(fd, bytes as i64) != 0 {
             return OUT_OF_MEMORY;
         }
         state.created_bytes += bytes;
         let shareable = properties.handle_types & POSIX_DESCRIPTOR != 0;
-        unsafe { *handle = state.insert(fd, bytes, shareable, true) };
+        handle.put(state.insert(fd, bytes, shareable, true));
         SUCCESS
     })
 }
@@ -283,8 +302,8 @@ pub extern "C" fn cuMemRelease(handle: u64) -> Answer {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemExportToShareableHandle(
-    into: *mut c_void,
+pub extern "C" fn cuMemExportToShareableHandle(
+    into: Out<c_int>,
     handle: u64,
     kind: c_uint,
     flags: c_ulonglong,
@@ -297,7 +316,7 @@ pub unsafe extern "C" fn cuMemExportToShareableHandle(
             if setting("STAND_IN_EXPORT_FAILS", 0) != 0 {
                 return NOT_SUPPORTED;
             }
-            unsafe { *into.cast::<c_int>() = dup(memory.fd) };
+            into.put(dup(memory.fd));
             SUCCESS
         }
         _ => INVALID_VALUE,
@@ -305,40 +324,37 @@ pub unsafe extern "C" fn cuMemExportToShareableHandle(
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemImportFromShareableHandle(
-    handle: *mut u64,
+pub extern "C" fn cuMemImportFromShareableHandle(
+    handle: Out<u64>,
     descriptor: *mut c_void,
     kind: c_uint,
 ) -> Answer {
     started(|state| {
         // The descriptor stays the caller's.
-        let fd = unsafe { dup(descriptor as usize as c_int) };
-        let bytes = if fd < 0 {
-            -1
-        } else {
-            unsafe { lseek(fd, 0, SEEK_END) }
-        };
-        if kind != POSIX_DESCRIPTOR || bytes <= 0 || bytes as usize % GRANULARITY != 0 {
+        let fd = dup(descriptor as usize as c_int);
+        let bytes = if fd < 0 { -1 } else { lseek(fd, 0, SEEK_END) };
+        if kind != POSIX_DESCRIPTOR || bytes <= 0 || !(bytes as usize).is_multiple_of(GRANULARITY) {
             return INVALID_VALUE;
         }
-        unsafe { *handle = state.insert(fd, bytes as usize, true, false) };
+        handle.put(state.insert(fd, bytes as usize, true, false));
         SUCCESS
     })
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemAddressReserve(
-    address: *mut u64,
+pub extern "C" fn cuMemAddressReserve(
+    address: Out<u64>,
     bytes: usize,
     align: usize,
     _hint: u64,
     flags: c_ulonglong,
 ) -> Answer {
     started(|state| {
-        if bytes == 0 || bytes % GRANULARITY != 0 || flags != 0 || align > GRANULARITY {
+        if bytes == 0 || !bytes.is_multiple_of(GRANULARITY) || flags != 0 || align > GRANULARITY {
             return INVALID_VALUE;
         }
         let kind = PRIVATE | ANONYMOUS | NORESERVE;
+        // SAFETY: a new mapping at a place of the kernel's choice.
         let at = unsafe { mmap(std::ptr::null_mut(), bytes + GRANULARITY, 0, kind, -1, 0) };
         if at as isize == -1 {
             return OUT_OF_MEMORY;
@@ -346,7 +362,7 @@ pub unsafe extern "C" fn cuMemAddressReserve(
         // The odd ends stay mapped: this library lives for one test.
         let start = (at as u64).next_multiple_of(GRANULARITY as u64);
         state.reserved.insert(start, bytes);
-        unsafe { *address = start };
+        address.put(start);
         SUCCESS
     })
 }
@@ -359,6 +375,7 @@ pub extern "C" fn cuMemAddressFree(address: u64, bytes: usize) -> Answer {
             return INVALID_VALUE;
         }
         state.reserved.remove(&address);
+        // SAFETY: the range was reserved here, and nothing is mapped into it.
         unsafe { munmap(address as *mut c_void, bytes) };
         SUCCESS
     })
@@ -389,6 +406,7 @@ pub extern "C" fn cuMemMap(
         };
         // No access until it is set, as on the device.
         let at = address as *mut c_void;
+        // SAFETY: the range lies in one that was reserved here, and nothing is mapped into it.
         if unsafe { mmap(at, bytes, 0, SHARED | FIXED, memory.fd, 0) } as isize == -1 {
             return INVALID_VALUE;
         }
@@ -416,6 +434,7 @@ pub extern "C" fn cuMemUnmap(address: u64, bytes: usize) -> Answer {
             return INVALID_VALUE;
         }
         let kind = PRIVATE | ANONYMOUS | NORESERVE | FIXED;
+        // SAFETY: the range was mapped here; what takes its place is the bare reservation.
         unsafe { mmap(address as *mut c_void, bytes, 0, kind, -1, 0) };
         if let Some(mapped) = state.mapped.remove(&address) {
             state.drop_reference(mapped.memory);
@@ -425,10 +444,10 @@ pub extern "C" fn cuMemUnmap(address: u64, bytes: usize) -> Answer {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemSetAccess(
+pub extern "C" fn cuMemSetAccess(
     address: u64,
     bytes: usize,
-    wanted: *const AccessDesc,
+    wanted: Option<&AccessDesc>,
     count: usize,
 ) -> Answer {
     started(|state| {
@@ -436,7 +455,9 @@ pub unsafe extern "C" fn cuMemSetAccess(
             .mapped
             .get(&address)
             .is_some_and(|mapped| mapped.bytes == bytes);
-        let wanted = unsafe { &*wanted };
+        let Some(wanted) = wanted else {
+            return INVALID_VALUE;
+        };
         if !whole || count != 1 || wanted.location_kind != 1 || wanted.location >= devices() {
             return INVALID_VALUE;
         }
@@ -445,6 +466,7 @@ pub unsafe extern "C" fn cuMemSetAccess(
             0 | 1 | 3 => wanted.flags as c_int,
             _ => return INVALID_VALUE,
         };
+        // SAFETY: the range was mapped here.
         unsafe { mprotect(address as *mut c_void, bytes, protection) };
         if let Some(mapped) = state.mapped.get_mut(&address) {
             mapped.access = wanted.flags;
@@ -454,25 +476,21 @@ pub unsafe extern "C" fn cuMemSetAccess(
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuPointerGetAttribute(
-    data: *mut c_void,
-    attribute: c_uint,
-    address: u64,
-) -> Answer {
+pub extern "C" fn cuPointerGetAttribute(data: Out<u64>, attribute: c_uint, address: u64) -> Answer {
     const DEVICE_POINTER: c_uint = 3;
     started(|state| {
         if attribute != DEVICE_POINTER || !state.overlaps_mapping(address, 1) {
             return INVALID_VALUE;
         }
-        unsafe { *data.cast::<u64>() = address };
+        data.put(address);
         SUCCESS
     })
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuCtxGetCurrent(context: *mut usize) -> Answer {
+pub extern "C" fn cuCtxGetCurrent(context: Out<usize>) -> Answer {
     started(|_| {
-        unsafe { *context = CURRENT.get() };
+        context.put(CURRENT.get());
         SUCCESS
     })
 }
@@ -497,10 +515,10 @@ pub extern "C" fn cuCtxSynchronize() -> Answer {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut usize, device: c_int) -> Answer {
+pub extern "C" fn cuDevicePrimaryCtxRetain(context: Out<usize>, device: c_int) -> Answer {
     started(|state| {
         state.contexts += 1;
-        unsafe { *context = 0x1000 + device as usize };
+        context.put(0x1000 + device as usize);
         SUCCESS
     })
 }
@@ -516,6 +534,9 @@ pub extern "C" fn cuDevicePrimaryCtxRelease_v2(_device: c_int) -> Answer {
     })
 }
 
+/// # Safety
+///
+/// `from` is `bytes` bytes of the caller's.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemcpyHtoD_v2(to: u64, from: *const u8, bytes: usize) -> Answer {
     started(|state| {
@@ -525,11 +546,15 @@ pub unsafe extern "C" fn cuMemcpyHtoD_v2(to: u64, from: *const u8, bytes: usize)
         if !state.allows(to, bytes, 3) {
             return ILLEGAL_ADDRESS;
         }
+        // SAFETY: the range was mapped here for writing; the caller vouches for its own bytes.
         unsafe { std::ptr::copy_nonoverlapping(from, to as *mut u8, bytes) };
         SUCCESS
     })
 }
 
+/// # Safety
+///
+/// `to` is `bytes` bytes of the caller's.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemcpyDtoH_v2(to: *mut u8, from: u64, bytes: usize) -> Answer {
     started(|state| {
@@ -539,6 +564,7 @@ pub unsafe extern "C" fn cuMemcpyDtoH_v2(to: *mut u8, from: u64, bytes: usize) -
         if !state.allows(from, bytes, 1) {
             return ILLEGAL_ADDRESS;
         }
+        // SAFETY: the range was mapped here for reading; the caller vouches for its own bytes.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to, bytes) };
         SUCCESS
     })

@@ -1,7 +1,7 @@
 """An independent peer of the GPU memory service: msgspec messages, plain sockets, no code of ours.
 
-Usage: peer.py DIR, where DIR holds weights.sock, kv_cache.sock and weights-v2.sock of a service that
-serves host memory. Runs through the life of a pool and exits with 0 if every answer was right.
+Usage: peer.py DIR, where DIR holds weights.sock, kv_cache.sock and weights-v2.sock of a service
+that serves host memory. Runs through the life of a pool and exits with 0 if every answer was right.
 """
 
 import array
