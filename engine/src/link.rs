@@ -12,7 +12,7 @@ use crate::route::Chooser;
 use crate::shard::{RouteState, Shard, TimerKind};
 use crate::table::NONE;
 use crate::upstream::{BULK_MAX, InstanceState, Upstream, UpstreamState};
-use crate::{collect, forward, tell};
+use crate::{collect, forward, settle, tell};
 
 const CONNECT_TIMEOUT_NS: u64 = 5_000_000_000;
 /// A connection for large frames that has carried none for so long is closed.
@@ -234,7 +234,7 @@ pub(crate) fn lost<R: Ring>(shard: &mut Shard<R>, upstream: u32, errno: i32) {
     let mut request = queue.head;
     while request != NONE {
         let next = shard.requests[request].next_upstream;
-        forward::replace(shard, request, refusal);
+        settle::replace(shard, request, refusal);
         request = next;
     }
     if bulk {
@@ -314,7 +314,7 @@ fn inhibit<R: Ring>(shard: &mut Shard<R>, address: SocketAddr) {
     let slots: Vec<u32> = shard.instances.slots().collect();
     for slot in slots {
         if shard.instances[slot].address == address {
-            shard.instances[slot].inhibited_until_ns = shard.now_ns + forward::INHIBITED_NS;
+            shard.instances[slot].inhibited_until_ns = shard.now_ns + settle::INHIBITED_NS;
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::ring::Ring;
 use crate::send_pool::{CHUNK_BYTES, ChunkId};
 use crate::shard::Shard;
 use crate::table::NONE;
-use crate::{decode, forward};
+use crate::{decode, forward, settle};
 
 /// So much of an unknown path is repeated in its refusal.
 pub(crate) const ECHO_BYTES_MAX: usize = 512;
@@ -213,7 +213,7 @@ pub(crate) fn pay<R: Ring>(shard: &mut Shard<R>, slot: u32) {
         replies.len -= 1;
         paid = true;
         shard.requests[request].downstream = NONE;
-        forward::end_if_over(shard, request);
+        settle::end_if_over(shard, request);
     }
     if replies.head == NONE {
         replies.tail = NONE;
@@ -308,7 +308,7 @@ pub(crate) fn downstream_half_closed<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     };
     if let Intake::Stream { request, .. } = connection.intake {
         connection.intake = Intake::Frames;
-        forward::abort(shard, request);
+        settle::abort(shard, request);
     }
     close_if_over(shard, slot);
 }
@@ -323,11 +323,11 @@ pub(crate) fn downstream_lost<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     while request != NONE {
         let next = shard.requests[request].next_reply;
         shard.requests[request].downstream = NONE;
-        forward::end_if_over(shard, request);
+        settle::end_if_over(shard, request);
         request = next;
     }
     if let Intake::Stream { request, .. } = intake {
-        forward::abort(shard, request);
+        settle::abort(shard, request);
     }
 }
 
@@ -351,7 +351,7 @@ pub(crate) fn answers<R: Ring>(shard: &mut Shard<R>, slot: u32, upstream: u32) {
             shard.pieces.advance(&mut incoming, empty * 4);
             shard.connections[slot].incoming = incoming;
             for _ in 0..empty {
-                if !forward::answered(shard, upstream, Answer::Accepted) {
+                if !settle::answered(shard, upstream, Answer::Accepted) {
                     return;
                 }
             }
@@ -372,7 +372,7 @@ fn one_answer<R: Ring>(shard: &mut Shard<R>, slot: u32, upstream: u32) -> bool {
         Decoded::Frame(text) => {
             shard.pieces.advance(&mut incoming, text.end);
             shard.connections[slot].incoming = incoming;
-            forward::answered(shard, upstream, Answer::classify(&scratch[text]))
+            settle::answered(shard, upstream, Answer::classify(&scratch[text]))
         }
         Decoded::Need(_) => false,
         Decoded::Bad(_) => {

@@ -29,11 +29,11 @@ use crate::ledger::{ENVELOPE_BYTES_MAX, Ledger};
 use crate::mesh::{self, Receiver, Sender};
 use crate::operation::{Kind, Operation};
 use crate::pieces::Pieces;
-use crate::ring::{Completion, Event, Handle, Ring, SPANS_MAX, Span};
+use crate::ring::{Completion, Event, Ring, SPANS_MAX, Span};
 use crate::route::Chooser;
 use crate::send_pool::SendPool;
 use crate::stats::Stats;
-use crate::table::{NONE, Table};
+use crate::table::Table;
 use crate::tell::Tells;
 use crate::timer_wheel::TimerWheel;
 use crate::upstream::{InstanceState, Upstream};
@@ -367,93 +367,6 @@ impl<R: Ring> Shard<R> {
         self.retire_if_quiet(slot);
     }
 
-    /// Puts a socket into the table. `None`, and the socket is closed, when the table is full.
-    pub(crate) fn open(&mut self, fd: std::os::fd::RawFd, role: Role) -> Option<u32> {
-        let connection = Connection::new(Handle { fd, slot: NONE }, role);
-        match self.connections.insert(connection) {
-            Ok(slot) => {
-                self.connections[slot].handle.slot = slot;
-                self.ring.attach(self.connections[slot].handle);
-                Some(slot)
-            }
-            Err(connection) => {
-                self.ring.close(connection.handle);
-                None
-            }
-        }
-    }
-
-    /// Dials `address`; the connect is under way when this returns a slot.
-    pub(crate) fn dial(&mut self, address: &SocketAddr, role: Role) -> Result<u32, i32> {
-        let fd = self.ring.connect_socket(address).map_err(|error| {
-            // No errno means that the address itself was refused.
-            error.raw_os_error().unwrap_or(libc::EINVAL)
-        })?;
-        let slot = self.open(fd, role).ok_or(libc::EMFILE)?;
-        let operation = self.operation(Kind::Connect, slot);
-        let connection = &mut self.connections[slot];
-        connection.connecting = true;
-        self.ring.connect(operation, connection.handle, address);
-        Ok(slot)
-    }
-
-    /// Asks for a multishot receive unless there is one or none is wanted.
-    pub(crate) fn receive(&mut self, slot: u32) {
-        let operation = self.operation(Kind::Receive, slot);
-        let connection = &mut self.connections[slot];
-        let unwanted = connection.receiving || connection.paused || connection.end_of_stream;
-        if unwanted || connection.closing || connection.starved {
-            return;
-        }
-        connection.receiving = true;
-        self.ring.receive(operation, connection.handle);
-    }
-
-    /// Stops receiving until [`Shard::resume`].
-    pub(crate) fn pause(&mut self, slot: u32) {
-        let operation = self.operation(Kind::Receive, slot);
-        let connection = &mut self.connections[slot];
-        if connection.paused {
-            return;
-        }
-        connection.paused = true;
-        self.stats.shard.receives_paused.add(1);
-        if connection.receiving {
-            self.ring.cancel_receive(operation, connection.handle);
-        }
-    }
-
-    /// Goes on receiving, unless all of downstream is held back.
-    pub(crate) fn resume(&mut self, slot: u32) {
-        let downstream = self.connections[slot].role == Role::Downstream;
-        if self.connections[slot].paused && !(self.throttled && downstream) {
-            self.connections[slot].paused = false;
-            self.receive(slot);
-        }
-    }
-
-    /// Starts one send of `spans`.
-    pub(crate) fn send(&mut self, slot: u32, spans: &[Span]) {
-        self.send_as(Kind::Send, slot, spans);
-    }
-
-    fn send_as(&mut self, kind: Kind, slot: u32, spans: &[Span]) {
-        let operation = self.operation(kind, slot);
-        let connection = &mut self.connections[slot];
-        debug_assert!(!connection.sending && !connection.closing);
-        connection.sending = true;
-        self.ring.send(operation, connection.handle, spans);
-    }
-
-    /// Shuts the socket down; the slot is freed when the kernel holds nothing of it.
-    pub(crate) fn close(&mut self, slot: u32) {
-        let connection = &mut self.connections[slot];
-        if !connection.closing {
-            connection.closing = true;
-            self.ring.shutdown(connection.handle);
-        }
-    }
-
     /// Closes a socket of ours that does not linger so that its peer sees a reset.
     pub(crate) fn reset(&mut self, slot: u32) {
         let operation = self.operation(Kind::Receive, slot);
@@ -465,35 +378,6 @@ impl<R: Ring> Shard<R> {
             }
         }
         self.retire_if_quiet(slot);
-    }
-
-    /// Closes a connection that nobody wants to hear of any more.
-    pub(crate) fn forget(&mut self, slot: u32) {
-        self.close(slot);
-        self.retire_if_quiet(slot);
-    }
-
-    fn retire_if_quiet(&mut self, slot: u32) {
-        if self.connections.get(slot).is_some_and(Connection::is_quiet) {
-            self.retire(slot);
-        }
-    }
-
-    fn retire(&mut self, slot: u32) {
-        let Some(mut connection) = self.connections.remove(slot) else {
-            return;
-        };
-        self.pieces.clear(&mut connection.incoming);
-        self.pool.clear(&mut connection.out);
-        if connection.role == Role::Downstream {
-            self.worker.let_go(connection.collected.len());
-        }
-        if let Some(timer) = connection.timer {
-            self.timers.cancel(timer);
-        }
-        self.ring.detach(connection.handle);
-        self.ring.close(connection.handle);
-        self.stats.shard.connections_closed.add(1);
     }
 
     pub(crate) fn operation(&self, kind: Kind, slot: u32) -> Operation {

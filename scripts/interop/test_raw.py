@@ -27,6 +27,15 @@ def routed(request, lab):
     return lab_address(lab.router(listen, backend, response=request.param))
 
 
+@pytest.fixture
+def bad_path(request):
+    """The answer to a path that is no text. Dynamo's client takes Dynamo's own for success and
+    waits without end; the router's begins as that client wants a refusal to begin."""
+    if request.node.callspec.params["routed"] == "stock":
+        return b"Invalid endpoint path"
+    return b"Server unavailable: invalid endpoint path"
+
+
 def echoes(items):
     """The requests in the items that either kind of worker brings."""
     values = [item["data"] for item in items]
@@ -44,7 +53,7 @@ def test_one_request(routed):
 
 
 @pytest.mark.short
-def test_refusals_and_the_connection_stays(routed):
+def test_refusals_and_the_connection_stays(routed, bad_path):
     address, path = routed
 
     async def test():
@@ -55,7 +64,7 @@ def test_refusals_and_the_connection_stays(routed):
         await caller.send(frame(b""))
         assert await caller.reply() == b"Server unavailable: unknown endpoint "
         await caller.send(frame(b"\xff\xfe/x", b"x"))
-        assert await caller.reply() == b"Server unavailable: invalid endpoint path"
+        assert await caller.reply() == bad_path
         async with Home() as home:
             value = fresh()
             stream, data = home.request(path, value)
@@ -82,8 +91,9 @@ def test_no_instance(lab):
 
 
 @pytest.mark.short
-def test_too_large_is_told_and_the_connection_serves_on(routed):
+def test_too_large_is_told_and_the_connection_serves_on(routed, bad_path):
     address, path = routed
+    stock = bad_path.startswith(b"Invalid")
     total = LIMIT + 1
 
     async def test():
@@ -93,8 +103,11 @@ def test_too_large_is_told_and_the_connection_serves_on(routed):
         await caller.send(whole[:-4] + struct.pack(">I", missing))
         # It is told as soon as the front of the payload shows that nobody can be called home.
         await caller.send(b"z" * 4096)
-        told = f"Server unavailable: message too large: {total} bytes (max: {LIMIT} bytes)"
+        first = "Read error" if stock else "Server unavailable"
+        told = f"{first}: message too large: {total} bytes (max: {LIMIT} bytes)"
         assert await caller.reply() == told.encode()
+        if stock:
+            return
         # The rest passes by, and the connection serves on.
         await caller.send(b"z" * (missing - 4096))
         async with Home() as home:
@@ -141,7 +154,7 @@ def test_bad_headers_are_no_headers(routed, headers):
 
 
 @pytest.mark.short
-def test_replies_in_request_order(routed):
+def test_replies_in_request_order(routed, bad_path):
     address, path = routed
 
     async def test():
@@ -153,7 +166,7 @@ def test_replies_in_request_order(routed):
                     expected.append(b"Server unavailable: unknown endpoint none/%d" % number)
                 elif number % 31 == 0:
                     sent.append(frame(b"\xff%d" % number))
-                    expected.append(b"Server unavailable: invalid endpoint path")
+                    expected.append(bad_path)
                 else:
                     value = fresh(text="y" * (number * 11 % 5000))
                     stream, data = home.request(path, value)
