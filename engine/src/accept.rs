@@ -20,10 +20,6 @@ pub(crate) fn arm<R: Ring>(shard: &mut Shard<R>) {
     }
 }
 
-/// Takes no connection any more. The listener stays open until the process ends, so that those who
-/// still dial are told by a refusal and not by a reset.
-pub(crate) fn stop<R: Ring>(_shard: &mut Shard<R>) {}
-
 /// A connection has come, or the accept has failed.
 pub(crate) fn completed<R: Ring>(shard: &mut Shard<R>, event: Event) {
     match event {

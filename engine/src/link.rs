@@ -22,6 +22,7 @@ const BULK_IDLE_NS: u64 = 30_000_000_000;
 /// more and keep what they have.
 pub(crate) fn publish<R: Ring>(shard: &mut Shard<R>, directory: Arc<Directory>) {
     shard.epoch += 1;
+    shard.stats.shard.directories.add(1);
     shard.route_at.clear();
     for (index, route) in directory.routes.iter().enumerate() {
         for path in &route.paths {

@@ -4,7 +4,7 @@ use crate::buffers::BufferId;
 use crate::connection::{Intake, Role};
 use crate::ring::Ring;
 use crate::shard::{Shard, TimerKind};
-use crate::{decode, ends, forward, respond, tell};
+use crate::{decode, ends, forward, respond};
 
 /// A frame whose bytes stop coming for so long ends its connection.
 pub(crate) const FRAME_PAUSE_NS: u64 = 30_000_000_000;
@@ -76,11 +76,6 @@ pub(crate) fn ended<R: Ring>(shard: &mut Shard<R>, slot: u32, errno: i32) {
     }
     if let Role::End(end) = connection.role {
         return ends::ended(shard, slot, end, errno);
-    }
-    if errno == 0
-        && let Role::Tell(tell) = connection.role
-    {
-        tell::taken(shard, tell);
     }
     if shard.connections.get(slot).is_some() {
         shard.lost(slot, errno);

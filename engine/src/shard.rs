@@ -473,10 +473,11 @@ impl<R: Ring> Shard<R> {
                 }
                 Command::Call(call) => client::begin(self, *call),
                 Command::EndCall { number, kill } => client::end_early(self, number, kill),
+                // The listener stays open, so that who still dials is told by a refusal and not by
+                // a reset.
                 Command::Drain => {
                     self.draining = true;
                     self.stats.shard.draining.set(1);
-                    accept::stop(self);
                 }
                 Command::Stop => self.stopping = true,
             }

@@ -131,6 +131,8 @@ cells! {
         Counter system_calls,
         /// Requests that ran in handlers of this process
         Counter handled,
+        /// Directories taken over from control
+        Counter directories,
         /// Times the paths that handlers serve were changed
         Counter path_updates,
         /// Requests acknowledged whose envelope could not be understood

@@ -14,8 +14,9 @@ use corelane_codec::limits::CONNECTION_INFO_SCRATCH_BYTES;
 use corelane_codec::{Decoded, TooLarge, two_part};
 
 use crate::connection::Role;
+use crate::ends;
 use crate::respond::Refusal;
-use crate::ring::{Ring, Span};
+use crate::ring::Ring;
 use crate::shard::{Shard, TimerKind};
 use crate::table::{NONE, Table};
 
@@ -92,8 +93,10 @@ impl Cause {
 
 struct Tell {
     connection: u32,
+    /// What is to be said; empty once the connection has it.
     message: Vec<u8>,
-    sent: usize,
+    /// The socket has taken all of it.
+    said: bool,
     cause: Cause,
 }
 
@@ -160,7 +163,7 @@ fn start<R: Ring>(shard: &mut Shard<R>) {
         let tell = Tell {
             connection: NONE,
             message,
-            sent: 0,
+            said: false,
             cause,
         };
         let Ok(tell) = shard.tells.active.insert(tell) else {
@@ -185,24 +188,26 @@ fn start<R: Ring>(shard: &mut Shard<R>) {
     }
 }
 
-/// The caller has answered the dial: say it all in one write.
+/// The caller has answered the dial: say it all in one write. The connection keeps the bytes until
+/// the kernel is done with them, whatever becomes of us.
 pub(crate) fn connected<R: Ring>(shard: &mut Shard<R>, tell: u32) {
-    let entry = &shard.tells.active[tell];
-    let (slot, span) = (entry.connection, Span::of(&entry.message[entry.sent..]));
-    shard.send(slot, &[span]);
+    let entry = &mut shard.tells.active[tell];
+    let (slot, message) = (entry.connection, std::mem::take(&mut entry.message));
+    *shard.connections[slot].outgoing.waiting() = message;
+    ends::flush(shard, slot);
 }
 
 /// The socket took `bytes` bytes.
 pub(crate) fn sent<R: Ring>(shard: &mut Shard<R>, tell: u32, bytes: usize) {
     let entry = &mut shard.tells.active[tell];
-    entry.sent += bytes;
-    if entry.sent < entry.message.len() {
-        connected(shard, tell);
+    let slot = entry.connection;
+    let outgoing = &mut shard.connections[slot].outgoing;
+    outgoing.sent(bytes);
+    entry.said = outgoing.is_empty();
+    if !entry.said {
+        ends::flush(shard, slot);
     }
 }
-
-/// The caller has closed the connection, as he does when he has read an error.
-pub(crate) fn taken<R: Ring>(_shard: &mut Shard<R>, _tell: u32) {}
 
 /// The connection is over: the caller knows, or had been called home before, or is gone.
 pub(crate) fn lost<R: Ring>(shard: &mut Shard<R>, tell: u32, _errno: i32) {
@@ -210,7 +215,7 @@ pub(crate) fn lost<R: Ring>(shard: &mut Shard<R>, tell: u32, _errno: i32) {
         return;
     };
     let stats = &shard.stats.shard;
-    match entry.sent == entry.message.len() {
+    match entry.said {
         // Who was called home by his worker resets a second call.
         _ if entry.cause == Cause::WorkerDied => stats.callers_settled.add(1),
         true => stats.callers_told.add(1),

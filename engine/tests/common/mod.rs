@@ -73,15 +73,13 @@ impl Router {
     }
 
     pub fn publish(&self, route: Route) {
-        let listed = route.instances.len() as u64;
         let directory = Arc::new(Directory {
             routes: vec![route],
         });
+        let taken = &self.handle.stats.shard.directories;
+        let before = taken.get();
         self.handle.command(Command::Directory(directory)).unwrap();
-        let stats = &self.handle.stats.shard;
-        wait_until("the directory is taken over", || {
-            stats.instances.get() == listed
-        });
+        wait_until("the directory is taken over", || taken.get() > before);
     }
 
     /// Publishes `workers` and waits until all can be reached.
