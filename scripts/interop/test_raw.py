@@ -101,8 +101,9 @@ def test_too_large_is_told_and_the_connection_serves_on(routed, bad_path):
         whole = frame(path, b"")
         missing = total - len(whole)
         await caller.send(whole[:-4] + struct.pack(">I", missing))
-        # It is told as soon as the front of the payload shows that nobody can be called home.
-        await caller.send(b"z" * 4096)
+        if not stock:
+            # It is told as soon as the front of the payload shows that nobody can be called home.
+            await caller.send(b"z" * 4096)
         first = "Read error" if stock else "Server unavailable"
         told = f"{first}: message too large: {total} bytes (max: {LIMIT} bytes)"
         assert await caller.reply() == told.encode()
