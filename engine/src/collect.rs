@@ -28,18 +28,26 @@ pub(crate) fn tune<R: Ring>(shard: &mut Shard<R>, upstream: u32) {
         return;
     }
     let (slot, was) = (link.connection, link.lazy);
-    let mut users = shard.instances.slots().map(|slot| &shard.instances[slot]);
-    let lazy = !link.bulk
-        && users.all(|instance| {
-            let route = shard.directory.routes.get(instance.route as usize);
-            instance.upstream != upstream || route.is_some_and(|route| route.ack == Ack::OnForward)
-        });
+    let lazy = !link.bulk && nobody_waits(shard, upstream);
     if lazy != was {
         shard.upstreams[upstream].lazy = lazy;
         let bytes = if lazy { LOW_WATER_BYTES } else { 1 };
         let handle = shard.connections[slot].handle;
         shard.ring.low_water(handle, bytes);
     }
+    if lazy && shard.upstreams[upstream].queue.head != NONE {
+        // Nothing more may leave for it, and what was answered must not lie there for ever.
+        watch(shard, upstream);
+    }
+}
+
+/// Whether all who are called over an upstream are acknowledged before it answers.
+fn nobody_waits<R: Ring>(shard: &Shard<R>, upstream: u32) -> bool {
+    let mut instances = shard.instances.slots().map(|slot| &shard.instances[slot]);
+    instances.all(|instance| {
+        let route = shard.directory.routes.get(instance.route as usize);
+        instance.upstream != upstream || route.is_some_and(|route| route.ack == Ack::OnForward)
+    })
 }
 
 /// Frames are leaving for an upstream: its answers may come along, or are looked for later.

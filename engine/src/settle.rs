@@ -44,7 +44,7 @@ pub(crate) fn answered<R: Ring>(shard: &mut Shard<R>, upstream: u32, answer: Ans
             shard.stats.shard.accepted_upstream.add(1);
             shard.instances[instance].answered += 1;
             if entry.held {
-                note_caller_on(shard, request, upstream);
+                note_caller(shard, request);
             }
             settle(shard, request, Reply::Accepted);
         }
@@ -243,14 +243,9 @@ fn envelope_bytes<R: Ring>(shard: &Shard<R>, request: u32) -> usize {
 
 /// Remembers the caller of a request in case its instance dies.
 pub(crate) fn note_caller<R: Ring>(shard: &mut Shard<R>, request: u32) {
-    let upstream = shard.requests[request].upstream;
-    note_caller_on(shard, request, upstream);
-}
-
-fn note_caller_on<R: Ring>(shard: &mut Shard<R>, request: u32, upstream: u32) {
     let bytes = envelope_bytes(shard, request);
-    if bytes > 0 && upstream != NONE {
-        let entry = &shard.requests[request];
+    let entry = &shard.requests[request];
+    if bytes > 0 && entry.instance != NONE {
         // A bulk upstream comes and goes; what dies is the instance.
         let upstream = shard.instances[entry.instance].upstream;
         let key = link::ledger_key(shard, upstream);
