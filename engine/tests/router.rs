@@ -378,6 +378,21 @@ fn a_new_instance_is_used_and_a_removed_one_is_not() {
 }
 
 #[test]
+fn an_answer_that_was_waited_for_when_the_route_changed_is_not_left_unread() {
+    for ring in rings() {
+        let (router, worker) = (Router::start(ring), Worker::start(1, Manner::Late));
+        router.route_to(Policy::RoundRobin, Ack::OnAccept, &[&worker]);
+        let mut caller = Caller::dial(router.address);
+        caller.send(&frame(LISTEN_PATH, b"x"));
+        wait_until("the worker has it", || worker.taken() == 1);
+        // From now on a few answers do not wake the router, and nothing more is sent.
+        router.route_to(Policy::RoundRobin, Ack::OnForward, &[&worker]);
+        assert_eq!(caller.reply(), "");
+        assert_eq!(router.handle.stats.shard.ack_timeouts.get(), 0);
+    }
+}
+
+#[test]
 fn direct_and_hash_follow_the_header() {
     for ring in rings() {
         let router = Router::start(ring);

@@ -124,6 +124,8 @@ pub enum Manner {
     Overloaded,
     Unavailable,
     Silent,
+    /// Accepts, but takes its time.
+    Late,
     /// Reads nothing at all.
     Deaf,
 }
@@ -202,13 +204,16 @@ fn serve(mut stream: TcpStream, manner: Manner, frames: &Mutex<Vec<Vec<u8>>>, ta
             taken.fetch_add(1, Ordering::Relaxed);
             at = end;
             match manner {
-                Manner::Accept => replies.extend_from_slice(&reply_frame::ACCEPTED),
+                Manner::Accept | Manner::Late => replies.extend_from_slice(&reply_frame::ACCEPTED),
                 Manner::Overloaded => reply_frame::write_overloaded(&mut replies),
                 Manner::Unavailable => reply_frame::write_unknown_endpoint("x", &mut replies),
                 Manner::Silent | Manner::Deaf => {}
             }
         }
         bytes.drain(..at);
+        if manner == Manner::Late {
+            std::thread::sleep(Duration::from_millis(200));
+        }
         if stream.write_all(&replies).is_err() {
             return;
         }
