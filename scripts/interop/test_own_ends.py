@@ -66,10 +66,10 @@ def test_our_caller_through_the_router(lab, response):
     backend, listen = lab.endpoint("backend"), lab.endpoint("router")
     workers = lab.stock_workers(2, backend, "--items", 3, "--record")
     lab.router(listen, backend, policy="round_robin", response=response)
-    status, call = lab.call(listen, "--body", '{"a":1}', "--count", 500, "--concurrency", 8)
+    status, call = lab.call(listen, "--body", '{"a":1}', "--count", 10_000, "--concurrency", 32)
     assert status == 0, call.tail()
     for worker in workers:
-        worker.wait_event("finished", count=200)
+        worker.wait_event("finished", count=4_000)
 
 
 @pytest.mark.parametrize("how", ["--stop-after", "--kill-after"])
