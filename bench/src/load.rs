@@ -253,8 +253,13 @@ impl<'a> Driver<'a> {
         loop {
             interrupt::check()?;
             let now_ns = self.now_ns();
-            if self.is_phase_over(now_ns) && self.next_phase(edge)? {
-                break;
+            if self.is_phase_over(now_ns) {
+                // What was due before the end is sent even if we were kept from it until now: left
+                // out, it would take its latency with it.
+                self.send_due(now_ns)?;
+                if self.next_phase(edge)? {
+                    break;
+                }
             }
             let now_ns = self.now_ns();
             self.send_due(now_ns)?;
