@@ -7,7 +7,7 @@ use std::fmt;
 use crate::config::{self, Origin, Problem, nearest};
 
 /// Prefixes of the names that we look at.
-const FAMILIES: [&str; 5] = ["CORELANE_", "DYN_", "ETCD_", "NATS_", "OTEL_"];
+const FAMILIES: [&str; 6] = ["CORELANE_", "DYN_", "ETCD_", "GMS_", "NATS_", "OTEL_"];
 
 /// The variables that matter to us, read once.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
