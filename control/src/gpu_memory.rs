@@ -225,7 +225,10 @@ mod tests {
         let config = server_config(&gpu("/run".as_ref()), &Names::default()).unwrap();
         assert_eq!((config.pools.len(), config.connections_max), (8, 7));
         let paths: Vec<_> = config.pools.iter().map(|pool| pool.path.clone()).collect();
-        assert!(paths.contains(&"/run/gms_3_kv_cache.sock".into()), "{paths:?}");
+        assert!(
+            paths.contains(&"/run/gms_3_kv_cache.sock".into()),
+            "{paths:?}"
+        );
         for pool in &config.pools {
             let domain = &pool.domain;
             assert_eq!(domain.limits.allocations_max, 9);
@@ -260,7 +263,10 @@ mod tests {
         let service = GpuMemory::start(&gpu, &Names::default()).unwrap();
         assert!(service.is_running() && service.pools().len() == 8);
         let second = GpuMemory::start(&gpu, &Names::default()).err().unwrap();
-        assert!(format!("{second:#}").contains("already running"), "{second:#}");
+        assert!(
+            format!("{second:#}").contains("already running"),
+            "{second:#}"
+        );
         service.stop().await;
         assert!(!service.is_running());
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);

@@ -37,8 +37,16 @@ const GAUGES: [Gauge; 6] = [
         "Process that holds the lock for writing; 0 is none, or one of another namespace.",
         PoolGauges::writer_pid,
     ),
-    ("readers", "Clients that hold the lock for reading.", PoolGauges::readers),
-    ("waiters", "Clients that wait for the lock.", PoolGauges::waiters),
+    (
+        "readers",
+        "Clients that hold the lock for reading.",
+        PoolGauges::readers,
+    ),
+    (
+        "waiters",
+        "Clients that wait for the lock.",
+        PoolGauges::waiters,
+    ),
     (
         "waiting_writers",
         "Those among them that keep new readers out.",

@@ -32,11 +32,7 @@ pub(super) fn gpu(layers: &mut Layers, purpose: Purpose) -> Option<Gpu> {
         Some((dir, at)) => (PathBuf::from(dir), at),
         None => (std::env::temp_dir(), Origin::Default),
     };
-    let generation = layers.word(
-        &keys::GPU_GENERATION,
-        Generation::parse,
-        Generation::First,
-    );
+    let generation = layers.word(&keys::GPU_GENERATION, Generation::parse, Generation::First);
     let backend = layers.word(&keys::GPU_BACKEND, GpuBackend::parse, GpuBackend::Auto);
     let gpu = Gpu {
         devices,
