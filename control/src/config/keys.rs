@@ -325,7 +325,7 @@ keys! {
         "Folder of the sockets";
     GPU_UIDS = Gpu "uids", Kind::Numbers { max: u32::MAX, unit: "user ids" },
         Unset("the user that corelane runs as"), [],
-        "Users that may connect";
+        "Users that may connect; the kernel says who does";
     GPU_CAPACITY_BYTES = Gpu "capacity_bytes", int(4_096, 1 << 50, "bytes"),
         Unset("as much as there is"), [],
         "Most host memory of one device, all its pools together";

@@ -77,11 +77,17 @@ impl Server {
             .map_err(ServerError::os("eventfd"))?;
         epoll::add(&epoll, &wake, EventData::new_u64(WAKE), EventFlags::IN)
             .map_err(ServerError::os("epoll"))?;
+        let own = rustix::process::geteuid().as_raw();
+        // Other users must get as far as to be asked who they are; root gets everywhere.
+        let everybody = config
+            .uids_allowed
+            .iter()
+            .any(|uid| ![own, 0].contains(uid));
         let audit = Audit::default();
         let (mut listeners, mut domains, mut gauges) = (Vec::new(), Vec::new(), Vec::new());
         let mut groups: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
         for (index, pool) in config.pools.into_iter().enumerate() {
-            let listener = Listener::bind(&pool.path)?;
+            let listener = Listener::bind(&pool.path, everybody)?;
             let data = EventData::new_u64(LISTENERS + index as u64);
             epoll::add(&epoll, &listener.socket, data, EventFlags::IN)
                 .map_err(ServerError::os("epoll"))?;
@@ -114,7 +120,7 @@ impl Server {
             deadline_of: HashMap::new(),
             next_id: 0,
             uids_allowed: match config.uids_allowed.is_empty() {
-                true => vec![rustix::process::geteuid().as_raw()],
+                true => vec![own],
                 false => config.uids_allowed,
             },
             connections_max: config.connections_max,
