@@ -179,22 +179,23 @@ const AFTER_ROUTE: &[(&str, &[&str])] = &[
     (
         "[gpu]\ndevices = 0\nuids = \"root\"\n",
         &[
-            "c.toml:9:8: uids has \"root\", which is no number up to 4294967295, nor a range of them; \
-         write numbers and ranges with commas between, such as \"0-3,5\"",
+            "c.toml:9:8: uids has \"root\", which is no number up to 4294967295, \
+         nor a range of them; write numbers and ranges with commas between, such as \"0-3,5\"",
         ],
     ),
     (
         "[gpu]\ndevices = 0\nbackend = \"cuda\"\ncapacity_bytes = 4096\n",
         &[
-            "c.toml:10:18: warning: capacity_bytes bounds host memory only, and backend is \"cuda\"; \
-         take it out",
+            "c.toml:10:18: warning: capacity_bytes bounds host memory only, \
+         and backend is \"cuda\"; take it out",
         ],
     ),
     (
-        "[gpu]\ndevices = 0\nsocket_dir = \"/run/a-folder-whose-name-is-rather-long-for-a-socket-to-lie-in\"\n",
+        "[gpu]\ndevices = 0\n\
+         socket_dir = \"/run/a-name-that-is-rather-long-for-a-socket-to-lie-in\"\n",
         &[
-            "c.toml:9:14: the socket /run/a-folder-whose-name-is-rather-long-for-a-socket-to-lie-in/\
-         gms_GPU-00000000-0000-0000-0000-000000000000_kv_cache.sock has 121 bytes, \
+            "c.toml:9:14: the socket /run/a-name-that-is-rather-long-for-a-socket-to-lie-in/\
+         gms_GPU-00000000-0000-0000-0000-000000000000_kv_cache.sock has 113 bytes, \
          and 107 are allowed; write a shorter socket_dir",
         ],
     ),

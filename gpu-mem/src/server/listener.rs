@@ -171,7 +171,7 @@ mod tests {
     fn a_stale_socket_is_replaced_and_other_files_are_not() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("s.sock");
-        drop(std::os::unix::net::UnixListener::bind(&path, false).expect("it binds"));
+        drop(std::os::unix::net::UnixListener::bind(&path).expect("it binds"));
         let listener = Listener::bind(&path, false).expect("the stale file is replaced");
         fs::remove_file(&path).expect("ours to remove");
         fs::write(&path, b"a letter").expect("it writes");
