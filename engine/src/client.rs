@@ -1,17 +1,19 @@
-//! Calls that this process makes: begun by control, ended by a worker, a deadline or control.
+//! Calls that this process makes: begun by control or by a task of the shard (`local`), ended by a
+//! worker, a deadline or whoever began them.
 //!
 //! ```text
 //! begin -> frame on a shared connection (call_link) -> ack
 //!                                     (home) handshake -> prologue -> items -> final -> end
 //! ```
 //!
-//! A call always ends, and its last event always reaches control: while control does not take
-//! events, the call keeps its place and its socket is not read.
+//! A call always ends, and its last event always arrives: while control does not take events, the
+//! call keeps its place and its socket is not read.
 
 use std::collections::hash_map::RandomState;
 use std::collections::{HashMap, VecDeque};
 use std::hash::BuildHasher;
 use std::net::{SocketAddr, TcpListener};
+use std::rc::Rc;
 use std::time::Duration;
 
 use corelane_codec::call_home::{KILL_FRAME, STOP_FRAME};
@@ -25,6 +27,7 @@ pub use crate::call::{CallEvent, Deadlines, NewCall, What};
 use crate::call_link::{self, Link};
 use crate::ends::{self, Ends};
 use crate::home;
+use crate::local;
 use crate::mesh::Sender;
 use crate::ring::Ring;
 use crate::shard::{Shard, TimerKind};
@@ -51,9 +54,17 @@ pub(crate) enum Phase {
     Final,
 }
 
+/// Who hears of a call.
+enum Hearer {
+    /// Control, by the number that it gave the call.
+    Control(u64),
+    /// A task of this shard.
+    Task(local::Shared),
+}
+
 /// One call.
 pub(crate) struct Call {
-    number: u64,
+    hearer: Hearer,
     began_ns: u64,
     pub(crate) codec: PayloadCodec,
     subject: u128,
@@ -62,13 +73,13 @@ pub(crate) struct Call {
     /// The socket that the worker called home on.
     pub(crate) home: u32,
     pub(crate) has_item: bool,
-    /// Control wants it to end: `Some(kill)`.
+    /// Its hearer wants it to end: `Some(kill)`.
     early: Option<bool>,
     /// How it ended, as long as that has not been told.
-    end: Option<CallEvent>,
+    end: Option<(u64, What)>,
     /// It ended before the worker called home, who is told when he does.
     late: bool,
-    /// Its socket is not read because control does not take events.
+    /// Its socket is not read because its hearer does not take events.
     pub(crate) held_up: bool,
     ack_ns: u64,
     first_item_ns: u64,
@@ -91,6 +102,9 @@ pub(crate) struct Client {
     undelivered: VecDeque<CallEvent>,
     /// Calls that wait for control to take events.
     held_up: Vec<(u32, u32)>,
+    /// Scratch for what tasks want.
+    begun: Vec<(NewCall, local::Shared)>,
+    touched: Vec<(u32, u32)>,
     /// Commands wait for the same.
     clogged: bool,
     random: [RandomState; 2],
@@ -121,6 +135,8 @@ impl Client {
             unwoken: false,
             undelivered: VecDeque::new(),
             held_up: Vec::new(),
+            begun: Vec::new(),
+            touched: Vec::new(),
             clogged: false,
             random: [RandomState::new(), RandomState::new()],
             drawn: 0,
@@ -138,9 +154,17 @@ impl Client {
         !self.held_up.is_empty() || !self.undelivered.is_empty() || self.clogged
     }
 
-    /// Whether another event can be told now.
-    pub(crate) fn has_room(&self) -> bool {
+    /// Whether control can be told another event now.
+    fn has_room(&self) -> bool {
         self.undelivered.is_empty() && !self.events.is_full()
+    }
+
+    /// Whether another event of a call can be told now.
+    pub(crate) fn has_room_for(&self, call: u32) -> bool {
+        match &self.calls[call].hearer {
+            Hearer::Control(_) => self.has_room(),
+            Hearer::Task(inbox) => inbox.borrow().has_room(),
+        }
     }
 
     /// The call that a subject was made for.
@@ -187,38 +211,55 @@ pub(crate) fn uuid(bits: u128) -> String {
     .join("-")
 }
 
-/// Begins a call.
+/// Begins a call for control.
 pub(crate) fn begin<R: Ring>(shard: &mut Shard<R>, new: NewCall) {
-    let began_ns = shard.now_ns;
-    shard.stats.shard.calls_made.add(1);
-    let refuse = |shard: &mut Shard<R>, error| {
+    let (number, began_ns) = (new.number, shard.now_ns);
+    if let Err(error) = begin_for(shard, new, Hearer::Control(number)) {
         shard.client.push(CallEvent {
-            call: new.number,
+            call: number,
             began_ns,
             at_ns: began_ns,
             what: What::Failed(error),
         });
-    };
+    }
+}
+
+/// Begins a call for a task.
+fn begin_local<R: Ring>(shard: &mut Shard<R>, new: NewCall, inbox: local::Shared) {
+    if inbox.borrow_mut().seen().is_some() {
+        return inbox.borrow_mut().tell(What::Stopped);
+    }
+    let hearer = Hearer::Task(Rc::clone(&inbox));
+    if let Err(error) = begin_for(shard, new, hearer) {
+        inbox.borrow_mut().fail(error);
+    }
+}
+
+fn begin_for<R: Ring>(
+    shard: &mut Shard<R>,
+    new: NewCall,
+    hearer: Hearer,
+) -> Result<(), DynamoError> {
+    let began_ns = shard.now_ns;
+    shard.stats.shard.calls_made.add(1);
     if shard.client.calls.is_full() {
-        let text = "too many calls at the same time; raise calls_max or call less at once";
-        return refuse(shard, DynamoError::resource_exhausted(text));
+        return Err(local::too_many());
     }
     let subject = shard.client.draw();
     let mut frame = Vec::with_capacity(1024 + new.body.len());
-    if let Err(error) = write_frame(&mut shard.client, &new, subject, &mut frame) {
-        return refuse(shard, DynamoError::invalid_argument(error.to_string()));
-    }
+    write_frame(&mut shard.client, &new, subject, &mut frame)
+        .map_err(|error| DynamoError::invalid_argument(error.to_string()))?;
     let bytes_max = shard.config.message_bytes_max;
     if frame.len() as u64 > bytes_max {
         let text = format!(
             "the request has {} bytes of at most {bytes_max}",
             frame.len()
         );
-        return refuse(shard, DynamoError::invalid_argument(text));
+        return Err(DynamoError::invalid_argument(text));
     }
     let after = |time: Duration| began_ns.saturating_add(time.as_nanos().min(1 << 62) as u64);
     let call = Call {
-        number: new.number,
+        hearer,
         began_ns,
         codec: new.codec,
         subject,
@@ -235,13 +276,19 @@ pub(crate) fn begin<R: Ring>(shard: &mut Shard<R>, new: NewCall) {
         total_ns: after(new.deadlines.total),
         timer: None,
     };
-    let Ok(slot) = shard.client.calls.insert(call) else {
-        return;
-    };
+    let slot = shard.client.calls.insert(call);
+    let slot = slot.map_err(|_| local::too_many())?;
     shard.client.subjects.insert(subject, slot);
-    shard.client.numbers.insert(new.number, slot);
+    let place = (slot, shard.client.calls.generation(slot));
+    match &shard.client.calls[slot].hearer {
+        Hearer::Control(number) => {
+            shard.client.numbers.insert(*number, slot);
+        }
+        Hearer::Task(inbox) => inbox.borrow_mut().placed(place),
+    }
     watch(shard, slot);
     call_link::send(shard, new.address, slot, &frame);
+    Ok(())
 }
 
 fn write_frame(
@@ -294,17 +341,31 @@ fn write_frame(
     Ok(())
 }
 
-/// Tells control of something that is not an end. The caller has made sure of room, except for
-/// the acknowledgement, of which there is one for each call.
+/// Tells of something that is not an end. The caller has made sure of room, except for the
+/// acknowledgement, of which there is one for each call.
 pub(crate) fn tell<R: Ring>(shard: &mut Shard<R>, slot: u32, what: What) {
     let call = &shard.client.calls[slot];
-    let event = CallEvent {
-        call: call.number,
-        began_ns: call.began_ns,
-        at_ns: shard.now_ns,
-        what,
-    };
-    shard.client.push(event);
+    match &call.hearer {
+        Hearer::Task(inbox) => inbox.borrow_mut().tell(what),
+        Hearer::Control(number) => {
+            let event = CallEvent {
+                call: *number,
+                began_ns: call.began_ns,
+                at_ns: shard.now_ns,
+                what,
+            };
+            shard.client.push(event);
+        }
+    }
+}
+
+/// The worker's prologue was good.
+pub(crate) fn begun<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    let call = &mut shard.client.calls[slot];
+    call.phase = Phase::Items;
+    if let Hearer::Task(inbox) = &call.hearer {
+        inbox.borrow_mut().begin();
+    }
 }
 
 /// The worker has accepted the call.
@@ -327,7 +388,7 @@ impl Call {
         self.late
     }
 
-    /// Whether control has asked for an early end.
+    /// Whether its hearer has asked for an early end.
     pub(crate) fn is_ended_early(&self) -> bool {
         self.early.is_some()
     }
@@ -344,18 +405,13 @@ impl Call {
     }
 }
 
-/// The call has ended: its socket goes, and control is told as soon as it takes events.
+/// The call has ended: its socket goes, and its hearer is told as soon as he takes events.
 pub(crate) fn end<R: Ring>(shard: &mut Shard<R>, slot: u32, what: What) {
     let call = &mut shard.client.calls[slot];
     if call.is_over() {
         return;
     }
-    call.end = Some(CallEvent {
-        call: call.number,
-        began_ns: call.began_ns,
-        at_ns: shard.now_ns,
-        what,
-    });
+    call.end = Some((shard.now_ns, what));
     let home = std::mem::replace(&mut call.home, NONE);
     if home != NONE {
         home::hang_up(shard, home);
@@ -367,20 +423,32 @@ pub(crate) fn end<R: Ring>(shard: &mut Shard<R>, slot: u32, what: What) {
 
 /// Tells the end if there is room, and frees the call's place.
 fn report_end<R: Ring>(shard: &mut Shard<R>, slot: u32) -> bool {
-    if !shard.client.has_room() {
+    let to_control = matches!(shard.client.calls[slot].hearer, Hearer::Control(_));
+    if to_control && !shard.client.has_room() {
         return false;
     }
     let call = &mut shard.client.calls[slot];
-    let Some(event) = call.end.take() else {
+    let Some((at_ns, what)) = call.end.take() else {
         return true;
     };
-    let number = call.number;
     // A worker who has not called home yet will, and is told then that nobody waits.
     call.late = call.early.is_some() && call.phase == Phase::Waiting;
     call.total_ns = shard.now_ns + LATE_NS;
     let late = call.late;
-    shard.client.push(event);
-    shard.client.numbers.remove(&number);
+    match &call.hearer {
+        Hearer::Task(inbox) => inbox.borrow_mut().tell(what),
+        Hearer::Control(number) => {
+            let number = *number;
+            let event = CallEvent {
+                call: number,
+                began_ns: call.began_ns,
+                at_ns,
+                what,
+            };
+            shard.client.push(event);
+            shard.client.numbers.remove(&number);
+        }
+    }
     match late {
         true => watch(shard, slot),
         false => remove(shard, slot),
@@ -397,21 +465,27 @@ fn remove<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     }
 }
 
-/// The call waits until control takes events.
+/// The call waits until its hearer takes events.
 pub(crate) fn hold_up<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     let generation = shard.client.calls.generation(slot);
     let call = &mut shard.client.calls[slot];
-    if !call.held_up {
-        call.held_up = true;
-        shard.client.held_up.push((slot, generation));
+    if std::mem::replace(&mut call.held_up, true) {
+        return;
+    }
+    match &call.hearer {
+        Hearer::Control(_) => shard.client.held_up.push((slot, generation)),
+        Hearer::Task(inbox) => inbox.borrow_mut().hold_up(),
     }
 }
 
 /// Control wants a call to end.
 pub(crate) fn end_early<R: Ring>(shard: &mut Shard<R>, number: u64, kill: bool) {
-    let Some(slot) = shard.client.numbers.get(&number).copied() else {
-        return;
-    };
+    if let Some(slot) = shard.client.numbers.get(&number).copied() {
+        end_one_early(shard, slot, kill);
+    }
+}
+
+fn end_one_early<R: Ring>(shard: &mut Shard<R>, slot: u32, kill: bool) {
     let call = &mut shard.client.calls[slot];
     if call.is_over() || call.early.is_some_and(|killed| killed || !kill) {
         return;
@@ -497,6 +571,7 @@ pub(crate) fn overdue<R: Ring>(shard: &mut Shard<R>, slot: u32) {
 
 /// At the end of a tick: requests leave, and events go to control.
 pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
+    hear_tasks(shard);
     let mut links = std::mem::take(&mut shard.client.dirty_links);
     for link in links.drain(..) {
         call_link::flush(shard, link);
@@ -508,6 +583,60 @@ pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
     }
     if std::mem::take(&mut shard.client.unwoken) {
         shard.client.events.wake();
+    }
+}
+
+/// What tasks have asked for since the last time.
+fn hear_tasks<R: Ring>(shard: &mut Shard<R>) {
+    let host = shard.worker.host.clone();
+    if !host.wishes().is_empty() {
+        for job in host.wishes().take_jobs() {
+            shard.worker.spawner.spawn(job);
+        }
+        let mut begun = std::mem::take(&mut shard.client.begun);
+        host.wishes().take_calls(&mut begun);
+        for (new, inbox) in begun.drain(..) {
+            begin_local(shard, new, inbox);
+        }
+        shard.client.begun = begun;
+        let mut touched = std::mem::take(&mut shard.client.touched);
+        host.wishes().take_touched(&mut touched);
+        for (slot, generation) in touched.drain(..) {
+            if shard.client.calls.is_current(slot, generation) {
+                hear_reader(shard, slot);
+            }
+        }
+        shard.client.touched = touched;
+    }
+    show_places(shard);
+}
+
+/// Tells tasks how many calls they may begin.
+pub(crate) fn show_places<R: Ring>(shard: &Shard<R>) {
+    let calls = &shard.client.calls;
+    let places = calls.capacity() - calls.used();
+    let can_call = shard.client.listener.is_some();
+    let wishes = shard.worker.host.wishes();
+    wishes.set_places(can_call.then_some(places));
+}
+
+/// The reader of a reply has taken something, or wants the call to end.
+fn hear_reader<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    let call = &mut shard.client.calls[slot];
+    let Hearer::Task(inbox) = &call.hearer else {
+        return;
+    };
+    let wish = inbox.borrow_mut().seen();
+    let has_room = inbox.borrow().has_room();
+    let home = call.home;
+    if has_room && std::mem::take(&mut call.held_up) && home != NONE {
+        home::go_on(shard, home);
+    }
+    // It may have ended just now, and its place may be another's.
+    if let Some(kill) = wish
+        && shard.client.calls.get(slot).is_some()
+    {
+        end_one_early(shard, slot, kill);
     }
 }
 

@@ -23,6 +23,7 @@ mod home;
 pub mod in_flight;
 pub mod ledger;
 mod link;
+pub mod local;
 pub mod mesh;
 pub mod operation;
 pub mod outgoing;

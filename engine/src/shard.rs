@@ -194,6 +194,7 @@ impl<R: Ring> Shard<R> {
         self.watch_wake();
         accept::arm(self);
         home::arm(self);
+        client::show_places(self);
         let address = self
             .listener
             .as_ref()
@@ -473,6 +474,7 @@ impl<R: Ring> Shard<R> {
                 }
                 Command::Call(call) => client::begin(self, *call),
                 Command::EndCall { number, kill } => client::end_early(self, number, kill),
+                Command::Run(run) => run.begin(&self.worker.host),
                 // The listener stays open, so that who still dials is told by a refusal and not by
                 // a reset.
                 Command::Drain => {
