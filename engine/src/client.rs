@@ -13,17 +13,14 @@ use std::collections::hash_map::RandomState;
 use std::collections::{HashMap, VecDeque};
 use std::hash::BuildHasher;
 use std::net::{SocketAddr, TcpListener};
-use std::rc::Rc;
 use std::time::Duration;
 
 use corelane_codec::call_home::{KILL_FRAME, STOP_FRAME};
-use corelane_codec::control_message::{
-    NewControlMessage, PayloadCodec, RequestType, StreamType, TcpConnection,
-};
+use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::error::DynamoError;
-use corelane_codec::{EncodeError, headers, request_frame, two_part};
 
 pub use crate::call::{CallEvent, Deadlines, NewCall, What};
+use crate::call_frame;
 use crate::call_link::{self, Link};
 use crate::ends::{self, Ends};
 use crate::home;
@@ -55,7 +52,7 @@ pub(crate) enum Phase {
 }
 
 /// Who hears of a call.
-enum Hearer {
+pub(crate) enum Hearer {
     /// Control, by the number that it gave the call.
     Control(u64),
     /// A task of this shard.
@@ -64,7 +61,7 @@ enum Hearer {
 
 /// One call.
 pub(crate) struct Call {
-    hearer: Hearer,
+    pub(crate) hearer: Hearer,
     began_ns: u64,
     pub(crate) codec: PayloadCodec,
     subject: u128,
@@ -94,7 +91,7 @@ pub(crate) struct Client {
     pub(crate) link_at: HashMap<SocketAddr, u32>,
     pub(crate) dirty_links: Vec<u32>,
     pub(crate) listener: Option<TcpListener>,
-    address: String,
+    pub(crate) address: String,
     subjects: HashMap<u128, u32>,
     numbers: HashMap<u64, u32>,
     events: Sender<CallEvent>,
@@ -103,8 +100,8 @@ pub(crate) struct Client {
     /// Calls that wait for control to take events.
     held_up: Vec<(u32, u32)>,
     /// Scratch for what tasks want.
-    begun: Vec<(NewCall, local::Shared)>,
-    touched: Vec<(u32, u32)>,
+    pub(crate) begun: Vec<(NewCall, local::Shared)>,
+    pub(crate) touched: Vec<(u32, u32)>,
     /// Commands wait for the same.
     clogged: bool,
     random: [RandomState; 2],
@@ -174,7 +171,7 @@ impl Client {
 
     /// A random UUID, version 4: a keyed hash (SipHash under keys of the operating system) of a
     /// counter, which nobody can guess who does not know the keys, and no system call.
-    fn draw(&mut self) -> u128 {
+    pub(crate) fn draw(&mut self) -> u128 {
         self.drawn += 1;
         let [high, low] = [0, 1].map(|half| self.random[half].hash_one(self.drawn));
         let bits = u128::from(high) << 64 | u128::from(low);
@@ -198,19 +195,6 @@ impl Client {
     }
 }
 
-/// A UUID as text.
-pub(crate) fn uuid(bits: u128) -> String {
-    let hex = format!("{bits:032x}");
-    [
-        &hex[..8],
-        &hex[8..12],
-        &hex[12..16],
-        &hex[16..20],
-        &hex[20..],
-    ]
-    .join("-")
-}
-
 /// Begins a call for control.
 pub(crate) fn begin<R: Ring>(shard: &mut Shard<R>, new: NewCall) {
     let (number, began_ns) = (new.number, shard.now_ns);
@@ -224,18 +208,8 @@ pub(crate) fn begin<R: Ring>(shard: &mut Shard<R>, new: NewCall) {
     }
 }
 
-/// Begins a call for a task.
-fn begin_local<R: Ring>(shard: &mut Shard<R>, new: NewCall, inbox: local::Shared) {
-    if inbox.borrow_mut().seen().is_some() {
-        return inbox.borrow_mut().tell(What::Stopped);
-    }
-    let hearer = Hearer::Task(Rc::clone(&inbox));
-    if let Err(error) = begin_for(shard, new, hearer) {
-        inbox.borrow_mut().fail(error);
-    }
-}
-
-fn begin_for<R: Ring>(
+/// Begins a call for whoever is to hear of it.
+pub(crate) fn begin_for<R: Ring>(
     shard: &mut Shard<R>,
     new: NewCall,
     hearer: Hearer,
@@ -247,7 +221,7 @@ fn begin_for<R: Ring>(
     }
     let subject = shard.client.draw();
     let mut frame = Vec::with_capacity(1024 + new.body.len());
-    write_frame(&mut shard.client, &new, subject, &mut frame)
+    call_frame::write(&mut shard.client, &new, subject, &mut frame)
         .map_err(|error| DynamoError::invalid_argument(error.to_string()))?;
     let bytes_max = shard.config.message_bytes_max;
     if frame.len() as u64 > bytes_max {
@@ -288,56 +262,6 @@ fn begin_for<R: Ring>(
     }
     watch(shard, slot);
     call_link::send(shard, new.address, slot, &frame);
-    Ok(())
-}
-
-fn write_frame(
-    client: &mut Client,
-    new: &NewCall,
-    subject: u128,
-    out: &mut Vec<u8>,
-) -> Result<(), EncodeError> {
-    let id = match new.id.is_empty() {
-        true => uuid(client.draw()),
-        false => new.id.clone(),
-    };
-    let subject = uuid(subject);
-    let message = NewControlMessage {
-        id: &id,
-        request_type: RequestType::SingleIn,
-        payload_codec: new.codec,
-        connection_info: TcpConnection {
-            address: &client.address,
-            subject: &subject,
-            context: &id,
-            stream_type: StreamType::Response,
-        },
-        metadata: &[],
-        frontend_send_ts_ns: None,
-        request_stream_connection_info: None,
-    };
-    let mut control = Vec::with_capacity(512);
-    message.write(&mut control)?;
-    let path = String::from_utf8_lossy(&new.path);
-    let own = [
-        (headers::ENDPOINT_PATH, &*path),
-        (headers::REQUEST_ID, &*id),
-    ];
-    let theirs = new.headers.iter().map(|(name, value)| (&**name, &**value));
-    let theirs: Vec<(&str, &str)> = theirs.collect();
-    let own = own
-        .iter()
-        .copied()
-        .filter(|(name, _)| theirs.iter().all(|(other, _)| other != name));
-    let all: Vec<(&str, &str)> = own.chain(theirs.iter().copied()).collect();
-    let mut map = Vec::with_capacity(256);
-    headers::write(&all, &mut map);
-    let prefix = two_part::prefix(control.len(), new.body.len());
-    let payload_bytes = prefix.len() + control.len() + new.body.len();
-    request_frame::write_prefix(&new.path, &map, payload_bytes, out)?;
-    for part in [&prefix[..], &control, &new.body] {
-        out.extend_from_slice(part);
-    }
     Ok(())
 }
 
@@ -485,7 +409,8 @@ pub(crate) fn end_early<R: Ring>(shard: &mut Shard<R>, number: u64, kill: bool) 
     }
 }
 
-fn end_one_early<R: Ring>(shard: &mut Shard<R>, slot: u32, kill: bool) {
+/// Whoever hears of a call wants it to end.
+pub(crate) fn end_one_early<R: Ring>(shard: &mut Shard<R>, slot: u32, kill: bool) {
     let call = &mut shard.client.calls[slot];
     if call.is_over() || call.early.is_some_and(|killed| killed || !kill) {
         return;
@@ -571,7 +496,7 @@ pub(crate) fn overdue<R: Ring>(shard: &mut Shard<R>, slot: u32) {
 
 /// At the end of a tick: requests leave, and events go to control.
 pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
-    hear_tasks(shard);
+    local::settle(shard);
     let mut links = std::mem::take(&mut shard.client.dirty_links);
     for link in links.drain(..) {
         call_link::flush(shard, link);
@@ -583,60 +508,6 @@ pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
     }
     if std::mem::take(&mut shard.client.unwoken) {
         shard.client.events.wake();
-    }
-}
-
-/// What tasks have asked for since the last time.
-fn hear_tasks<R: Ring>(shard: &mut Shard<R>) {
-    let host = shard.worker.host.clone();
-    if !host.wishes().is_empty() {
-        for job in host.wishes().take_jobs() {
-            shard.worker.spawner.spawn(job);
-        }
-        let mut begun = std::mem::take(&mut shard.client.begun);
-        host.wishes().take_calls(&mut begun);
-        for (new, inbox) in begun.drain(..) {
-            begin_local(shard, new, inbox);
-        }
-        shard.client.begun = begun;
-        let mut touched = std::mem::take(&mut shard.client.touched);
-        host.wishes().take_touched(&mut touched);
-        for (slot, generation) in touched.drain(..) {
-            if shard.client.calls.is_current(slot, generation) {
-                hear_reader(shard, slot);
-            }
-        }
-        shard.client.touched = touched;
-    }
-    show_places(shard);
-}
-
-/// Tells tasks how many calls they may begin.
-pub(crate) fn show_places<R: Ring>(shard: &Shard<R>) {
-    let calls = &shard.client.calls;
-    let places = calls.capacity() - calls.used();
-    let can_call = shard.client.listener.is_some();
-    let wishes = shard.worker.host.wishes();
-    wishes.set_places(can_call.then_some(places));
-}
-
-/// The reader of a reply has taken something, or wants the call to end.
-fn hear_reader<R: Ring>(shard: &mut Shard<R>, slot: u32) {
-    let call = &mut shard.client.calls[slot];
-    let Hearer::Task(inbox) = &call.hearer else {
-        return;
-    };
-    let wish = inbox.borrow_mut().seen();
-    let has_room = inbox.borrow().has_room();
-    let home = call.home;
-    if has_room && std::mem::take(&mut call.held_up) && home != NONE {
-        home::go_on(shard, home);
-    }
-    // It may have ended just now, and its place may be another's.
-    if let Some(kill) = wish
-        && shard.client.calls.get(slot).is_some()
-    {
-        end_one_early(shard, slot, kill);
     }
 }
 
@@ -677,7 +548,7 @@ mod tests {
         let mut client = Client::new(&Ends::default(), None, events);
         let mut seen = std::collections::HashSet::new();
         for _ in 0..10_000 {
-            let text = uuid(client.draw());
+            let text = crate::call_frame::uuid(client.draw());
             assert_eq!((text.len(), &text[14..15]), (36, "4"));
             assert!("89ab".contains(&text[19..20]), "{text}");
             assert!(seen.insert(text));

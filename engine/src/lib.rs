@@ -6,6 +6,7 @@
 mod accept;
 pub mod buffers;
 pub mod call;
+mod call_frame;
 mod call_link;
 pub mod client;
 mod collect;

@@ -24,7 +24,12 @@ use corelane_codec::error::{DynamoError, Reason};
 use corelane_codec::reply_frame;
 
 use crate::call::{NewCall, What};
+use crate::client::{self, Hearer};
+use crate::home;
 use crate::responder::Host;
+use crate::ring::Ring;
+use crate::shard::Shard;
+use crate::table::NONE;
 
 /// Items of a reply that may wait for their reader before the worker's socket is left unread.
 const ITEMS_MAX: usize = 64;
@@ -449,4 +454,69 @@ fn refused(text: String) -> DynamoError {
         _ => Reason::WorkerUnavailable,
     };
     DynamoError::new(reason, text)
+}
+
+/// Does what tasks have asked for since the last time.
+pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
+    let host = shard.worker.host.clone();
+    if !host.wishes().is_empty() {
+        for job in host.wishes().take_jobs() {
+            shard.worker.spawner.spawn(job);
+        }
+        let mut begun = std::mem::take(&mut shard.client.begun);
+        host.wishes().take_calls(&mut begun);
+        for (new, inbox) in begun.drain(..) {
+            begin_local(shard, new, inbox);
+        }
+        shard.client.begun = begun;
+        let mut touched = std::mem::take(&mut shard.client.touched);
+        host.wishes().take_touched(&mut touched);
+        for (slot, generation) in touched.drain(..) {
+            if shard.client.calls.is_current(slot, generation) {
+                hear_reader(shard, slot);
+            }
+        }
+        shard.client.touched = touched;
+    }
+    show_places(shard);
+}
+
+/// Tells tasks how many calls they may begin.
+pub(crate) fn show_places<R: Ring>(shard: &Shard<R>) {
+    let calls = &shard.client.calls;
+    let places = calls.capacity() - calls.used();
+    let can_call = shard.client.listener.is_some();
+    let wishes = shard.worker.host.wishes();
+    wishes.set_places(can_call.then_some(places));
+}
+
+/// The reader of a reply has taken something, or wants the call to end.
+fn hear_reader<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    let call = &mut shard.client.calls[slot];
+    let Hearer::Task(inbox) = &call.hearer else {
+        return;
+    };
+    let wish = inbox.borrow_mut().seen();
+    let has_room = inbox.borrow().has_room();
+    let home = call.home;
+    if has_room && std::mem::take(&mut call.held_up) && home != NONE {
+        home::go_on(shard, home);
+    }
+    // It may have ended just now, and its place may be another's.
+    if let Some(kill) = wish
+        && shard.client.calls.get(slot).is_some()
+    {
+        client::end_one_early(shard, slot, kill);
+    }
+}
+
+/// Begins a call for a task.
+fn begin_local<R: Ring>(shard: &mut Shard<R>, new: NewCall, inbox: Shared) {
+    if inbox.borrow_mut().seen().is_some() {
+        return inbox.borrow_mut().tell(What::Stopped);
+    }
+    let hearer = Hearer::Task(Rc::clone(&inbox));
+    if let Err(error) = client::begin_for(shard, new, hearer) {
+        inbox.borrow_mut().fail(error);
+    }
 }

@@ -38,7 +38,9 @@ use crate::tell::Tells;
 use crate::timer_wheel::TimerWheel;
 use crate::upstream::{InstanceState, Upstream};
 use crate::worker::Worker;
-use crate::{accept, client, collect, decode, ends, forward, home, link, recv, respond, tell};
+use crate::{
+    accept, client, collect, decode, ends, forward, home, link, local, recv, respond, tell,
+};
 
 pub use crate::command::{Command, Lanes, Report};
 pub(crate) use crate::due::TimerKind;
@@ -194,7 +196,7 @@ impl<R: Ring> Shard<R> {
         self.watch_wake();
         accept::arm(self);
         home::arm(self);
-        client::show_places(self);
+        local::show_places(self);
         let address = self
             .listener
             .as_ref()
