@@ -12,6 +12,7 @@ pub mod cores;
 pub mod discovery;
 pub mod echo;
 pub mod env;
+pub mod health;
 pub mod lease;
 pub mod logging;
 pub mod metrics;
