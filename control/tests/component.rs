@@ -74,11 +74,17 @@ fn handlers_answer_on_every_shard_and_endpoints_are_told_apart() {
             Err(Fault::from(DynamoError::invalid_argument("never")))
         };
         let second = second.serve(fail).await.unwrap();
-        assert_eq!((first.state(), second.state()), (State::Healthy, State::Healthy));
+        assert_eq!(
+            (first.state(), second.state()),
+            (State::Healthy, State::Healthy)
+        );
         for _ in 0..4 {
             let lines = lines(&call(&first, r#"{"a":1}"#).await);
             let items: Vec<_> = lines.iter().filter(|line| line["type"] == "item").collect();
-            assert!(items.len() == 3 && items[0]["data"] == json!({"a": 1}), "{lines:?}");
+            assert!(
+                items.len() == 3 && items[0]["data"] == json!({"a": 1}),
+                "{lines:?}"
+            );
             let output = call(&second, "1").await;
             let text = String::from_utf8_lossy(&output.stdout).into_owned();
             assert!(!output.status.success() && text.contains("never"), "{text}");
@@ -93,10 +99,16 @@ fn handlers_answer_on_every_shard_and_endpoints_are_told_apart() {
 fn names_are_checked_when_made_and_an_endpoint_is_served_once() {
     with_runtime(options(), async |runtime| {
         assert!(matches!(runtime.namespace("a.b"), Err(Error::Name(_))));
-        let odd = runtime.endpoint("dynamo.Processor.chat/completions").unwrap();
+        let odd = runtime
+            .endpoint("dynamo.Processor.chat/completions")
+            .unwrap();
         assert_eq!(odd.id().name, "chat_completions");
         assert!(matches!(odd.serve(echo).await, Err(Error::Name(_))));
-        let served = endpoint(runtime, "generate").await.serve(echo).await.unwrap();
+        let served = endpoint(runtime, "generate")
+            .await
+            .serve(echo)
+            .await
+            .unwrap();
         let again = endpoint(runtime, "generate").await.serve(echo).await;
         assert!(matches!(again, Err(Error::AlreadyServed(_))));
         served.stop().await;
@@ -104,7 +116,11 @@ fn names_are_checked_when_made_and_an_endpoint_is_served_once() {
         let output = call(&served, "1").await;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(text.contains("unknown endpoint"), "{text}");
-        let again = endpoint(runtime, "generate").await.serve(echo).await.unwrap();
+        let again = endpoint(runtime, "generate")
+            .await
+            .serve(echo)
+            .await
+            .unwrap();
         assert!(call(&again, "1").await.status.success());
     });
 }

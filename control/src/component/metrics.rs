@@ -28,7 +28,12 @@ pub(super) fn with_endpoints(text: String, seen: &[Seen], serving: &[Rc<Serving>
 }
 
 fn states(out: &mut String, seen: &[Seen]) -> std::fmt::Result {
-    family(out, "state", CellKind::Gauge, "1 for the state that it is in")?;
+    family(
+        out,
+        "state",
+        CellKind::Gauge,
+        "1 for the state that it is in",
+    )?;
     for seen in seen {
         for state in State::ALL {
             let is = u8::from(seen.state == state);

@@ -29,7 +29,10 @@ pub(super) async fn discovery(options: &Options, paths: &Rc<Paths>) -> Result<Di
                 Box::pin(async move { paths.be(id).await })
             });
             settings.before_register = Some(hook);
-            tracing::info!(endpoints = settings.endpoints.join(","), "connecting to etcd");
+            tracing::info!(
+                endpoints = settings.endpoints.join(","),
+                "connecting to etcd"
+            );
             Discovery::Etcd(EtcdDiscovery::connect(settings).await?)
         }
     };

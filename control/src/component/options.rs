@@ -365,7 +365,9 @@ mod tests {
     use super::*;
 
     fn admission(pairs: &[(&str, &str)]) -> Admission {
-        let pairs = pairs.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned()));
+        let pairs = pairs
+            .iter()
+            .map(|(a, b)| ((*a).to_owned(), (*b).to_owned()));
         Admission::from_env(&Env::of(pairs)).unwrap()
     }
 
