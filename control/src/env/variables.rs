@@ -35,9 +35,7 @@ const POOL: Standing =
     NotHonoured("one connection goes to each instance; its bounds are in [core]");
 const THREADS: Standing = NotHonoured(NO_THREADS);
 const NO_THREADS: &str = "there is no thread pool: each data core runs one shard";
-const LOG_FILE: Standing = NotHonoured("the log is set by CORELANE_LOG or DYN_LOG");
 const LOG_SPANS: Standing = NotHonoured("the log is set by CORELANE_LOG or DYN_LOG");
-const LOG_ZONE: Standing = NotHonoured("log times are UTC");
 const GMS: Standing = NotHonoured("no command of this version starts the GPU memory service");
 
 const ENGINE: Standing = Elsewhere("the engine's GPU memory worker");
@@ -211,14 +209,14 @@ pub const VARIABLES: &[Variable] = variables! {
     "log" {
         "CORELANE_LOG", "info", "directives", Honoured, "filters the log, and wins over DYN_LOG";
         "DYN_LOG", "info", "directives", Honoured, "filters the log";
-        "DYN_LOGGING_CONFIG_PATH", "unset", "path", LOG_FILE,
+        "DYN_LOGGING_CONFIG_PATH", "unset", "path", Honoured,
             "names a TOML file with log_level and log_filters";
         "DYN_LOGGING_CONSOLE_FORMAT", "readable", "readable or jsonl", Honoured,
             "is the form of log lines: readable or jsonl";
         "DYN_LOGGING_JSONL", "off", "switch", Honoured, "makes log lines JSON when on";
         "DYN_SDK_DISABLE_ANSI_LOGGING", "off", "switch", Honoured, "switches colours off when on";
         "NO_COLOR", "unset", "any", Honoured, "switches colours off when set";
-        "DYN_LOG_USE_LOCAL_TZ", "off", "switch", LOG_ZONE, "writes local time instead of UTC";
+        "DYN_LOG_USE_LOCAL_TZ", "off", "switch", Honoured, "writes local time instead of UTC";
         "DYN_LOGGING_SPAN_EVENTS", "off", "switch", LOG_SPANS,
             "writes a line when a span begins and ends";
     }
