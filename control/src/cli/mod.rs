@@ -19,6 +19,7 @@ mod args;
 mod check;
 mod gms;
 mod options;
+mod trace;
 
 pub use args::{
     Answer, CallArgs, Codec, Early, EchoArgs, GmsArgs, ProbeArgs, ServeArgs, Target, UpArgs,
@@ -27,6 +28,7 @@ pub use check::{Report, SCHEMA};
 
 use gms::GmsTask;
 use options::{Command, EnvOptions, Options, WorkerCommand};
+use trace::TraceCommand;
 
 /// How the program ends.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -154,6 +156,10 @@ fn dispatch(command: Command, env: &Env, host: &Host) -> anyhow::Result<Exit> {
             }
             GmsTask::Probe(probe) => commands::probe(probe.args(env)),
         },
+        Command::Trace(trace) => {
+            let TraceCommand::Extract(extract) = trace.command;
+            commands::extract(&extract.args())
+        }
     }
 }
 

@@ -23,6 +23,7 @@ mod host;
 mod keys;
 mod layers;
 mod lists;
+mod planner;
 mod problem;
 mod raw;
 mod resolve;
@@ -38,7 +39,8 @@ pub use layers::Setting;
 pub use problem::{Origin, Problem, Severity};
 pub use value::{Kind, Value, address};
 pub use words::{
-    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, Policy, Response, Word,
+    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, PlannerNames, Policy, Response,
+    Word,
 };
 
 pub(crate) use host::cpu_list;
@@ -67,6 +69,8 @@ pub struct Config {
     pub drain: Drain,
     /// The GPU memory service, if there is one.
     pub gpu: Option<Gpu>,
+    /// Where a planner is listened to, if it is.
+    pub planner: Option<Planner>,
     /// Every value that was used, with the place it came from.
     pub settings: Vec<Setting>,
 }
@@ -281,6 +285,15 @@ pub struct Gpu {
     pub alloc_retry_timeout_ms: u32,
     /// What `rw_or_ro` does to a durable layout.
     pub durable_layout: DurableLayout,
+}
+
+/// `[planner]`.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Planner {
+    /// The Unix socket.
+    pub socket: PathBuf,
+    /// Names of the metrics.
+    pub names: PlannerNames,
 }
 
 /// What the configuration is read for.
