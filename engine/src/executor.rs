@@ -93,6 +93,11 @@ impl ShardHandle {
         self.commands.send(command)
     }
 
+    /// Hands commands over from any thread, as long as the shard runs.
+    pub fn commands(&self) -> Sender<Command> {
+        self.commands.clone()
+    }
+
     /// Stops the shard and waits for its thread.
     pub fn stop(&mut self) {
         let mut command = Command::Stop;
