@@ -7,6 +7,7 @@ use crate::client::NewCall;
 use crate::directory::Directory;
 use crate::handler::NewHandler;
 use crate::mesh::{Receiver, Sender};
+use crate::served::SpanRecord;
 
 /// What control asks of a shard.
 #[derive(Debug)]
@@ -55,6 +56,9 @@ pub enum Report {
         /// What was wrong.
         why: String,
     },
+    /// The span of a request that has ended; only where spans are made, and lost when this queue is
+    /// full.
+    Span(Box<SpanRecord>),
     /// The shard has ended; nobody reads its queue any more.
     Stopped {
         /// Why, if not because it was asked to.

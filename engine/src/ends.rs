@@ -13,6 +13,7 @@ use std::time::Duration;
 use crate::connection::End;
 use crate::handler::MakeHandler;
 use crate::ring::{Ring, Span};
+use crate::served::Tracing;
 use crate::shard::{Shard, TimerKind};
 use crate::{call_link, client, home, respond_stream, worker};
 
@@ -29,6 +30,8 @@ pub struct Ends {
     pub home: Option<HomeAddress>,
     /// Calls at the same time, at most.
     pub calls_max: u32,
+    /// Whether the requests of handlers make spans.
+    pub tracing: Tracing,
 }
 
 /// The call-home listener of a shard.

@@ -135,11 +135,7 @@ fn of_service(namespace: &str, rest: &str) -> Option<Reference> {
 }
 
 /// `ns_comp`, where only one `_` tells namespace from component.
-fn of_joined(
-    text: &str,
-    service: &str,
-    endpoint: Option<&str>,
-) -> Result<Reference, BadReference> {
+fn of_joined(text: &str, service: &str, endpoint: Option<&str>) -> Result<Reference, BadReference> {
     match service.split_once('_') {
         Some((_, component)) if component.contains('_') => {
             Err(BadReference::Ambiguous(text.to_owned()))
