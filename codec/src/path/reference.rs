@@ -3,10 +3,11 @@
 //!
 //! | form | example |
 //! |---|---|
-//! | path, dotted, URL | `demo/backend/generate`, `demo.backend.generate`, `dyn://demo.backend.generate` |
-//! | etcd key | `v1/instances/demo/backend/generate/1a2b`, `v1/mdc/demo/backend/generate/1a2b` |
+//! | path, dotted | `demo/backend/generate`, `demo.backend.generate` |
+//! | URL | `dyn://demo.backend.generate`, `dyn://demo/backend/generate` |
+//! | etcd key | `v1/instances/demo/backend/generate/1a2b`, the same with `v1/mdc` |
 //! | older etcd path | `demo/components/backend`, `demo/components/backend/generate-1a2b` |
-//! | request path, address | `1a2b/demo/backend/generate`, `10.0.0.1:7000/1a2b/demo/backend/generate` |
+//! | request path | `1a2b/demo/backend/generate`, also behind `10.0.0.1:7000/` |
 //! | service name | `demo_backend`; older `demo\|backend` |
 //! | subject | `demo_backend.generate-1a2b`; older `demo\|backend.generate-1a2b` |
 
