@@ -199,6 +199,7 @@ pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
     client::settle(shard);
     let stats = &shard.stats.shard;
     stats.handling.set(shard.worker.busy() as u64);
+    stats.queued.set(shard.worker.queued() as u64);
     stats.responses.set(shard.worker.responses.used() as u64);
     stats.calls.set(shard.client.calls.used() as u64);
 }

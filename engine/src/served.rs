@@ -143,12 +143,13 @@ impl Spans {
     }
 }
 
-/// A request from its arrival to its end. Dropped without [`Busy::end`] it never began.
+/// A request from its arrival to its end.
 pub(crate) struct Busy {
     stats: Arc<HandlerStats>,
     spans: Rc<Spans>,
     /// When it arrived, then when its handler got it.
     since_ns: u64,
+    begun: bool,
     span: Option<Box<SpanRecord>>,
 }
 
@@ -160,6 +161,7 @@ impl Busy {
             stats: Arc::clone(stats),
             spans: Rc::clone(spans),
             since_ns: monotonic_ns(),
+            begun: false,
             span: None,
         }
     }
@@ -170,6 +172,7 @@ impl Busy {
         let waited_ns = now_ns.saturating_sub(self.since_ns);
         self.stats.times.slot_wait.record(waited_ns);
         self.since_ns = now_ns;
+        self.begun = true;
         let Tracing::On { ratio } = self.spans.tracing else {
             return;
         };
@@ -195,6 +198,13 @@ impl Busy {
 
     /// It has ended, early or with all that `so_far` says.
     pub(crate) fn end(mut self, early: Option<Outcome>, so_far: SoFar) {
+        self.finish(early, so_far);
+    }
+
+    fn finish(&mut self, early: Option<Outcome>, so_far: SoFar) {
+        if !std::mem::take(&mut self.begun) {
+            return;
+        }
         let duration_ns = monotonic_ns().saturating_sub(self.since_ns);
         let stats = &self.stats;
         stats.times.duration.record(duration_ns);
@@ -227,6 +237,8 @@ impl Busy {
 
 impl Drop for Busy {
     fn drop(&mut self) {
+        // Its response could not even be begun: what can be said has been said by `end` before.
+        self.finish(Some(Outcome::Unreachable), SoFar::default());
         let busy = &self.stats.busy;
         busy.set(busy.get().saturating_sub(1));
     }

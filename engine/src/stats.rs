@@ -180,6 +180,8 @@ cells! {
         Gauge draining,
         /// Requests that handlers of this process run or that wait for one
         Gauge handling,
+        /// Those of them that wait
+        Gauge queued,
         /// Call-home sockets of our handlers
         Gauge responses,
         /// Calls under way

@@ -126,6 +126,11 @@ impl Worker {
         self.at = paths.map(|local| (local.path, local.handler)).collect();
     }
 
+    /// Requests that wait.
+    pub(crate) fn queued(&self) -> usize {
+        self.queue.len()
+    }
+
     /// Requests that run or wait.
     pub(crate) fn busy(&self) -> usize {
         self.running + self.queue.len()
