@@ -42,9 +42,7 @@ impl Env {
 
     /// Whether a switch is on: 1, true, on or yes (`spec/request-plane.md` §13).
     pub fn is_on(&self, name: &str) -> bool {
-        let on = |value: &str| matches!(value, "1" | "true" | "on" | "yes");
-        self.get(name)
-            .is_some_and(|value| on(&value.trim().to_ascii_lowercase()))
+        self.get(name).is_some_and(is_truthy)
     }
 
     fn set(&self) -> impl Iterator<Item = (&str, &str)> {
@@ -52,6 +50,12 @@ impl Env {
             .keys()
             .filter_map(|name| Some((name.as_str(), self.get(name)?)))
     }
+}
+
+/// Whether a word means yes, as Dynamo reads it.
+pub(crate) fn is_truthy(text: &str) -> bool {
+    let text = text.trim().to_ascii_lowercase();
+    matches!(text.as_str(), "1" | "true" | "on" | "yes")
 }
 
 /// What a variable does here.
@@ -85,7 +89,6 @@ macro_rules! variables {
 
 use Standing::{Effect, NotHonoured, Only, Refused};
 
-const TLS: &str = "this version has no TLS on the request plane, and would serve in the clear";
 const NATS: &str = "there is no NATS in this version";
 const EVENTS: &str = "there is no event plane in this version";
 const OTEL: &str = "nothing is exported over OpenTelemetry in this version";
@@ -108,14 +111,6 @@ pub const VARIABLES: &[Variable] = variables! {
     Only("tcp", "the request plane is TCP in this version") => ["DYN_REQUEST_PLANE"];
     Only("tcp", "the response plane is TCP in this version") => ["DYN_RESPONSE_PLANE"];
 
-    Refused(TLS) => [
-        "DYN_TCP_TLS_CERT_PATH", "DYN_TCP_TLS_KEY_PATH", "DYN_TCP_TLS_CLIENT_CA_CERT_PATH",
-        "DYN_TCP_TLS_CA_CERT_PATH", "DYN_TCP_TLS_CLIENT_CERT_PATH",
-        "DYN_TCP_TLS_CLIENT_KEY_PATH",
-    ];
-    NotHonoured("there is no TLS on the request plane in this version") => [
-        "DYN_TCP_TLS_INSECURE", "DYN_TCP_TLS_SERVER_NAME", "DYN_TCP_TLS_HANDSHAKE_TIMEOUT_SECS",
-    ];
     NotHonoured(NATS) => [
         "NATS_SERVER", "NATS_STARTUP_CONNECT_TIMEOUT_SECONDS", "NATS_AUTH_USERNAME",
         "NATS_AUTH_PASSWORD", "NATS_AUTH_TOKEN", "NATS_AUTH_NKEY", "NATS_AUTH_CREDENTIALS_FILE",
@@ -394,7 +389,7 @@ mod tests {
         assert!(refusals(&env(&[("DYN_REQUEST_PLANE", "tcp"), ("NATS_SERVER", "a")])).is_empty());
         let stops = refusals(&env(&[
             ("DYN_REQUEST_PLANE", "nats"),
-            ("DYN_TCP_TLS_CERT_PATH", "/x"),
+            ("DYN_RESPONSE_PLANE", "quic"),
         ]));
         assert_eq!(stops.len(), 2);
         assert_eq!(

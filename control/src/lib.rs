@@ -22,4 +22,5 @@ pub mod preflight;
 pub mod publish;
 pub mod status_server;
 pub mod supervise;
+pub mod tls;
 pub mod watch;

@@ -106,8 +106,16 @@ impl Snapshot {
 
     /// The text of a scrape.
     pub fn render(self) -> String {
+        self.render_with(None)
+    }
+
+    /// The same with what others count.
+    pub fn render_with(self, others: impl IntoIterator<Item = Box<dyn Collector>>) -> String {
         let mut registry = Registry::with_prefix("corelane");
         registry.register_collector(Box::new(self));
+        for other in others {
+            registry.register_collector(other);
+        }
         let mut out = String::with_capacity(64 << 10);
         // Writing into a string does not fail.
         let _ = text::encode(&mut out, &registry);

@@ -12,11 +12,13 @@
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use corelane_codec::path::instance_path;
 use corelane_engine::shard::Command;
+use prometheus_client::collector::Collector;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinHandle, spawn_local};
@@ -34,6 +36,7 @@ use crate::offer::Offer;
 use crate::preflight::Plan;
 use crate::publish::{Board, Listed};
 use crate::status_server::{Health, StatusOptions, StatusServer};
+use crate::tls::Shown;
 
 /// Longest wait, before we are offered, for the first list of instances.
 const LIST_MAX: Duration = Duration::from_secs(2);
@@ -396,7 +399,10 @@ impl Pulse {
         };
         let routes = self.board.routes().iter().map(route).collect();
         let discovery = self.discovery.borrow();
-        Snapshot::take(&self.cores.view(), routes, process, discovery.as_deref()).render()
+        let tls = self.cores.tls().map(|tls| Shown(Arc::clone(tls.stats())));
+        let others = tls.map(|shown| Box::new(shown) as Box<dyn Collector>);
+        let cores = self.cores.view();
+        Snapshot::take(&cores, routes, process, discovery.as_deref()).render_with(others)
     }
 
     /// Requests between arrival and end, and callers being told of failures.

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use crate::adopt::{Adoption, Insecure, Ticket};
 use crate::client::NewCall;
 use crate::directory::Directory;
 use crate::mesh::{Receiver, Sender};
@@ -22,6 +23,20 @@ pub enum Command {
         number: u64,
         /// Do not even take what the worker still sends.
         kill: bool,
+    },
+    /// The handshake on a socket of the shard's has ended.
+    Adopt {
+        /// Which socket.
+        ticket: Ticket,
+        /// What it is now.
+        adoption: Adoption,
+    },
+    /// The peer of an adopted socket has reset it.
+    Broken {
+        /// Which socket.
+        ticket: Ticket,
+        /// Why.
+        errno: i32,
     },
     /// Refuse new requests from now on.
     Drain,
@@ -52,6 +67,8 @@ pub enum Report {
         /// What was wrong.
         why: String,
     },
+    /// A peer speaks TLS where we do not; at most one a second is told.
+    Stranger,
     /// The shard has ended; nobody reads its queue any more.
     Stopped {
         /// Why, if not because it was asked to.
@@ -65,4 +82,6 @@ pub struct Lanes {
     pub commands: Receiver<Command>,
     /// What the shard tells.
     pub reports: Sender<Report>,
+    /// Sockets that wait for their handshake; unused without TLS.
+    pub insecure: Sender<Insecure>,
 }

@@ -22,6 +22,7 @@ use futures_task::LocalSpawn;
 use rustix::event::{PollFd, PollFlags, poll};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
+use crate::adopt::Insecure;
 use crate::buffers::Buffers;
 use crate::client::{CallEvent, Client};
 use crate::config::{ANY_CPU, RingKind, ShardConfig};
@@ -81,6 +82,8 @@ pub struct ShardHandle {
     pub reports: Receiver<Report>,
     /// What becomes of its calls; its descriptor is readable when there is something.
     pub events: Receiver<CallEvent>,
+    /// Its sockets that wait for a handshake; to be taken by who does these.
+    pub insecure: Option<Receiver<Insecure>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -91,6 +94,11 @@ impl ShardHandle {
     /// Gives it back when the shard does not keep up; try again later.
     pub fn command(&self, command: Command) -> Result<(), Command> {
         self.commands.send(command)
+    }
+
+    /// Another way to hand it commands, for another thread.
+    pub fn commands(&self) -> Sender<Command> {
+        self.commands.clone()
     }
 
     /// Stops the shard and waits for its thread.
@@ -178,6 +186,7 @@ pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartE
     let (event_sender, events) = mesh::lane().map_err(resources("eventfd"))?;
     let (commands, command_receiver) = mesh::lane().map_err(resources("eventfd"))?;
     let (report_sender, reports) = mesh::lane().map_err(resources("eventfd"))?;
+    let (insecure_sender, insecure) = mesh::lane().map_err(resources("eventfd"))?;
     let stats = Arc::new(Stats::default());
     let parts = Parts {
         config,
@@ -186,6 +195,7 @@ pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartE
         lanes: Lanes {
             commands: command_receiver,
             reports: report_sender,
+            insecure: insecure_sender,
         },
         ends,
         home,
@@ -202,6 +212,7 @@ pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartE
         commands,
         reports,
         events,
+        insecure: Some(insecure),
         thread: Some(thread),
     })
 }

@@ -26,6 +26,7 @@ mod raw;
 mod resolve;
 mod routes;
 mod suggest;
+mod tls;
 mod value;
 mod words;
 
@@ -34,8 +35,9 @@ pub use host::Host;
 pub use keys::{Alias, Dialect, Fallback, Key, Section, find, keys};
 pub use layers::Setting;
 pub use problem::{Origin, Problem, Severity};
+pub use tls::{Tls, TlsClient, TlsServer};
 pub use value::{Kind, Value, address};
-pub use words::{Ack, Backend, Idle, Io, Policy, Response, Word};
+pub use words::{Ack, Backend, Idle, Io, Policy, Response, Switch, Word};
 
 pub(crate) use host::cpu_list;
 pub(crate) use problem::quoted;
@@ -80,6 +82,8 @@ pub struct Server {
     pub status_port: Option<u16>,
     /// Largest whole request frame.
     pub message_bytes_max: u32,
+    /// `[tls]`: who speaks TLS, and how.
+    pub tls: Tls,
 }
 
 impl Server {
@@ -251,7 +255,7 @@ pub enum Purpose {
     Serve,
     /// A router with workers in the same process.
     Up,
-    /// A worker or a caller: only `[server]`, `[discovery]` and `[drain]` count.
+    /// A worker or a caller: only `[server]`, `[discovery]`, `[tls]` and `[drain]` count.
     Peer,
 }
 
@@ -260,7 +264,7 @@ impl Purpose {
         self != Self::Peer
             || matches!(
                 section,
-                Section::Server | Section::Discovery | Section::Drain
+                Section::Server | Section::Discovery | Section::Tls | Section::Drain
             )
     }
 }
