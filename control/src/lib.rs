@@ -7,6 +7,7 @@ pub mod call;
 pub mod cards;
 pub mod cli;
 pub mod commands;
+pub mod component;
 pub mod config;
 pub mod cores;
 pub mod discovery;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::adopt::{Adoption, Insecure, Ticket};
 use crate::client::NewCall;
 use crate::directory::Directory;
+use crate::handler::NewHandler;
 use crate::mesh::{Receiver, Sender};
 
 /// What control asks of a shard.
@@ -13,6 +14,8 @@ use crate::mesh::{Receiver, Sender};
 pub enum Command {
     /// A new directory.
     Directory(Arc<Directory>),
+    /// One more handler: the next index, served once [`Command::Serve`] gives it a path.
+    Handler(NewHandler),
     /// From now on exactly these paths are served by handlers of this process.
     Serve(Vec<LocalPath>),
     /// Make a call; its events come over the shard's own queue.
@@ -49,7 +52,7 @@ pub enum Command {
 pub struct LocalPath {
     /// The path, byte for byte.
     pub path: Vec<u8>,
-    /// Index into [`crate::ends::Ends::handlers`].
+    /// Index into [`crate::ends::Ends::handlers`], to which [`Command::Handler`] adds.
     pub handler: u32,
 }
 

@@ -96,7 +96,7 @@ impl ShardHandle {
         self.commands.send(command)
     }
 
-    /// Another way to hand it commands, for another thread.
+    /// Hands commands over from any thread, as long as the shard runs.
     pub fn commands(&self) -> Sender<Command> {
         self.commands.clone()
     }

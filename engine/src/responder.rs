@@ -207,6 +207,11 @@ impl Stream {
         self.place = place;
     }
 
+    /// Where that is.
+    pub(crate) fn place(&self) -> (u32, u32) {
+        self.place
+    }
+
     /// The shard has seen what was touched.
     pub(crate) fn seen(&mut self) {
         self.touched = false;

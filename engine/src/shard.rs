@@ -481,6 +481,7 @@ impl<R: Ring> Shard<R> {
             };
             match command {
                 Command::Directory(directory) => link::publish(self, directory),
+                Command::Handler(new) => self.worker.add(new),
                 Command::Serve(paths) => {
                     self.worker.serve(paths);
                     self.stats.shard.path_updates.add(1);

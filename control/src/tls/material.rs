@@ -183,10 +183,13 @@ fn read(path: &Path, wanted: &'static str) -> Result<Vec<u8>, Unusable> {
     })
 }
 
+/// Device, file, length, and time of change in seconds and nanoseconds.
+type Look = (u64, u64, u64, i64, i64);
+
 /// What tells one state of the files from another: device, file, length and time of change of
 /// each. Follows links, so that a folder that is swapped as a whole (as Kubernetes does with its
 /// secrets) is seen.
-pub(super) fn fingerprint(settings: &Tls) -> Vec<Option<(u64, u64, u64, i64, i64)>> {
+pub(super) fn fingerprint(settings: &Tls) -> Vec<Option<Look>> {
     let mut paths: Vec<&Path> = Vec::new();
     if let Some(server) = &settings.server {
         paths.extend([server.cert.as_path(), server.key.as_path()]);
