@@ -12,13 +12,11 @@
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use corelane_codec::path::instance_path;
 use corelane_engine::shard::Command;
-use prometheus_client::collector::Collector;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinHandle, spawn_local};
@@ -36,7 +34,6 @@ use crate::offer::Offer;
 use crate::preflight::Plan;
 use crate::publish::{Board, Listed};
 use crate::status_server::{Health, StatusOptions, StatusServer};
-use crate::tls::Shown;
 
 /// Longest wait, before we are offered, for the first list of instances.
 const LIST_MAX: Duration = Duration::from_secs(2);
@@ -84,8 +81,12 @@ pub enum Store {
     Shared(MemoryStore),
 }
 
+/// Writes metric families of another part of this process, without the mark of the end.
+pub type MoreMetrics = Box<dyn Fn(&mut String)>;
+
 /// What health and metrics are made from.
 struct Pulse {
+    more: RefCell<Vec<MoreMetrics>>,
     cores: Rc<Cores>,
     board: Rc<Board>,
     began: Instant,
@@ -122,6 +123,7 @@ impl Router {
             began: Instant::now(),
             draining: Cell::new(false),
             discovery: RefCell::new(None),
+            more: RefCell::default(),
         });
         cores.started().await?;
         tracing::info!(
@@ -157,6 +159,11 @@ impl Router {
     /// Each listen endpoint with the address that reaches it: `IP:PORT/PATH`.
     pub fn paths(&self) -> Vec<(String, String)> {
         self.pulse.paths()
+    }
+
+    /// Adds what another part of this process counts to `/metrics`.
+    pub fn add_metrics(&self, more: MoreMetrics) {
+        self.pulse.more.borrow_mut().push(more);
     }
 
     /// Watches the instances of all routes, and waits until the shards know and reach those that
@@ -229,7 +236,7 @@ impl Router {
                 Exit::Failed
             }
             () = others_failed => {
-                tracing::error!("a worker has ended: draining");
+                tracing::error!("a part of this process has ended: draining");
                 Exit::Failed
             }
         };
@@ -399,10 +406,13 @@ impl Pulse {
         };
         let routes = self.board.routes().iter().map(route).collect();
         let discovery = self.discovery.borrow();
-        let tls = self.cores.tls().map(|tls| Shown(Arc::clone(tls.stats())));
-        let others = tls.map(|shown| Box::new(shown) as Box<dyn Collector>);
-        let cores = self.cores.view();
-        Snapshot::take(&cores, routes, process, discovery.as_deref()).render_with(others)
+        let own = Snapshot::take(&self.cores.view(), routes, process, discovery.as_deref());
+        own.render_with(|out| {
+            if let Some(tls) = self.cores.tls() {
+                tls.stats().write(out);
+            }
+            self.more.borrow().iter().for_each(|more| more(out));
+        })
     }
 
     /// Requests between arrival and end, and callers being told of failures.

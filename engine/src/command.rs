@@ -7,6 +7,7 @@ use crate::adopt::{Adoption, Insecure, Ticket};
 use crate::client::NewCall;
 use crate::directory::Directory;
 use crate::handler::NewHandler;
+use crate::local::Run;
 use crate::mesh::{Receiver, Sender};
 
 /// What control asks of a shard.
@@ -41,6 +42,8 @@ pub enum Command {
         /// Why.
         errno: i32,
     },
+    /// Run a task on the shard. It is dropped at once when 65,536 such tasks run already.
+    Run(Run),
     /// Refuse new requests from now on.
     Drain,
     /// End the loop after this tick.

@@ -39,7 +39,9 @@ use crate::tell::Tells;
 use crate::timer_wheel::TimerWheel;
 use crate::upstream::{InstanceState, Upstream};
 use crate::worker::Worker;
-use crate::{accept, client, collect, decode, ends, forward, home, link, recv, respond, tell};
+use crate::{
+    accept, client, collect, decode, ends, forward, home, link, local, recv, respond, tell,
+};
 
 pub use crate::command::{Command, Lanes, Report};
 pub(crate) use crate::due::TimerKind;
@@ -200,6 +202,7 @@ impl<R: Ring> Shard<R> {
         self.watch_wake();
         accept::arm(self);
         home::arm(self);
+        local::show_places(self);
         let address = self
             .listener
             .as_ref()
@@ -490,6 +493,7 @@ impl<R: Ring> Shard<R> {
                 Command::EndCall { number, kill } => client::end_early(self, number, kill),
                 Command::Adopt { ticket, adoption } => self.adopt(ticket, adoption),
                 Command::Broken { ticket, errno } => self.broken(ticket, errno),
+                Command::Run(run) => run.begin(&self.worker.host),
                 // The listener stays open, so that who still dials is told by a refusal and not by
                 // a reset.
                 Command::Drain => {

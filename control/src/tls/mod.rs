@@ -45,7 +45,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 use self::material::Dialling;
 pub use self::material::Unusable;
 pub use self::reason::Reason;
-pub use self::stats::{Shown, Stats};
+pub use self::stats::Stats;
 use crate::config;
 use crate::cores::register;
 

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet};
+use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet, text};
 use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::Registry;
 
 use super::reason::Reason;
 
@@ -30,6 +31,14 @@ pub struct Stats {
 const SIDES: [&str; 2] = ["accepted", "dialled"];
 
 impl Stats {
+    /// Adds the families of TLS to the text of a scrape.
+    pub fn write(self: &Arc<Self>, out: &mut String) {
+        let mut registry = Registry::with_prefix("corelane");
+        registry.register_collector(Box::new(Shown(Arc::clone(self))));
+        // Writing into a string does not fail.
+        let _ = text::encode_registry(out, &registry);
+    }
+
     pub(super) fn succeeded(&self, dialled: bool) {
         self.done[usize::from(dialled)].fetch_add(1, Relaxed);
     }
@@ -67,9 +76,9 @@ impl Stats {
     }
 }
 
-/// The numbers of TLS in `/metrics`.
+/// The numbers in the form of the library.
 #[derive(Debug)]
-pub struct Shown(pub Arc<Stats>);
+struct Shown(Arc<Stats>);
 
 impl Collector for Shown {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
