@@ -26,6 +26,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::preflight::{Plan, Planned, ring_word};
 use crate::tls::{self, Tls, TlsError};
+use crate::trace;
 
 /// Longest wait until all shards listen; taking gigabytes of buffers takes a while.
 const START_MAX: Duration = Duration::from_secs(30);
@@ -149,6 +150,11 @@ impl Cores {
         ends: impl Fn(usize) -> Ends + 'static,
     ) -> Result<Rc<Cores>, CoresError> {
         let tls = Tls::start(&plan.tls)?;
+        let tracing = trace::tracing();
+        let ends = move |index| Ends {
+            tracing,
+            ..ends(index)
+        };
         let mut address = wanted_address(plan)?;
         let mut list: Vec<Core> = Vec::with_capacity(plan.shards.len());
         for planned in &plan.shards {
@@ -272,6 +278,7 @@ impl Cores {
                 Report::Stranger => {
                     tracing::warn!(core = handle.shard, "{}", tls::STRANGER);
                 }
+                Report::Span(span) => trace::tell(*span),
                 Report::Stopped { failure } => {
                     self.turn(core, State::Ended { failure });
                     return false;

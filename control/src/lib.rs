@@ -26,4 +26,5 @@ pub mod publish;
 pub mod status_server;
 pub mod supervise;
 pub mod tls;
+pub mod trace;
 pub mod watch;

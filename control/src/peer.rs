@@ -24,6 +24,7 @@ use crate::config::Server;
 use crate::cores::register;
 use crate::env::Env;
 use crate::tls::{self, Tls};
+use crate::trace;
 
 /// Longest wait until the shard listens.
 const START_MAX: Duration = Duration::from_secs(30);
@@ -71,6 +72,8 @@ impl Peer {
     }
 
     async fn on_ring(config: ShardConfig, ends: Ends, tls: Option<Rc<Tls>>) -> Result<Peer> {
+        let tracing = trace::tracing();
+        let ends = Ends { tracing, ..ends };
         let mut handle = spawn_with(config, ends)?;
         tls::attend(&tls, &mut handle);
         let watch = |fd: std::os::fd::BorrowedFd<'_>| register(fd.try_clone_to_owned()?);
@@ -89,7 +92,7 @@ impl Peer {
                     failure.unwrap_or_else(|| "the shard ended at once".into())
                 )
             }
-            Ok(Report::Undecodable { .. } | Report::Stranger) => Ok(peer),
+            Ok(Report::Undecodable { .. } | Report::Stranger | Report::Span(_)) => Ok(peer),
             Err(_) => bail!("the shard does not run after {START_MAX:?}"),
         }
     }
@@ -145,6 +148,7 @@ impl Peer {
                     tracing::warn!(why, "a request cannot be decoded");
                 }
                 Report::Stranger => tracing::warn!("{}", tls::STRANGER),
+                Report::Span(span) => trace::tell(*span),
                 Report::Stopped { failure } => {
                     return failure.unwrap_or_else(|| "without a reason".into());
                 }

@@ -9,6 +9,7 @@ use crate::directory::Directory;
 use crate::handler::NewHandler;
 use crate::local::Run;
 use crate::mesh::{Receiver, Sender};
+use crate::served::SpanRecord;
 
 /// What control asks of a shard.
 #[derive(Debug)]
@@ -75,6 +76,9 @@ pub enum Report {
     },
     /// A peer speaks TLS where we do not; at most one a second is told.
     Stranger,
+    /// The span of a request that has ended; only where spans are made, and lost when this queue is
+    /// full.
+    Span(Box<SpanRecord>),
     /// The shard has ended; nobody reads its queue any more.
     Stopped {
         /// Why, if not because it was asked to.
