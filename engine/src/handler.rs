@@ -135,6 +135,8 @@ impl Request {
 pub(crate) struct CallHome {
     pub(crate) address: SocketAddr,
     pub(crate) subject: String,
+    /// He offers a connection that many responses share.
+    pub(crate) offers_mux: bool,
 }
 
 /// A frame whose envelope cannot be understood, and where its caller can be told, if known.
@@ -211,6 +213,7 @@ fn envelope(payload: &[u8]) -> Result<Envelope, String> {
         home: CallHome {
             address,
             subject: info.subject.to_cow().into_owned(),
+            offers_mux: info.offers_mux,
         },
     })
 }
@@ -230,6 +233,7 @@ fn call_home_of(payload: &[u8]) -> Option<CallHome> {
             return Some(CallHome {
                 address: info.socket_addr().ok()?,
                 subject: info.subject.to_cow().into_owned(),
+                offers_mux: false,
             });
         }
     }

@@ -191,13 +191,11 @@ pub(crate) struct Stream {
 pub(crate) type Shared = Rc<RefCell<Stream>>;
 
 impl Stream {
-    /// A response that begins with the handshake of `subject`. It has no task yet.
-    pub(crate) fn new(subject: &str, codec: PayloadCodec, host: &Host) -> Stream {
-        let mut out = Vec::with_capacity(512);
-        call_home::write_handshake(subject, StreamType::Response, &mut out);
+    /// A response without a handshake. It has no task yet.
+    pub(crate) fn new(codec: PayloadCodec, host: &Host) -> Stream {
         Stream {
             codec,
-            out,
+            out: Vec::with_capacity(512),
             out_items: 0,
             sending_bytes: 0,
             sending_items: 0,
@@ -217,6 +215,34 @@ impl Stream {
     }
 
     // --- for the shard ---------------------------------------------------------------
+
+    /// It is to have a socket of its own, which begins with the handshake of `subject`.
+    pub(crate) fn shake(&mut self, subject: &str) {
+        let written = std::mem::take(&mut self.out);
+        let out = &mut self.out;
+        out.reserve(written.len() + 512);
+        call_home::write_handshake(subject, StreamType::Response, out);
+        out.extend_from_slice(&written);
+    }
+
+    /// What is written and not given to a connection, and whether nothing will follow it.
+    pub(crate) fn written(&self) -> (&[u8], bool) {
+        (&self.out, self.over)
+    }
+
+    /// A shared connection has taken so many bytes of that.
+    pub(crate) fn gave(&mut self, bytes: usize) {
+        let before = self.out.len().max(1);
+        self.out.drain(..bytes);
+        let left = self.out_items as usize * self.out.len();
+        self.out_items = left.div_ceil(before) as u32;
+        self.wake_all();
+    }
+
+    /// Asks the shard to look again in its next turn.
+    pub(crate) fn look_again(&mut self) {
+        self.touch();
+    }
 
     /// Where the shard keeps it: slot and generation.
     pub(crate) fn set_place(&mut self, place: (u32, u32)) {
