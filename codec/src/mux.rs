@@ -75,7 +75,7 @@ impl Kind {
     #[must_use]
     pub const fn byte(self) -> u8 {
         match self {
-            Self::Data { open, end } => (open as u8) * OPEN | (end as u8) * END,
+            Self::Data { open, end } => ((open as u8) * OPEN) | ((end as u8) * END),
             Self::Credit => CREDIT,
             Self::Reset => RESET,
             Self::Hello => HELLO_KIND,
@@ -123,7 +123,7 @@ pub fn decode(input: &[u8]) -> Decoded<Chunk> {
         return Decoded::Need(PREFIX_BYTES);
     };
     let [high, middle, low] = prefix.bytes.map(usize::from);
-    let bytes = high << 16 | middle << 8 | low;
+    let bytes = (high << 16) | (middle << 8) | low;
     match Kind::of_byte(prefix.kind) {
         Some(kind) if kind.takes(bytes) => Decoded::Frame(Chunk {
             stream: prefix.stream.get(),

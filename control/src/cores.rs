@@ -25,6 +25,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::preflight::{Plan, Planned, ring_word};
+use crate::trace;
 
 /// Longest wait until all shards listen; taking gigabytes of buffers takes a while.
 const START_MAX: Duration = Duration::from_secs(30);
@@ -143,6 +144,11 @@ impl Cores {
         plan: &Plan,
         ends: impl Fn(usize) -> Ends + 'static,
     ) -> Result<Rc<Cores>, CoresError> {
+        let tracing = trace::tracing();
+        let ends = move |index| Ends {
+            tracing,
+            ..ends(index)
+        };
         let mut address = wanted_address(plan)?;
         let mut list: Vec<Core> = Vec::with_capacity(plan.shards.len());
         for planned in &plan.shards {
@@ -259,6 +265,7 @@ impl Cores {
                     let core = handle.shard;
                     tracing::warn!(core, why, "a request cannot be decoded");
                 }
+                Report::Span(span) => trace::tell(*span),
                 Report::Stopped { failure } => {
                     self.turn(core, State::Ended { failure });
                     return false;

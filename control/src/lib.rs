@@ -25,4 +25,5 @@ pub mod preflight;
 pub mod publish;
 pub mod status_server;
 pub mod supervise;
+pub mod trace;
 pub mod watch;

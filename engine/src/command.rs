@@ -8,6 +8,7 @@ use crate::directory::Directory;
 use crate::handler::NewHandler;
 use crate::local::Run;
 use crate::mesh::{Receiver, Sender};
+use crate::served::SpanRecord;
 
 /// What control asks of a shard.
 #[derive(Debug)]
@@ -58,6 +59,9 @@ pub enum Report {
         /// What was wrong.
         why: String,
     },
+    /// The span of a request that has ended; only where spans are made, and lost when this queue is
+    /// full.
+    Span(Box<SpanRecord>),
     /// The shard has ended; nobody reads its queue any more.
     Stopped {
         /// Why, if not because it was asked to.

@@ -21,6 +21,7 @@ use crate::ends;
 use crate::mux::{Piece, Reader, put_back, take};
 use crate::respond_stream;
 use crate::ring::Ring;
+use crate::served::Outcome;
 use crate::shard::{Shard, TimerKind};
 use crate::table::{NONE, Table};
 
@@ -379,6 +380,7 @@ fn hear<R: Ring>(shard: &mut Shard<R>, link: u32, piece: Piece<'_>) -> bool {
         Piece::Reset { stream } => {
             if let Some(slot) = of_number(shard, link, stream) {
                 forget(shard, slot);
+                shard.worker.responses[slot].early = Some(Outcome::Cancelled);
                 respond_stream::die(shard, slot, true);
             }
         }
@@ -410,6 +412,7 @@ fn said<R: Ring>(shard: &mut Shard<R>, slot: u32, bytes: &[u8]) {
         },
         Decoded::Need(_) | Decoded::Bad(_) => true,
     };
+    shard.worker.responses[slot].early = Some(Outcome::Cancelled);
     respond_stream::die(shard, slot, kill);
 }
 
@@ -439,7 +442,9 @@ pub(crate) fn lost<R: Ring>(shard: &mut Shard<R>, link: u32) {
     let slots: Vec<u32> = responses.slots().filter(mine).collect();
     for slot in slots {
         if greeted {
-            shard.worker.responses[slot].lane = None;
+            let response = &mut shard.worker.responses[slot];
+            response.lane = None;
+            response.early = Some(Outcome::CutOff);
             shard.stats.shard.responses_lost.add(1);
             respond_stream::die(shard, slot, true);
         } else {

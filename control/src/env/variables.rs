@@ -35,7 +35,6 @@ const POOL: Standing =
     NotHonoured("one connection goes to each instance; its bounds are in [core]");
 const THREADS: Standing = NotHonoured(NO_THREADS);
 const NO_THREADS: &str = "there is no thread pool: each data core runs one shard";
-const LOG_SPANS: Standing = NotHonoured("the log is set by CORELANE_LOG or DYN_LOG");
 
 const ENGINE: Standing = Elsewhere("the engine's GPU memory worker");
 const FRONTEND: Standing = Elsewhere("Dynamo's HTTP frontend");
@@ -216,8 +215,8 @@ pub const VARIABLES: &[Variable] = variables! {
         "DYN_SDK_DISABLE_ANSI_LOGGING", "off", "switch", Honoured, "switches colours off when on";
         "NO_COLOR", "unset", "any", Honoured, "switches colours off when set";
         "DYN_LOG_USE_LOCAL_TZ", "off", "switch", Honoured, "writes local time instead of UTC";
-        "DYN_LOGGING_SPAN_EVENTS", "off", "switch", LOG_SPANS,
-            "writes a line when a span begins and ends";
+        "DYN_LOGGING_SPAN_EVENTS", "off", "switch", Honoured,
+            "writes a line when the span of a request ends, if lines are JSON";
     }
     "tracing" {
         "OTEL_EXPORT_ENABLED", "off", "switch", OTEL, "exports spans and log lines over OTLP";
