@@ -104,10 +104,10 @@ pub(crate) fn run(args: &GmsArgs) -> Result<()> {
         progress(&format!("{}: {} queues", arm.name, arm.queues.len()));
     }
     for round in 0..args.rounds {
-        for index in 0..args.waiting.len() {
+        for (index, waiting) in args.waiting.iter().enumerate() {
             for at in order(arms.len(), round) {
                 let arm = &mut arms[at];
-                let (round_of, waiting) = (round + 1, args.waiting[index]);
+                let round_of = round + 1;
                 progress(&format!(
                     "round {round_of} of {}: {} with {waiting} waiting",
                     args.rounds, arm.name

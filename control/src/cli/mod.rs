@@ -13,22 +13,22 @@ use thiserror::Error;
 use crate::commands;
 use crate::config::{Checked, Config, Host, Inputs};
 use crate::env::{self, Env, Level};
-use crate::logging;
+use crate::{logging, trace};
 
 mod args;
 mod check;
+mod extract;
 mod gms;
 mod options;
-mod trace;
 
 pub use args::{
     Answer, CallArgs, Codec, Early, EchoArgs, GmsArgs, ProbeArgs, ServeArgs, Target, UpArgs,
 };
 pub use check::{Report, SCHEMA};
 
+use extract::TraceCommand;
 use gms::GmsTask;
 use options::{Command, EnvOptions, Options, WorkerCommand};
-use trace::TraceCommand;
 
 /// How the program ends.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -110,6 +110,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>, env: &Env, host: &Host) -> 
         }
     };
     logging::start(env);
+    trace::start(env);
     match dispatch(options.command, env, host) {
         Ok(exit) => exit,
         Err(error) => {

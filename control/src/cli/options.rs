@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use super::args::{Answer, CallArgs, Codec, Early, EchoArgs, Target, UpArgs};
-use super::{Stop, check::CheckOptions, gms::GmsOptions, trace::TraceOptions};
+use super::{Stop, check::CheckOptions, extract::TraceOptions, gms::GmsOptions};
 use crate::config::{
     Backend, Config, EndpointId, Host, Inputs, Key, Main, Override, Purpose, Section, address,
     find, keys, nearest, quoted,

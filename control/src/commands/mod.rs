@@ -23,9 +23,9 @@ pub fn echo(args: EchoArgs) -> Result<Exit> {
 /// `corelane trace extract`: a trace added up by interval, as one JSON list.
 ///
 /// # Errors
-/// See [`crate::trace::TraceError`]; or standard output cannot be written.
-pub fn extract(wanted: &crate::trace::Extract) -> Result<Exit> {
-    let intervals = crate::trace::extract(wanted)?;
+/// See [`crate::planner::trace::TraceError`]; or standard output cannot be written.
+pub fn extract(wanted: &crate::planner::trace::Extract) -> Result<Exit> {
+    let intervals = crate::planner::trace::extract(wanted)?;
     crate::cli::print(&(serde_json::to_string(&intervals)? + "\n"))?;
     Ok(Exit::Done)
 }

@@ -5,9 +5,11 @@
 //! planner --JSON lines--> [planner] socket -> feed -> metrics -> /metrics of `serve`
 //!                                             update: one interval, the rules of its gauges
 //! ```
+//! Beside that, `trace` makes what planners warm up with from traces of requests.
 
 pub mod feed;
 pub mod metrics;
+pub mod trace;
 pub mod update;
 
 pub use feed::Feed;

@@ -1,312 +1,239 @@
-//! `corelane trace extract`: request traces become one line of load for each interval, as planners
-//! warm their predictors up with (`spec/gpu-memory.md` §7.2).
+//! Spans of requests on the control side: whether they are made, and what becomes of those that
+//! have ended (`spec/events-discovery.md` §9).
 //!
 //! ```text
-//! file | glob | folder -> shards -> lines -> record -> buckets -> [{"interval_start":0,...},..]
+//! shard: a request ends --SpanRecord, by its queue--> tell -> a log line, if those are wanted
 //! ```
+//!
+//! One decision for the whole process, taken once at its start, like the log itself. The router
+//! makes no spans: it passes the headers of a request on as they are.
 
-mod buckets;
-mod record;
-mod shards;
+use std::borrow::Cow;
+use std::sync::OnceLock;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use std::io::BufRead;
-use std::path::Path;
+use corelane_codec::trace_context::TraceContext;
+use corelane_engine::served::{Outcome, SpanRecord, Tracing};
 
-use thiserror::Error;
+use crate::env::Env;
+use crate::logging;
 
-pub use buckets::Interval;
-pub use record::Format;
-
-use buckets::Buckets;
-use record::{Found, Request};
-
-/// Bytes of a line: a request with all its block hashes fits.
-const LINE_BYTES_MAX: u64 = 64 << 20;
-
-/// What is to be extracted.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Extract {
-    /// Files, globs and folders.
-    pub inputs: Vec<String>,
-    /// Seconds of an interval, at least 1.
-    pub interval_s: u32,
-    /// How records are written; none means as the first one is.
-    pub format: Option<Format>,
-    /// Whether intervals without requests are left out, as the first generation did.
-    pub sparse: bool,
+/// What the environment says about spans.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    /// Whether requests make spans: with JSON log lines.
+    pub on: bool,
+    /// Whether the end of a span is a line of the log.
+    pub lines: bool,
+    /// The part of new traces that is kept, 0 to 1.
+    pub ratio: f64,
+    /// What could not be understood.
+    pub complaints: Vec<String>,
 }
 
-/// Why there is nothing.
-#[derive(Debug, Error)]
-pub enum TraceError {
-    /// Something is wrong with the inputs as such.
-    #[error("{0}")]
-    Inputs(String),
-    /// A file cannot be read.
-    #[error("{file}: {source}")]
-    File {
-        /// Which.
-        file: String,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// A line is no record, or not one of this trace.
-    #[error("{file}:{line}: {what}")]
-    Line {
-        /// In which file.
-        file: String,
-        /// Where, from 1.
-        line: u64,
-        /// What is wrong and what to do.
-        what: String,
-    },
-}
-
-/// Reads all shards and adds them up; intervals in order of time.
-///
-/// # Errors
-/// See [`TraceError`]; a trace without a single request is an error too.
-pub fn extract(wanted: &Extract) -> Result<Vec<Interval>, TraceError> {
-    let shards = shards::find(&wanted.inputs)?;
-    let mut format = wanted.format;
-    let mut buckets = Buckets::new(wanted.interval_s);
-    for shard in &shards {
-        read(shard, &mut format, &mut buckets)?;
-    }
-    let intervals = buckets
-        .intervals(wanted.sparse)
-        .map_err(TraceError::Inputs)?;
-    if intervals.is_empty() {
-        let text = format!(
-            "no requests in {} file(s); a trace has lines with timestamp, input_length and \
-             output_length, or Dynamo's request_end events",
-            shards.len()
-        );
-        return Err(TraceError::Inputs(text));
-    }
-    Ok(intervals)
-}
-
-fn read(
-    shard: &Path,
-    format: &mut Option<Format>,
-    buckets: &mut Buckets,
-) -> Result<(), TraceError> {
-    let file = shard.display().to_string();
-    let failed = |source| TraceError::File {
-        file: file.clone(),
-        source,
-    };
-    let mut lines = shards::open(shard).map_err(failed)?;
-    let mut bytes = Vec::new();
-    for line in 1_u64.. {
-        let wrong = |what: String| TraceError::Line {
-            file: file.clone(),
-            line,
-            what,
-        };
-        bytes.clear();
-        let mut bounded = std::io::Read::take(&mut lines, LINE_BYTES_MAX);
-        if bounded.read_until(b'\n', &mut bytes).map_err(failed)? == 0 {
-            return Ok(());
-        }
-        if bytes.len() as u64 == LINE_BYTES_MAX && !bytes.ends_with(b"\n") {
-            return Err(wrong(format!("is longer than {LINE_BYTES_MAX} bytes")));
-        }
-        if bytes.trim_ascii().is_empty() {
-            continue;
-        }
-        match record::read(&bytes, *format).map_err(wrong)? {
-            Found::Other(seen) => *format = Some(seen),
-            Found::Request(seen, request) => {
-                *format = Some(seen);
-                let Request {
-                    time_ms,
-                    input_tokens,
-                    output_tokens,
-                } = request;
-                let rebased = seen == Format::Dynamo;
-                buckets
-                    .add(time_ms, input_tokens, output_tokens, rebased)
-                    .map_err(wrong)?;
+impl Settings {
+    /// Reads them.
+    pub fn read(env: &Env) -> Self {
+        let mut complaints = Vec::new();
+        let name = "OTEL_TRACES_SAMPLE_RATIO";
+        let ratio = match env.get(name).map(|text| text.trim().parse::<f64>()) {
+            None => 1.0,
+            Some(Ok(ratio)) if (0.0..=1.0).contains(&ratio) => ratio,
+            Some(_) => {
+                complaints.push(format!(
+                    "environment {name}: not a number from 0 to 1; going on with 1"
+                ));
+                1.0
             }
+        };
+        let on = logging::is_json(env);
+        Self {
+            on,
+            lines: on && env.is_on("DYN_LOGGING_SPAN_EVENTS"),
+            ratio,
+            complaints,
         }
     }
-    Ok(())
+}
+
+static SETTINGS: OnceLock<Settings> = OnceLock::new();
+
+/// Decides for this process; a second call changes nothing.
+pub fn start(env: &Env) {
+    let settings = Settings::read(env);
+    let complaints = settings.complaints.clone();
+    if SETTINGS.set(settings).is_ok() {
+        for complaint in complaints {
+            tracing::warn!("{complaint}");
+        }
+    }
+}
+
+/// What shards are told.
+pub fn tracing() -> Tracing {
+    match SETTINGS.get() {
+        Some(settings) if settings.on => Tracing::On {
+            ratio: settings.ratio,
+        },
+        _ => Tracing::Off,
+    }
+}
+
+/// A span that has ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Span {
+    /// `handle_payload` for a request served, `router.route_request` for a call made.
+    pub name: &'static str,
+    /// Whether it served a request; else it made one.
+    pub is_server: bool,
+    /// Trace, own id, flags.
+    pub context: TraceContext,
+    /// The span above it.
+    pub parent_id: Option<u64>,
+    /// The vendors' part of the trace context.
+    pub tracestate: Option<String>,
+    /// Unix time of its begin.
+    pub began: SystemTime,
+    /// From there to its end.
+    pub duration: Duration,
+    /// Of that, the time that somebody was at work, where it is known.
+    pub busy: Option<Duration>,
+    /// How it ended, one word.
+    pub outcome: &'static str,
+    /// Whether that is a failure.
+    pub failed: bool,
+    /// The endpoint: namespace, component, name.
+    pub endpoint: Option<[String; 3]>,
+    /// The instance, if it is known.
+    pub instance_id: Option<u64>,
+    /// The request's id, and the one that the caller's own client gave it.
+    pub request_id: Option<String>,
+    /// See there.
+    pub x_request_id: Option<String>,
+}
+
+impl From<SpanRecord> for Span {
+    fn from(record: SpanRecord) -> Self {
+        let id = record.handler.id.get();
+        let instance = record.handler.instance.get();
+        Self {
+            name: "handle_payload",
+            is_server: true,
+            context: record.context,
+            parent_id: record.parent_id,
+            tracestate: record.tracestate,
+            began: UNIX_EPOCH + Duration::from_nanos(record.began_unix_ns),
+            duration: Duration::from_nanos(record.duration_ns),
+            busy: Some(Duration::from_nanos(record.busy_ns)),
+            outcome: record.outcome.word(),
+            failed: !matches!(record.outcome, Outcome::Finished | Outcome::Cancelled),
+            endpoint: id.map(|id| [&id.namespace, &id.component, &id.name].map(Clone::clone)),
+            instance_id: (instance != 0).then_some(instance),
+            request_id: Some(record.request_id),
+            x_request_id: record.x_request_id,
+        }
+    }
+}
+
+impl Span {
+    /// What it says besides its ids and times: name and value, in the order of names.
+    pub fn fields(&self) -> Vec<(&'static str, Cow<'_, str>)> {
+        let [namespace, component, endpoint] = match &self.endpoint {
+            Some(names) => names.each_ref().map(|name| Some(Cow::from(name))),
+            None => [None, None, None],
+        };
+        let kind = if self.is_server { "server" } else { "client" };
+        let instance = self.instance_id.map(|id| Cow::from(id.to_string()));
+        let fields = [
+            ("component", component),
+            ("endpoint", endpoint),
+            ("instance_id", instance),
+            ("namespace", namespace),
+            ("otel.kind", Some(Cow::from(kind))),
+            ("request.outcome", Some(Cow::from(self.outcome))),
+            ("request_id", self.request_id.as_deref().map(Cow::from)),
+            ("x_request_id", self.x_request_id.as_deref().map(Cow::from)),
+        ];
+        let there = fields.into_iter();
+        there
+            .filter_map(|(name, value)| Some((name, value?)))
+            .collect()
+    }
+
+    /// A line with the names that Dynamo's have.
+    fn log(&self) {
+        let field = |name: &str| {
+            let fields = self.fields();
+            let found = fields.into_iter().find(|(other, _)| *other == name);
+            found.map(|(_, value)| value.into_owned())
+        };
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let context = &self.context;
+        tracing::info!(
+            target: "request_span",
+            component = field("component"),
+            endpoint = field("endpoint"),
+            instance_id = field("instance_id"),
+            namespace = field("namespace"),
+            otel.kind = field("otel.kind"),
+            parent_id = self.parent_id.map(|id| format!("{id:016x}")),
+            request.outcome = self.outcome,
+            request_id = self.request_id,
+            span_id = format!("{:016x}", context.span_id),
+            span_name = self.name,
+            time.busy_us = self.busy.map(micros),
+            time.duration_us = micros(self.duration),
+            time.idle_us = self.busy.map(|busy| micros(self.duration.saturating_sub(busy))),
+            trace_flags = format!("{:02x}", context.flags),
+            trace_id = format!("{:032x}", context.trace_id),
+            tracestate = self.tracestate,
+            x_request_id = self.x_request_id,
+            "SPAN_CLOSED"
+        );
+    }
+}
+
+/// A span has ended.
+pub fn tell(span: impl Into<Span>) {
+    let span = span.into();
+    if SETTINGS.get().is_some_and(|settings| settings.lines) {
+        span.log();
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use super::*;
 
-    fn wanted(input: impl AsRef<Path>) -> Extract {
-        Extract {
-            inputs: vec![input.as_ref().display().to_string()],
-            interval_s: 10,
-            format: None,
-            sparse: false,
-        }
+    fn settings(pairs: &[(&str, &str)]) -> Settings {
+        let own = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        Settings::read(&Env::of(pairs.iter().map(own)))
     }
-
-    fn write(path: &Path, text: &str) {
-        std::fs::write(path, text).unwrap();
-    }
-
-    fn zip(path: &Path, text: &str) {
-        let file = std::fs::File::create(path).unwrap();
-        let mut writer = flate2::write::GzEncoder::new(file, flate2::Compression::fast());
-        writer.write_all(text.as_bytes()).unwrap();
-        writer.finish().unwrap();
-    }
-
-    fn interval(interval_start: i64, request_count: u64, avg_isl: f64, avg_osl: f64) -> Interval {
-        Interval {
-            interval_start,
-            request_count,
-            avg_isl,
-            avg_osl,
-        }
-    }
-
-    const MOONCAKE: &str = concat!(
-        r#"{"timestamp": 12000, "input_length": 100, "output_length": 10, "hash_ids": [1, 2]}"#,
-        "\n\n",
-        r#"{"timestamp": 19999.5, "input_length": 300, "output_length": 20}"#,
-        "\n",
-        r#"{"timestamp": 40000, "input_length": 7, "output_length": 0}"#,
-    );
 
     #[test]
-    fn mooncake_keeps_its_times_and_gaps_are_zeros_or_left_out() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a.jsonl");
-        write(&path, MOONCAKE);
-        let full = [
-            interval(10, 2, 200.0, 15.0),
-            interval(20, 0, 0.0, 0.0),
-            interval(30, 0, 0.0, 0.0),
-            interval(40, 1, 7.0, 0.0),
+    fn spans_come_with_json_lines() {
+        assert!(!settings(&[]).on);
+        assert!(!settings(&[("DYN_LOGGING_SPAN_EVENTS", "1")]).lines);
+        let json = [("DYN_LOGGING_JSONL", "1"), ("DYN_LOGGING_SPAN_EVENTS", "1")];
+        assert!(settings(&json).on && settings(&json).lines);
+        let wins = [
+            ("DYN_LOGGING_JSONL", "1"),
+            ("DYN_LOGGING_CONSOLE_FORMAT", "readable"),
         ];
-        assert_eq!(extract(&wanted(&path)).unwrap(), full);
-        let sparse = Extract {
-            sparse: true,
-            ..wanted(&path)
-        };
-        let kept = [full[0].clone(), full[3].clone()];
-        assert_eq!(extract(&sparse).unwrap(), kept);
-        let text = serde_json::to_string(&full[0]).unwrap();
-        assert_eq!(
-            text,
-            r#"{"interval_start":10,"request_count":2,"avg_isl":200.0,"avg_osl":15.0}"#
-        );
-    }
-
-    fn dynamo(received: Option<u64>, time: u64, kind: &str, input: u64, output: u64) -> String {
-        let mut event = serde_json::json!({
-            "schema": "dynamo.request.trace.v1", "event_type": kind, "event_time_unix_ms": time,
-            "request": {"replay": {"input_length": input}, "output_tokens": output},
-        });
-        if let Some(received) = received {
-            event["request"]["request_received_ms"] = received.into();
-        }
-        event.to_string()
+        assert!(!settings(&wins).on);
     }
 
     #[test]
-    fn dynamos_shards_are_rebased_and_other_events_passed_over() {
-        let dir = tempfile::tempdir().unwrap();
-        let base = 1_790_000_000_123;
-        let first = [
-            dynamo(None, base + 999_999, "request_start", 1, 1),
-            dynamo(Some(base + 11_000), base + 99_999, "request_end", 40, 4),
-        ];
-        let wrapped = format!(
-            "{{\"event\": {}}}\n",
-            dynamo(None, base, "request_end", 20, 2)
-        );
-        write(&dir.path().join("x-0.jsonl"), &first.join("\n"));
-        zip(&dir.path().join("x-1.jsonl.gz"), &wrapped);
-        write(&dir.path().join("notes.txt"), "not a shard");
-        let expected = [interval(0, 1, 20.0, 2.0), interval(10, 1, 40.0, 4.0)];
-        assert_eq!(extract(&wanted(dir.path())).unwrap(), expected);
-        let glob = dir.path().join("x-*");
-        assert_eq!(extract(&wanted(glob)).unwrap(), expected);
-    }
-
-    #[test]
-    fn faults_name_their_file_and_line() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("t.jsonl");
-        let mooncake = r#"{"timestamp": 1, "input_length": 1, "output_length": 1}"#;
-        let event = dynamo(None, 1, "request_end", 1, 1);
-        for (lines, said) in [
-            (vec![mooncake, "{"], ":2: is not JSON"),
-            (vec!["[1]"], ":1: is no object"),
-            (
-                vec![mooncake, &event],
-                ":2: is a dynamo record in a mooncake trace",
-            ),
-            (
-                vec![&event, mooncake],
-                ":2: is a mooncake record in a dynamo trace",
-            ),
-            (
-                vec![r#"{"timestamp": 1, "input_length": 1}"#],
-                ":1: output_length is missing",
-            ),
-            (
-                vec![r#"{"timestamp": 1, "input_length": -1, "output_length": 1}"#],
-                ":1: input_length is -1; it must be a whole number from 0",
-            ),
-            (
-                vec![r#"{"timestamp": "x", "input_length": 1, "output_length": 1}"#],
-                ":1: timestamp is \"x\"; it must be a number",
-            ),
-            (
-                vec![r#"{"schema": "dynamo.request.trace.v9"}"#],
-                "v9\"; only",
-            ),
-            (vec![r#"{"a": 1}"#], ":1: is neither"),
-        ] {
-            write(&path, &lines.join("\n"));
-            let error = extract(&wanted(&path)).unwrap_err().to_string();
-            assert!(error.contains(said), "{lines:?}: {error}");
-            assert!(error.starts_with(&path.display().to_string()), "{error}");
+    fn a_ratio_is_a_number_from_0_to_1() {
+        let name = "OTEL_TRACES_SAMPLE_RATIO";
+        assert_eq!(settings(&[(name, "0.25")]).ratio, 0.25);
+        for wrong in ["2", "-1", "NaN", "half"] {
+            let settings = settings(&[(name, wrong)]);
+            assert_eq!(
+                (settings.ratio, settings.complaints.len()),
+                (1.0, 1),
+                "{wrong}"
+            );
         }
-        write(&path, "\n \n");
-        let empty = extract(&wanted(&path)).unwrap_err().to_string();
-        assert!(empty.contains("no requests in 1 file(s)"), "{empty}");
-        let far = r#"{"timestamp": 1e15, "input_length": 1, "output_length": 1}"#;
-        write(&path, &[mooncake, far].join("\n"));
-        let gap = extract(&wanted(&path)).unwrap_err().to_string();
-        assert!(gap.contains("intervals"), "{gap}");
-    }
-
-    #[test]
-    fn inputs_that_are_not_there_or_there_twice() {
-        let dir = tempfile::tempdir().unwrap();
-        write(&dir.path().join("a.jsonl"), MOONCAKE);
-        zip(&dir.path().join("a.jsonl.gz"), MOONCAKE);
-        let twice = extract(&wanted(dir.path())).unwrap_err().to_string();
-        assert!(twice.contains("a.jsonl.gz are the same shard"), "{twice}");
-        let named = dir.path().join("a.jsonl");
-        assert!(
-            extract(&wanted(&named)).is_ok(),
-            "one of them by name is fine"
-        );
-        for (name, said) in [("b.jsonl", "there is no"), ("*.nope", "matches no")] {
-            let error = extract(&wanted(dir.path().join(name)))
-                .unwrap_err()
-                .to_string();
-            assert!(error.contains(said), "{error}");
-        }
-        let empty = tempfile::tempdir().unwrap();
-        let error = extract(&wanted(empty.path())).unwrap_err().to_string();
-        assert!(error.contains("no .jsonl or .jsonl.gz"), "{error}");
-        std::fs::write(dir.path().join("bad.jsonl.gz"), "no gzip").unwrap();
-        let error = extract(&wanted(dir.path().join("bad.jsonl.gz"))).unwrap_err();
-        assert!(error.to_string().contains("bad.jsonl.gz: "), "{error}");
     }
 }

@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand};
 
-use crate::trace::{Extract, Format};
+use crate::planner::trace::{Extract, Format};
 
 /// Work with traces of requests
 #[derive(Args, Debug)]
