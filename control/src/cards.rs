@@ -504,6 +504,7 @@ mod tests {
             address: "127.0.0.1:1".parse().unwrap(),
             path: b"x".to_vec(),
             codec: PayloadCodec::Json,
+            device: None,
         };
         let cards = [
             base(1, "m", ""),
