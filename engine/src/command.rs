@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::client::NewCall;
 use crate::directory::Directory;
 use crate::handler::NewHandler;
+use crate::local::Run;
 use crate::mesh::{Receiver, Sender};
 
 /// What control asks of a shard.
@@ -26,6 +27,8 @@ pub enum Command {
         /// Do not even take what the worker still sends.
         kill: bool,
     },
+    /// Run a task on the shard. It is dropped at once when 65,536 such tasks run already.
+    Run(Run),
     /// Refuse new requests from now on.
     Drain,
     /// End the loop after this tick.

@@ -38,7 +38,9 @@ use crate::tell::Tells;
 use crate::timer_wheel::TimerWheel;
 use crate::upstream::{InstanceState, Upstream};
 use crate::worker::Worker;
-use crate::{accept, client, collect, decode, ends, forward, home, link, recv, respond, tell};
+use crate::{
+    accept, client, collect, decode, ends, forward, home, link, local, recv, respond, tell,
+};
 
 pub use crate::command::{Command, Lanes, Report};
 pub(crate) use crate::due::TimerKind;
@@ -194,6 +196,7 @@ impl<R: Ring> Shard<R> {
         self.watch_wake();
         accept::arm(self);
         home::arm(self);
+        local::show_places(self);
         let address = self
             .listener
             .as_ref()
@@ -474,6 +477,7 @@ impl<R: Ring> Shard<R> {
                 }
                 Command::Call(call) => client::begin(self, *call),
                 Command::EndCall { number, kill } => client::end_early(self, number, kill),
+                Command::Run(run) => run.begin(&self.worker.host),
                 // The listener stays open, so that who still dials is told by a refusal and not by
                 // a reset.
                 Command::Drain => {

@@ -63,7 +63,7 @@ pub(crate) struct Worker {
     held_bytes: usize,
     pub(crate) responses: Table<Response>,
     pub(crate) host: Host,
-    spawner: Spawner,
+    pub(crate) spawner: Spawner,
     /// Slots may have become free since the queue was looked at.
     may_start: bool,
     pub(crate) touched: Vec<(u32, u32)>,
