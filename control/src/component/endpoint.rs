@@ -10,6 +10,7 @@ use corelane_engine::handler::NewHandler;
 use corelane_engine::shard::Command;
 use serde::Serialize;
 
+use super::client::Client;
 use super::error::Error;
 use super::handler::{Handler, make};
 use super::names;
@@ -128,6 +129,11 @@ impl Endpoint {
     pub fn stats(mut self, stats: impl Fn() -> serde_json::Value + 'static) -> Self {
         self.stats = Some(Box::new(stats));
         self
+    }
+
+    /// Calls it, wherever it is served. All clients of an endpoint share one watch in discovery.
+    pub fn client(&self) -> Client {
+        self.runtime.client_of(std::slice::from_ref(&self.id))
     }
 
     /// Serves it from now on, on every shard, with a handler that each shard has a clone of.

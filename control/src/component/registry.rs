@@ -253,11 +253,7 @@ impl Registry {
     }
 }
 
-async fn follow(
-    mut watch: InstanceWatch,
-    watched: Weak<Watched>,
-    mut gone: oneshot::Receiver<()>,
-) {
+async fn follow(mut watch: InstanceWatch, watched: Weak<Watched>, mut gone: oneshot::Receiver<()>) {
     loop {
         tokio::select! {
             () = watch.changed() => {}

@@ -239,10 +239,7 @@ mod tests {
         }
         let two = counts(RoutingMode::PowerOfTwoChoices, &loads(&[0, 5, 9]));
         // The most loaded never wins a pair; the least loaded is in two pairs of three.
-        assert!(
-            two[2] == 0 && (3_500..4_500).contains(&two[0]),
-            "{two:?}"
-        );
+        assert!(two[2] == 0 && (3_500..4_500).contains(&two[0]), "{two:?}");
         let one = counts(RoutingMode::PowerOfTwoChoices, &loads(&[7]));
         assert_eq!(one, [6_000]);
     }
