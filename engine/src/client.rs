@@ -548,7 +548,7 @@ mod tests {
         let mut client = Client::new(&Ends::default(), None, events);
         let mut seen = std::collections::HashSet::new();
         for _ in 0..10_000 {
-            let text = crate::call_frame::uuid(client.draw());
+            let text = call_frame::uuid(client.draw());
             assert_eq!((text.len(), &text[14..15]), (36, "4"));
             assert!("89ab".contains(&text[19..20]), "{text}");
             assert!(seen.insert(text));
