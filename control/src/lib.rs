@@ -13,6 +13,8 @@ pub mod cores;
 pub mod discovery;
 pub mod echo;
 pub mod env;
+pub mod gpu_memory;
+pub mod gpu_metrics;
 pub mod health;
 pub mod lease;
 pub mod logging;

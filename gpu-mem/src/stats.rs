@@ -1,4 +1,4 @@
-//! What the service counts, readable from any thread.
+//! What each pool counts, readable from any thread.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -52,7 +52,7 @@ counters! {
     DeadlinesPassed "deadlines_passed_total" "Connections that stalled in a frame or a reply.",
 }
 
-/// The counters of one service.
+/// The counters of one pool.
 #[derive(Debug, Default)]
 pub struct Stats {
     counts: [AtomicU64; COUNTERS],

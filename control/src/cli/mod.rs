@@ -17,11 +17,15 @@ use crate::logging;
 
 mod args;
 mod check;
+mod gms;
 mod options;
 
-pub use args::{Answer, CallArgs, Codec, Early, EchoArgs, ServeArgs, Target, UpArgs};
+pub use args::{
+    Answer, CallArgs, Codec, Early, EchoArgs, GmsArgs, ProbeArgs, ServeArgs, Target, UpArgs,
+};
 pub use check::{Report, SCHEMA};
 
+use gms::GmsTask;
 use options::{Command, EnvOptions, Options, WorkerCommand};
 
 /// How the program ends.
@@ -142,6 +146,14 @@ fn dispatch(command: Command, env: &Env, host: &Host) -> anyhow::Result<Exit> {
             let config = load(call.inputs(env, host))?;
             commands::call(call.args(config)?)
         }
+        Command::Gms(gms) => match gms.task() {
+            GmsTask::Serve(serve) => {
+                report(env);
+                let config = load(serve.inputs(env, host))?;
+                commands::gms(serve.args(config)?)
+            }
+            GmsTask::Probe(probe) => commands::probe(probe.args(env)),
+        },
     }
 }
 

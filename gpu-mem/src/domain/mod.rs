@@ -176,6 +176,12 @@ impl Domain {
         self.lock.standing()
     }
 
+    /// The process that holds the lock for writing, if one does.
+    pub fn writer(&self) -> Option<Peer> {
+        let writer = self.lock.writer()?;
+        self.sessions.get(&writer).map(|session| session.peer)
+    }
+
     /// Allocations and their bytes.
     pub fn usage(&self) -> (u64, u64) {
         (self.store.count(), self.store.total_bytes())

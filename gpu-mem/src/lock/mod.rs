@@ -384,6 +384,11 @@ impl Lock {
         }
     }
 
+    /// Who holds the lock for writing.
+    pub fn writer(&self) -> Option<ClientId> {
+        self.writer.map(|writer| writer.client)
+    }
+
     /// What this client holds.
     pub fn grant_of(&self, client: ClientId) -> Option<Grant> {
         match self.writer {
