@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use component_lab::{echo, endpoint, options, settled, with_runtime};
 use corelane::component::{
-    Call, Client, Deadlines, DynamoError, Ending, EndpointId, MemoryStore, Outcome, PayloadCodec,
-    Reason, Request, RoutingMode, Runtime, Served, Stream,
+    Call, Client, Deadlines, DynamoError, Ending, EndpointId, Fault, MemoryStore, Outcome,
+    PayloadCodec, Reason, Request, RoutingMode, Runtime, Served, Stream, TokioStream,
 };
 use serde_json::{Value, json};
 
@@ -307,5 +307,43 @@ fn the_older_yaml_reference_resolves() {
         }
         let error = client.call(&1).await.err().unwrap();
         assert_eq!(error.reason(), Reason::Unavailable);
+    });
+}
+
+#[test]
+fn handlers_run_on_tokio_as_well() {
+    with_runtime(options(), async |runtime| {
+        let tokio = tokio::runtime::Handle::current();
+        let slow = |request: Request, mut stream: TokioStream| async move {
+            let count: u32 = request.parse()?;
+            assert!(count != 7, "a number that this handler cannot stand");
+            for number in 0..count {
+                tokio::time::sleep(Duration::from_micros(10)).await;
+                stream.send(&number).await?;
+            }
+            if count == 3 {
+                return Err(Fault::from(DynamoError::not_found("three")));
+            }
+            Ok(())
+        };
+        let served = endpoint(runtime, "generate")
+            .serve_on(tokio, slow)
+            .await
+            .unwrap();
+        let client = client_of(runtime, &served).await;
+        for count in [0usize, 1, 200] {
+            let items = all(&client, client.request(&count).unwrap()).await.unwrap();
+            assert_eq!(items, (0..count).map(Value::from).collect::<Vec<_>>());
+        }
+        for (count, text) in [(3, "three"), (7, "the handler of this request panicked")] {
+            let error = all(&client, client.request(&count).unwrap())
+                .await
+                .unwrap_err();
+            assert_eq!(error.text(), text);
+        }
+        // Nobody reads: the handler waits, and its request ends when the caller goes.
+        let reply = client.call(&1_000_000).await.unwrap();
+        drop(reply);
+        settled(&[&served], &client).await;
     });
 }

@@ -17,6 +17,7 @@ use super::names;
 use super::runtime::Runtime;
 use super::serving::{Served, Serving, StatsHandler};
 use super::shard::Shard;
+use super::tokio_handler::{Bridge, TokioHandler};
 use crate::health::State;
 
 /// A space of names, such as `production`.
@@ -192,6 +193,26 @@ impl Endpoint {
         };
         served.settled().await;
         Ok(served)
+    }
+
+    /// Serves it with a handler that runs on `tokio`, a runtime of yours
+    /// (`tokio::runtime::Handle::current()` is the one that discovery runs on): for work that
+    /// needs tokio's world. Each request and each item takes a hop between threads.
+    ///
+    /// # Errors
+    /// As [`Endpoint::serve`].
+    pub async fn serve_on<H: TokioHandler>(
+        self,
+        tokio: tokio::runtime::Handle,
+        handler: H,
+    ) -> Result<Served, Error> {
+        let hub = Arc::clone(&self.runtime.inner().hub);
+        self.serve_with(move |shard| Bridge {
+            handler: handler.clone(),
+            tokio: tokio.clone(),
+            nudge: hub.nudge(shard.index()),
+        })
+        .await
     }
 
     fn serving(&self) -> Result<Serving, Error> {

@@ -28,9 +28,9 @@ use super::shard::Shard;
 ///
 /// Returning `Ok` ends the response well; a [`Fault`] ends it with an error, which the caller gets
 /// with its reason: as the last item, or before any item if the request was to blame. A panic
-/// becomes an error as well, and ends nothing but its request. When the caller kills the request or is gone, the handler's
-/// next write answers [`Gone`](corelane_engine::responder::Gone); a handler that goes on for 10 s
-/// after that is dropped at its next wait.
+/// becomes an error as well, and ends nothing but its request. When the caller kills the request
+/// or is gone, the handler's next write fails; a handler that goes on for 10 s after that is
+/// dropped at its next wait.
 pub trait Handler: 'static {
     /// Answers one request.
     fn handle(&self, request: Request, stream: &mut Stream) -> impl Future<Output = Outcome>;

@@ -24,6 +24,7 @@ pub(super) struct Hub {
 }
 
 /// Wakes a shard: what was done to its tasks from outside is looked at soon.
+#[derive(Clone)]
 pub(super) struct Nudge(Sender<Command>);
 
 impl Nudge {
@@ -45,6 +46,11 @@ impl Hub {
     /// How many there are.
     pub(super) fn shards(&self) -> usize {
         self.shards.len()
+    }
+
+    /// Wakes one shard.
+    pub(super) fn nudge(&self, index: usize) -> Nudge {
+        Nudge(self.shards[index].clone())
     }
 
     /// Turns true when the shards have ended.

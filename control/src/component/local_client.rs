@@ -33,9 +33,12 @@ pub struct LocalClient {
     client: Client,
     shard: Shard,
     chance: Rc<RefCell<Chance>>,
-    /// The members of each reading, with the version that they are of.
-    known: Rc<RefCell<Vec<Option<(u64, Members)>>>>,
+    /// By reading.
+    known: Rc<RefCell<Vec<Known>>>,
 }
+
+/// The members of a reading, with the version that they are of.
+type Known = Option<(u64, Members)>;
 
 impl LocalClient {
     pub(super) fn new(client: &Client, shard: &Shard) -> LocalClient {
@@ -344,7 +347,7 @@ fn is_fault(reason: Reason) -> bool {
 }
 
 /// The error that an item is, if it is one.
-fn error_of(item: &[u8], codec: PayloadCodec) -> Option<DynamoError> {
+pub(super) fn error_of(item: &[u8], codec: PayloadCodec) -> Option<DynamoError> {
     let word = b"error";
     let short = item.len() <= ERROR_BYTES_MAX;
     if !short || !item.windows(word.len()).any(|window| window == word) {

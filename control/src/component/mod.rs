@@ -53,6 +53,7 @@
 //! Requests come over TCP. A NATS service for each component would be made where
 //! [`Component::service_name`] names it, and would answer with [`Runtime::stats`].
 
+mod canary;
 mod client;
 mod endpoint;
 mod error;
@@ -70,6 +71,7 @@ mod routing;
 mod runtime;
 mod serving;
 mod shard;
+mod tokio_handler;
 
 pub use corelane_codec::control_message::PayloadCodec;
 pub use corelane_codec::error::{Class, DynamoError, Reason};
@@ -94,3 +96,4 @@ pub use routing::{Ratio, RoutingMode, UnknownMode};
 pub use runtime::Runtime;
 pub use serving::Served;
 pub use shard::Shard;
+pub use tokio_handler::{TokioHandler, TokioStream};

@@ -157,7 +157,7 @@ impl Reply {
     async fn hear(&mut self) -> Said {
         tokio::select! {
             biased;
-            said = self.said.recv() => said.unwrap_or_else(|| Said::Ended(None)),
+            said = self.said.recv() => said.unwrap_or(Said::Ended(None)),
             _ = self.stopped.wait_for(|stopped| *stopped) => Said::Failed(gone()),
         }
     }

@@ -242,6 +242,15 @@ impl Runtime {
         &self.0.endpoints
     }
 
+    /// Whether no request, response, call or task is left on any shard.
+    pub fn is_idle(&self) -> bool {
+        let left = |stats: &corelane_engine::stats::Stats| {
+            let shard = &stats.shard;
+            shard.handling.get() + shard.responses.get() + shard.calls.get()
+        };
+        self.0.cores.sum(left) == 0
+    }
+
     /// Keeps the process not ready until what is returned is dropped: while a model is loaded,
     /// for example.
     pub fn hold_readiness(&self) -> Hold {

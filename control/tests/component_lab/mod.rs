@@ -60,3 +60,15 @@ pub(crate) async fn settled(served: &[&Served], client: &Client) {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
+
+/// Waits until a condition holds.
+pub(crate) async fn until(what: &str, condition: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !condition() {
+        assert!(
+            began.elapsed() < DEADLINE,
+            "{what}: not so after {DEADLINE:?}"
+        );
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
