@@ -4,6 +4,7 @@
 //! directory, its counters. See ARCHITECTURE.md for the life of a request.
 
 mod accept;
+pub mod adopt;
 pub mod buffers;
 pub mod call;
 mod call_frame;
@@ -38,6 +39,7 @@ pub mod responder;
 pub mod ring;
 pub mod route;
 pub mod send_pool;
+pub mod served;
 mod settle;
 pub mod shard;
 mod socket;
@@ -45,5 +47,6 @@ pub mod stats;
 pub mod table;
 mod tell;
 pub mod timer_wheel;
+pub mod times;
 pub mod upstream;
 mod worker;
