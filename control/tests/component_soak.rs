@@ -58,7 +58,11 @@ async fn one(client: &Client, number: u64) {
         }
     }
     if way > 3 {
-        assert_eq!((reply.ending(), seen), (Some(Ending::Complete), items), "way {way}");
+        assert_eq!(
+            (reply.ending(), seen),
+            (Some(Ending::Complete), items),
+            "way {way}"
+        );
     }
 }
 
