@@ -20,8 +20,9 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::cli::Stop;
 use crate::config::Server;
-use crate::cores::register;
+use crate::cores::{CoreView, register};
 use crate::env::Env;
+use crate::preflight::ring_word;
 use crate::trace;
 
 /// Longest wait until the shard listens.
@@ -38,6 +39,8 @@ pub struct Peer {
     handle: RefCell<ShardHandle>,
     reports: AsyncFd<OwnedFd>,
     events: AsyncFd<OwnedFd>,
+    ring: RingKind,
+    cause: &'static str,
 }
 
 impl Peer {
@@ -52,21 +55,22 @@ impl Peer {
         ends: impl Fn() -> Ends,
     ) -> Result<Peer> {
         host::raise_limits();
-        let (ring, required) = ring()?;
+        let (ring, cause, required) = ring()?;
         let mut config = ShardConfig::new(0, ANY_CPU, ring, listen);
         config.buffers = BUFFERS;
         config.message_bytes_max = u64::from(server.message_bytes_max);
-        match Peer::on_ring(config.clone(), ends()).await {
+        match Peer::on_ring(config.clone(), cause, ends()).await {
             Err(error) if ring == RingKind::Uring && !required => {
                 tracing::warn!("ring epoll: io_uring did not start here: {error:#}");
                 config.ring = RingKind::Epoll;
-                Peer::on_ring(config, ends()).await
+                Peer::on_ring(config, "start_failed", ends()).await
             }
             other => other,
         }
     }
 
-    async fn on_ring(config: ShardConfig, ends: Ends) -> Result<Peer> {
+    async fn on_ring(config: ShardConfig, cause: &'static str, ends: Ends) -> Result<Peer> {
+        let ring = config.ring;
         let tracing = trace::tracing();
         let ends = Ends { tracing, ..ends };
         let handle = spawn_with(config, ends)?;
@@ -75,6 +79,8 @@ impl Peer {
             reports: watch(handle.reports.as_fd()).context("cannot watch the shard")?,
             events: watch(handle.events.as_fd()).context("cannot watch the shard")?,
             handle: RefCell::new(handle),
+            ring,
+            cause,
         };
         let deadline = Instant::now() + START_MAX;
         match timeout_at(deadline, peer.report()).await {
@@ -98,6 +104,17 @@ impl Peer {
     /// Its counters.
     pub fn stats(&self) -> Arc<Stats> {
         Arc::clone(&self.handle.borrow().stats)
+    }
+
+    /// The shard as metrics show it.
+    pub fn view(&self) -> CoreView {
+        CoreView {
+            shard: 0,
+            cpu: ANY_CPU,
+            ring: ring_word(self.ring),
+            cause: self.cause,
+            stats: self.stats(),
+        }
     }
 
     /// Hands a command over; waits a little while its queue is full.
@@ -182,8 +199,8 @@ impl Peer {
     }
 }
 
-/// The ring that `CORELANE_IO` and this host allow, and whether it must be that one.
-fn ring() -> Result<(RingKind, bool), Stop> {
+/// The ring that `CORELANE_IO` and this host allow, why, and whether it must be that one.
+fn ring() -> Result<(RingKind, &'static str, bool), Stop> {
     let env = Env::current();
     let io = match env.get("CORELANE_IO") {
         Some(text) => text
@@ -194,5 +211,6 @@ fn ring() -> Result<(RingKind, bool), Stop> {
     let choice = host::choose(io, &host::probe());
     let choice = choice.map_err(|refused| Stop::HostCannot(refused.to_string()))?;
     tracing::info!("ring {}", choice.explain);
-    Ok((choice.ring, io == host::Io::Uring))
+    let required = io == host::Io::Uring;
+    Ok((choice.ring, choice.cause.word(), required))
 }
