@@ -4,6 +4,7 @@
 use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,6 +24,7 @@ use crate::config::Server;
 use crate::cores::{CoreView, register};
 use crate::env::Env;
 use crate::preflight::ring_word;
+use crate::tls::{self, Tls};
 use crate::trace;
 
 /// Longest wait until the shard listens.
@@ -41,6 +43,7 @@ pub struct Peer {
     events: AsyncFd<OwnedFd>,
     ring: RingKind,
     cause: &'static str,
+    tls: Option<Rc<Tls>>,
 }
 
 impl Peer {
@@ -59,21 +62,29 @@ impl Peer {
         let mut config = ShardConfig::new(0, ANY_CPU, ring, listen);
         config.buffers = BUFFERS;
         config.message_bytes_max = u64::from(server.message_bytes_max);
-        match Peer::on_ring(config.clone(), cause, ends()).await {
+        tls::ask(&mut config, &server.tls);
+        let tls = Tls::start(&server.tls)?;
+        match Peer::on_ring(config.clone(), cause, ends(), tls.clone()).await {
             Err(error) if ring == RingKind::Uring && !required => {
                 tracing::warn!("ring epoll: io_uring did not start here: {error:#}");
                 config.ring = RingKind::Epoll;
-                Peer::on_ring(config, "start_failed", ends()).await
+                Peer::on_ring(config, "start_failed", ends(), tls).await
             }
             other => other,
         }
     }
 
-    async fn on_ring(config: ShardConfig, cause: &'static str, ends: Ends) -> Result<Peer> {
+    async fn on_ring(
+        config: ShardConfig,
+        cause: &'static str,
+        ends: Ends,
+        tls: Option<Rc<Tls>>,
+    ) -> Result<Peer> {
         let ring = config.ring;
         let tracing = trace::tracing();
         let ends = Ends { tracing, ..ends };
-        let handle = spawn_with(config, ends)?;
+        let mut handle = spawn_with(config, ends)?;
+        tls::attend(&tls, &mut handle);
         let watch = |fd: std::os::fd::BorrowedFd<'_>| register(fd.try_clone_to_owned()?);
         let peer = Peer {
             reports: watch(handle.reports.as_fd()).context("cannot watch the shard")?,
@@ -81,6 +92,7 @@ impl Peer {
             handle: RefCell::new(handle),
             ring,
             cause,
+            tls,
         };
         let deadline = Instant::now() + START_MAX;
         match timeout_at(deadline, peer.report()).await {
@@ -91,7 +103,7 @@ impl Peer {
                     failure.unwrap_or_else(|| "the shard ended at once".into())
                 )
             }
-            Ok(Report::Undecodable { .. } | Report::Span(_)) => Ok(peer),
+            Ok(Report::Undecodable { .. } | Report::Stranger | Report::Span(_)) => Ok(peer),
             Err(_) => bail!("the shard does not run after {START_MAX:?}"),
         }
     }
@@ -157,6 +169,7 @@ impl Peer {
                 Report::Undecodable { why } => {
                     tracing::warn!(why, "a request cannot be decoded");
                 }
+                Report::Stranger => tracing::warn!("{}", tls::STRANGER),
                 Report::Span(span) => trace::tell(*span),
                 Report::Stopped { failure } => {
                     return failure.unwrap_or_else(|| "without a reason".into());
@@ -196,6 +209,9 @@ impl Peer {
             sleep(Duration::from_millis(1)).await;
         }
         self.handle.borrow_mut().join();
+        if let Some(tls) = &self.tls {
+            tls.finish().await;
+        }
     }
 }
 

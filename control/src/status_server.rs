@@ -4,7 +4,7 @@
 //! | route | answer |
 //! |---|---|
 //! | `/live` | 200 while this process runs at all (unlike Dynamo's, which repeats `/health`) |
-//! | `/health` | 200 or 503, `{"status":..,"uptime":{..},"endpoints":{..},"paths":{..},"states":{..}}` |
+//! | `/health` | 200 or 503, an object of `status`, `uptime`, `endpoints`, `paths`, `states` |
 //! | `/metrics` | 200, text |
 //! | `/engine/{path}` | what a worker's callback answers, 400, 404 or 500 with JSON |
 //! | `/metadata`, `/v1/metadata/..` | 404 in Dynamo's words: nothing is published here |

@@ -419,7 +419,12 @@ impl Pulse {
         let routes = self.board.routes().iter().map(route).collect();
         let discovery = self.discovery.borrow();
         let own = Snapshot::take(&self.cores.view(), routes, process, discovery.as_deref());
-        let text = own.render_with(|out| self.more.borrow().iter().for_each(|more| more(out)));
+        let text = own.render_with(|out| {
+            if let Some(tls) = self.cores.tls() {
+                tls.stats().write(out);
+            }
+            self.more.borrow().iter().for_each(|more| more(out));
+        });
         let numbers = WorkerNumbers {
             instance_id: self.board.identity().unwrap_or_default(),
             uptime: self.began.elapsed(),

@@ -65,7 +65,7 @@ pub(crate) fn accepted<R: Ring>(shard: &mut Shard<R>, event: Event) {
     let until_ns = shard.now_ns + HANDSHAKE_NS;
     let timer = shard.timer_to_cancel(TimerKind::Home, slot, generation, until_ns);
     shard.connections[slot].timer = timer;
-    shard.receive(slot);
+    shard.welcome(slot);
 }
 
 /// Nobody has said for which call, or nobody takes our last word.
@@ -79,6 +79,10 @@ pub(crate) fn overdue<R: Ring>(shard: &mut Shard<R>, slot: u32) {
 
 fn refuse<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     shard.stats.shard.homes_refused.add(1);
+    let mut front = [0; 3];
+    let incoming = &shard.connections[slot].incoming;
+    let copied = shard.pieces.copy_out(incoming, 0, &mut front);
+    shard.note_stranger(&front[..copied]);
     shard.reset(slot);
 }
 

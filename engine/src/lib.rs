@@ -4,6 +4,7 @@
 //! directory, its counters. See ARCHITECTURE.md for the life of a request.
 
 mod accept;
+pub mod adopt;
 pub mod buffers;
 pub mod call;
 mod call_frame;

@@ -108,6 +108,10 @@ cells! {
         Counter connections_accepted,
         /// Connections refused because the table was full
         Counter connections_refused,
+        /// Connections closed because no handshake could be begun: too many wait already
+        Counter handshakes_refused,
+        /// Connections closed because the peer speaks TLS where we do not
+        Counter tls_strangers,
         /// Accepts that failed, for lack of descriptors for example
         Counter accept_failures,
         /// Connections closed, of all kinds

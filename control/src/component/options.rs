@@ -356,6 +356,7 @@ impl Options {
         Ok(Plan {
             control_cpu: ANY_CPU,
             shards: cpus.iter().enumerate().map(planned).collect(),
+            tls: self.server.tls.clone(),
         })
     }
 }

@@ -141,6 +141,7 @@ impl Collector for WorkerNumbers {
             self.endpoints(&mut encoder, &worker_id)?;
             self.errors(&mut encoder, &worker_id)?;
             self.pool(&mut encoder)?;
+            self.waits(&mut encoder)?;
         }
         Ok(())
     }
@@ -227,7 +228,7 @@ impl WorkerNumbers {
         Ok(())
     }
 
-    /// Families without labels.
+    /// Slots and queue, of all endpoints together.
     fn pool(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
         let (running_max, queue_max) = self.bounds.unwrap_or_default();
         let queued = self.gauge(|stats| stats.shard.queued.get());
@@ -271,8 +272,11 @@ impl WorkerNumbers {
         let help = "Requests refused because slots and queue were full.";
         let name = "dynamo_rejection_request";
         let mut counter = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
-        counter
-            .encode_counter::<NoLabelSet, _, f64>(&self.sum(|stats| stats.refused.get()), None)?;
+        counter.encode_counter::<NoLabelSet, _, f64>(&self.sum(|stats| stats.refused.get()), None)
+    }
+
+    /// Times of all endpoints together.
+    fn waits(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
         type Pick = fn(&Times) -> &Histogram;
         let histograms: [(&str, &str, Pick); 2] = [
             (

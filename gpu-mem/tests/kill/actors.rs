@@ -18,28 +18,50 @@ use corelane_gpu_mem::protocol::v1::{
 
 use crate::common::{PATIENCE, Raw, until};
 
+/// Whose memory a service lends.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Memory {
+    Host,
+    /// A GPU's that the stand-in for the driver plays.
+    #[cfg(feature = "cuda")]
+    StandIn,
+}
+
 /// The service in another process, killed when this is dropped.
 pub(crate) struct Service {
     dir: tempfile::TempDir,
     pub(crate) child: Child,
     /// Descriptors of a service with nobody and nothing in it.
     baseline: usize,
+    /// The size of its blocks.
+    pub(crate) block_bytes: u64,
+    _library: Option<tempfile::TempDir>,
 }
 
 impl Service {
     pub(crate) fn start() -> Service {
+        Service::on(Memory::Host)
+    }
+
+    pub(crate) fn on(memory: Memory) -> Service {
         let dir = tempfile::tempdir().expect("a directory");
         let program = std::env::current_exe().expect("this program");
-        let child = Command::new(program)
-            .arg("--serve")
-            .arg(dir.path())
-            .stdin(Stdio::null())
-            .spawn()
-            .expect("it starts");
+        let mut command = Command::new(program);
+        command.arg("--serve").arg(dir.path()).stdin(Stdio::null());
+        let library = match memory {
+            Memory::Host => None,
+            #[cfg(feature = "cuda")]
+            Memory::StandIn => Some(crate::common::stand_in::library()),
+        };
+        if let Some(library) = &library {
+            command.arg("cuda").env("LD_LIBRARY_PATH", library.path());
+        }
         let mut service = Service {
             dir,
-            child,
+            child: command.spawn().expect("it starts"),
             baseline: 0,
+            block_bytes: if library.is_some() { 2 << 20 } else { 4096 },
+            _library: library,
         };
         runtime_state(&service.dial()).expect("the service answers");
         until(

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 use corelane_gpu_mem::client::runtime_state;
 use corelane_gpu_mem::lock::{Grant, LockType, State};
 
-use crate::actors::{Client, Service, grant_letter};
+use crate::actors::{Client, Memory, Service, grant_letter};
 use crate::common::until;
 
 /// What a living client is to the lock.
@@ -171,7 +171,10 @@ impl Run<'_> {
         let wanted = (
             (state, self.holders(false) as u64),
             (self.waiting_writers() as u64, Some(waiters as u64)),
-            (self.pool.allocations, Some(self.pool.allocations * 4096)),
+            (
+                self.pool.allocations,
+                Some(self.pool.allocations * self.service.block_bytes),
+            ),
         );
         let dial = self.service.dial();
         let found = || {
@@ -309,9 +312,22 @@ fn last_words(life: &Life, random: &mut Random) -> (Option<u8>, Step) {
 }
 
 pub(crate) fn random_lives_and_deaths() {
+    live_and_die(Memory::Host, runs());
+}
+
+/// A third as many, where the memory is the driver's.
+#[cfg(feature = "cuda")]
+pub(crate) fn random_lives_and_deaths_on_the_stand_in() {
+    live_and_die(Memory::StandIn, runs() / 3);
+}
+
+fn runs() -> u64 {
     let runs = std::env::var("CORELANE_GPU_MEM_KILL_RUNS").ok();
-    let runs: u64 = runs.and_then(|runs| runs.parse().ok()).unwrap_or(150);
-    let service = Service::start();
+    runs.and_then(|runs| runs.parse().ok()).unwrap_or(150)
+}
+
+fn live_and_die(memory: Memory, runs: u64) {
+    let service = Service::on(memory);
     let (mut pool, mut deaths) = (Pool::default(), Deaths::new());
     for seed in 0..runs {
         let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
@@ -346,7 +362,7 @@ pub(crate) fn random_lives_and_deaths() {
         }
         run.check();
     }
-    println!("{runs} random runs");
+    println!("{runs} random runs on {memory:?}");
     report(&deaths, runs);
 }
 
