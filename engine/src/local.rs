@@ -25,7 +25,9 @@ use corelane_codec::reply_frame;
 
 use crate::call::{NewCall, What};
 use crate::client::{self, Hearer};
+use crate::feed::{self, Feed};
 use crate::home;
+use crate::input;
 use crate::responder::Host;
 use crate::ring::Ring;
 use crate::shard::Shard;
@@ -65,12 +67,21 @@ impl fmt::Debug for Run {
     }
 }
 
+/// A call that a task wants to make.
+pub(crate) struct Wished {
+    new: NewCall,
+    inbox: Shared,
+    feed: Option<feed::Shared>,
+}
+
 /// What the tasks of a shard have asked for since the shard looked last.
 #[derive(Default)]
 pub(crate) struct Wishes {
-    calls: RefCell<Vec<(NewCall, Shared)>>,
+    calls: RefCell<Vec<Wished>>,
     /// Calls that their reader has touched, by slot and generation.
     touched: RefCell<Vec<(u32, u32)>>,
+    /// The same for request streams that handlers read.
+    inputs: RefCell<Vec<(u32, u32)>>,
     jobs: RefCell<Vec<Job>>,
     /// Jobs that have not ended.
     running: Cell<usize>,
@@ -83,12 +94,21 @@ impl Wishes {
         self.places.set(places);
     }
 
-    pub(crate) fn take_calls(&self, into: &mut Vec<(NewCall, Shared)>) {
+    pub(crate) fn take_calls(&self, into: &mut Vec<Wished>) {
         into.append(&mut self.calls.borrow_mut());
     }
 
     pub(crate) fn take_touched(&self, into: &mut Vec<(u32, u32)>) {
         into.append(&mut self.touched.borrow_mut());
+    }
+
+    /// A call is to be looked at.
+    pub(crate) fn touch(&self, place: (u32, u32)) {
+        self.touched.borrow_mut().push(place);
+    }
+
+    fn take_inputs(&self) -> Vec<(u32, u32)> {
+        std::mem::take(&mut *self.inputs.borrow_mut())
     }
 
     pub(crate) fn take_jobs(&self) -> Vec<Job> {
@@ -99,6 +119,7 @@ impl Wishes {
         self.calls.borrow().is_empty()
             && self.touched.borrow().is_empty()
             && self.jobs.borrow().is_empty()
+            && self.inputs.borrow().is_empty()
     }
 }
 
@@ -172,9 +193,27 @@ impl Caller {
     /// Begins a call. [`NewCall::number`] means nothing here. What goes wrong, from the beginning
     /// on, comes out of the reply.
     pub fn call(&self, new: NewCall) -> Reply {
-        let inbox = Rc::new(RefCell::new(Inbox::new(&self.host)));
+        self.begin(new, None)
+    }
+
+    /// Begins a bidirectional call: its values are written to the [`Feed`], and
+    /// [`NewCall::body`] means nothing.
+    pub fn call_many(&self, new: NewCall) -> (Feed, Reply) {
+        let feed = Feed::new(&self.host);
+        let reply = self.begin(new, Some(feed.state()));
+        (feed, reply)
+    }
+
+    fn begin(&self, new: NewCall, feed: Option<feed::Shared>) -> Reply {
+        let inbox = Rc::new(RefCell::new(Inbox::new(&self.host, Kind::Reply)));
         let wishes = self.host.wishes();
-        match wishes.places.get() {
+        let places = wishes.places.get();
+        if let Some(feed) = &feed
+            && matches!(places, None | Some(0))
+        {
+            feed.borrow_mut().give_up();
+        }
+        match places {
             None => {
                 let text = "this shard has no call-home listener, so it cannot call";
                 inbox.borrow_mut().fail(DynamoError::invalid_argument(text));
@@ -182,8 +221,8 @@ impl Caller {
             Some(0) => inbox.borrow_mut().fail(too_many()),
             Some(places) => {
                 wishes.places.set(Some(places - 1));
-                let entry = (new, Rc::clone(&inbox));
-                wishes.calls.borrow_mut().push(entry);
+                let inbox = Rc::clone(&inbox);
+                wishes.calls.borrow_mut().push(Wished { new, inbox, feed });
             }
         }
         Reply { inbox }
@@ -240,6 +279,10 @@ pub struct Reply {
 }
 
 impl Reply {
+    pub(crate) fn of(inbox: Shared) -> Reply {
+        Reply { inbox }
+    }
+
     /// The next item, or an error; `None` at the end. An error is the last thing that comes,
     /// unless it is an item that could not be understood.
     pub async fn next(&mut self) -> Option<Result<Item, DynamoError>> {
@@ -309,8 +352,18 @@ impl Drop for Reply {
     }
 }
 
-/// What a call and its reader share.
+/// Whose an inbox is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// A call's.
+    Reply,
+    /// A request stream's.
+    Input,
+}
+
+/// What a call, or a request stream, and its reader share.
 pub(crate) struct Inbox {
+    kind: Kind,
     items: VecDeque<Result<Vec<u8>, DynamoError>>,
     bytes: usize,
     begun: bool,
@@ -330,8 +383,9 @@ pub(crate) struct Inbox {
 pub(crate) type Shared = Rc<RefCell<Inbox>>;
 
 impl Inbox {
-    fn new(host: &Host) -> Inbox {
+    pub(crate) fn new(host: &Host, kind: Kind) -> Inbox {
         Inbox {
+            kind,
             items: VecDeque::new(),
             bytes: 0,
             begun: false,
@@ -383,7 +437,12 @@ impl Inbox {
             && !self.touched
         {
             self.touched = true;
-            self.host.wishes().touched.borrow_mut().push(place);
+            let wishes = self.host.wishes();
+            let list = match self.kind {
+                Kind::Reply => &wishes.touched,
+                Kind::Input => &wishes.inputs,
+            };
+            list.borrow_mut().push(place);
         }
     }
 
@@ -398,6 +457,11 @@ impl Inbox {
     pub(crate) fn seen(&mut self) -> Option<bool> {
         self.touched = false;
         self.wish
+    }
+
+    /// How it has ended, if it has.
+    pub(crate) fn ending(&self) -> Option<Ending> {
+        self.ending
     }
 
     /// Whether another item can be taken.
@@ -464,8 +528,8 @@ pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
         }
         let mut begun = std::mem::take(&mut shard.client.begun);
         host.wishes().take_calls(&mut begun);
-        for (new, inbox) in begun.drain(..) {
-            begin_local(shard, new, inbox);
+        for wished in begun.drain(..) {
+            begin_local(shard, wished);
         }
         shard.client.begun = begun;
         let mut touched = std::mem::take(&mut shard.client.touched);
@@ -476,6 +540,11 @@ pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
             }
         }
         shard.client.touched = touched;
+        for (slot, generation) in host.wishes().take_inputs() {
+            if shard.worker.inputs.is_current(slot, generation) {
+                input::touched(shard, slot);
+            }
+        }
     }
     show_places(shard);
 }
@@ -500,7 +569,10 @@ fn hear_reader<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     if has_room && std::mem::take(&mut call.held_up) {
         home::go_on(shard, slot);
     }
-    // It may have ended just now, and its place may be another's.
+    if shard.client.calls.get(slot).is_some() {
+        feed::advance(shard, slot);
+    }
+    // It may have ended just now.
     if let Some(kill) = wish
         && shard.client.calls.get(slot).is_some()
     {
@@ -509,12 +581,22 @@ fn hear_reader<R: Ring>(shard: &mut Shard<R>, slot: u32) {
 }
 
 /// Begins a call for a task.
-fn begin_local<R: Ring>(shard: &mut Shard<R>, new: NewCall, inbox: Shared) {
+fn begin_local<R: Ring>(shard: &mut Shard<R>, wished: Wished) {
+    let Wished { new, inbox, feed } = wished;
+    let unused = feed.clone();
     if inbox.borrow_mut().seen().is_some() {
+        give_up(unused);
         return inbox.borrow_mut().tell(What::Stopped);
     }
     let hearer = Hearer::Task(Rc::clone(&inbox));
-    if let Err(error) = client::begin_for(shard, new, hearer) {
+    if let Err(error) = client::begin_for(shard, new, hearer, feed) {
+        give_up(unused);
         inbox.borrow_mut().fail(error);
+    }
+}
+
+fn give_up(feed: Option<feed::Shared>) {
+    if let Some(feed) = feed {
+        feed.borrow_mut().give_up();
     }
 }
