@@ -19,6 +19,7 @@ use corelane_codec::call_home::{KILL_FRAME, STOP_FRAME};
 use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::error::DynamoError;
 
+pub(crate) use crate::call::Phase;
 pub use crate::call::{CallEvent, Deadlines, NewCall, What};
 use crate::call_frame::FrameWriter;
 use crate::call_link::{self, Link};
@@ -41,19 +42,6 @@ const UNDELIVERED_MAX: usize = 256;
 const FRAME_KEPT_BYTES_MAX: usize = 64 * 1024;
 /// A worker that calls home within this time after its call was ended is told so.
 const LATE_NS: u64 = 10_000_000_000;
-
-/// How far the response of a call has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Phase {
-    /// The worker has not called home.
-    Waiting,
-    /// It has, and owes the prologue.
-    CalledHome,
-    /// Items may come.
-    Items,
-    /// The final marker has come; the socket's end is missing.
-    Final,
-}
 
 /// Who hears of a call.
 pub(crate) enum Hearer {
@@ -236,31 +224,7 @@ pub(crate) fn begin_for<R: Ring>(
         return Err(local::too_many());
     }
     let subject = shard.client.draw();
-    let fresh = shard.client.draw();
-    if let Some(feed) = &feed {
-        feed.borrow_mut().subject = shard.client.draw();
-    }
-    let mut frame = std::mem::take(&mut shard.client.frame);
-    frame.clear();
-    let writer = &mut shard.client.writer;
-    let written = match &feed {
-        None => writer.write(&new, subject, fresh, &mut frame),
-        Some(feed) => {
-            let input = feed.borrow().subject;
-            writer.write_many(&new, [subject, input], fresh, &mut frame)
-        }
-    };
-    if let Err(error) = written {
-        return Err(DynamoError::invalid_argument(error.to_string()));
-    }
-    let bytes_max = shard.config.message_bytes_max;
-    if frame.len() as u64 > bytes_max {
-        let text = format!(
-            "the request has {} bytes of at most {bytes_max}",
-            frame.len()
-        );
-        return Err(DynamoError::invalid_argument(text));
-    }
+    let frame = frame(shard, &new, subject, feed.as_ref())?;
     let after = |time: Duration| began_ns.saturating_add(time.as_nanos().min(1 << 62) as u64);
     let call = Call {
         hearer,
@@ -302,6 +266,41 @@ pub(crate) fn begin_for<R: Ring>(
         shard.client.frame = frame;
     }
     Ok(())
+}
+
+/// The frame of a call, in memory that is used again.
+fn frame<R: Ring>(
+    shard: &mut Shard<R>,
+    new: &NewCall,
+    subject: u128,
+    feed: Option<&feed::Shared>,
+) -> Result<Vec<u8>, DynamoError> {
+    let fresh = shard.client.draw();
+    if let Some(feed) = feed {
+        feed.borrow_mut().subject = shard.client.draw();
+    }
+    let mut frame = std::mem::take(&mut shard.client.frame);
+    frame.clear();
+    let writer = &mut shard.client.writer;
+    let written = match feed {
+        None => writer.write(new, subject, fresh, &mut frame),
+        Some(feed) => {
+            let input = feed.borrow().subject;
+            writer.write_many(new, [subject, input], fresh, &mut frame)
+        }
+    };
+    if let Err(error) = written {
+        return Err(DynamoError::invalid_argument(error.to_string()));
+    }
+    let bytes_max = shard.config.message_bytes_max;
+    if frame.len() as u64 > bytes_max {
+        let text = format!(
+            "the request has {} bytes of at most {bytes_max}",
+            frame.len()
+        );
+        return Err(DynamoError::invalid_argument(text));
+    }
+    Ok(frame)
 }
 
 /// Tells of something that is not an end. The caller has made sure of room, except for the

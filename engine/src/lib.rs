@@ -51,6 +51,7 @@ pub mod shard;
 mod socket;
 pub mod stats;
 pub mod table;
+mod tasks;
 mod tell;
 pub mod timer_wheel;
 pub mod times;
