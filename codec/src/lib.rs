@@ -36,6 +36,7 @@ pub mod item;
 pub mod json;
 pub mod limits;
 pub mod path;
+pub mod quic_frame;
 pub mod reply_frame;
 pub mod request_frame;
 pub mod trace_context;
