@@ -144,6 +144,8 @@ impl Request {
 pub(crate) struct CallHome {
     pub(crate) address: SocketAddr,
     pub(crate) subject: String,
+    /// He offers a connection that many responses share.
+    pub(crate) offers_mux: bool,
 }
 
 /// A frame whose envelope cannot be understood, and where its caller can be told, if known.
@@ -221,6 +223,7 @@ fn envelope(payload: &[u8]) -> Result<Envelope, String> {
         home: CallHome {
             address,
             subject: info.subject.to_cow().into_owned(),
+            offers_mux: info.offers_mux,
         },
     })
 }
@@ -240,6 +243,7 @@ fn call_home_of(payload: &[u8]) -> Option<CallHome> {
             return Some(CallHome {
                 address: info.socket_addr().ok()?,
                 subject: info.subject.to_cow().into_owned(),
+                offers_mux: false,
             });
         }
     }
