@@ -23,6 +23,7 @@ pub mod offer;
 pub mod peer;
 pub mod preflight;
 pub mod publish;
+pub mod quic;
 pub mod status_server;
 pub mod supervise;
 pub mod tls;

@@ -23,6 +23,7 @@ use crate::cli::Stop;
 use crate::config::Server;
 use crate::cores::register;
 use crate::env::Env;
+use crate::quic::Quic;
 use crate::tls::{self, Tls};
 use crate::trace;
 
@@ -41,6 +42,7 @@ pub struct Peer {
     reports: AsyncFd<OwnedFd>,
     events: AsyncFd<OwnedFd>,
     tls: Option<Rc<Tls>>,
+    quic: Rc<Quic>,
 }
 
 impl Peer {
@@ -60,28 +62,36 @@ impl Peer {
         config.buffers = BUFFERS;
         config.message_bytes_max = u64::from(server.message_bytes_max);
         tls::ask(&mut config, &server.tls);
+        config.response_plane = server.responses.plane;
         let tls = Tls::start(&server.tls)?;
-        match Peer::on_ring(config.clone(), ends(), tls.clone()).await {
+        let quic = Quic::new(server.responses.quic_batch);
+        match Peer::on_ring(config.clone(), ends(), (tls.clone(), Rc::clone(&quic))).await {
             Err(error) if ring == RingKind::Uring && !required => {
                 tracing::warn!("ring epoll: io_uring did not start here: {error:#}");
                 config.ring = RingKind::Epoll;
-                Peer::on_ring(config, ends(), tls).await
+                Peer::on_ring(config, ends(), (tls, quic)).await
             }
             other => other,
         }
     }
 
-    async fn on_ring(config: ShardConfig, ends: Ends, tls: Option<Rc<Tls>>) -> Result<Peer> {
+    async fn on_ring(
+        config: ShardConfig,
+        ends: Ends,
+        (tls, quic): (Option<Rc<Tls>>, Rc<Quic>),
+    ) -> Result<Peer> {
         let tracing = trace::tracing();
         let ends = Ends { tracing, ..ends };
         let mut handle = spawn_with(config, ends)?;
         tls::attend(&tls, &mut handle);
+        quic.attend(&mut handle);
         let watch = |fd: std::os::fd::BorrowedFd<'_>| register(fd.try_clone_to_owned()?);
         let peer = Peer {
             reports: watch(handle.reports.as_fd()).context("cannot watch the shard")?,
             events: watch(handle.events.as_fd()).context("cannot watch the shard")?,
             handle: RefCell::new(handle),
             tls,
+            quic,
         };
         let deadline = Instant::now() + START_MAX;
         match timeout_at(deadline, peer.report()).await {
@@ -190,6 +200,7 @@ impl Peer {
         if let Some(tls) = &self.tls {
             tls.finish().await;
         }
+        self.quic.finish().await;
     }
 }
 

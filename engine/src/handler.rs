@@ -4,6 +4,7 @@
 //! [`Responder`]; what it writes there leaves on a call-home socket that the shard drives
 //! (`respond_stream`).
 
+use std::borrow::Cow;
 use std::fmt;
 use std::future::Future;
 use std::net::SocketAddr;
@@ -18,9 +19,11 @@ use corelane_codec::control_message::{
     self, ConnectionInfo, PayloadCodec, RequestType, StreamType, TcpConnectionInfo,
 };
 use corelane_codec::json::{Object, Text};
+use corelane_codec::quic_frame::{self, QUIC_RESPONSE, QuicConnectionInfo};
 use corelane_codec::trace_context::TraceContext;
 use corelane_codec::{Decoded, headers, item, two_part};
 
+use crate::quic::{QuicCaller, ResponsePlane};
 use crate::responder::{Host, Responder, Shared};
 use crate::ring::monotonic_ns;
 use crate::stats::HandlerStats;
@@ -144,8 +147,20 @@ impl Request {
 pub(crate) struct CallHome {
     pub(crate) address: SocketAddr,
     pub(crate) subject: String,
+    /// He waits on QUIC.
+    pub(crate) quic: Option<Box<QuicCaller>>,
     /// He offers a connection that many responses share.
     pub(crate) offers_mux: bool,
+}
+
+impl CallHome {
+    /// The transport on which he waits.
+    pub(crate) fn plane(&self) -> ResponsePlane {
+        match self.quic {
+            Some(_) => ResponsePlane::Quic,
+            None => ResponsePlane::Tcp,
+        }
+    }
 }
 
 /// A frame whose envelope cannot be understood, and where its caller can be told, if known.
@@ -200,12 +215,8 @@ fn envelope(payload: &[u8]) -> Result<Envelope, String> {
     let control = control_message::decode(&payload[parts.header.clone()]);
     let control = control.map_err(|error| error.to_string())?;
     let mut scratch = scratch(&control.connection_info);
-    let info = TcpConnectionInfo::parse(&control.connection_info, &mut scratch);
-    let info = info.map_err(|error| error.to_string())?;
-    if info.stream_type != StreamType::Response {
-        return Err("the connection info is not one for a response".into());
-    }
-    let (id, context) = (control.id.to_cow(), info.context.to_cow());
+    let id = control.id.to_cow();
+    let (home, context) = home(&control.connection_info, &mut scratch)?;
     if id != context {
         return Err("the connection info's context is not the request's id".into());
     }
@@ -215,16 +226,53 @@ fn envelope(payload: &[u8]) -> Result<Envelope, String> {
     if parts.body.is_empty() {
         return Err("the request has no body".into());
     }
-    let address = info.socket_addr().map_err(|error| error.to_string())?;
     Ok(Envelope {
         body: parts.body,
         id: id.into_owned(),
         codec: control.payload_codec,
-        home: CallHome {
-            address,
-            subject: info.subject.to_cow().into_owned(),
-            offers_mux: info.offers_mux,
-        },
+        home,
+    })
+}
+
+/// Where the caller waits, and the id of the request that he says it is for.
+fn home<'s>(
+    info: &ConnectionInfo<'_>,
+    scratch: &'s mut [u8],
+) -> Result<(CallHome, Cow<'s, str>), String> {
+    if info.transport == QUIC_RESPONSE {
+        let info = QuicConnectionInfo::parse(info, scratch).map_err(|error| error.to_string())?;
+        return Ok((quic_home(&info)?, info.request_id.to_cow()));
+    }
+    let info = TcpConnectionInfo::parse(info, scratch).map_err(|error| error.to_string())?;
+    if info.stream_type != StreamType::Response {
+        return Err("the connection info is not one for a response".into());
+    }
+    let home = CallHome {
+        address: info.socket_addr().map_err(|error| error.to_string())?,
+        subject: info.subject.to_cow().into_owned(),
+        quic: None,
+        offers_mux: info.offers_mux,
+    };
+    Ok((home, info.context.to_cow()))
+}
+
+fn quic_home(info: &QuicConnectionInfo<'_>) -> Result<CallHome, String> {
+    let address = info.socket_addr().map_err(|error| error.to_string())?;
+    let id = |text: &str| quic_frame::uuid(text).ok_or("an id in the connection info is no UUID");
+    let subject = info.registration_id.to_cow().into_owned();
+    let certificate = info.certificate();
+    let caller = QuicCaller {
+        address,
+        frontend_id: id(&info.frontend_id.to_cow())?,
+        registration_id: id(&subject)?,
+        certificate_sha256: certificate.ok_or("certificate_sha256 is no SHA-256")?,
+        lane: quic_frame::lane(&info.request_id.to_cow()),
+    };
+    Ok(CallHome {
+        address,
+        subject,
+        quic: Some(Box::new(caller)),
+        offers_mux: false,
     })
 }
 
@@ -239,11 +287,10 @@ fn call_home_of(payload: &[u8]) -> Option<CallHome> {
         if member.key == "connection_info" {
             let info = ConnectionInfo::decode(member.value.raw()).ok()?;
             let mut scratch = scratch(&info);
-            let info = TcpConnectionInfo::parse(&info, &mut scratch).ok()?;
+            let (home, _) = home(&info, &mut scratch).ok()?;
             return Some(CallHome {
-                address: info.socket_addr().ok()?,
-                subject: info.subject.to_cow().into_owned(),
                 offers_mux: false,
+                ..home
             });
         }
     }

@@ -268,6 +268,10 @@ fn begin<R: Ring>(shard: &mut Shard<R>, handler: u32, frame: Vec<u8>) {
     let stats = shard.worker.count(handler);
     stats.requests.add(1);
     match handler::read(frame) {
+        Ok((_, home)) if home.plane() != shard.config.response_plane => {
+            stats.undecodable.add(1);
+            mismatched(shard, &home);
+        }
         Ok((request, home)) => {
             stats.request_bytes.add(request.payload_bytes() as u64);
             let waiting = Waiting {
@@ -290,6 +294,20 @@ fn begin<R: Ring>(shard: &mut Shard<R>, handler: u32, frame: Vec<u8>) {
     }
 }
 
+/// The caller waits on another transport than this process is configured for: he is told there,
+/// as Dynamo's worker does (spec/request-plane.md §6).
+fn mismatched<R: Ring>(shard: &mut Shard<R>, home: &CallHome) {
+    let (wanted, ours) = (home.plane().name(), shard.config.response_plane.name());
+    let why =
+        format!("response plane mismatch: frontend requested {wanted}, worker configured {ours}");
+    let error = DynamoError::invalid_argument(why.clone());
+    match respond_stream::open(shard, home, Default::default()) {
+        Some(stream) => stream.borrow_mut().fail(&error),
+        None => shard.stats.shard.callers_untold.add(1),
+    }
+    report(shard, why);
+}
+
 /// Nothing can be run, but the caller may be told.
 fn complain<R: Ring>(shard: &mut Shard<R>, undecodable: Undecodable) {
     let Undecodable { home, why } = undecodable;
@@ -305,6 +323,10 @@ fn complain<R: Ring>(shard: &mut Shard<R>, undecodable: Undecodable) {
     if !told {
         shard.stats.shard.callers_untold.add(1);
     }
+    report(shard, why);
+}
+
+fn report<R: Ring>(shard: &mut Shard<R>, why: String) {
     if shard.worker.reported_ns + REPORT_PAUSE_NS <= shard.now_ns {
         shard.worker.reported_ns = shard.now_ns;
         shard.report(Report::Undecodable { why });
