@@ -197,7 +197,7 @@ impl<'s> QuicConnectionInfo<'s> {
     /// Unescapes `info` into `scratch` and reads it. Unknown members are ignored.
     ///
     /// # Errors
-    /// The transport is another, the version is not [`VERSION`], or `info` is too long or malformed.
+    /// The transport or the version ([`VERSION`]) is another, or `info` is too long or malformed.
     pub fn parse(
         info: &ConnectionInfo<'_>,
         scratch: &'s mut [u8],

@@ -1,5 +1,5 @@
-//! Discovery against an etcd that does not let everybody in: one that speaks TLS and asks for client
-//! certificates, and one that asks for a password. Skipped, with a
+//! Discovery against an etcd that does not let everybody in: one that speaks TLS and asks for
+//! client certificates, and one that asks for a password. Skipped, with a
 //! line that says so, where there is no etcd or no openssl to make certificates with.
 
 use std::io::ErrorKind;

@@ -2,7 +2,7 @@
 //! into socket pairs leave as frames on the lanes of the caller's bundle.
 //!
 //! ```text
-//! shard --Outbound(pair)--> [response: messages <-> frames] --> lane --> [thread "quic"] --> caller
+//! shard --Outbound(pair)--> [response: messages <-> frames] --> [bundle: lanes] --> caller
 //! ```
 //!
 //! One thread with a runtime of its own, started by the first response that is to leave so.
