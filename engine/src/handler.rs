@@ -216,7 +216,10 @@ fn envelope(payload: &[u8]) -> Result<Envelope, String> {
     let control = control.map_err(|error| error.to_string())?;
     let mut scratch = scratch(&control.connection_info);
     let id = control.id.to_cow();
-    let (home, context) = home(&control.connection_info, &mut scratch)?;
+    let (home, context, stream_type) = home(&control.connection_info, &mut scratch)?;
+    if stream_type != StreamType::Response {
+        return Err("the connection info is not one for a response".into());
+    }
     if id != context {
         return Err("the connection info's context is not the request's id".into());
     }
@@ -234,26 +237,25 @@ fn envelope(payload: &[u8]) -> Result<Envelope, String> {
     })
 }
 
-/// Where the caller waits, and the id of the request that he says it is for.
+/// Where the caller waits, the id of the request that he says it is for, and for which of its
+/// streams.
 fn home<'s>(
     info: &ConnectionInfo<'_>,
     scratch: &'s mut [u8],
-) -> Result<(CallHome, Cow<'s, str>), String> {
+) -> Result<(CallHome, Cow<'s, str>, StreamType), String> {
     if info.transport == QUIC_RESPONSE {
         let info = QuicConnectionInfo::parse(info, scratch).map_err(|error| error.to_string())?;
-        return Ok((quic_home(&info)?, info.request_id.to_cow()));
+        let home = quic_home(&info)?;
+        return Ok((home, info.request_id.to_cow(), StreamType::Response));
     }
     let info = TcpConnectionInfo::parse(info, scratch).map_err(|error| error.to_string())?;
-    if info.stream_type != StreamType::Response {
-        return Err("the connection info is not one for a response".into());
-    }
     let home = CallHome {
         address: info.socket_addr().map_err(|error| error.to_string())?,
         subject: info.subject.to_cow().into_owned(),
         quic: None,
         offers_mux: info.offers_mux,
     };
-    Ok((home, info.context.to_cow()))
+    Ok((home, info.context.to_cow(), info.stream_type))
 }
 
 fn quic_home(info: &QuicConnectionInfo<'_>) -> Result<CallHome, String> {
@@ -287,7 +289,7 @@ fn call_home_of(payload: &[u8]) -> Option<CallHome> {
         if member.key == "connection_info" {
             let info = ConnectionInfo::decode(member.value.raw()).ok()?;
             let mut scratch = scratch(&info);
-            let (home, _) = home(&info, &mut scratch).ok()?;
+            let (home, ..) = home(&info, &mut scratch).ok()?;
             return Some(CallHome {
                 offers_mux: false,
                 ..home
