@@ -26,6 +26,7 @@ mod host;
 mod keys;
 mod layers;
 mod lists;
+mod planner;
 mod problem;
 mod raw;
 mod resolve;
@@ -43,8 +44,8 @@ pub use problem::{Origin, Problem, Severity};
 pub use tls::{Tls, TlsClient, TlsServer};
 pub use value::{Kind, Value, address};
 pub use words::{
-    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, Policy, Response, ResponsePlane,
-    Switch, Word,
+    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, PlannerNames, Policy, Response,
+    ResponsePlane, Switch, Word,
 };
 
 pub(crate) use host::cpu_list;
@@ -73,6 +74,8 @@ pub struct Config {
     pub drain: Drain,
     /// The GPU memory service, if there is one.
     pub gpu: Option<Gpu>,
+    /// Where a planner is listened to, if it is.
+    pub planner: Option<Planner>,
     /// Every value that was used, with the place it came from.
     pub settings: Vec<Setting>,
 }
@@ -300,6 +303,15 @@ pub struct Gpu {
     pub alloc_retry_timeout_ms: u32,
     /// What `rw_or_ro` does to a durable layout.
     pub durable_layout: DurableLayout,
+}
+
+/// `[planner]`.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Planner {
+    /// The Unix socket.
+    pub socket: PathBuf,
+    /// Names of the metrics.
+    pub names: PlannerNames,
 }
 
 /// What the configuration is read for.

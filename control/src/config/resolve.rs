@@ -14,7 +14,7 @@ use super::value::{Value, ip};
 use super::words::{Backend, Idle, Io, ResponsePlane};
 use super::{
     Config, Control, Core, Discovery, Drain, Host, Inputs, Responses, Secret, Server, cpu_list,
-    gpu, routes, tls,
+    gpu, planner, routes, tls,
 };
 
 /// Sockets and files that are open besides connections: rings, listeners, stores.
@@ -39,6 +39,7 @@ pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
         timeout_s: layers.int(&keys::DRAIN_TIMEOUT_S, Of::Once),
     };
     let gpu = gpu::gpu(layers, inputs.purpose);
+    let planner = planner::planner(layers, inputs.purpose);
     let settings = Vec::new();
     Some(Config {
         server,
@@ -49,6 +50,7 @@ pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
         control: control?,
         drain,
         gpu,
+        planner,
         settings,
     })
 }
