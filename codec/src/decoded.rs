@@ -82,6 +82,18 @@ pub enum Bad {
     /// The headers are not a JSON object of strings (strict decoder only).
     #[error("headers are not a JSON object of strings")]
     HeadersNotJson,
+    /// A QUIC frame of a kind that there is not.
+    #[error("frame kind {kind} is none")]
+    UnknownKind {
+        /// The first byte.
+        kind: u8,
+    },
+    /// A QUIC frame with a payload where none is allowed.
+    #[error("a frame of kind {kind} has no payload")]
+    UnexpectedPayload {
+        /// The first byte.
+        kind: u8,
+    },
 }
 
 /// Why something of ours cannot be put on the wire. Nothing has been written when it is returned.

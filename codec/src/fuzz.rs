@@ -19,6 +19,7 @@ pub type Hook = fn(&[u8]);
 pub const ALL: &[(&str, Hook)] = &[
     ("request_frame", request_frame),
     ("reply_frame", reply_frame),
+    ("quic_frame", quic_frame),
     ("two_part", two_part),
     ("json", json),
     ("headers", headers),
@@ -93,6 +94,25 @@ pub fn request_frame(data: &[u8]) {
     let mut again = vec![];
     write_frame(&data[prefix.path.clone()], map, payload, &mut again).expect("it fitted before");
     assert_eq!(again, data[..prefix.payload().end]);
+}
+
+/// QUIC frames, one after another.
+pub fn quic_frame(data: &[u8]) {
+    use crate::quic_frame::{decode, write};
+    let max_bytes = 64 << 10;
+    incremental(
+        data,
+        |input| decode(input, max_bytes),
+        |frame| frame.payload.end,
+    );
+    let mut rest = data;
+    let mut again = vec![];
+    while let Decoded::Frame(frame) = decode(rest, max_bytes) {
+        let end = frame.payload.end;
+        write(frame.kind, &frame.id, &rest[frame.payload], &mut again);
+        rest = &rest[end..];
+    }
+    assert_eq!(again, data[..data.len() - rest.len()]);
 }
 
 /// Replies.

@@ -37,6 +37,7 @@ pub mod json;
 pub mod limits;
 pub mod mux;
 pub mod path;
+pub mod quic_frame;
 pub mod reply_frame;
 pub mod request_frame;
 pub mod trace_context;

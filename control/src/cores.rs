@@ -25,6 +25,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::preflight::{Plan, Planned, ring_word};
+use crate::quic::Quic;
 use crate::tls::{self, Tls, TlsError};
 use crate::trace;
 
@@ -128,6 +129,7 @@ pub struct Cores {
     changes: watch::Sender<u64>,
     stopping: Cell<bool>,
     tls: Option<Rc<Tls>>,
+    quic: Rc<Quic>,
 }
 
 impl Cores {
@@ -150,6 +152,7 @@ impl Cores {
         ends: impl Fn(usize) -> Ends + 'static,
     ) -> Result<Rc<Cores>, CoresError> {
         let tls = Tls::start(&plan.tls)?;
+        let quic = Quic::new(plan.responses.quic_batch);
         let tracing = trace::tracing();
         let ends = move |index| Ends {
             tracing,
@@ -161,9 +164,11 @@ impl Cores {
             let mut planned = planned.clone();
             planned.config.listen = Some(address);
             tls::ask(&mut planned.config, &plan.tls);
+            planned.config.response_plane = plan.responses.plane;
             let own = ends(planned.config.shard);
             let mut handle = executor::spawn_with(planned.config.clone(), own)?;
             tls::attend(&tls, &mut handle);
+            quic.attend(&mut handle);
             // The first one has chosen the port of all.
             address = handle.address.unwrap_or(address);
             list.push(Core {
@@ -179,6 +184,7 @@ impl Cores {
             changes: watch::Sender::new(0),
             stopping: Cell::new(false),
             tls,
+            quic,
         });
         for index in 0..cores.list.len() {
             cores.listen_to(index)?;
@@ -238,6 +244,7 @@ impl Cores {
         let own = (self.ends)(config.shard);
         let mut handle = executor::spawn_with(config, own)?;
         tls::attend(&self.tls, &mut handle);
+        self.quic.attend(&mut handle);
         core.handle.borrow_mut().join();
         core.handle.replace(handle);
         core.state.replace(State::Starting);
@@ -445,6 +452,7 @@ impl Cores {
         if let Some(tls) = &self.tls {
             tls.finish().await;
         }
+        self.quic.finish().await;
     }
 }
 

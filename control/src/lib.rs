@@ -25,6 +25,7 @@ pub mod peer;
 pub mod planner;
 pub mod preflight;
 pub mod publish;
+pub mod quic;
 pub mod status_server;
 pub mod supervise;
 pub mod tls;

@@ -24,6 +24,7 @@ use crate::config::Server;
 use crate::cores::{CoreView, register};
 use crate::env::Env;
 use crate::preflight::ring_word;
+use crate::quic::Quic;
 use crate::tls::{self, Tls};
 use crate::trace;
 
@@ -44,6 +45,7 @@ pub struct Peer {
     ring: RingKind,
     cause: &'static str,
     tls: Option<Rc<Tls>>,
+    quic: Rc<Quic>,
 }
 
 impl Peer {
@@ -63,12 +65,21 @@ impl Peer {
         config.buffers = BUFFERS;
         config.message_bytes_max = u64::from(server.message_bytes_max);
         tls::ask(&mut config, &server.tls);
+        config.response_plane = server.responses.plane;
         let tls = Tls::start(&server.tls)?;
-        match Peer::on_ring(config.clone(), cause, ends(), tls.clone()).await {
+        let quic = Quic::new(server.responses.quic_batch);
+        match Peer::on_ring(
+            config.clone(),
+            cause,
+            ends(),
+            (tls.clone(), Rc::clone(&quic)),
+        )
+        .await
+        {
             Err(error) if ring == RingKind::Uring && !required => {
                 tracing::warn!("ring epoll: io_uring did not start here: {error:#}");
                 config.ring = RingKind::Epoll;
-                Peer::on_ring(config, "start_failed", ends(), tls).await
+                Peer::on_ring(config, "start_failed", ends(), (tls, quic)).await
             }
             other => other,
         }
@@ -78,13 +89,14 @@ impl Peer {
         config: ShardConfig,
         cause: &'static str,
         ends: Ends,
-        tls: Option<Rc<Tls>>,
+        (tls, quic): (Option<Rc<Tls>>, Rc<Quic>),
     ) -> Result<Peer> {
         let ring = config.ring;
         let tracing = trace::tracing();
         let ends = Ends { tracing, ..ends };
         let mut handle = spawn_with(config, ends)?;
         tls::attend(&tls, &mut handle);
+        quic.attend(&mut handle);
         let watch = |fd: std::os::fd::BorrowedFd<'_>| register(fd.try_clone_to_owned()?);
         let peer = Peer {
             reports: watch(handle.reports.as_fd()).context("cannot watch the shard")?,
@@ -93,6 +105,7 @@ impl Peer {
             ring,
             cause,
             tls,
+            quic,
         };
         let deadline = Instant::now() + START_MAX;
         match timeout_at(deadline, peer.report()).await {
@@ -212,6 +225,7 @@ impl Peer {
         if let Some(tls) = &self.tls {
             tls.finish().await;
         }
+        self.quic.finish().await;
     }
 }
 

@@ -33,6 +33,8 @@ pub struct Plan {
     pub shards: Vec<Planned>,
     /// TLS of all of them.
     pub tls: config::Tls,
+    /// How their responses travel.
+    pub responses: config::Responses,
 }
 
 /// Raises the limits of this process, looks at the host, and decides. What is not as it was asked
@@ -62,6 +64,7 @@ pub fn plan(config: &Config) -> Result<Plan, Stop> {
         control_cpu: assigned.control,
         shards,
         tls: config.server.tls.clone(),
+        responses: config.server.responses,
     })
 }
 

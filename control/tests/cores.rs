@@ -51,6 +51,7 @@ fn plan(shards: Vec<Planned>) -> Plan {
         control_cpu: 0,
         shards,
         tls: Default::default(),
+        responses: Default::default(),
     }
 }
 

@@ -1,11 +1,12 @@
-//! Discovery against an etcd that speaks TLS and asks for client certificates. Skipped, with a
+//! Discovery against an etcd that does not let everybody in: one that speaks TLS and asks for
+//! client certificates, and one that asks for a password. Skipped, with a
 //! line that says so, where there is no etcd or no openssl to make certificates with.
 
 use std::io::ErrorKind;
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use corelane::discovery::{Discovery, EtcdAuth, EtcdDiscovery, EtcdOptions, Record, Registered};
 use corelane_codec::control_message::PayloadCodec;
@@ -73,8 +74,8 @@ fn free_port() -> u16 {
     listener.local_addr().unwrap().port()
 }
 
-fn start_etcd(folder: &Path, port: u16) -> Option<Ends> {
-    let client = format!("https://127.0.0.1:{port}");
+fn start_etcd(folder: &Path, scheme: &str, port: u16, more: &[&str]) -> Option<Ends> {
+    let client = format!("{scheme}://127.0.0.1:{port}");
     let peer = format!("http://127.0.0.1:{}", free_port());
     let cluster = format!("test={peer}");
     let arguments = [
@@ -85,12 +86,8 @@ fn start_etcd(folder: &Path, port: u16) -> Option<Ends> {
         ["--listen-peer-urls", &peer],
         ["--initial-advertise-peer-urls", &peer],
         ["--initial-cluster", &cluster],
-        ["--cert-file", "server.pem"],
-        ["--key-file", "server.key"],
-        ["--trusted-ca-file", "ca.pem"],
     ];
-    let mut arguments = arguments.concat();
-    arguments.push("--client-cert-auth");
+    let arguments = [&arguments.concat(), more].concat();
     command("etcd", folder, &arguments).map(Ends)
 }
 
@@ -111,7 +108,11 @@ async fn works(options: EtcdOptions) -> bool {
 fn certificates_open_what_is_closed_to_others() {
     let folder = tempfile::tempdir().unwrap();
     let port = free_port();
-    let ready = make_certificates(folder.path()).and_then(|()| start_etcd(folder.path(), port));
+    let tls = "--cert-file server.pem --key-file server.key --trusted-ca-file ca.pem \
+               --client-cert-auth";
+    let tls: Vec<&str> = tls.split(' ').filter(|word| !word.is_empty()).collect();
+    let start = || start_etcd(folder.path(), "https", port, &tls);
+    let ready = make_certificates(folder.path()).and_then(|()| start());
     let Some(_etcd) = ready else { return };
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let text = |name: &str| std::fs::read_to_string(path(name)).unwrap();
@@ -142,5 +143,56 @@ fn certificates_open_what_is_closed_to_others() {
             ..options
         };
         assert!(!works(nameless).await, "without one");
+    });
+}
+
+/// From now on only `root` with this password, who has all rights.
+async fn demand_password(port: u16, password: &str) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let mut client = loop {
+        let endpoint = format!("127.0.0.1:{port}");
+        if let Ok(mut client) = etcd_client::Client::connect([endpoint], None).await
+            && client.status().await.is_ok()
+        {
+            break client;
+        }
+        assert!(Instant::now() < deadline, "etcd does not answer");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    client.role_add("root").await.unwrap();
+    client.user_add("root", password, None).await.unwrap();
+    client.user_grant_role("root", "root").await.unwrap();
+    client.auth_enable().await.unwrap();
+}
+
+#[test]
+fn a_password_opens_what_is_closed_to_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let port = free_port();
+    let Some(_etcd) = start_etcd(folder.path(), "http", port, &[]) else {
+        return;
+    };
+    let with = |password: Option<&'static str>| {
+        let mut options = EtcdOptions::from_env(|name| match name {
+            "ETCD_ENDPOINTS" => Some(format!("http://127.0.0.1:{port}")),
+            "ETCD_AUTH_USERNAME" => Some("root".to_owned()),
+            "ETCD_AUTH_PASSWORD" => password.map(str::to_owned),
+            _ => None,
+        })
+        .unwrap();
+        if password != Some("right") {
+            options.startup_timeout = Duration::from_secs(2);
+        }
+        options
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    LocalSet::new().block_on(&runtime, async {
+        demand_password(port, "right").await;
+        assert!(works(with(Some("right"))).await, "with the password");
+        assert!(!works(with(Some("wrong"))).await, "with another");
+        assert!(!works(with(None)).await, "without one");
     });
 }

@@ -9,6 +9,7 @@ use crate::directory::Directory;
 use crate::handler::NewHandler;
 use crate::local::Run;
 use crate::mesh::{Receiver, Sender};
+use crate::quic::Outbound;
 use crate::served::SpanRecord;
 
 /// What control asks of a shard.
@@ -94,4 +95,6 @@ pub struct Lanes {
     pub reports: Sender<Report>,
     /// Sockets that wait for their handshake; unused without TLS.
     pub insecure: Sender<Insecure>,
+    /// Responses that leave on QUIC.
+    pub outbound: Sender<Outbound>,
 }

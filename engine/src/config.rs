@@ -3,6 +3,8 @@
 
 use std::net::SocketAddr;
 
+use crate::quic::ResponsePlane;
+
 /// In place of a CPU: the kernel moves the shard's thread as it likes.
 pub const ANY_CPU: usize = usize::MAX;
 
@@ -35,6 +37,8 @@ pub struct ShardConfig {
     pub secure_accepts: bool,
     /// Dialled connections speak TLS.
     pub secure_dials: bool,
+    /// The transport of responses; callers who want another are told so.
+    pub response_plane: ResponsePlane,
 }
 
 /// The implementation of the ring.
@@ -72,6 +76,7 @@ impl ShardConfig {
             upstream_queue_bytes: 64 << 20,
             secure_accepts: false,
             secure_dials: false,
+            response_plane: ResponsePlane::Tcp,
         }
     }
 }

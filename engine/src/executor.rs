@@ -28,6 +28,7 @@ use crate::client::{CallEvent, Client};
 use crate::config::{ANY_CPU, RingKind, ShardConfig};
 use crate::ends::{Ends, HomeAddress};
 use crate::mesh::{self, Receiver, Sender};
+use crate::quic::Outbound;
 use crate::ring::Ring;
 use crate::ring::epoll::Epoll;
 use crate::ring::uring::{Settings, Uring};
@@ -83,6 +84,8 @@ pub struct ShardHandle {
     pub events: Receiver<CallEvent>,
     /// Its sockets that wait for a handshake; to be taken by who does these.
     pub insecure: Option<Receiver<Insecure>>,
+    /// Its responses that leave on QUIC; to be taken by who speaks it.
+    pub outbound: Option<Receiver<Outbound>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -186,6 +189,7 @@ pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartE
     let (commands, command_receiver) = mesh::lane().map_err(resources("eventfd"))?;
     let (report_sender, reports) = mesh::lane().map_err(resources("eventfd"))?;
     let (insecure_sender, insecure) = mesh::lane().map_err(resources("eventfd"))?;
+    let (outbound_sender, outbound) = mesh::lane().map_err(resources("eventfd"))?;
     let stats = Arc::new(Stats::default());
     let parts = Parts {
         config,
@@ -195,6 +199,7 @@ pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartE
             commands: command_receiver,
             reports: report_sender,
             insecure: insecure_sender,
+            outbound: outbound_sender,
         },
         ends,
         home,
@@ -212,6 +217,7 @@ pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartE
         reports,
         events,
         insecure: Some(insecure),
+        outbound: Some(outbound),
         thread: Some(thread),
     })
 }

@@ -4,6 +4,7 @@
 //! [`Responder`]; what it writes there leaves on a call-home socket that the shard drives
 //! (`respond_stream`).
 
+use std::borrow::Cow;
 use std::fmt;
 use std::future::Future;
 use std::net::SocketAddr;
@@ -18,10 +19,12 @@ use corelane_codec::control_message::{
     self, ConnectionInfo, PayloadCodec, RequestType, StreamType, TcpConnectionInfo,
 };
 use corelane_codec::json::{Object, Text};
+use corelane_codec::quic_frame::{self, QUIC_RESPONSE, QuicConnectionInfo};
 use corelane_codec::trace_context::TraceContext;
 use corelane_codec::{Decoded, headers, item, two_part};
 
 use crate::input::Input;
+use crate::quic::{QuicCaller, ResponsePlane};
 use crate::responder::{Host, Responder, Shared};
 use crate::ring::monotonic_ns;
 use crate::stats::HandlerStats;
@@ -179,8 +182,20 @@ impl Request {
 pub(crate) struct CallHome {
     pub(crate) address: SocketAddr,
     pub(crate) subject: String,
+    /// He waits on QUIC.
+    pub(crate) quic: Option<Box<QuicCaller>>,
     /// He offers a connection that many responses share.
     pub(crate) offers_mux: bool,
+}
+
+impl CallHome {
+    /// The transport on which he waits.
+    pub(crate) fn plane(&self) -> ResponsePlane {
+        match self.quic {
+            Some(_) => ResponsePlane::Quic,
+            None => ResponsePlane::Tcp,
+        }
+    }
 }
 
 /// A frame whose envelope cannot be understood, and where its caller can be told, if known.
@@ -282,20 +297,57 @@ fn envelope(payload: &[u8], takes: RequestType) -> Result<Envelope, String> {
 /// Where the caller waits for one of the streams of the request `id`.
 fn place(info: &ConnectionInfo<'_>, stream: StreamType, id: &str) -> Result<CallHome, String> {
     let mut scratch = scratch(info);
-    let info = TcpConnectionInfo::parse(info, &mut scratch).map_err(|error| error.to_string())?;
-    if info.stream_type != stream {
+    let (home, context, stream_type) = home(info, &mut scratch)?;
+    if stream_type != stream {
         return Err(format!(
             "the connection info is not one for a {}",
             stream.name()
         ));
     }
-    if info.context.to_cow() != id {
+    if context != id {
         return Err("the connection info's context is not the request's id".into());
     }
-    Ok(CallHome {
+    Ok(home)
+}
+
+/// Where the caller waits, the id of the request that he says it is for, and for which of its
+/// streams.
+fn home<'s>(
+    info: &ConnectionInfo<'_>,
+    scratch: &'s mut [u8],
+) -> Result<(CallHome, Cow<'s, str>, StreamType), String> {
+    if info.transport == QUIC_RESPONSE {
+        let info = QuicConnectionInfo::parse(info, scratch).map_err(|error| error.to_string())?;
+        let home = quic_home(&info)?;
+        return Ok((home, info.request_id.to_cow(), StreamType::Response));
+    }
+    let info = TcpConnectionInfo::parse(info, scratch).map_err(|error| error.to_string())?;
+    let home = CallHome {
         address: info.socket_addr().map_err(|error| error.to_string())?,
         subject: info.subject.to_cow().into_owned(),
+        quic: None,
         offers_mux: info.offers_mux,
+    };
+    Ok((home, info.context.to_cow(), info.stream_type))
+}
+
+fn quic_home(info: &QuicConnectionInfo<'_>) -> Result<CallHome, String> {
+    let address = info.socket_addr().map_err(|error| error.to_string())?;
+    let id = |text: &str| quic_frame::uuid(text).ok_or("an id in the connection info is no UUID");
+    let subject = info.registration_id.to_cow().into_owned();
+    let certificate = info.certificate();
+    let caller = QuicCaller {
+        address,
+        frontend_id: id(&info.frontend_id.to_cow())?,
+        registration_id: id(&subject)?,
+        certificate_sha256: certificate.ok_or("certificate_sha256 is no SHA-256")?,
+        lane: quic_frame::lane(&info.request_id.to_cow()),
+    };
+    Ok(CallHome {
+        address,
+        subject,
+        quic: Some(Box::new(caller)),
+        offers_mux: false,
     })
 }
 
@@ -310,11 +362,10 @@ fn call_home_of(payload: &[u8]) -> Option<CallHome> {
         if member.key == "connection_info" {
             let info = ConnectionInfo::decode(member.value.raw()).ok()?;
             let mut scratch = scratch(&info);
-            let info = TcpConnectionInfo::parse(&info, &mut scratch).ok()?;
+            let (home, ..) = home(&info, &mut scratch).ok()?;
             return Some(CallHome {
-                address: info.socket_addr().ok()?,
-                subject: info.subject.to_cow().into_owned(),
                 offers_mux: false,
+                ..home
             });
         }
     }

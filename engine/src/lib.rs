@@ -38,6 +38,7 @@ pub mod outgoing;
 pub mod pieces;
 pub mod placement;
 pub mod preflight;
+pub mod quic;
 mod recv;
 mod respond;
 mod respond_stream;

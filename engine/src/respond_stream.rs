@@ -25,6 +25,7 @@ use crate::ends;
 use crate::handler::CallHome;
 use crate::input;
 use crate::mux_link::{self, Lane};
+use crate::quic::QuicCaller;
 use crate::responder::{Shared, Stream};
 use crate::ring::Ring;
 use crate::served::{Busy, Outcome};
@@ -59,6 +60,8 @@ pub(crate) struct Response {
     /// Its place on a shared connection, in place of a socket of its own.
     pub(crate) lane: Option<Lane>,
     address: SocketAddr,
+    /// The caller waits on QUIC.
+    quic: Option<Box<QuicCaller>>,
     state: State,
     dial_until_ns: u64,
     timer: Option<TimerId>,
@@ -92,6 +95,7 @@ pub(crate) fn open<R: Ring>(
         connection: NONE,
         lane: None,
         address: home.address,
+        quic: home.quic.clone(),
         state: State::Dialing,
         dial_until_ns: shard.now_ns + DIAL_NS,
         timer: None,
@@ -146,9 +150,24 @@ fn dial<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     let response = &mut shard.worker.responses[slot];
     response.state = State::Dialing;
     let (address, until_ns) = (response.address, response.dial_until_ns);
+    let quic = response.quic.clone();
     set_timer(shard, slot, until_ns);
+    if let Some(caller) = quic {
+        return hand_over(shard, slot, &caller);
+    }
     match shard.dial(&address, Role::End(End::Response(slot))) {
         Ok(connection) => shard.worker.responses[slot].connection = connection,
+        Err(errno) => not_connected(shard, slot, errno),
+    }
+}
+
+/// The response goes to who speaks QUIC, and can be written at once.
+fn hand_over<R: Ring>(shard: &mut Shard<R>, slot: u32, caller: &QuicCaller) {
+    match shard.dial_quic(caller, End::Response(slot)) {
+        Ok(connection) => {
+            shard.worker.responses[slot].connection = connection;
+            shard.established(connection);
+        }
         Err(errno) => not_connected(shard, slot, errno),
     }
 }

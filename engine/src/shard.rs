@@ -30,6 +30,7 @@ use crate::ledger::{ENVELOPE_BYTES_MAX, Ledger};
 use crate::mesh::{self, Receiver, Sender};
 use crate::operation::{Kind, Operation};
 use crate::pieces::Pieces;
+use crate::quic::Outbound;
 use crate::ring::{Completion, Event, Ring, SPANS_MAX, Span};
 use crate::route::Chooser;
 use crate::send_pool::SendPool;
@@ -98,6 +99,7 @@ pub struct Shard<R: Ring> {
     pub(crate) client: Client,
     pub(crate) due: Vec<u64>,
     pub(crate) insecure: Sender<Insecure>,
+    pub(crate) outbound: Sender<Outbound>,
     /// No peer that speaks TLS is reported before this time.
     pub(crate) stranger_told_ns: u64,
     commands: Receiver<Command>,
@@ -169,6 +171,7 @@ impl<R: Ring> Shard<R> {
             client,
             due: Vec::with_capacity(timers),
             insecure: lanes.insecure,
+            outbound: lanes.outbound,
             stranger_told_ns: 0,
             commands: lanes.commands,
             reports: lanes.reports,

@@ -273,6 +273,10 @@ fn begin<R: Ring>(shard: &mut Shard<R>, handler: u32, frame: Vec<u8>) {
     stats.requests.add(1);
     let takes = shard.worker.handlers[handler as usize].handler.takes();
     match handler::read(frame, takes) {
+        Ok(Arrived { home, .. }) if home.plane() != shard.config.response_plane => {
+            stats.undecodable.add(1);
+            mismatched(shard, &home);
+        }
         Ok(Arrived {
             request,
             home,
@@ -300,6 +304,20 @@ fn begin<R: Ring>(shard: &mut Shard<R>, handler: u32, frame: Vec<u8>) {
     }
 }
 
+/// The caller waits on another transport than this process is configured for: he is told there,
+/// as Dynamo's worker does (spec/request-plane.md §6).
+fn mismatched<R: Ring>(shard: &mut Shard<R>, home: &CallHome) {
+    let (wanted, ours) = (home.plane().name(), shard.config.response_plane.name());
+    let why =
+        format!("response plane mismatch: frontend requested {wanted}, worker configured {ours}");
+    let error = DynamoError::invalid_argument(why.clone());
+    match respond_stream::open(shard, home, Default::default()) {
+        Some(stream) => stream.borrow_mut().fail(&error),
+        None => shard.stats.shard.callers_untold.add(1),
+    }
+    report(shard, why);
+}
+
 /// Nothing can be run, but the caller may be told.
 fn complain<R: Ring>(shard: &mut Shard<R>, undecodable: Undecodable) {
     let Undecodable { home, why } = undecodable;
@@ -315,6 +333,10 @@ fn complain<R: Ring>(shard: &mut Shard<R>, undecodable: Undecodable) {
     if !told {
         shard.stats.shard.callers_untold.add(1);
     }
+    report(shard, why);
+}
+
+fn report<R: Ring>(shard: &mut Shard<R>, why: String) {
     if shard.worker.reported_ns + REPORT_PAUSE_NS <= shard.now_ns {
         shard.worker.reported_ns = shard.now_ns;
         shard.report(Report::Undecodable { why });

@@ -140,6 +140,7 @@ impl Bare {
                 commands: command_receiver,
                 reports: report_sender,
                 insecure: mesh::lane().unwrap().0,
+                outbound: mesh::lane().unwrap().0,
             };
             let shard = Shard::router(config, ring, buffers, listener, shown, lanes);
             let mut shard = shard.unwrap();

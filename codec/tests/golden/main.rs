@@ -5,6 +5,7 @@ mod common;
 
 mod discovery;
 mod payload;
+mod quic;
 mod reply;
 mod request;
 mod stream;
@@ -59,10 +60,14 @@ fn every_vector_is_replayed() {
             "tcp_response" => reply::valid(&vector),
             "tcp_response_malformed" => reply::malformed(&vector),
             "tcp_response_stream" => reply::stream(&vector),
+            "payload" if vector.name == "live_quic_connection_info" => {
+                quic::connection_info(&vector);
+            }
             "payload" => payload::check(&vector),
+            "quic_lane_stream" => quic::lane_stream(&vector),
             kind => panic!("{}: no replay for kind {kind}", vector.name),
         }
         *seen.entry(vector.kind).or_insert(0) += 1;
     }
-    assert_eq!(seen.len(), 10, "{seen:?}");
+    assert_eq!(seen.len(), 11, "{seen:?}");
 }

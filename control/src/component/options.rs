@@ -378,6 +378,7 @@ impl Options {
             control_cpu: ANY_CPU,
             shards: cpus.iter().enumerate().map(planned).collect(),
             tls: self.server.tls.clone(),
+            responses: self.server.responses,
         })
     }
 }

@@ -4,7 +4,7 @@
 use super::value::Kind;
 use super::words::{
     Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, PlannerNames, Policy, Response,
-    Switch,
+    ResponsePlane, Switch,
 };
 
 /// A table of `corelane.toml`.
@@ -221,6 +221,13 @@ keys! {
     SERVER_MESSAGE_BYTES_MAX = Server "message_bytes_max", int(4_096, 1 << 30, "bytes"),
         Value("33554432"), [same("DYN_TCP_MAX_MESSAGE_SIZE")],
         "Largest whole request frame; a longer one is refused";
+
+    SERVER_RESPONSE_PLANE = Server "response_plane", Kind::Words(ResponsePlane::WORDS),
+        Value("tcp"), [same("DYN_RESPONSE_PLANE")],
+        "Transport of the responses that this process makes; a router passes on what callers ask";
+    SERVER_QUIC_BATCH_US = Server "quic_batch_us", int(0, 100_000, "microseconds"),
+        Value("5000"), [same("DYN_QUIC_RESPONSE_BATCH_INTERVAL_US")],
+        "How long items of QUIC responses are gathered after the first";
 
     DISCOVERY_BACKEND = Discovery "backend", Kind::Words(Backend::WORDS), Value("memory"),
         [Alias { name: "DYN_DISCOVERY_BACKEND", dialect: Dialect::ShortBackend }],

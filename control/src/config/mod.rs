@@ -14,6 +14,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use corelane_engine::quic;
 
 use crate::env::Env;
 
@@ -42,7 +45,7 @@ pub use tls::{Tls, TlsClient, TlsServer};
 pub use value::{Kind, Value, address};
 pub use words::{
     Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, PlannerNames, Policy, Response,
-    Switch, Word,
+    ResponsePlane, Switch, Word,
 };
 
 pub(crate) use host::cpu_list;
@@ -92,6 +95,8 @@ pub struct Server {
     pub status_port: Option<u16>,
     /// Largest whole request frame.
     pub message_bytes_max: u32,
+    /// How the responses that this process makes travel.
+    pub responses: Responses,
     /// `[tls]`: who speaks TLS, and how.
     pub tls: Tls,
 }
@@ -120,6 +125,15 @@ impl Server {
             _ => value::ip(loopback).unwrap_or(self.host),
         }
     }
+}
+
+/// How responses travel: `response_plane` and `quic_batch_us` of `[server]`.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Responses {
+    /// On which transport.
+    pub plane: quic::ResponsePlane,
+    /// How long QUIC gathers items after the first.
+    pub quic_batch: Duration,
 }
 
 /// `[discovery]`.

@@ -3,15 +3,18 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
+use std::time::Duration;
+
+use corelane_engine::quic;
 
 use super::keys;
 use super::layers::{Layers, Of};
 use super::problem::Origin;
 use super::value::{Value, ip};
-use super::words::{Backend, Idle, Io};
+use super::words::{Backend, Idle, Io, ResponsePlane};
 use super::{
-    Config, Control, Core, Discovery, Drain, Host, Inputs, Secret, Server, cpu_list, gpu, planner,
-    routes, tls,
+    Config, Control, Core, Discovery, Drain, Host, Inputs, Responses, Secret, Server, cpu_list,
+    gpu, planner, routes, tls,
 };
 
 /// Sockets and files that are open besides connections: rings, listeners, stores.
@@ -88,7 +91,20 @@ fn server(layers: &mut Layers) -> Server {
         status_host,
         status_port,
         message_bytes_max,
+        responses: responses(layers),
         tls: tls::tls(layers),
+    }
+}
+
+fn responses(layers: &mut Layers) -> Responses {
+    let (key, tcp) = (&keys::SERVER_RESPONSE_PLANE, ResponsePlane::Tcp);
+    let batch_us: u32 = layers.int(&keys::SERVER_QUIC_BATCH_US, Of::Once);
+    Responses {
+        plane: match layers.word(key, ResponsePlane::parse, tcp) {
+            ResponsePlane::Tcp => quic::ResponsePlane::Tcp,
+            ResponsePlane::Quic => quic::ResponsePlane::Quic,
+        },
+        quic_batch: Duration::from_micros(batch_us.into()),
     }
 }
 

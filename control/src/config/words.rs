@@ -54,6 +54,16 @@ macro_rules! words {
 }
 
 words! {
+    /// The transport of responses.
+    ResponsePlane {
+        /// A TCP connection for each, or one that many share.
+        Tcp = "tcp",
+        /// QUIC.
+        Quic = "quic",
+    }
+}
+
+words! {
     /// Whether something is done.
     Switch {
         /// It is not.

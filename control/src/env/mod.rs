@@ -276,11 +276,8 @@ mod tests {
     #[test]
     fn what_stops_a_router() {
         assert!(refusals(&env(&[("DYN_REQUEST_PLANE", "tcp"), ("NATS_SERVER", "a")])).is_empty());
-        let stops = refusals(&env(&[
-            ("DYN_REQUEST_PLANE", "nats"),
-            ("DYN_RESPONSE_PLANE", "quic"),
-        ]));
-        assert_eq!(stops.len(), 2);
+        let stops = refusals(&env(&[("DYN_REQUEST_PLANE", "nats")]));
+        assert_eq!(stops.len(), 1);
         assert_eq!(
             stops[0].to_string(),
             "environment DYN_REQUEST_PLANE: the request plane is TCP in this version; \

@@ -12,8 +12,7 @@ use super::table::Variable;
 
 const NATS_PLANE: Standing = Only("tcp", "the request plane is TCP in this version");
 const NATS: Standing = NotHonoured("there is no NATS in this version");
-const QUIC_PLANE: Standing = Only("tcp", "the response plane is TCP in this version");
-const QUIC: Standing = NotHonoured("there is no QUIC response plane in this version");
+const QUIC: Standing = NotHonoured("callers of this version take responses over TCP only");
 const EVENTS: Standing = NotHonoured("there is no event plane in this version");
 const BROKER: Standing = Elsewhere("the ZMQ broker");
 const KUBERNETES: Standing = NotHonoured("Kubernetes discovery is not in this version");
@@ -98,13 +97,10 @@ pub const VARIABLES: &[Variable] = variables! {
             "is the frontend's answer when workers are overloaded";
     }
     "response plane" {
-        "DYN_RESPONSE_PLANE", "tcp", "tcp or quic", QUIC_PLANE, "is the transport of responses";
         "DYN_TCP_RESPONSE_STREAM_HOST", "as DYN_TCP_RPC_HOST", "IP address", HOME,
             "is where responses are taken";
         "DYN_TCP_RESPONSE_STREAM_PORT", "0", "port", HOME, "is the port of that listener";
         "DYN_TCP_LISTEN_BACKLOG", "4096", "connections", HOME, "is the backlog of that listener";
-        "DYN_QUIC_RESPONSE_BATCH_INTERVAL_US", "5000", "microseconds", QUIC,
-            "gathers items of QUIC responses so long";
         "DYN_QUIC_RESPONSE_BUFFER_CAPACITY", "16384", "items", QUIC,
             "bounds items of a QUIC response that wait";
         "DYN_HTTP_BACKEND_STREAM_TIMEOUT_SECS", "off", "seconds", FRONTEND,

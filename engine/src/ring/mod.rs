@@ -185,6 +185,15 @@ pub trait Ring {
         sockets::duplicate(handle.fd)
     }
 
+    /// Two stream sockets that are connected to each other: one to be attached, one to be given
+    /// away.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    fn pair(&self) -> io::Result<(OwnedFd, OwnedFd)> {
+        sockets::pair()
+    }
+
     /// Report each write to an eventfd, again and again.
     fn watch_wake(&mut self, operation: Operation, eventfd: RawFd);
 

@@ -56,6 +56,13 @@ pub(super) fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
     unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned()
 }
 
+/// Two sockets that are connected to each other, blocking both.
+pub(super) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let kind = Type::STREAM.cloexec();
+    let (one, other) = Socket::pair(Domain::UNIX, kind, None)?;
+    Ok((one.into(), other.into()))
+}
+
 /// Closes a descriptor.
 pub(super) fn close(fd: RawFd) {
     // SAFETY: the caller owns the descriptor and gives it up here.

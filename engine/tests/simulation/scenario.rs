@@ -89,6 +89,7 @@ impl World {
             commands: command_receiver,
             reports: report_sender,
             insecure: mesh::lane().unwrap().0,
+            outbound: mesh::lane().unwrap().0,
         };
         let (listener, shown) = (Some(listener), Arc::clone(&stats));
         let mut shard = Shard::router(config, ring, buffers, listener, shown, lanes).unwrap();
