@@ -3,6 +3,8 @@
 
 use std::net::SocketAddr;
 
+use crate::ends::HomeAddress;
+
 /// In place of a CPU: the kernel moves the shard's thread as it likes.
 pub const ANY_CPU: usize = usize::MAX;
 
@@ -31,6 +33,8 @@ pub struct ShardConfig {
     pub message_bytes_max: u64,
     /// Bytes that may wait for one instance's socket before its requests are refused.
     pub upstream_queue_bytes: u32,
+    /// Where workers call home whose responses are relayed; `None` when no route relays.
+    pub relay_home: Option<HomeAddress>,
 }
 
 /// The implementation of the ring.
@@ -66,6 +70,7 @@ impl ShardConfig {
             in_flight_max: 65_536,
             message_bytes_max: 33_554_432,
             upstream_queue_bytes: 64 << 20,
+            relay_home: None,
         }
     }
 }
