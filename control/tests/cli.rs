@@ -37,13 +37,16 @@ fn file(text: &str) -> (tempfile::TempDir, String) {
 
 #[test]
 fn every_command_helps_with_examples() {
-    let commands: [&[&str]; 6] = [
+    let commands: [&[&str]; 9] = [
         &[],
         &["up"],
         &["serve"],
         &["check"],
+        &["env"],
         &["worker", "echo"],
         &["call"],
+        &["gms"],
+        &["gms", "probe"],
     ];
     for command in commands {
         let output = corelane(&[command, &["--help"]].concat(), &[]);

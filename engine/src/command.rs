@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use crate::client::NewCall;
 use crate::directory::Directory;
+use crate::handler::NewHandler;
+use crate::local::Run;
 use crate::mesh::{Receiver, Sender};
 
 /// What control asks of a shard.
@@ -12,6 +14,8 @@ use crate::mesh::{Receiver, Sender};
 pub enum Command {
     /// A new directory.
     Directory(Arc<Directory>),
+    /// One more handler: the next index, served once [`Command::Serve`] gives it a path.
+    Handler(NewHandler),
     /// From now on exactly these paths are served by handlers of this process.
     Serve(Vec<LocalPath>),
     /// Make a call; its events come over the shard's own queue.
@@ -23,6 +27,8 @@ pub enum Command {
         /// Do not even take what the worker still sends.
         kill: bool,
     },
+    /// Run a task on the shard. It is dropped at once when 65,536 such tasks run already.
+    Run(Run),
     /// Refuse new requests from now on.
     Drain,
     /// End the loop after this tick.
@@ -34,7 +40,7 @@ pub enum Command {
 pub struct LocalPath {
     /// The path, byte for byte.
     pub path: Vec<u8>,
-    /// Index into [`crate::ends::Ends::handlers`].
+    /// Index into [`crate::ends::Ends::handlers`], to which [`Command::Handler`] adds.
     pub handler: u32,
 }
 

@@ -102,7 +102,7 @@ fn control_bytes<R: Ring>(shard: &Shard<R>, slot: u32, prefix: &Prefix) -> Resul
     shard
         .pieces
         .copy_out(&incoming, prefix.prefix_bytes, &mut fixed);
-    let message = match two_part::decode_prefix(&fixed, Some(u64::from(prefix.payload_bytes))) {
+    let message = match two_part::decode_prefix(&fixed, None) {
         Decoded::Frame(message) => message,
         Decoded::Need(_) => return Err(Fault::new("it is too short")),
         Decoded::Bad(bad) => return Err(Fault::new(bad)),

@@ -21,6 +21,7 @@ use corelane_codec::error::DynamoError;
 use corelane_codec::item::{self, Annotated};
 use corelane_codec::two_part;
 
+use crate::local::Wishes;
 use crate::ring::monotonic_ns;
 
 /// Items that may wait for the socket before a handler has to.
@@ -48,6 +49,7 @@ struct HostState {
     /// A task was spawned or woken since the executor's last turn.
     woken: Cell<bool>,
     tasks: Cell<usize>,
+    wishes: Wishes,
 }
 
 impl Host {
@@ -102,9 +104,23 @@ impl Host {
         }
     }
 
-    fn wake(&self, waker: Waker) {
+    pub(crate) fn wake(&self, waker: Waker) {
         self.set_woken(true);
         waker.wake();
+    }
+
+    pub(crate) fn task_began(&self) {
+        self.0.tasks.set(self.tasks() + 1);
+        self.set_woken(true);
+    }
+
+    pub(crate) fn task_ended(&self) {
+        self.0.tasks.set(self.tasks() - 1);
+    }
+
+    /// What tasks want of the shard.
+    pub(crate) fn wishes(&self) -> &Wishes {
+        &self.0.wishes
     }
 }
 
@@ -207,6 +223,11 @@ impl Stream {
         self.place = place;
     }
 
+    /// Where that is.
+    pub(crate) fn place(&self) -> (u32, u32) {
+        self.place
+    }
+
     /// The shard has seen what was touched.
     pub(crate) fn seen(&mut self) {
         self.touched = false;
@@ -270,8 +291,7 @@ impl Stream {
 
     pub(crate) fn task_began(&mut self) {
         self.task_over = false;
-        self.host.0.tasks.set(self.host.tasks() + 1);
-        self.host.set_woken(true);
+        self.host.task_began();
     }
 
     /// Notes whom to wake; answers whether the handler is to be dropped.
@@ -286,7 +306,7 @@ impl Stream {
     pub(crate) fn task_ended(&mut self) {
         self.task_over = true;
         self.task = None;
-        self.host.0.tasks.set(self.host.tasks() - 1);
+        self.host.task_ended();
         self.touch();
     }
 

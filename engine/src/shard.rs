@@ -40,8 +40,8 @@ use crate::timer_wheel::TimerWheel;
 use crate::upstream::{InstanceState, Upstream};
 use crate::worker::Worker;
 use crate::{
-    accept, client, collect, decode, ends, forward, home, link, recv, relay_flow, relay_home,
-    respond, tell,
+    accept, client, collect, decode, ends, forward, home, link, local, recv, relay_flow,
+    relay_home, respond, tell,
 };
 
 pub use crate::command::{Command, Lanes, Report};
@@ -212,6 +212,7 @@ impl<R: Ring> Shard<R> {
         accept::arm(self);
         home::arm(self);
         relay_home::arm(self);
+        local::show_places(self);
         let address = self
             .listener
             .as_ref()
@@ -496,12 +497,14 @@ impl<R: Ring> Shard<R> {
             };
             match command {
                 Command::Directory(directory) => link::publish(self, directory),
+                Command::Handler(new) => self.worker.add(new),
                 Command::Serve(paths) => {
                     self.worker.serve(paths);
                     self.stats.shard.path_updates.add(1);
                 }
                 Command::Call(call) => client::begin(self, *call),
                 Command::EndCall { number, kill } => client::end_early(self, number, kill),
+                Command::Run(run) => run.begin(&self.worker.host),
                 // The listener stays open, so that who still dials is told by a refusal and not by
                 // a reset.
                 Command::Drain => {

@@ -323,10 +323,15 @@ fn a_caller_who_goes_away_takes_his_worker_along() {
             let mut caller = lab.called();
             caller.handshake();
             let mut worker = called.then(|| asked.call_home());
+            let stats = &lab.router.handle.stats.shard;
             caller.say(&call_home::KILL_FRAME);
             drop(caller);
             match &mut worker {
-                Some(worker) => assert_eq!(worker.message().expect("a word").0, KILL),
+                // A reset says the same to a worker that had just called.
+                Some(worker) => match worker.message() {
+                    Some((word, _)) => assert_eq!(word, KILL),
+                    None => assert!(stats.homes_refused.get() > 0),
+                },
                 // Whoever calls later finds nobody.
                 None => {
                     lab.wait_relays(0);
@@ -463,6 +468,9 @@ fn large_requests_are_cut_through() {
                 .map(|at: usize| (at * 7 + at / 251) as u8)
                 .collect();
             lab.ask("s", &body);
+            if bytes > 65_000 {
+                lab.workers[0].bulk();
+            }
             let asked = lab.workers[0].take();
             assert!(asked.body == body, "{bytes}");
             lab.workers[0].reply("");
@@ -528,7 +536,7 @@ fn envelopes_that_a_worker_would_drop_in_silence_are_answered() {
         told(&mut lab, &huge, "parts are longer");
         let mut envelope = Vec::new();
         two_part::write(b"{}", b"body", &mut envelope);
-        told(&mut lab, &envelope, "no member `id`");
+        told(&mut lab, &envelope, "has no member");
         let good = ends::envelope_in(&home, "s", PayloadCodec::Json, b"body");
         let other = |from: &str, to: &str| replaced(&good, from, to);
         told(
@@ -698,7 +706,7 @@ fn serve_by_number() -> corelane_engine::handler::MakeHandler {
     ends::handler(|request: Request, mut responder: Responder| async move {
         let number: u64 = String::from_utf8_lossy(request.body()).parse().unwrap();
         if number % 5 == 0 {
-            return responder.fail(&DynamoError::engine_shutdown("another one may"));
+            return responder.fail(&DynamoError::stream_incomplete("another one may"));
         }
         for _ in 0..20 {
             if responder.annotated(b"1").await.is_err() {
@@ -760,13 +768,14 @@ fn two_thousand_calls_with_all_kinds_of_ends_leave_nothing_behind() {
             let early = event.call % 11 == 0;
             match event.what {
                 What::Finished if !early => {
-                    assert!(event.call % 5 > 0 && event.call % 7 > 0, "{}", event.call);
+                    assert!(event.call % 5 > 0, "{}", event.call);
                     whole += 1;
                 }
                 What::Failed(ref error) if !early => {
                     let expected = event.call % 5 == 0 || event.call % 7 == 0;
                     assert!(expected, "{}: {error}", event.call);
                 }
+                What::Refused(ref text) => panic!("{}: {text}", event.call),
                 _ => {}
             }
             ended += u64::from(event.what.is_end());

@@ -6,10 +6,10 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use super::args::{Answer, CallArgs, Codec, Early, EchoArgs, Target, UpArgs};
-use super::{Stop, check::CheckOptions};
+use super::{Stop, check::CheckOptions, gms::GmsOptions};
 use crate::config::{
-    Backend, Config, EndpointId, Host, Inputs, Key, Main, Override, Purpose, address, find, keys,
-    nearest, quoted,
+    Backend, Config, EndpointId, Host, Inputs, Key, Main, Override, Purpose, Section, address,
+    find, keys, nearest, quoted,
 };
 use crate::env::Env;
 
@@ -50,8 +50,10 @@ pub(super) enum Command {
     Up(UpOptions),
     Serve(ServeOptions),
     Check(CheckOptions),
+    Env(EnvOptions),
     Worker(WorkerOptions),
     Call(CallOptions),
+    Gms(Box<GmsOptions>),
 }
 
 /// Where settings come from.
@@ -111,6 +113,10 @@ impl UpOptions {
             let text = "up keeps discovery in memory; use serve for another [discovery] backend";
             return Err(Stop::Usage(text.into()));
         }
+        if overrides.iter().any(|set| set.key.section == Section::Gpu) {
+            let text = "up serves no GPU memory; use corelane gms, or serve with [gpu]";
+            return Err(Stop::Usage(text.into()));
+        }
         push(
             &mut overrides,
             "discovery.backend",
@@ -168,6 +174,25 @@ impl ServeOptions {
             host: host.clone(),
         })
     }
+}
+
+/// List every environment variable of ours and of Dynamo's
+///
+/// What it does, its default and unit, whether it is honoured here and why not, and its value where
+/// it is set. Passwords, tokens and keys are hidden.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  corelane env
+  corelane env --set                     only those that are set
+  corelane env --json")]
+pub(super) struct EnvOptions {
+    /// Print one JSON object
+    #[arg(long)]
+    pub(super) json: bool,
+    /// Only those that are set
+    #[arg(long, conflicts_with = "json")]
+    pub(super) set: bool,
 }
 
 /// Run a worker that is made for trying and testing
@@ -244,7 +269,7 @@ impl DiscoveryOptions {
     }
 }
 
-fn push(overrides: &mut Vec<Override>, path: &str, flag: &str, text: Option<String>) {
+pub(super) fn push(overrides: &mut Vec<Override>, path: &str, flag: &str, text: Option<String>) {
     if let (Some(key), Some(text)) = (find(path), text) {
         overrides.push(Override {
             flag: flag.to_owned(),

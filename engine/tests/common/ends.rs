@@ -310,6 +310,8 @@ pub fn envelope_in(address: &str, subject: &str, codec: PayloadCodec, body: &[u8
 pub struct HandWorker {
     pub listener: TcpListener,
     pub stream: Option<TcpStream>,
+    /// A connection that it does not look at.
+    aside: Option<TcpStream>,
     bytes: Vec<u8>,
 }
 
@@ -327,6 +329,7 @@ impl Default for HandWorker {
         HandWorker {
             listener: TcpListener::bind("127.0.0.1:0").unwrap(),
             stream: None,
+            aside: None,
             bytes: Vec::new(),
         }
     }
@@ -353,6 +356,13 @@ impl HandWorker {
         let some = matches!(stream.peek(&mut [0]), Ok(1)) || !self.bytes.is_empty();
         stream.set_nonblocking(false).unwrap();
         some
+    }
+
+    /// Looks at the next connection from now on; the first one stays open.
+    pub fn bulk(&mut self) {
+        self.connected();
+        self.aside = self.stream.take();
+        self.connected();
     }
 
     fn connected(&mut self) -> &mut TcpStream {
