@@ -52,7 +52,7 @@ pub(crate) enum Phase {
     Called,
     /// It has, and owes the prologue.
     Prologue,
-    /// It owes the first item. What it has said so far waits here.
+    /// It owes the first item.
     First,
     /// The caller gets what comes.
     Passing,
@@ -128,9 +128,12 @@ pub(crate) struct Relay {
     pub(crate) stopped: bool,
     /// A request stream has been opened: what was read from it cannot be had again.
     pub(crate) opened: bool,
+    /// The caller has been given a prologue: there is no other one to come, whoever answers.
+    pub(crate) greeted: bool,
     /// The final marker has been passed on.
     pub(crate) is_final: bool,
-    /// Its items are Dynamo's `Annotated`, so an error can be said in one.
+    /// Its items are Dynamo's `Annotated`, so an error can be said in one. That is so as a rule,
+    /// and taken for granted until an item has been seen.
     pub(crate) annotated: bool,
     /// It stands in the list of relays with something to send.
     pub(crate) dirty: bool,
@@ -174,8 +177,9 @@ impl Relay {
             accepted: false,
             stopped: false,
             opened: false,
+            greeted: false,
             is_final: false,
-            annotated: false,
+            annotated: true,
             dirty: false,
             received_ns: now_ns,
             placed_ns: now_ns,

@@ -245,12 +245,15 @@ fn header<R: Ring>(
     step
 }
 
-/// The response begins. The prologue is not kept: the caller gets the same one from us along with
-/// the first item.
+/// The response begins. The caller gets the same prologue from us, and only once: without it he
+/// would take our leaving discovery for the end of his request (spec/request-plane.md §4.9).
 fn begun<R: Ring>(shard: &mut Shard<R>, slot: u32, relay: u32, bytes: usize) -> Step {
     let incoming = &mut shard.connections[slot].incoming;
     shard.pieces.advance(incoming, bytes);
     shard.relays.table[relay].phase = Phase::First;
+    if greet(shard, relay) {
+        soil(shard, relay);
+    }
     Step::On
 }
 
@@ -270,9 +273,15 @@ fn prologue<R: Ring>(
     }
     let typed = prologue.typed_error;
     let typed = typed.and_then(|json| item::from_bytes(json, PayloadCodec::Json).ok());
-    if let Some(error) = typed
-        && relay_life::retry_after_error(shard, relay, &error)
+    if let Some(error) = &typed
+        && relay_life::retry_after_error(shard, relay, error)
     {
+        return Step::Gone;
+    }
+    if shard.relays.table[relay].greeted {
+        let text = prologue.error.map(|text| text.to_cow().into_owned());
+        let error = typed.unwrap_or_else(|| DynamoError::unknown(text.unwrap_or_default()));
+        relay_life::fail(shard, relay, &error);
         return Step::Gone;
     }
     // The worker's own words are the caller's answer.
@@ -383,6 +392,7 @@ fn look<R: Ring>(
     };
     let look = entry.phase == Phase::First && bytes <= LOOK_BYTES_MAX || bytes == marker.len();
     if !look || there < message.frame_bytes() {
+        entry.annotated &= entry.phase != Phase::First;
         return false;
     }
     let mut body = [0; LOOK_BYTES_MAX];
@@ -402,15 +412,19 @@ fn look<R: Ring>(
     false
 }
 
-/// The prologue goes behind the handshake.
+/// The prologue goes behind the handshake, if it has not. `false`: there is no room for it now.
 fn greet<R: Ring>(shard: &mut Shard<R>, relay: u32) -> bool {
     let caller = shard.relays.table[relay].caller;
+    if shard.relays.table[relay].greeted {
+        return true;
+    }
     let Some(connection) = shard.connections.get_mut(caller) else {
         return false;
     };
     let mut out = connection.out;
     let put = shard.pool.push(&mut out, &call_home::PROLOGUE_OK_FRAME);
     shard.connections[caller].out = out;
+    shard.relays.table[relay].greeted = put;
     put
 }
 

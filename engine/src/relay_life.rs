@@ -191,7 +191,7 @@ fn try_again<R: Ring>(shard: &mut Shard<R>, relay: u32) -> ControlFlow<()> {
     };
     drop_worker(shard, relay);
     let entry = &mut shard.relays.table[relay];
-    (entry.ready, entry.left, entry.annotated) = (0, 0, false);
+    (entry.ready, entry.left) = (0, 0);
     shard.stats.shard.retried.add(1);
     shard.stats.shard.relays_retried.add(1);
     forward::enqueue(shard, request, instance);
@@ -243,15 +243,19 @@ pub(crate) fn retry_after_error<R: Ring>(
 /// No instance is left, or none may be tried: the caller is told over the socket on which he
 /// expects the response.
 pub(crate) fn fail<R: Ring>(shard: &mut Shard<R>, relay: u32, error: &DynamoError) {
-    let passing = shard.relays.table[relay].passes();
+    let entry = &shard.relays.table[relay];
+    let (passing, greeted) = (entry.passes(), entry.greeted);
     keep_rest(shard, relay);
     drop_worker(shard, relay);
     detach(shard, relay);
     leave(shard, relay);
     let mut words = Vec::with_capacity(1024);
     let entry = &mut shard.relays.table[relay];
-    if passing {
-        shard.stats.shard.relays_cut.add(1);
+    match passing {
+        true => shard.stats.shard.relays_cut.add(1),
+        false => shard.stats.shard.relays_failed.add(1),
+    }
+    if greeted {
         // Who reads other items than Dynamo's, or half of one, is told by the end itself: he
         // makes the same error of it (§4.4).
         if entry.left == 0 && entry.annotated && !entry.stopped {
@@ -259,8 +263,7 @@ pub(crate) fn fail<R: Ring>(shard: &mut Shard<R>, relay: u32, error: &DynamoErro
             words.extend_from_slice(call_home::final_marker_frame(entry.codec));
             words.extend_from_slice(&SENTINEL_FRAME);
         }
-    } else {
-        shard.stats.shard.relays_failed.add(1);
+    } else if !passing {
         call_home::write_prologue_error(error.text(), Some(&error.to_json()), &mut words);
         words.extend_from_slice(&SENTINEL_FRAME);
     }

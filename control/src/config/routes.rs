@@ -64,7 +64,7 @@ fn route(layers: &mut Layers, index: usize) -> Option<Placed> {
         inactivity_timeout_ms: layers.int(&keys::ROUTE_INACTIVITY_TIMEOUT_MS, of),
     };
     if response == Response::Direct {
-        useless(layers, index);
+        useless(layers, index, &relay);
     }
     if let Some((text, at)) = &listen {
         offered(layers, text, at);
@@ -139,12 +139,24 @@ fn header(layers: &mut Layers, index: usize, policy: Policy) -> Option<String> {
 }
 
 /// Keys that do nothing where responses do not pass through.
-fn useless(layers: &mut Layers, index: usize) {
-    for key in [
-        &keys::ROUTE_HOME_TIMEOUT_MS,
-        &keys::ROUTE_FIRST_ITEM_TIMEOUT_MS,
-        &keys::ROUTE_INACTIVITY_TIMEOUT_MS,
+fn useless(layers: &mut Layers, index: usize, relay: &RelayTimes) {
+    for (key, value) in [
+        (&keys::ROUTE_HOME_TIMEOUT_MS, relay.home_timeout_ms),
+        (
+            &keys::ROUTE_FIRST_ITEM_TIMEOUT_MS,
+            relay.first_item_timeout_ms,
+        ),
+        (
+            &keys::ROUTE_INACTIVITY_TIMEOUT_MS,
+            relay.inactivity_timeout_ms,
+        ),
     ] {
+        // A default that is written down is no mistake.
+        let default =
+            matches!(key.fallback, keys::Fallback::Value(text) if text == value.to_string());
+        if default {
+            continue;
+        }
         let table = layers.main.table(Section::Route, index);
         let typed = table.and_then(|table| table.entries.iter().find(|entry| entry.key == key));
         if let Some(at) = typed.map(|entry| entry.at.clone()) {

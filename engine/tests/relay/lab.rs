@@ -1,5 +1,5 @@
 //! A relaying router between a hand-made caller and hand-made workers.
-#![allow(unreachable_pub)]
+#![allow(dead_code, unreachable_pub)]
 
 use std::net::{SocketAddr, TcpListener};
 use std::time::{Duration, Instant};
