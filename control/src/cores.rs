@@ -25,6 +25,8 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::preflight::{Plan, Planned, ring_word};
+use crate::tls::{self, Tls, TlsError};
+use crate::trace;
 
 /// Longest wait until all shards listen; taking gigabytes of buffers takes a while.
 const START_MAX: Duration = Duration::from_secs(30);
@@ -41,6 +43,9 @@ pub enum CoresError {
     /// One could not be made.
     #[error(transparent)]
     Start(#[from] StartError),
+    /// TLS is wanted and cannot be had.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The port is taken.
     #[error(
         "cannot listen on {address}: {source}; write another [server] host or port, or port = 0 \
@@ -122,6 +127,7 @@ pub struct Cores {
     /// Counts changes of state.
     changes: watch::Sender<u64>,
     stopping: Cell<bool>,
+    tls: Option<Rc<Tls>>,
 }
 
 impl Cores {
@@ -143,13 +149,21 @@ impl Cores {
         plan: &Plan,
         ends: impl Fn(usize) -> Ends + 'static,
     ) -> Result<Rc<Cores>, CoresError> {
+        let tls = Tls::start(&plan.tls)?;
+        let tracing = trace::tracing();
+        let ends = move |index| Ends {
+            tracing,
+            ..ends(index)
+        };
         let mut address = wanted_address(plan)?;
         let mut list: Vec<Core> = Vec::with_capacity(plan.shards.len());
         for planned in &plan.shards {
             let mut planned = planned.clone();
             planned.config.listen = Some(address);
+            tls::ask(&mut planned.config, &plan.tls);
             let own = ends(planned.config.shard);
-            let handle = executor::spawn_with(planned.config.clone(), own)?;
+            let mut handle = executor::spawn_with(planned.config.clone(), own)?;
+            tls::attend(&tls, &mut handle);
             // The first one has chosen the port of all.
             address = handle.address.unwrap_or(address);
             list.push(Core {
@@ -164,6 +178,7 @@ impl Cores {
             address,
             changes: watch::Sender::new(0),
             stopping: Cell::new(false),
+            tls,
         });
         for index in 0..cores.list.len() {
             cores.listen_to(index)?;
@@ -221,7 +236,8 @@ impl Cores {
             planned.config.clone()
         };
         let own = (self.ends)(config.shard);
-        let handle = executor::spawn_with(config, own)?;
+        let mut handle = executor::spawn_with(config, own)?;
+        tls::attend(&self.tls, &mut handle);
         core.handle.borrow_mut().join();
         core.handle.replace(handle);
         core.state.replace(State::Starting);
@@ -259,6 +275,10 @@ impl Cores {
                     let core = handle.shard;
                     tracing::warn!(core, why, "a request cannot be decoded");
                 }
+                Report::Stranger => {
+                    tracing::warn!(core = handle.shard, "{}", tls::STRANGER);
+                }
+                Report::Span(span) => trace::tell(*span),
                 Report::Stopped { failure } => {
                     self.turn(core, State::Ended { failure });
                     return false;
@@ -284,6 +304,11 @@ impl Cores {
         }
         core.state.replace(state);
         self.changes.send_modify(|count| *count += 1);
+    }
+
+    /// What does TLS for them, unless it is off.
+    pub fn tls(&self) -> Option<&Rc<Tls>> {
+        self.tls.as_ref()
     }
 
     /// Whether every shard listens.
@@ -416,6 +441,9 @@ impl Cores {
         for core in self.list.iter().filter(|core| ended(core)) {
             // It has said its last word, so this does not wait.
             core.handle.borrow_mut().join();
+        }
+        if let Some(tls) = &self.tls {
+            tls.finish().await;
         }
     }
 }

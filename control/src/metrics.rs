@@ -7,6 +7,7 @@
 //! corelane_ring_info{core,cpu,ring,cause}   corelane_build_info{version}
 //! corelane_{first,inter}_item_seconds{core,cpu,listen,target}         of relayed routes
 //! corelane_route_*{listen,target}   corelane_discovery_*               control's own
+//! dynamo_*                                                             see `dynamo`
 //! ```
 //! A scrape copies numbers and asks nobody: shards write their cells whether they are read or not.
 
@@ -14,6 +15,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::time::Duration;
 
+use corelane_engine::config::ANY_CPU;
 use corelane_engine::stats::{CellKind, Latency};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet, text};
@@ -22,6 +24,10 @@ use prometheus_client::registry::Registry;
 
 use crate::cores::CoreView;
 use crate::discovery::DiscoveryStats;
+
+mod dynamo;
+
+pub use dynamo::{ServedNumbers, WorkerNumbers};
 
 /// Buckets of latency histograms: two for each doubling, from 1.5 us to 8.6 s.
 const BUCKETS: usize = 46;
@@ -164,10 +170,7 @@ fn core_numbers(core: &CoreView, routes: usize) -> CoreNumbers {
     };
     let cells = core.stats.shard.each().into_iter();
     CoreNumbers {
-        labels: [
-            ("core", core.shard.to_string()),
-            ("cpu", core.cpu.to_string()),
-        ],
+        labels: [("core", core.shard.to_string()), ("cpu", cpu(core.cpu))],
         ring: core.ring,
         cause: core.cause,
         cells: cells
@@ -176,6 +179,13 @@ fn core_numbers(core: &CoreView, routes: usize) -> CoreNumbers {
         hop: histogram(&core.stats.hop),
         answer: histogram(&core.stats.answer),
         relayed: (0..routes).filter_map(relayed).collect(),
+    }
+}
+
+fn cpu(cpu: usize) -> String {
+    match cpu {
+        ANY_CPU => "any".to_owned(),
+        cpu => cpu.to_string(),
     }
 }
 

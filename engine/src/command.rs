@@ -3,11 +3,13 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use crate::adopt::{Adoption, Insecure, Ticket};
 use crate::client::NewCall;
 use crate::directory::Directory;
 use crate::handler::NewHandler;
 use crate::local::Run;
 use crate::mesh::{Receiver, Sender};
+use crate::served::SpanRecord;
 
 /// What control asks of a shard.
 #[derive(Debug)]
@@ -26,6 +28,20 @@ pub enum Command {
         number: u64,
         /// Do not even take what the worker still sends.
         kill: bool,
+    },
+    /// The handshake on a socket of the shard's has ended.
+    Adopt {
+        /// Which socket.
+        ticket: Ticket,
+        /// What it is now.
+        adoption: Adoption,
+    },
+    /// The peer of an adopted socket has reset it.
+    Broken {
+        /// Which socket.
+        ticket: Ticket,
+        /// Why.
+        errno: i32,
     },
     /// Run a task on the shard. It is dropped at once when 65,536 such tasks run already.
     Run(Run),
@@ -58,6 +74,11 @@ pub enum Report {
         /// What was wrong.
         why: String,
     },
+    /// A peer speaks TLS where we do not; at most one a second is told.
+    Stranger,
+    /// The span of a request that has ended; only where spans are made, and lost when this queue is
+    /// full.
+    Span(Box<SpanRecord>),
     /// The shard has ended; nobody reads its queue any more.
     Stopped {
         /// Why, if not because it was asked to.
@@ -71,4 +92,6 @@ pub struct Lanes {
     pub commands: Receiver<Command>,
     /// What the shard tells.
     pub reports: Sender<Report>,
+    /// Sockets that wait for their handshake; unused without TLS.
+    pub insecure: Sender<Insecure>,
 }

@@ -35,6 +35,10 @@ pub struct ShardConfig {
     pub upstream_queue_bytes: u32,
     /// Where workers call home whose responses are relayed; `None` when no route relays.
     pub relay_home: Option<HomeAddress>,
+    /// Accepted connections speak TLS, calls home too; see [`crate::adopt`].
+    pub secure_accepts: bool,
+    /// Dialled connections speak TLS.
+    pub secure_dials: bool,
 }
 
 /// The implementation of the ring.
@@ -71,6 +75,8 @@ impl ShardConfig {
             message_bytes_max: 33_554_432,
             upstream_queue_bytes: 64 << 20,
             relay_home: None,
+            secure_accepts: false,
+            secure_dials: false,
         }
     }
 }

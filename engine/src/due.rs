@@ -39,6 +39,8 @@ pub(crate) enum TimerKind {
     RelayHome,
     /// Accept such calls again after a failure.
     RelayAccept,
+    /// A shared connection to a caller.
+    Mux,
 }
 
 impl<R: Ring> Shard<R> {

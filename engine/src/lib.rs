@@ -4,6 +4,7 @@
 //! directory, its counters. See ARCHITECTURE.md for the life of a request.
 
 mod accept;
+pub mod adopt;
 pub mod buffers;
 pub mod call;
 mod call_frame;
@@ -21,11 +22,15 @@ pub mod executor;
 mod forward;
 pub mod handler;
 mod home;
+pub mod host;
 pub mod in_flight;
 pub mod ledger;
 mod link;
 pub mod local;
 pub mod mesh;
+mod mux;
+mod mux_home;
+mod mux_link;
 pub mod operation;
 pub mod outgoing;
 pub mod pieces;
@@ -45,6 +50,7 @@ pub mod responder;
 pub mod ring;
 pub mod route;
 pub mod send_pool;
+pub mod served;
 mod settle;
 pub mod shard;
 mod socket;
@@ -52,5 +58,6 @@ pub mod stats;
 pub mod table;
 mod tell;
 pub mod timer_wheel;
+pub mod times;
 pub mod upstream;
 mod worker;

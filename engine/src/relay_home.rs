@@ -57,7 +57,7 @@ pub(crate) fn accepted<R: Ring>(shard: &mut Shard<R>, event: Event) {
     };
     shard.relays.strangers += 1;
     watch(shard, slot);
-    shard.receive(slot);
+    shard.welcome(slot);
 }
 
 /// The socket has so long for what it owes.

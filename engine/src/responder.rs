@@ -7,8 +7,7 @@
 //!
 //! Both sides live on one thread and never borrow the state across a wait.
 
-use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::cell::RefCell;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::rc::Rc;
@@ -21,7 +20,7 @@ use corelane_codec::error::DynamoError;
 use corelane_codec::item::{self, Annotated};
 use corelane_codec::two_part;
 
-use crate::local::Wishes;
+pub use crate::host::{Host, Sleep};
 use crate::ring::monotonic_ns;
 
 /// Items that may wait for the socket before a handler has to.
@@ -33,132 +32,6 @@ const BYTES_MAX: usize = 256 * 1024;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the caller of this request is gone")]
 pub struct Gone;
-
-/// What the handlers of one shard share: its timers, and the list of responses to look at.
-#[derive(Clone, Default)]
-pub struct Host(Rc<HostState>);
-
-#[derive(Default)]
-struct HostState {
-    /// Responses that a handler has touched, by slot and generation.
-    touched: RefCell<Vec<(u32, u32)>>,
-    /// By deadline and number. The shard's timer wheel counts milliseconds; pauses between items
-    /// are shorter.
-    sleepers: RefCell<BTreeMap<(u64, u64), Waker>>,
-    next_sleeper: Cell<u64>,
-    /// A task was spawned or woken since the executor's last turn.
-    woken: Cell<bool>,
-    tasks: Cell<usize>,
-    wishes: Wishes,
-}
-
-impl Host {
-    /// Waits for so long, at least.
-    pub fn sleep(&self, time: Duration) -> Sleep {
-        let ns = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        Sleep {
-            host: self.clone(),
-            deadline_ns: monotonic_ns().saturating_add(ns),
-            number: None,
-        }
-    }
-
-    /// Whether the executor has something to do.
-    pub(crate) fn is_woken(&self) -> bool {
-        self.0.woken.get()
-    }
-
-    pub(crate) fn set_woken(&self, woken: bool) {
-        self.0.woken.set(woken);
-    }
-
-    /// Tasks that have not ended.
-    pub(crate) fn tasks(&self) -> usize {
-        self.0.tasks.get()
-    }
-
-    pub(crate) fn take_touched(&self, into: &mut Vec<(u32, u32)>) {
-        into.append(&mut self.0.touched.borrow_mut());
-    }
-
-    /// When the first sleeper is to be woken.
-    pub(crate) fn next_deadline(&self) -> Option<u64> {
-        let sleepers = self.0.sleepers.borrow();
-        sleepers
-            .first_key_value()
-            .map(|((deadline, _), _)| *deadline)
-    }
-
-    /// Wakes the sleepers whose time has come.
-    pub(crate) fn wake_sleepers(&self, now_ns: u64) {
-        loop {
-            let mut sleepers = self.0.sleepers.borrow_mut();
-            match sleepers.first_entry() {
-                Some(first) if first.key().0 <= now_ns => {
-                    let waker = first.remove();
-                    drop(sleepers);
-                    self.wake(waker);
-                }
-                _ => return,
-            }
-        }
-    }
-
-    pub(crate) fn wake(&self, waker: Waker) {
-        self.set_woken(true);
-        waker.wake();
-    }
-
-    pub(crate) fn task_began(&self) {
-        self.0.tasks.set(self.tasks() + 1);
-        self.set_woken(true);
-    }
-
-    pub(crate) fn task_ended(&self) {
-        self.0.tasks.set(self.tasks() - 1);
-    }
-
-    /// What tasks want of the shard.
-    pub(crate) fn wishes(&self) -> &Wishes {
-        &self.0.wishes
-    }
-}
-
-/// A pause of a handler.
-#[must_use = "a future does nothing unless it is awaited"]
-pub struct Sleep {
-    host: Host,
-    deadline_ns: u64,
-    number: Option<u64>,
-}
-
-impl Future for Sleep {
-    type Output = ();
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
-        if monotonic_ns() >= self.deadline_ns {
-            return Poll::Ready(());
-        }
-        let state = Rc::clone(&self.host.0);
-        let number = *self.number.get_or_insert_with(|| {
-            state.next_sleeper.set(state.next_sleeper.get() + 1);
-            state.next_sleeper.get()
-        });
-        let waker = context.waker().clone();
-        let mut sleepers = state.sleepers.borrow_mut();
-        sleepers.insert((self.deadline_ns, number), waker);
-        Poll::Pending
-    }
-}
-
-impl Drop for Sleep {
-    fn drop(&mut self) {
-        if let Some(number) = self.number {
-            let mut sleepers = self.host.0.sleepers.borrow_mut();
-            sleepers.remove(&(self.deadline_ns, number));
-        }
-    }
-}
 
 /// The state of one response.
 pub(crate) struct Stream {
@@ -185,19 +58,33 @@ pub(crate) struct Stream {
     place: (u32, u32),
     touched: bool,
     host: Host,
+    so_far: SoFar,
+    /// The time that the handler is at work is measured.
+    timed: bool,
+}
+
+/// What a response has come to, for the numbers of its handler and for its span.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct SoFar {
+    /// When the prologue was written; 0 before.
+    pub(crate) began_ns: u64,
+    /// Encoded items.
+    pub(crate) bytes: u64,
+    /// It ended with an error.
+    pub(crate) failed: bool,
+    /// The time that the handler was at work, if that is measured.
+    pub(crate) busy_ns: u64,
 }
 
 /// A response's state as its shard and its handler hold it.
 pub(crate) type Shared = Rc<RefCell<Stream>>;
 
 impl Stream {
-    /// A response that begins with the handshake of `subject`. It has no task yet.
-    pub(crate) fn new(subject: &str, codec: PayloadCodec, host: &Host) -> Stream {
-        let mut out = Vec::with_capacity(512);
-        call_home::write_handshake(subject, StreamType::Response, &mut out);
+    /// A response without a handshake. It has no task yet.
+    pub(crate) fn new(codec: PayloadCodec, host: &Host) -> Stream {
         Stream {
             codec,
-            out,
+            out: Vec::with_capacity(512),
             out_items: 0,
             sending_bytes: 0,
             sending_items: 0,
@@ -213,10 +100,40 @@ impl Stream {
             place: (0, 0),
             touched: false,
             host: host.clone(),
+            so_far: SoFar::default(),
+            timed: false,
         }
     }
 
     // --- for the shard ---------------------------------------------------------------
+
+    /// It is to have a socket of its own, which begins with the handshake of `subject`.
+    pub(crate) fn shake(&mut self, subject: &str) {
+        let written = std::mem::take(&mut self.out);
+        let out = &mut self.out;
+        out.reserve(written.len() + 512);
+        call_home::write_handshake(subject, StreamType::Response, out);
+        out.extend_from_slice(&written);
+    }
+
+    /// What is written and not given to a connection, and whether nothing will follow it.
+    pub(crate) fn written(&self) -> (&[u8], bool) {
+        (&self.out, self.over)
+    }
+
+    /// A shared connection has taken so many bytes of that.
+    pub(crate) fn gave(&mut self, bytes: usize) {
+        let before = self.out.len().max(1);
+        self.out.drain(..bytes);
+        let left = self.out_items as usize * self.out.len();
+        self.out_items = left.div_ceil(before) as u32;
+        self.wake_all();
+    }
+
+    /// Asks the shard to look again in its next turn.
+    pub(crate) fn look_again(&mut self) {
+        self.touch();
+    }
 
     /// Where the shard keeps it: slot and generation.
     pub(crate) fn set_place(&mut self, place: (u32, u32)) {
@@ -226,6 +143,24 @@ impl Stream {
     /// Where that is.
     pub(crate) fn place(&self) -> (u32, u32) {
         self.place
+    }
+
+    /// What it has come to.
+    pub(crate) fn so_far(&self) -> SoFar {
+        self.so_far
+    }
+
+    /// From now on the time that the handler is at work is measured.
+    pub(crate) fn time(&mut self) {
+        self.timed = true;
+    }
+
+    pub(crate) fn is_timed(&self) -> bool {
+        self.timed
+    }
+
+    pub(crate) fn was_busy(&mut self, ns: u64) {
+        self.so_far.busy_ns += ns;
     }
 
     /// The shard has seen what was touched.
@@ -322,7 +257,7 @@ impl Stream {
     fn touch(&mut self) {
         if !self.touched {
             self.touched = true;
-            self.host.0.touched.borrow_mut().push(self.place);
+            self.host.touched(self.place);
         }
     }
 
@@ -355,6 +290,7 @@ impl Stream {
     fn begin(&mut self) {
         if !self.began {
             self.began = true;
+            self.so_far.began_ns = monotonic_ns();
             self.out.extend_from_slice(&call_home::PROLOGUE_OK_FRAME);
         }
     }
@@ -371,6 +307,7 @@ impl Stream {
             self.out.extend_from_slice(part);
         }
         self.out.extend_from_slice(after);
+        self.so_far.bytes += body_bytes as u64;
         self.out_items += 1;
         self.touch();
     }
@@ -399,11 +336,13 @@ impl Stream {
         if self.over {
             return;
         }
+        self.so_far.failed = true;
         if self.began {
             self.write_error_item(error);
             return self.finish();
         }
         self.began = true;
+        self.so_far.began_ns = monotonic_ns();
         call_home::write_prologue_error(error.text(), Some(&error.to_json()), &mut self.out);
         self.end();
     }

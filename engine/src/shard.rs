@@ -17,6 +17,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::adopt::Insecure;
 use crate::buffers::Buffers;
 use crate::client::Client;
 use crate::config::{Idle, ShardConfig};
@@ -99,6 +100,9 @@ pub struct Shard<R: Ring> {
     pub(crate) worker: Worker,
     pub(crate) client: Client,
     pub(crate) due: Vec<u64>,
+    pub(crate) insecure: Sender<Insecure>,
+    /// No peer that speaks TLS is reported before this time.
+    pub(crate) stranger_told_ns: u64,
     commands: Receiver<Command>,
     reports: Sender<Report>,
 }
@@ -174,6 +178,8 @@ impl<R: Ring> Shard<R> {
             worker,
             client,
             due: Vec::with_capacity(timers),
+            insecure: lanes.insecure,
+            stranger_told_ns: 0,
             commands: lanes.commands,
             reports: lanes.reports,
         }
@@ -230,9 +236,10 @@ impl<R: Ring> Shard<R> {
         self.stopping
     }
 
-    /// Tells control something. A full queue loses the report: control reads counters as well.
-    pub(crate) fn report(&self, report: Report) {
-        let _ = self.reports.send(report);
+    /// Tells control something. A full queue loses the report, and answers false: control reads
+    /// counters as well.
+    pub(crate) fn report(&self, report: Report) -> bool {
+        self.reports.send(report).is_ok()
     }
 
     /// One turn of the loop. Returns whether anything happened.
@@ -365,6 +372,14 @@ impl<R: Ring> Shard<R> {
         if errno != 0 {
             return self.lost(slot, errno);
         }
+        match self.config.secure_dials {
+            true => self.hand_out(slot, true),
+            false => self.established(slot),
+        }
+    }
+
+    /// A dialled connection can be used.
+    pub(crate) fn established(&mut self, slot: u32) {
         self.receive(slot);
         match self.connections[slot].role {
             Role::Downstream => {}
@@ -504,6 +519,8 @@ impl<R: Ring> Shard<R> {
                 }
                 Command::Call(call) => client::begin(self, *call),
                 Command::EndCall { number, kill } => client::end_early(self, number, kill),
+                Command::Adopt { ticket, adoption } => self.adopt(ticket, adoption),
+                Command::Broken { ticket, errno } => self.broken(ticket, errno),
                 Command::Run(run) => run.begin(&self.worker.host),
                 // The listener stays open, so that who still dials is told by a refusal and not by
                 // a reset.

@@ -515,53 +515,56 @@ fn a_request_and_a_response_that_dribble_in_are_whole() {
     }
 }
 
+/// Where nobody can be called home, the reply says what is wrong.
 #[test]
-fn envelopes_that_a_worker_would_drop_in_silence_are_answered() {
+fn envelopes_that_name_no_caller_are_refused() {
     for ring in rings() {
         let mut lab = Lab::new(ring, Ack::OnForward, 1);
         let home = lab.home().to_string();
-        // Where nobody can be called home, the reply says it.
-        let told = |lab: &mut Lab, payload: &[u8], why: &str| {
-            lab.caller.send(&frame(LISTEN_PATH, payload));
-            let text = lab.caller.reply();
-            assert!(
-                text.starts_with("Server unavailable: ") && text.contains(why),
-                "{why}: {text}"
-            );
-        };
-        told(&mut lab, b"", "too short");
-        told(&mut lab, &[0; 40], "control message has 0 bytes");
-        let mut huge = vec![0; 64];
+        let good = ends::envelope_in(&home, "s", PayloadCodec::Json, b"body");
+        let (mut huge, mut empty) = (vec![0; 64], Vec::new());
         huge[2] = 1;
-        told(&mut lab, &huge, "parts are longer");
-        let mut envelope = Vec::new();
-        two_part::write(b"{}", b"body", &mut envelope);
-        told(&mut lab, &envelope, "has no member");
+        two_part::write(b"{}", b"body", &mut empty);
+        let quic = replaced(&good, "tcp_server", "quic-response");
+        let named = replaced(&good, &home, "localhost:80");
+        let all = [
+            (&b""[..], "too short"),
+            (&[0; 40], "control message has 0 bytes"),
+            (&huge, "parts are longer"),
+            (&empty, "has no member"),
+            (&quic, "DYN_RESPONSE_PLANE=tcp"),
+            (&named, "not a numeric IP:PORT"),
+        ];
+        for (envelope, why) in all {
+            lab.caller.send(&frame(LISTEN_PATH, envelope));
+            let text = lab.caller.reply();
+            let refused = text.starts_with("Server unavailable: ");
+            assert!(refused && text.contains(why), "{why}: {text}");
+        }
+        // And the connection serves on.
+        lab.ask("s", b"x");
+        lab.workers[0].take();
+        let refused = &lab.router.handle.stats.shard.refused_bad_envelope;
+        assert_eq!(refused.get(), all.len() as u64);
+    }
+}
+
+/// Where he can be, a refusal would harm others: he is called.
+#[test]
+fn callers_of_envelopes_that_a_worker_would_drop_in_silence_are_called() {
+    for ring in rings() {
+        let mut lab = Lab::new(ring, Ack::OnForward, 1);
+        let home = lab.home().to_string();
         let good = ends::envelope_in(&home, "s", PayloadCodec::Json, b"body");
         let other = |from: &str, to: &str| replaced(&good, from, to);
-        told(
-            &mut lab,
-            &other("tcp_server", "quic-response"),
-            "DYN_RESPONSE_PLANE=tcp",
-        );
-        told(
-            &mut lab,
-            &other(&home, "localhost:80"),
-            "not a numeric IP:PORT",
-        );
-        // Where he can be, a refusal would harm others: he is called.
-        for (envelope, why) in [
+        let (response, request) = (r#"type\":\"response"#, r#"type\":\"request"#);
+        let long = format!(r#"\"{}\""#, "s".repeat(65));
+        let all = [
             (
-                other(r#"\"context\":\"id-1\""#, r#"\"context\":\"id-2\""#),
+                other(r#"context\":\"id-1"#, r#"context\":\"id-2"#),
                 "context",
             ),
-            (
-                other(
-                    r#"\"stream_type\":\"response\""#,
-                    r#"\"stream_type\":\"request\""#,
-                ),
-                "stream_type",
-            ),
+            (other(response, request), "stream_type"),
             (
                 ends::envelope_in(&home, "s", PayloadCodec::Json, b""),
                 "no body",
@@ -570,25 +573,21 @@ fn envelopes_that_a_worker_would_drop_in_silence_are_answered() {
                 other("single_in", "many_in"),
                 "request_stream_connection_info",
             ),
-            (
-                other(r#"\"s\""#, &format!(r#"\"{}\""#, "s".repeat(65))),
-                "subject",
-            ),
-        ] {
-            lab.caller.send(&frame(LISTEN_PATH, &envelope));
+            (other(r#"\"s\""#, &long), "subject"),
+        ];
+        for (envelope, why) in &all {
+            lab.caller.send(&frame(LISTEN_PATH, envelope));
             assert_eq!(lab.caller.reply(), "", "{why}");
             let mut called = lab.called();
             called.handshake();
             let text = called.error_prologue();
-            assert!(
-                text.contains("request.invalid_argument") && text.contains(why),
-                "{why}: {text}"
-            );
+            let typed = text.contains("request.invalid_argument");
+            assert!(typed && text.contains(why), "{why}: {text}");
         }
-        // And the connection serves on.
         lab.ask("s", b"x");
         lab.workers[0].take();
-        assert_eq!(lab.router.handle.stats.shard.refused_bad_envelope.get(), 11);
+        let refused = &lab.router.handle.stats.shard.refused_bad_envelope;
+        assert_eq!(refused.get(), all.len() as u64);
     }
 }
 
@@ -705,23 +704,40 @@ fn a_bidirectional_call_has_both_its_streams_relayed() {
 fn serve_by_number() -> corelane_engine::handler::MakeHandler {
     ends::handler(|request: Request, mut responder: Responder| async move {
         let number: u64 = String::from_utf8_lossy(request.body()).parse().unwrap();
-        if number % 5 == 0 {
+        if number.is_multiple_of(5) {
             return responder.fail(&DynamoError::stream_incomplete("another one may"));
         }
         for _ in 0..20 {
             if responder.annotated(b"1").await.is_err() {
                 return;
             }
-            if number % 3 == 0 {
+            if number.is_multiple_of(3) {
                 let _ = responder.sleep(Duration::from_micros(300)).await;
             }
-            if number % 7 == 0 {
+            if number.is_multiple_of(7) {
                 // Cut off: it is dropped without an end.
                 return;
             }
         }
         responder.finish();
     })
+}
+
+/// A relayed route to workers of this program.
+fn relay_to(router: &Router, workers: &[ends::Local]) {
+    let mut route = route(Policy::LeastLoaded, Ack::OnForward, &[]);
+    route.relay = Some(NO_TIMES);
+    let instance = |(id, worker): (u64, &ends::Local)| Instance {
+        id,
+        address: worker.address(),
+        path: ends::SERVED.into(),
+    };
+    route.instances = (1u64..).zip(workers).map(instance).collect();
+    router.publish(route);
+    let ready = &router.handle.stats.shard.instances_ready;
+    wait_until("all instances are connected", || {
+        ready.get() == workers.len() as u64
+    });
 }
 
 #[test]
@@ -734,18 +750,7 @@ fn two_thousand_calls_with_all_kinds_of_ends_leave_nothing_behind() {
             ends::Local::worker(ring, serve_by_number()),
         ];
         let client = ends::Local::client(ring);
-        let mut route = route(Policy::LeastLoaded, Ack::OnForward, &[]);
-        route.relay = Some(NO_TIMES);
-        let places = (1u64..).zip(&workers);
-        let instance = |(id, worker): (u64, &ends::Local)| Instance {
-            id,
-            address: worker.address(),
-            path: ends::SERVED.into(),
-        };
-        route.instances = places.map(instance).collect();
-        router.publish(route);
-        let ready = &router.handle.stats.shard.instances_ready;
-        wait_until("all instances are connected", || ready.get() == 2);
+        relay_to(&router, &workers);
         let (mut ended, mut begun) = (0, 0);
         let mut whole = 0;
         while ended < CALLS {
@@ -754,8 +759,8 @@ fn two_thousand_calls_with_all_kinds_of_ends_leave_nothing_behind() {
                 call.path = LISTEN_PATH.into();
                 call.body = begun.to_string().into_bytes();
                 client.call(call);
-                if begun % 11 == 0 {
-                    let kill = begun % 2 == 0;
+                if begun.is_multiple_of(11) {
+                    let kill = begun.is_multiple_of(2);
                     let end = Command::EndCall {
                         number: begun,
                         kill,
@@ -765,14 +770,14 @@ fn two_thousand_calls_with_all_kinds_of_ends_leave_nothing_behind() {
                 begun += 1;
             }
             let event = client.event();
-            let early = event.call % 11 == 0;
+            let early = event.call.is_multiple_of(11);
             match event.what {
                 What::Finished if !early => {
-                    assert!(event.call % 5 > 0, "{}", event.call);
+                    assert!(!event.call.is_multiple_of(5), "{}", event.call);
                     whole += 1;
                 }
                 What::Failed(ref error) if !early => {
-                    let expected = event.call % 5 == 0 || event.call % 7 == 0;
+                    let expected = event.call.is_multiple_of(5) || event.call.is_multiple_of(7);
                     assert!(expected, "{}: {error}", event.call);
                 }
                 What::Refused(ref text) => panic!("{}: {text}", event.call),

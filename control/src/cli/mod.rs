@@ -13,7 +13,7 @@ use thiserror::Error;
 use crate::commands;
 use crate::config::{Checked, Config, Host, Inputs};
 use crate::env::{self, Env, Level};
-use crate::logging;
+use crate::{logging, trace};
 
 mod args;
 mod check;
@@ -108,6 +108,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>, env: &Env, host: &Host) -> 
         }
     };
     logging::start(env);
+    trace::start(env);
     match dispatch(options.command, env, host) {
         Ok(exit) => exit,
         Err(error) => {

@@ -7,38 +7,44 @@
 //!        -> running and queued ones end (bounded) -> lease back -> shards stop -> status server
 //! ```
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use corelane_codec::path::{EndpointId, Reference, instance_path};
 use corelane_engine::ends::{Ends, HomeAddress};
 use corelane_engine::shard::Command;
+use corelane_engine::stats::Cell;
 use serde_json::json;
 use tokio::runtime::Builder;
 use tokio::sync::{Mutex, watch};
 use tokio::task::LocalSet;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::client::Client;
 use super::endpoint::{Endpoint, Namespace};
 use super::error::Error;
 use super::hub::Hub;
 use super::names;
 use super::options::Options;
 use super::paths::Paths;
+use super::registry::Registry;
 use super::serving::Serving;
 use super::{metrics, open};
 use crate::config::Backend;
 use crate::cores::Cores;
 use crate::discovery::Discovery;
+use crate::engine_routes::EngineRoutes;
 use crate::health::{Endpoints, Hold, Settings, State};
-use crate::metrics::{ProcessNumbers, Snapshot};
+use crate::metrics::{ProcessNumbers, ServedNumbers, Snapshot, WorkerNumbers};
 use crate::status_server::{Health, StatusOptions, StatusServer};
 use crate::supervise::Signals;
+use crate::trace;
 
 /// Everything of one process. Clones are the same runtime; it stays on the thread that made it,
 /// while [`super::Client`]s may go anywhere.
@@ -48,7 +54,7 @@ pub struct Runtime(Rc<Inner>);
 pub(super) struct Inner {
     pub(super) options: Options,
     pub(super) cores: Rc<Cores>,
-    pub(super) hub: std::sync::Arc<Hub>,
+    pub(super) hub: Arc<Hub>,
     pub(super) discovery: Discovery,
     /// Where callers are told to dial.
     pub(super) address: SocketAddr,
@@ -57,9 +63,13 @@ pub(super) struct Inner {
     pub(super) serving: RefCell<Vec<Rc<Serving>>>,
     pub(super) serving_turn: Mutex<()>,
     /// Handlers that the shards have.
-    pub(super) handlers: Cell<u32>,
+    pub(super) handlers: std::cell::Cell<u32>,
     pub(super) stopping: watch::Sender<bool>,
+    /// The shards have ended.
+    stopped: watch::Sender<bool>,
+    registry: Registry,
     began: Instant,
+    engine: EngineRoutes,
     status: RefCell<Option<StatusServer>>,
 }
 
@@ -103,6 +113,7 @@ impl Runtime {
     /// An address is taken, the host cannot do what is required, or the store cannot be reached
     /// in time.
     pub async fn start(options: Options) -> Result<Runtime> {
+        trace::start(&options.env);
         let plan = options.plan()?;
         let home = HomeAddress {
             bind: SocketAddr::new(options.server.host, 0),
@@ -135,9 +146,10 @@ impl Runtime {
         for complaint in complaints {
             tracing::warn!("{complaint}");
         }
-        let stopping = watch::Sender::new(false);
+        let stopped = watch::Sender::new(false);
+        let registry = Registry::new(&discovery, shards);
         let runtime = Runtime(Rc::new(Inner {
-            hub: Hub::new(&cores),
+            hub: Hub::new(&cores, stopped.subscribe()),
             options,
             cores,
             discovery,
@@ -146,9 +158,12 @@ impl Runtime {
             paths,
             serving: RefCell::default(),
             serving_turn: Mutex::new(()),
-            handlers: Cell::new(0),
-            stopping,
+            handlers: std::cell::Cell::new(0),
+            stopping: watch::Sender::new(false),
+            stopped,
+            registry,
             began: Instant::now(),
+            engine: EngineRoutes::default(),
             status: RefCell::default(),
         }));
         if let Err(error) = runtime.serve_status().await {
@@ -186,6 +201,32 @@ impl Runtime {
         Ok(Endpoint::new(self, readings.swap_remove(0)))
     }
 
+    /// A client of the endpoint of any name, see [`Runtime::endpoint`]. Where a name has two
+    /// readings, instances under either are called.
+    ///
+    /// # Errors
+    /// As [`Runtime::endpoint`].
+    pub fn client(&self, reference: &str) -> Result<Client, Error> {
+        Ok(self.client_of(&Reference::parse(reference)?.endpoints()))
+    }
+
+    pub(super) fn client_of(&self, readings: &[EndpointId]) -> Client {
+        let inner = &self.0;
+        let watch = |id| inner.registry.watch(id);
+        let shards = inner.hub.shards();
+        Client {
+            hub: Arc::clone(&inner.hub),
+            readings: readings.iter().map(watch).collect(),
+            settings: Arc::new(inner.options.calls.clone()),
+            turns: (0..shards).map(|_| Cell::default()).collect(),
+        }
+    }
+
+    /// Endpoints that clients of this process watch in discovery, each once.
+    pub fn watches(&self) -> usize {
+        self.0.registry.count()
+    }
+
     /// Where requests come in, as callers are told.
     pub fn address(&self) -> SocketAddr {
         self.0.address
@@ -204,6 +245,20 @@ impl Runtime {
     /// The states of all endpoints, for whoever shows them.
     pub fn endpoints(&self) -> &Endpoints {
         &self.0.endpoints
+    }
+
+    /// What answers at `/engine/{path}` of the status server.
+    pub fn engine_routes(&self) -> &EngineRoutes {
+        &self.0.engine
+    }
+
+    /// Whether no request, response, call or task is left on any shard.
+    pub fn is_idle(&self) -> bool {
+        let left = |stats: &corelane_engine::stats::Stats| {
+            let shard = &stats.shard;
+            shard.handling.get() + shard.responses.get() + shard.calls.get()
+        };
+        self.0.cores.sum(left) == 0
     }
 
     /// Keeps the process not ready until what is returned is dropped: while a model is loaded,
@@ -274,6 +329,7 @@ impl Runtime {
             serving.entry.turn(State::Deregistered);
         }
         inner.cores.stop().await;
+        inner.stopped.send_replace(true);
         let status = inner.status.take();
         if let Some(status) = status {
             status.stop().await;
@@ -295,7 +351,10 @@ impl Runtime {
         let health = move || health.upgrade().map(|inner| inner.health());
         let numbers = move || numbers.upgrade().map(|inner| inner.metrics());
         let started = StatusServer::start(
-            StatusOptions::new(address),
+            StatusOptions {
+                engine: self.0.engine.clone(),
+                ..StatusOptions::read(address, &self.0.options.env)
+            },
             move || health().unwrap_or_default(),
             move || numbers().unwrap_or_default(),
         );
@@ -315,16 +374,14 @@ impl Inner {
             let path = instance_path(instance, id);
             (id.to_string(), format!("{}/{path}", self.address))
         };
+        let health = Health::of(&self.endpoints);
         Health {
-            ready: self.endpoints.is_ready() && self.cores.all_run(),
-            endpoints: seen
-                .iter()
-                .map(|seen| (seen.id.to_string(), seen.ready))
-                .collect(),
+            ready: health.ready && self.cores.all_run(),
             paths: seen
                 .iter()
                 .filter_map(|seen| Some(path(&seen.id, seen.instance_id?)))
                 .collect(),
+            ..health
         }
     }
 
@@ -337,7 +394,21 @@ impl Inner {
         let stats = Some(&**self.discovery.stats());
         let cores = Snapshot::take(&self.cores.view(), Vec::new(), process, stats).render();
         let serving = self.serving.borrow();
-        metrics::with_endpoints(cores, &self.endpoints.seen(), &serving)
+        let text = metrics::with_endpoints(cores, &self.endpoints.seen(), &serving);
+        let served = |serving: &Rc<Serving>| ServedNumbers {
+            id: serving.id.clone(),
+            stats: serving.stats.clone(),
+        };
+        let admission = self.options.admission;
+        let views = self.cores.view().into_iter();
+        let numbers = WorkerNumbers {
+            instance_id: self.discovery.instance_id(),
+            uptime: self.began.elapsed(),
+            served: serving.iter().map(served).collect(),
+            shards: views.map(|core| core.stats).collect(),
+            bounds: Some((admission.running_max, admission.queue_max)),
+        };
+        numbers.join(text)
     }
 }
 

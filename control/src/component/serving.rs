@@ -19,6 +19,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, spawn_local};
 use tokio::time::{Instant, sleep, timeout_at};
 
+use super::canary::keep_checking;
 use super::runtime::{Inner, Runtime};
 use crate::discovery::{Record, Registered};
 use crate::health::{self, State};
@@ -58,9 +59,9 @@ impl Serving {
         shards: usize,
     ) -> Serving {
         Serving {
-            id,
             codec,
-            stats: (0..shards).map(|_| Arc::default()).collect(),
+            stats: (0..shards).map(|_| counters(&id)).collect(),
+            id,
             entry,
             canary: None,
             stats_handler: None,
@@ -90,6 +91,10 @@ impl Serving {
         let mut tasks = self.tasks.borrow_mut();
         let keeper = keep(Rc::downgrade(inner), Rc::clone(self));
         tasks.push(spawn_local(keeper));
+        if self.canary.is_some() && inner.options.checks.enabled {
+            let checks = keep_checking(Rc::downgrade(inner), Rc::clone(self));
+            tasks.push(spawn_local(checks));
+        }
     }
 
     /// Steps 1 of the stop: out of discovery, and not ready.
@@ -130,6 +135,13 @@ impl Serving {
         }
         tracing::info!(endpoint = %self.id, waited = ?began.elapsed(), "drain: nothing runs");
     }
+}
+
+/// Counters that know whose they are.
+fn counters(id: &EndpointId) -> Arc<HandlerStats> {
+    let stats = HandlerStats::default();
+    let _ = stats.id.set(id.clone());
+    Arc::new(stats)
 }
 
 /// Keeps the record of an endpoint in discovery under the identity of the day.
@@ -177,6 +189,9 @@ async fn register(inner: &Inner, serving: &Serving, id: u64) -> bool {
     }
     serving.instance_id.set(Some(id));
     serving.entry.is_instance(id);
+    for stats in &serving.stats {
+        stats.instance.set(id);
+    }
     serving.entry.turn(State::Registered);
     // The shards took the path over before the record was written, so requests are answered.
     serving.entry.turn(State::Running);

@@ -4,15 +4,12 @@
 //! Names and Dynamo's defaults: `spec/request-plane.md` §13, `spec/events-discovery.md` §13,
 //! `spec/gpu-memory.md` §2.4.
 
-use super::table::Standing::{self, Elsewhere, Honoured, NotHonoured, Only, Refused};
+use super::table::Standing::{self, Elsewhere, Honoured, NotHonoured, Only};
 use super::table::Variable;
 
 // The parts that are not here, or not as Dynamo has them. `Honoured` in its place switches a
 // part's variables on.
 
-const TLS: Standing =
-    Refused("this version has no TLS on the request plane, and would serve in the clear");
-const TLS_DETAIL: Standing = NotHonoured("there is no TLS on the request plane in this version");
 const NATS_PLANE: Standing = Only("tcp", "the request plane is TCP in this version");
 const NATS: Standing = NotHonoured("there is no NATS in this version");
 const QUIC_PLANE: Standing = Only("tcp", "the response plane is TCP in this version");
@@ -27,14 +24,11 @@ const ADMISSION: Standing =
     NotHonoured("[core] in_flight_max bounds the requests of a core; nothing is queued");
 const ADMISSION_POOL: Standing = NotHonoured(NO_THREADS);
 const CANARY: Standing = NotHonoured("no health checks are sent in this version");
-const READINESS: Standing = NotHonoured("a router is ready when all its routes are registered");
-const STATUS_PATHS: Standing = NotHonoured("the paths are /health and /live");
 const HOME: Standing = NotHonoured("the backlog of every listener is 4096");
 const POOL: Standing =
     NotHonoured("one connection goes to each instance; its bounds are in [core]");
 const THREADS: Standing = NotHonoured(NO_THREADS);
 const NO_THREADS: &str = "there is no thread pool: each data core runs one shard";
-const LOG_SPANS: Standing = NotHonoured("the log is set by CORELANE_LOG or DYN_LOG");
 
 const ENGINE: Standing = Elsewhere("the engine's GPU memory worker");
 const FRONTEND: Standing = Elsewhere("Dynamo's HTTP frontend");
@@ -110,21 +104,6 @@ pub const VARIABLES: &[Variable] = variables! {
         "DYN_QUIC_RESPONSE_BUFFER_CAPACITY", "16384", "items", QUIC,
             "bounds items of a QUIC response that wait";
     }
-    "TLS" {
-        "DYN_TCP_TLS_CERT_PATH", "unset", "path", TLS, "names our certificate";
-        "DYN_TCP_TLS_KEY_PATH", "unset", "path", TLS, "names the key of that certificate";
-        "DYN_TCP_TLS_CLIENT_CA_CERT_PATH", "unset", "path", TLS,
-            "names the authority of callers, who must then show a certificate";
-        "DYN_TCP_TLS_CA_CERT_PATH", "unset", "path", TLS,
-            "names the authority of those whom we call";
-        "DYN_TCP_TLS_CLIENT_CERT_PATH", "unset", "path", TLS,
-            "names the certificate that we show to them";
-        "DYN_TCP_TLS_CLIENT_KEY_PATH", "unset", "path", TLS, "names the key of that certificate";
-        "DYN_TCP_TLS_INSECURE", "off", "switch", TLS_DETAIL, "trusts every certificate";
-        "DYN_TCP_TLS_SERVER_NAME", "the IP address", "name", TLS_DETAIL,
-            "is the name that certificates must carry";
-        "DYN_TCP_TLS_HANDSHAKE_TIMEOUT_SECS", "3", "seconds", TLS_DETAIL, "bounds a handshake";
-    }
     "NATS" {
         "NATS_SERVER", "nats://localhost:4222", "URL", NATS, "is the NATS server";
         "NATS_STARTUP_CONNECT_TIMEOUT_SECONDS", "120", "seconds", NATS,
@@ -170,13 +149,13 @@ pub const VARIABLES: &[Variable] = variables! {
             "makes a prefix of namespaces match one generation of workers";
     }
     "health" {
-        "DYN_SYSTEM_HEALTH_PATH", "/health", "path of a URL", STATUS_PATHS,
+        "DYN_SYSTEM_HEALTH_PATH", "/health", "path of a URL", Honoured,
             "is the path of /health";
-        "DYN_SYSTEM_LIVE_PATH", "/live", "path of a URL", STATUS_PATHS, "is the path of /live";
-        "DYN_SYSTEM_STARTING_HEALTH_STATUS", "notready", "ready or notready", READINESS,
-            "is what a process without endpoints says of itself";
-        "DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS", "[]", "JSON list of names", READINESS,
-            "names the endpoints that decide, as [\"generate\"]";
+        "DYN_SYSTEM_LIVE_PATH", "/live", "path of a URL", Honoured, "is the path of /live";
+        "DYN_SYSTEM_STARTING_HEALTH_STATUS", "notready", "ready or notready", Honoured,
+            "is what a worker without endpoints says of itself; a router has its routes";
+        "DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS", "[]", "JSON list of names", Honoured,
+            "names the endpoints of a worker that decide, as [\"generate\"]";
         "DYN_SYSTEM_ENABLED", "ignored", "switch",
             NotHonoured("[server] status_port = -1 switches the status server off"),
             "does nothing";
@@ -210,8 +189,8 @@ pub const VARIABLES: &[Variable] = variables! {
         "DYN_SDK_DISABLE_ANSI_LOGGING", "off", "switch", Honoured, "switches colours off when on";
         "NO_COLOR", "unset", "any", Honoured, "switches colours off when set";
         "DYN_LOG_USE_LOCAL_TZ", "off", "switch", Honoured, "writes local time instead of UTC";
-        "DYN_LOGGING_SPAN_EVENTS", "off", "switch", LOG_SPANS,
-            "writes a line when a span begins and ends";
+        "DYN_LOGGING_SPAN_EVENTS", "off", "switch", Honoured,
+            "writes a line when the span of a request ends, if lines are JSON";
     }
     "tracing" {
         "OTEL_EXPORT_ENABLED", "off", "switch", OTEL, "exports spans and log lines over OTLP";

@@ -175,6 +175,14 @@ pub trait Ring {
     /// Closes a socket that is detached, or never was attached (the slot is not looked at).
     fn close(&mut self, handle: Handle);
 
+    /// Another descriptor of the same socket, for somebody else.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    fn duplicate(&self, handle: Handle) -> io::Result<OwnedFd> {
+        sockets::duplicate(handle.fd)
+    }
+
     /// Report each write to an eventfd, again and again.
     fn watch_wake(&mut self, operation: Operation, eventfd: RawFd);
 

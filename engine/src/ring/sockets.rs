@@ -50,6 +50,12 @@ pub(super) fn keep_sent(fd: RawFd) {
     let _ = SockRef::from(&fd).set_linger(None);
 }
 
+/// Another descriptor of the same socket.
+pub(super) fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: the caller owns the descriptor and has not closed it.
+    unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned()
+}
+
 /// Closes a descriptor.
 pub(super) fn close(fd: RawFd) {
     // SAFETY: the caller owns the descriptor and gives it up here.

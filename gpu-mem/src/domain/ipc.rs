@@ -76,6 +76,12 @@ impl Domain {
             return Err(format!("Unknown allocation: {id}"));
         };
         let pid = exporter.peer.pid;
+        if !exporter.is_alive() {
+            return Err(format!(
+                "the memory is lost: process {pid}, which lent it, has ended; release the lock \
+                 and ask for rw_or_ro to build it anew"
+            ));
+        }
         let peer = self.sessions.get(&client).map(|session| session.peer);
         if peer.is_some_and(|peer| peer.pid == pid) {
             self.stats.count(Counter::NotAllowed);
@@ -84,12 +90,6 @@ impl Domain {
                         handle; it has the pointer"
                     .to_owned(),
             );
-        }
-        if !exporter.is_alive() {
-            return Err(format!(
-                "the memory is lost: process {pid}, which lent it, has ended; release the lock \
-                 and ask for rw_or_ro to build it anew"
-            ));
         }
         self.stats.count(Counter::IpcOpens);
         Ok(IpcOpenResponse {
@@ -119,11 +119,14 @@ impl Domain {
         .into()
     }
 
-    /// Gives up a layout whose owner has died, once nobody holds the lock. Called before anybody
-    /// is admitted or told how the pool stands, and when a holder leaves.
+    /// Gives up a layout of lent memory alone whose owner has died, once nobody holds the lock.
+    /// Called before anybody is admitted or told how the pool stands, and when a holder leaves.
+    /// What the service itself owns is never lost by somebody's death: a layout that has both
+    /// stays, and the lent part is refused by name.
     pub(super) fn notice_lost(&mut self, turn: &mut Turn<'_>) {
+        let all_lent = self.store.count() == 0;
         let idle = matches!(self.lock.state(), State::Committed | State::LayoutCommitted);
-        let Some(exporter) = self.store.offers().exporter().filter(|_| idle) else {
+        let Some(exporter) = self.store.offers().exporter().filter(|_| idle && all_lent) else {
             return;
         };
         if exporter.is_alive() {

@@ -303,6 +303,26 @@ fn a_durable_layout_is_adopted_with_its_handles_and_lost_with_their_owner() {
     );
 }
 
+/// A layout of both kinds: the service's part is never lost, the lent part is refused by name.
+#[test]
+fn a_mixed_layout_keeps_what_the_service_owns() {
+    let (mut stage, mut owner) = (Stage::new(), Owner::new());
+    stage.enter(1, owner.0.id(), LockType::Rw);
+    let (size, tag) = (1, "t".into());
+    stage.ask(1, AllocateRequest { size, tag });
+    let Reply::IpcOffer(taken) = stage.ask(1, offer(1)) else {
+        panic!("it is taken")
+    };
+    stage.ask(1, CommitRequest {});
+    owner.die();
+    let next = stage.enter(2, READER, LockType::RwOrRo);
+    assert_eq!(granted_to(&next), [(2, Some(Grant::Ro))]);
+    assert!(is_error(&stage.handle(2, &taken.allocation_id), "lost"));
+    stage.leave(2);
+    assert_eq!(stage.domain.standing().state, State::Committed);
+    assert_eq!(stage.domain.usage().0, 1);
+}
+
 /// What the pool itself owns never goes with anybody.
 #[test]
 fn a_writers_death_costs_nothing_that_the_service_owns() {

@@ -24,9 +24,11 @@
 //!
 //! What it cannot do is what the handle cannot do: a mapping for reading only (a reader must keep
 //! its word), addresses of the importer's choice, and to survive the exporter. When the exporter's
-//! process ends, the service refuses its handles by name; and as soon as nobody holds the lock,
-//! the layout is given up (`contents_lost` in the history), so that the next `rw_or_ro` builds it
-//! anew instead of reading what is gone. Memory that must outlive its writer is the service's own.
+//! process ends, the service refuses its handles by name; and as soon as nobody holds the lock, a
+//! layout of lent memory alone is given up (`contents_lost` in the history), so that the next
+//! `rw_or_ro` builds it anew instead of reading what is gone. A layout that also has memory of the
+//! service's own stays, because that is still there. Memory that must outlive its writer is the
+//! service's own.
 
 #[cfg(feature = "cuda")]
 mod cuda;

@@ -18,28 +18,50 @@ use corelane_gpu_mem::protocol::v1::{
 
 use crate::common::{PATIENCE, Raw, until};
 
+/// Whose memory a service lends.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Memory {
+    Host,
+    /// A GPU's that the stand-in for the driver plays.
+    #[cfg(feature = "cuda")]
+    StandIn,
+}
+
 /// The service in another process, killed when this is dropped.
 pub(crate) struct Service {
     dir: tempfile::TempDir,
     pub(crate) child: Child,
     /// Descriptors of a service with nobody and nothing in it.
     baseline: usize,
+    /// The size of its blocks.
+    pub(crate) block_bytes: u64,
+    _library: Option<tempfile::TempDir>,
 }
 
 impl Service {
     pub(crate) fn start() -> Service {
+        Service::on(Memory::Host)
+    }
+
+    pub(crate) fn on(memory: Memory) -> Service {
         let dir = tempfile::tempdir().expect("a directory");
         let program = std::env::current_exe().expect("this program");
-        let child = Command::new(program)
-            .arg("--serve")
-            .arg(dir.path())
-            .stdin(Stdio::null())
-            .spawn()
-            .expect("it starts");
+        let mut command = Command::new(program);
+        command.arg("--serve").arg(dir.path()).stdin(Stdio::null());
+        let library = match memory {
+            Memory::Host => None,
+            #[cfg(feature = "cuda")]
+            Memory::StandIn => Some(crate::common::stand_in::library()),
+        };
+        if let Some(library) = &library {
+            command.arg("cuda").env("LD_LIBRARY_PATH", library.path());
+        }
         let mut service = Service {
             dir,
-            child,
+            child: command.spawn().expect("it starts"),
             baseline: 0,
+            block_bytes: if library.is_some() { 2 << 20 } else { 4096 },
+            _library: library,
         };
         runtime_state(&service.dial()).expect("the service answers");
         until(
@@ -70,9 +92,20 @@ impl Service {
         before.max(self.descriptors())
     }
 
-    pub(crate) fn signal(&self, signal: i32) {
+    /// Stops the service in its tracks: it does nothing more when this returns.
+    pub(crate) fn stop(&self) {
+        let (pid, mut status) = (self.child.id() as i32, 0);
+        // SAFETY: the child is ours and was not waited for; the pointer is to a live value.
+        let answer = unsafe {
+            libc::kill(pid, libc::SIGSTOP);
+            libc::waitpid(pid, &raw mut status, libc::WUNTRACED)
+        };
+        assert!(answer == pid && libc::WIFSTOPPED(status), "it stops");
+    }
+
+    pub(crate) fn go_on(&self) {
         // SAFETY: the child is ours and was not waited for.
-        unsafe { libc::kill(self.child.id() as i32, signal) };
+        unsafe { libc::kill(self.child.id() as i32, libc::SIGCONT) };
     }
 
     /// Waits until nothing is open but these.
@@ -138,7 +171,7 @@ impl Client {
         Client { pid, orders }
     }
 
-    fn order(&mut self, letter: u8) {
+    pub(crate) fn order(&mut self, letter: u8) {
         self.orders.write_all(&[letter]).expect("it listens");
     }
 
@@ -149,9 +182,13 @@ impl Client {
     }
 
     pub(crate) fn report(&mut self) -> u8 {
+        self.try_report().expect("it reports")
+    }
+
+    pub(crate) fn try_report(&mut self) -> std::io::Result<u8> {
         let mut byte = [0];
-        self.orders.read_exact(&mut byte).expect("it reports");
-        byte[0]
+        self.orders.read_exact(&mut byte)?;
+        Ok(byte[0])
     }
 
     /// Kills it and waits until the kernel has closed all that it had.

@@ -17,26 +17,26 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use actors::{Client, Service, fork, wait};
+use actors::{Client, Memory, Service, fork, wait};
 use common::{PATIENCE, until};
 use corelane_gpu_mem::backend::Access;
+use corelane_gpu_mem::backend::choice::{BackendChoice, open};
 use corelane_gpu_mem::backend::host::{GRANULARITY_BYTES, HostConfig, HostMapper};
 use corelane_gpu_mem::client::{Session, runtime_state};
 use corelane_gpu_mem::failover_lock::FailoverLock;
 use corelane_gpu_mem::lock::{LockType, State};
 use corelane_gpu_mem::region::Region;
 use corelane_gpu_mem::server::{Server, ServerConfig};
-use random::random_lives_and_deaths;
 
 fn main() {
     let args: Vec<String> = std::env::args().collect();
     if args.get(1).map(String::as_str) == Some("--serve") {
-        return serve(Path::new(&args[2]));
+        return serve(Path::new(&args[2]), args.len() > 3);
     }
     if args.iter().any(|arg| arg == "--list") {
         return;
     }
-    let tests: [(&str, fn()); 6] = [
+    let tests: &[(&str, fn())] = &[
         (
             "ten_thousand_exports_leave_no_descriptor",
             ten_thousand_exports_leave_no_descriptor,
@@ -49,7 +49,12 @@ fn main() {
             "b10_a_writer_killed_at_each_step",
             b10_a_writer_killed_at_each_step,
         ),
-        ("random_lives_and_deaths", random_lives_and_deaths),
+        ("random_lives_and_deaths", random::random_lives_and_deaths),
+        #[cfg(feature = "cuda")]
+        (
+            "random_lives_and_deaths_on_the_stand_in",
+            random::random_lives_and_deaths_on_the_stand_in,
+        ),
         (
             "the_failover_lock_falls_with_its_holder",
             the_failover_lock_falls_with_its_holder,
@@ -73,14 +78,19 @@ fn main() {
     }
 }
 
-fn serve(dir: &Path) {
+fn serve(dir: &Path, on_gpu: bool) {
     // SAFETY: the service does not outlive the program that tests it.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
     let host = HostConfig {
         granularity_bytes: 4096,
         ..HostConfig::default()
     };
-    let config = ServerConfig::new(common::pools(dir, host));
+    let choice = match on_gpu {
+        true => BackendChoice::Cuda,
+        false => BackendChoice::Host,
+    };
+    let opened = open(choice, 0, host).expect("there is memory");
+    let config = ServerConfig::new(common::pools_on(dir, &|| opened.backend()));
     Server::bind(config).expect("the service starts").run();
 }
 
@@ -141,8 +151,16 @@ const STEPS: [(&str, &[u8], State, u64); 10] = [
 ];
 
 fn b10_a_writer_killed_at_each_step() {
-    for (step, orders, state, allocations) in STEPS {
-        let service = Service::start();
+    let kinds = [
+        Memory::Host,
+        #[cfg(feature = "cuda")]
+        Memory::StandIn,
+    ];
+    for (memory, (step, orders, state, allocations)) in kinds
+        .iter()
+        .flat_map(|memory| STEPS.map(|step| (*memory, step)))
+    {
+        let service = Service::on(memory);
         let mut writer = Client::new(&service.path());
         for order in orders {
             writer.done(*order);
@@ -151,7 +169,7 @@ fn b10_a_writer_killed_at_each_step() {
         let now = || runtime_state(&service.dial()).expect("the service answers");
         until(
             || (now().state, now().allocation_count) == (state, allocations),
-            || format!("{step}: {:?}", now()),
+            || format!("{step} on {memory:?}: {:?}", now()),
         );
         service.until_descriptors(allocations as usize);
     }

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 use corelane_gpu_mem::client::runtime_state;
 use corelane_gpu_mem::lock::{Grant, LockType, State};
 
-use crate::actors::{Client, Service, grant_letter};
+use crate::actors::{Client, Memory, Service, grant_letter};
 use crate::common::until;
 
 /// What a living client is to the lock.
@@ -143,8 +143,16 @@ impl Run<'_> {
             }
             let life = &mut self.lives[index];
             life.stand = Stand::Holds(grant);
-            let report = life.client.done(b'?');
-            assert_eq!(report, grant_letter(grant), "{:#?}", self.trace);
+            life.client.order(b'?');
+            let report = life.client.try_report();
+            let heard = report.as_ref().ok().map(|letter| char::from(*letter));
+            let wanted = char::from(grant_letter(grant));
+            if heard != Some(wanted) {
+                let pid = life.client.pid;
+                let state = runtime_state(&self.service.dial());
+                let trace = &self.trace;
+                panic!("{pid} heard {report:?}, not {wanted}; {state:?} after {trace:#?}");
+            }
         }
     }
 
@@ -171,7 +179,10 @@ impl Run<'_> {
         let wanted = (
             (state, self.holders(false) as u64),
             (self.waiting_writers() as u64, Some(waiters as u64)),
-            (self.pool.allocations, Some(self.pool.allocations * 4096)),
+            (
+                self.pool.allocations,
+                Some(self.pool.allocations * self.service.block_bytes),
+            ),
         );
         let dial = self.service.dial();
         let found = || {
@@ -276,7 +287,7 @@ impl Run<'_> {
     /// the middle of a frame, some with a request on its way.
     fn slaughter(&mut self, random: &mut Random) {
         let crowd = self.lives.len();
-        self.service.signal(libc::SIGSTOP);
+        self.service.stop();
         for _ in 0..=random.below(3) {
             if self.lives.is_empty() {
                 break;
@@ -290,7 +301,7 @@ impl Run<'_> {
             life.client.kill();
             self.ended(life.stand, step, crowd);
         }
-        self.service.signal(libc::SIGCONT);
+        self.service.go_on();
         self.wake();
     }
 }
@@ -309,9 +320,22 @@ fn last_words(life: &Life, random: &mut Random) -> (Option<u8>, Step) {
 }
 
 pub(crate) fn random_lives_and_deaths() {
+    live_and_die(Memory::Host, runs());
+}
+
+/// A third as many, where the memory is the driver's.
+#[cfg(feature = "cuda")]
+pub(crate) fn random_lives_and_deaths_on_the_stand_in() {
+    live_and_die(Memory::StandIn, runs() / 3);
+}
+
+fn runs() -> u64 {
     let runs = std::env::var("CORELANE_GPU_MEM_KILL_RUNS").ok();
-    let runs: u64 = runs.and_then(|runs| runs.parse().ok()).unwrap_or(150);
-    let service = Service::start();
+    runs.and_then(|runs| runs.parse().ok()).unwrap_or(150)
+}
+
+fn live_and_die(memory: Memory, runs: u64) {
+    let service = Service::on(memory);
     let (mut pool, mut deaths) = (Pool::default(), Deaths::new());
     for seed in 0..runs {
         let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
@@ -329,6 +353,8 @@ pub(crate) fn random_lives_and_deaths() {
         if seed / CLIENTS_MAX as u64 % 2 == 1 {
             for _ in 0..clients_max {
                 run.arrive(&mut random);
+                // The service has seen it: who asks first is first.
+                run.check();
             }
         }
         for _ in 0..4 + random.below(3 * clients_max) {
@@ -346,7 +372,7 @@ pub(crate) fn random_lives_and_deaths() {
         }
         run.check();
     }
-    println!("{runs} random runs");
+    println!("{runs} random runs on {memory:?}");
     report(&deaths, runs);
 }
 

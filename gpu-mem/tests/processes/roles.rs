@@ -1,7 +1,7 @@
 //! Processes that play roles, and the stage that they play on.
 
 use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -13,6 +13,8 @@ use corelane_gpu_mem::lock::Profile;
 use corelane_gpu_mem::protocol::v1::GetRuntimeStateResponse;
 use corelane_gpu_mem::server::{PoolConfig, Server, ServerConfig};
 
+#[cfg(feature = "cuda")]
+use crate::common::stand_in;
 use crate::common::until;
 use crate::share;
 
@@ -37,7 +39,7 @@ impl Stage {
 
     #[cfg(feature = "cuda")]
     pub(crate) fn stand_in(faults: &[(&str, &str)]) -> Stage {
-        Stage::new("cuda", Some(stand_in()), faults)
+        Stage::new("cuda", Some(stand_in::library()), faults)
     }
 
     fn new(
@@ -216,6 +218,8 @@ pub(crate) fn play() {
         #[cfg(feature = "cuda")]
         "identify" => identify(),
         #[cfg(feature = "cuda")]
+        "ask" => crate::strict::ask(),
+        #[cfg(feature = "cuda")]
         "lend" => crate::ipc::lend(&dial),
         #[cfg(feature = "cuda")]
         "borrow" => crate::ipc::borrow(dial),
@@ -271,30 +275,4 @@ fn serve(dial: &Dial, on_host: bool) {
     say("serving");
     wait_for_word();
     drop(handle);
-}
-
-/// Builds the stand-in, once, and gives it the name by which the driver's library is looked for.
-#[cfg(feature = "cuda")]
-fn stand_in() -> tempfile::TempDir {
-    use std::sync::OnceLock;
-    static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    let library = BUILT.get_or_init(|| {
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("stand-in-cuda/Cargo.toml");
-        let target = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("stand-in-cuda");
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let built = Command::new(cargo)
-            .args(["build", "--quiet", "--offline", "--manifest-path"])
-            .arg(source)
-            .arg("--target-dir")
-            .arg(&target)
-            .status()
-            .expect("cargo runs");
-        assert!(built.success());
-        target.join("debug/libcuda_stand_in.so")
-    });
-    let dir = tempfile::tempdir().expect("a directory");
-    for name in ["libcuda.so", "libcuda.so.1"] {
-        std::fs::copy(library, dir.path().join(name)).expect("it was built");
-    }
-    dir
 }
