@@ -5,6 +5,7 @@
 //! corelane_refused_total{core,cpu,reason}                              all refusals, one family
 //! corelane_hop_seconds{core,cpu}   corelane_answer_seconds{core,cpu}   histograms
 //! corelane_ring_info{core,cpu,ring,cause}   corelane_build_info{version}
+//! corelane_{first,inter}_item_seconds{core,cpu,listen,target}         of relayed routes
 //! corelane_route_*{listen,target}   corelane_discovery_*               control's own
 //! dynamo_*                                                             see `dynamo`
 //! ```
@@ -50,6 +51,8 @@ struct CoreNumbers {
     cells: Vec<Number>,
     hop: Histogram,
     answer: Histogram,
+    /// First item and inter-item latencies of each relayed route, by its place.
+    relayed: Vec<(usize, [Histogram; 2])>,
 }
 
 #[derive(Debug)]
@@ -103,7 +106,10 @@ impl Snapshot {
         let mut own = process.numbers();
         own.extend(discovery.into_iter().flat_map(discovery_numbers));
         Self {
-            cores: cores.iter().map(core_numbers).collect(),
+            cores: cores
+                .iter()
+                .map(|core| core_numbers(core, routes.len()))
+                .collect(),
             routes,
             own,
             uptime: process.uptime,
@@ -156,7 +162,12 @@ fn number(name: &'static str, kind: CellKind, help: &'static str, value: u64) ->
     }
 }
 
-fn core_numbers(core: &CoreView) -> CoreNumbers {
+fn core_numbers(core: &CoreView, routes: usize) -> CoreNumbers {
+    let relayed = |route: usize| {
+        let stats = core.stats.routes.get(route)?;
+        let both = [&stats.first_item, &stats.inter_item].map(histogram);
+        Some((route, both))
+    };
     let cells = core.stats.shard.each().into_iter();
     CoreNumbers {
         labels: [("core", core.shard.to_string()), ("cpu", cpu(core.cpu))],
@@ -167,6 +178,7 @@ fn core_numbers(core: &CoreView) -> CoreNumbers {
             .collect(),
         hop: histogram(&core.stats.hop),
         answer: histogram(&core.stats.answer),
+        relayed: (0..routes).filter_map(relayed).collect(),
     }
 }
 
@@ -293,6 +305,7 @@ impl Collector for Snapshot {
         self.cells(&mut encoder)?;
         self.refusals(&mut encoder)?;
         self.latencies(&mut encoder)?;
+        self.relayed(&mut encoder)?;
         self.routes(&mut encoder)?;
         let help = "Time since the start.";
         let mut uptime =
@@ -385,14 +398,44 @@ impl Snapshot {
             let kind = MetricType::Histogram;
             let mut family = encoder.encode_descriptor(name, help, None, kind)?;
             for core in &self.cores {
-                let histogram = pick(core);
-                let mut series = family.encode_family(&core.labels)?;
-                series.encode_histogram::<NoLabelSet>(
-                    histogram.sum_s,
-                    histogram.count,
-                    &histogram.buckets,
-                    None::<&HashMap<usize, _>>,
-                )?;
+                write_histogram(family.encode_family(&core.labels)?, pick(core))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What only a router that relays can see: the times of the responses themselves.
+    fn relayed(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
+        let families = [
+            (
+                "first_item_seconds",
+                "From a request's arrival to the first item of its relayed response.",
+            ),
+            (
+                "inter_item_seconds",
+                "From one item of a relayed response to the next.",
+            ),
+        ];
+        if self.cores.iter().all(|core| core.relayed.is_empty()) {
+            return Ok(());
+        }
+        for (which, (name, help)) in families.into_iter().enumerate() {
+            let kind = MetricType::Histogram;
+            let mut family = encoder.encode_descriptor(name, help, None, kind)?;
+            for core in &self.cores {
+                let [(_, number), (_, cpu)] = &core.labels;
+                for (route, histograms) in &core.relayed {
+                    let Some(route) = self.routes.get(*route) else {
+                        continue;
+                    };
+                    let labels = [
+                        ("core", number.as_str()),
+                        ("cpu", cpu),
+                        ("listen", &route.listen),
+                        ("target", &route.target),
+                    ];
+                    write_histogram(family.encode_family(&labels)?, &histograms[which])?;
+                }
             }
         }
         Ok(())
@@ -424,6 +467,15 @@ impl Snapshot {
         }
         Ok(())
     }
+}
+
+fn write_histogram(mut series: MetricEncoder, histogram: &Histogram) -> fmt::Result {
+    series.encode_histogram::<NoLabelSet>(
+        histogram.sum_s,
+        histogram.count,
+        &histogram.buckets,
+        None::<&HashMap<usize, _>>,
+    )
 }
 
 fn kind(kind: CellKind) -> MetricType {
@@ -562,6 +614,42 @@ mod tests {
         );
         assert!(series.contains_key(version.as_str()));
         assert!(text.contains("corelane_requests_total{core=\"1\",cpu=\"5\"} 12\n"));
+    }
+
+    #[test]
+    fn relayed_routes_have_the_times_of_their_items() {
+        let core = core(0, "usable");
+        let route = |listen: &str| RouteNumbers {
+            listen: listen.into(),
+            target: "a/b/c".into(),
+            instances: 1,
+            registered: true,
+        };
+        let take = || {
+            let routes = vec![route("direct/r/g"), route("relay/r/g")];
+            let cores = std::slice::from_ref(&core);
+            Snapshot::take(cores, routes, process(), None).render()
+        };
+        assert!(!take().contains("first_item"));
+        core.stats.routes.open(1);
+        core.stats
+            .routes
+            .get(1)
+            .unwrap()
+            .first_item
+            .record(1_000_000);
+        let text = take();
+        let labels = r#"{core="0",cpu="4",listen="relay/r/g",target="a/b/c"}"#;
+        let series = series(&text);
+        assert_eq!(
+            series[&*format!("corelane_first_item_seconds_count{labels}")],
+            1.0
+        );
+        assert_eq!(
+            series[&*format!("corelane_inter_item_seconds_count{labels}")],
+            0.0
+        );
+        assert!(!text.contains("direct/r/g\",target=\"a/b/c\",le"));
     }
 
     #[test]

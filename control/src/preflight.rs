@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 
 use corelane_engine::config::{Idle, RingKind, ShardConfig};
+use corelane_engine::ends::HomeAddress;
 use corelane_engine::placement::{self, Assignment, ControlCpu, CpuQuota, Topology};
 use corelane_engine::preflight as host;
 
@@ -86,6 +87,7 @@ fn shards(
         let ring = choice.ring;
         let mut told = shard_config(core, ShardConfig::new(shard, cpu, ring, Some(listen)));
         told.message_bytes_max = u64::from(config.server.message_bytes_max);
+        told.relay_home = relay_home(config, shard);
         shards.push(Planned {
             config: told,
             cause: choice.cause.word(),
@@ -94,6 +96,23 @@ fn shards(
     }
     fit_files(&mut shards, report);
     Ok(shards)
+}
+
+/// Where the workers of relayed routes call this shard home; each shard has a port of its own, as a
+/// response belongs to the shard that has its request.
+fn relay_home(config: &Config, shard: usize) -> Option<HomeAddress> {
+    let relays = |route: &config::Route| route.response == config::Response::Relay;
+    if !config.routes.iter().any(relays) {
+        return None;
+    }
+    let port = match config.server.home_port {
+        0 => 0,
+        first => first.checked_add(u16::try_from(shard).ok()?).unwrap_or(0),
+    };
+    Some(HomeAddress {
+        bind: SocketAddr::new(config.server.home_host, port),
+        advertise: config.server.home_advertised(),
+    })
 }
 
 fn io(io: config::Io) -> host::Io {

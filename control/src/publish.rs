@@ -267,7 +267,17 @@ fn route(route: &config::Route, paths: Vec<Vec<u8>>, instances: &[Instance]) -> 
         ack_timeout_ns: u64::from(route.ack_timeout_ms) * 1_000_000,
         retries_max: route.retries_max,
         hold_bytes: route.hold_bytes,
+        relay: (route.response == config::Response::Relay).then(|| relay_times(&route.relay)),
         instances: instances.iter().map(instance).collect(),
+    }
+}
+
+fn relay_times(times: &config::RelayTimes) -> directory::RelayTimes {
+    let ns = |ms: u32| u64::from(ms) * 1_000_000;
+    directory::RelayTimes {
+        home_ns: ns(times.home_timeout_ms),
+        first_item_ns: ns(times.first_item_timeout_ms),
+        inactivity_ns: ns(times.inactivity_timeout_ms),
     }
 }
 
@@ -311,7 +321,7 @@ mod tests {
 
     #[test]
     fn a_route_is_handed_over_in_the_shards_words() {
-        let configured = config::Route {
+        let mut configured = config::Route {
             listen: EndpointId::new("a", "router", "g"),
             target: EndpointId::new("a", "worker", "g"),
             policy: config::Policy::Hash,
@@ -321,6 +331,10 @@ mod tests {
             ack_timeout_ms: 1_500,
             retries_max: 3,
             hold_bytes: 4_096,
+            relay: config::RelayTimes {
+                first_item_timeout_ms: 250,
+                ..config::RelayTimes::default()
+            },
         };
         let handed = route(
             &configured,
@@ -338,5 +352,9 @@ mod tests {
             ("x-session", 1_500_000_000)
         );
         assert_eq!(handed.instances[0].path, b"3/x");
+        assert_eq!(handed.relay, None);
+        configured.response = config::Response::Relay;
+        let times = route(&configured, vec![], &[]).relay.unwrap();
+        assert_eq!((times.first_item_ns, times.home_ns), (250_000_000, 0));
     }
 }

@@ -433,10 +433,11 @@ impl Pulse {
         numbers.join(text)
     }
 
-    /// Requests between arrival and end, and callers being told of failures.
+    /// Requests between arrival and end, callers being told of failures, and relayed responses.
     fn in_flight(&self) -> u64 {
         let busy = |stats: &corelane_engine::stats::Stats| {
-            stats.shard.in_flight.get() + stats.shard.tells.get()
+            let shard = &stats.shard;
+            shard.in_flight.get() + shard.tells.get() + shard.relays.get()
         };
         self.cores.sum(busy)
     }

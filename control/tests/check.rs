@@ -487,8 +487,18 @@ const IN_ROUTE: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "response = \"relay\"",
-        &["c.toml:6:12: response = \"relay\" is not in this version; write \"direct\""],
+        "response = \"relais\"",
+        &[
+            "c.toml:6:12: unknown response \"relais\"; did you mean \"relay\"? \
+         possible are \"direct\" | \"relay\"",
+        ],
+    ),
+    (
+        "first_item_timeout_ms = 5",
+        &[
+            "c.toml:6:25: warning: first_item_timeout_ms does nothing with response = \"direct\"; \
+         write response = \"relay\", or take it out",
+        ],
     ),
     (
         "ack = \"onforward\"",

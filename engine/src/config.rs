@@ -3,6 +3,7 @@
 
 use std::net::SocketAddr;
 
+use crate::ends::HomeAddress;
 use crate::quic::ResponsePlane;
 
 /// In place of a CPU: the kernel moves the shard's thread as it likes.
@@ -33,6 +34,8 @@ pub struct ShardConfig {
     pub message_bytes_max: u64,
     /// Bytes that may wait for one instance's socket before its requests are refused.
     pub upstream_queue_bytes: u32,
+    /// Where workers call home whose responses are relayed; `None` when no route relays.
+    pub relay_home: Option<HomeAddress>,
     /// Accepted connections speak TLS, calls home too; see [`crate::adopt`].
     pub secure_accepts: bool,
     /// Dialled connections speak TLS.
@@ -74,6 +77,7 @@ impl ShardConfig {
             in_flight_max: 65_536,
             message_bytes_max: 33_554_432,
             upstream_queue_bytes: 64 << 20,
+            relay_home: None,
             secure_accepts: false,
             secure_dials: false,
             response_plane: ResponsePlane::Tcp,

@@ -2,6 +2,7 @@
 
 use crate::outgoing::Outgoing;
 use crate::pieces::PieceList;
+use crate::relay::Leg;
 use crate::ring::Handle;
 use crate::send_pool::ChunkQueue;
 use crate::table::NONE;
@@ -18,6 +19,8 @@ pub enum Role {
     Tell(u32),
     /// A request begins or ends in this process.
     End(End),
+    /// A response passes through this process.
+    Relay(Leg),
 }
 
 /// A connection of the worker's or of the client's role.

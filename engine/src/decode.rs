@@ -16,7 +16,7 @@ use crate::respond::{self, Refusal};
 use crate::ring::Ring;
 use crate::route::hash_hint;
 use crate::shard::Shard;
-use crate::{adopt, forward, recv, tell, worker};
+use crate::{adopt, forward, recv, relay_admit, tell, worker};
 
 /// Room for the longest prefix, and for the front of a payload behind it.
 pub(crate) const SCRATCH_BYTES: usize = REQUEST_PREFIX_BYTES_MAX + ENVELOPE_BYTES_MAX;
@@ -170,6 +170,9 @@ fn take<R: Ring>(
     if route & worker::LOCAL != 0 {
         return worker::take(shard, slot, prefix, route & !worker::LOCAL);
     }
+    if shard.directory.routes[route as usize].relay.is_some() {
+        return relay_admit::take(shard, slot, prefix, route, hint);
+    }
     let frame_bytes = prefix.frame_bytes();
     let wanted = frame_bytes.min(WHOLE_BYTES_MAX) as usize;
     if shard.connections[slot].incoming.bytes() < wanted {
@@ -248,7 +251,7 @@ fn refuse_size<R: Ring>(shard: &mut Shard<R>, slot: u32, prefix: &Prefix, error:
     refuse(shard, slot, prefix, Refusal::TooLarge(error))
 }
 
-fn skip<R: Ring>(shard: &mut Shard<R>, slot: u32, frame_bytes: u64) {
+pub(crate) fn skip<R: Ring>(shard: &mut Shard<R>, slot: u32, frame_bytes: u64) {
     let connection = &mut shard.connections[slot];
     connection.need = 0;
     connection.frames += 1;

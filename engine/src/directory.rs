@@ -35,8 +35,21 @@ pub struct Route {
     pub retries_max: u8,
     /// A frame larger than this is not kept for a retry, in bytes.
     pub hold_bytes: u32,
+    /// How responses travel: `None`, the worker dials the caller himself.
+    pub relay: Option<RelayTimes>,
     /// Sorted by id.
     pub instances: Vec<Instance>,
+}
+
+/// The responses of a route pass through us; how long its instances may take. 0 is for ever.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RelayTimes {
+    /// From the acknowledgement to the call home.
+    pub home_ns: u64,
+    /// From the forward to the first item.
+    pub first_item_ns: u64,
+    /// From one item to the next.
+    pub inactivity_ns: u64,
 }
 
 /// One instance of a route's target.

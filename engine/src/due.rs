@@ -3,7 +3,7 @@
 use crate::ring::Ring;
 use crate::shard::Shard;
 use crate::timer_wheel::TimerId;
-use crate::{accept, collect, ends, link, recv, tell};
+use crate::{accept, collect, ends, link, recv, relay_home, relay_time, tell};
 
 /// What a timer is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +33,12 @@ pub(crate) enum TimerKind {
     Shortage,
     /// Answers may lie unread at an upstream.
     Collect,
+    /// A relayed response.
+    Relay,
+    /// A worker's call to a relaying router that has not said for which request.
+    RelayHome,
+    /// Accept such calls again after a failure.
+    RelayAccept,
     /// A shared connection to a caller.
     Mux,
 }
@@ -59,6 +65,9 @@ impl<R: Ring> Shard<R> {
     }
 
     pub(crate) fn expire(&mut self) -> bool {
+        const RELAY: u8 = TimerKind::Relay as u8;
+        const RELAY_HOME: u8 = TimerKind::RelayHome as u8;
+        const RELAY_ACCEPT: u8 = TimerKind::RelayAccept as u8;
         let mut due = std::mem::take(&mut self.due);
         self.timers
             .expire(self.now_ns, &mut |token| due.push(token));
@@ -75,6 +84,13 @@ impl<R: Ring> Shard<R> {
                 5 => tell::overdue(self, slot, generation),
                 12 if self.upstreams.is_current(slot, generation) => collect::due(self, slot),
                 11 => recv::look_at_shortage(self, slot),
+                RELAY if self.relays.table.is_current(slot, generation) => {
+                    relay_time::overdue(self, slot);
+                }
+                RELAY_HOME if self.connections.is_current(slot, generation) => {
+                    relay_home::overdue(self, slot);
+                }
+                RELAY_ACCEPT => relay_home::arm(self),
                 kind => ends::overdue(self, kind, slot, generation),
             }
         }

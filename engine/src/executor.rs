@@ -185,6 +185,10 @@ pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartE
         .home
         .map(|home| home_listener(home, nonblocking))
         .transpose()?;
+    let relay = config
+        .relay_home
+        .map(|home| home_listener(home, nonblocking))
+        .transpose()?;
     let (event_sender, events) = mesh::lane().map_err(resources("eventfd"))?;
     let (commands, command_receiver) = mesh::lane().map_err(resources("eventfd"))?;
     let (report_sender, reports) = mesh::lane().map_err(resources("eventfd"))?;
@@ -203,6 +207,7 @@ pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartE
         },
         ends,
         home,
+        relay,
         events: event_sender,
     };
     let thread = std::thread::Builder::new()
@@ -245,6 +250,7 @@ struct Parts {
     lanes: Lanes,
     ends: Ends,
     home: Option<(TcpListener, SocketAddr)>,
+    relay: Option<(TcpListener, SocketAddr)>,
     events: Sender<CallEvent>,
 }
 
@@ -398,7 +404,7 @@ impl Parts {
         let client = Client::new(&self.ends, self.home, self.events);
         let worker = Worker::new(self.ends, spawner);
         let ends = (worker, client);
-        Shard::new(
+        let mut shard = Shard::new(
             self.config,
             ring,
             buffers,
@@ -406,6 +412,10 @@ impl Parts {
             self.stats,
             self.lanes,
             ends,
-        )
+        );
+        if let Some((listener, address)) = self.relay {
+            shard.relay_home(listener, address);
+        }
+        shard
     }
 }

@@ -20,7 +20,7 @@ use crate::route::Candidates;
 use crate::shard::{Shard, TimerKind};
 use crate::table::{NONE, Table};
 use crate::upstream::{InstanceState, Upstream, UpstreamState};
-use crate::{collect, link, recv, settle};
+use crate::{collect, link, recv, relay_life, settle};
 
 /// Bytes gathered into one send: enough to fill a socket buffer, not so much that the first
 /// answer waits.
@@ -41,12 +41,15 @@ pub(crate) fn begin<R: Ring>(
     request.hint = hint;
     request.frame_bytes = prefix.frame_bytes() - prefix.path.end as u64;
     request.payload_offset = (prefix.prefix_bytes - prefix.path.end) as u32;
+    enter(shard, slot, request, prefix.path.end);
+}
+
+/// Places a request whose frame begins `skip` bytes from the front of its connection.
+pub(crate) fn enter<R: Ring>(shard: &mut Shard<R>, slot: u32, mut request: Request, skip: usize) {
     let connection = &mut shard.connections[slot];
     connection.need = 0;
     connection.frames += 1;
-    shard
-        .pieces
-        .advance(&mut connection.incoming, prefix.path.end);
+    shard.pieces.advance(&mut connection.incoming, skip);
     let here = request.frame_bytes.min(connection.incoming.bytes() as u64);
     let whole = shard
         .pieces
@@ -55,14 +58,19 @@ pub(crate) fn begin<R: Ring>(
     let left = request.frame_bytes - here;
     request.streaming = left > 0;
     shard.stats.shard.requests.add(1);
+    let relay = request.relay;
     match shard.requests.insert(request) {
         Ok(request) => {
+            if let Some(relay) = shard.relays.table.get_mut(relay) {
+                relay.request = request;
+            }
             if left > 0 {
                 shard.connections[slot].intake = Intake::Stream { request, left };
             }
             respond::owe(shard, slot, request);
             place(shard, request);
         }
+        // Room was looked for before.
         Err(mut request) => shard.pieces.clear(&mut request.frame),
     }
 }
@@ -220,6 +228,9 @@ fn why_nobody<R: Ring>(shard: &Shard<R>, request: u32) -> Refusal<'static> {
 }
 
 pub(crate) fn enqueue<R: Ring>(shard: &mut Shard<R>, request: u32, instance: u32) {
+    if !relay_life::place(shard, request, instance) {
+        return settle::fail(shard, request, Refusal::TableFull);
+    }
     let streaming = shard.requests[request].streaming;
     let target = &shard.instances[instance];
     let upstream = match streaming {
@@ -231,8 +242,8 @@ pub(crate) fn enqueue<R: Ring>(shard: &mut Shard<R>, request: u32, instance: u32
     };
     let target = &mut shard.instances[instance];
     target.give(shard.now_ns);
-    let prefix_bytes = target.prefix.len() as u64;
     let entry = &mut shard.requests[request];
+    let lead_bytes = target.prefix.len() as u64 + u64::from(entry.head_bytes);
     entry.try_on(target.id);
     entry.instance = instance;
     entry.upstream = upstream;
@@ -251,7 +262,7 @@ pub(crate) fn enqueue<R: Ring>(shard: &mut Shard<R>, request: u32, instance: u32
         link.unsent = request;
         link.unsent_offset = 0;
     }
-    link.queued_bytes += prefix_bytes + frame_bytes;
+    link.queued_bytes += lead_bytes + frame_bytes;
     if !link.timer {
         link.timer = true;
         let timeout_ns = answer_timeout_ns(shard, request);
@@ -264,6 +275,12 @@ pub(crate) fn enqueue<R: Ring>(shard: &mut Shard<R>, request: u32, instance: u32
         );
     }
     soil(shard, upstream);
+}
+
+/// What goes before a request's frame: the path of its instance, and a head of our own.
+fn lead_bytes<R: Ring>(shard: &Shard<R>, entry: &Request) -> u64 {
+    let prefix_bytes = shard.instances[entry.instance].prefix.len() as u64;
+    prefix_bytes + u64::from(entry.head_bytes)
 }
 
 /// How long an instance has for its answer.
@@ -299,7 +316,15 @@ pub(crate) fn flush<R: Ring>(shard: &mut Shard<R>, upstream: u32) {
         let entry = &shard.requests[request];
         let prefix: &[u8] = &shard.instances[entry.instance].prefix;
         let from_prefix = skip.min(prefix.len() as u64) as usize;
-        let mut from_frame = (skip - from_prefix as u64).saturating_sub(entry.dropped_bytes);
+        let mut from_head = skip - from_prefix as u64;
+        let lead_bytes = lead_bytes(shard, entry);
+        let mut from_frame = skip.saturating_sub(lead_bytes + entry.dropped_bytes);
+        let head = shard.relays.heads.unsent(&entry.head);
+        let head = head.filter_map(|part| {
+            let from = from_head.min(part.len() as u64) as usize;
+            from_head -= from as u64;
+            (from < part.len()).then(|| &part[from..])
+        });
         let pieces = shard
             .pieces
             .iter(&entry.frame)
@@ -310,7 +335,8 @@ pub(crate) fn flush<R: Ring>(shard: &mut Shard<R>, upstream: u32) {
             (from < piece.len()).then(|| &piece[from..])
         });
         let prefix = (from_prefix < prefix.len()).then(|| &prefix[from_prefix..]);
-        for span in prefix.into_iter().chain(rest).take(SPANS_MAX - count) {
+        let all = prefix.into_iter().chain(head).chain(rest);
+        for span in all.take(SPANS_MAX - count) {
             spans[count] = Span::of(span);
             count += 1;
             bytes += span.len();
@@ -333,8 +359,7 @@ pub(crate) fn has_unsent<R: Ring>(shard: &Shard<R>, upstream: u32) -> bool {
     let Some(entry) = shard.requests.get(link.unsent) else {
         return false;
     };
-    let prefix_bytes = shard.instances[entry.instance].prefix.len() as u64;
-    let there = prefix_bytes + entry.dropped_bytes + entry.frame.bytes() as u64;
+    let there = lead_bytes(shard, entry) + entry.dropped_bytes + entry.frame.bytes() as u64;
     there > link.unsent_offset
 }
 
@@ -346,8 +371,7 @@ pub(crate) fn sent<R: Ring>(shard: &mut Shard<R>, upstream: u32, bytes: usize) {
     let mut request = link.unsent;
     while request != NONE {
         let entry = &shard.requests[request];
-        let prefix_bytes = shard.instances[entry.instance].prefix.len() as u64;
-        let total = prefix_bytes + entry.frame_bytes;
+        let total = lead_bytes(shard, entry) + entry.frame_bytes;
         if left < total || entry.streaming {
             break;
         }
@@ -383,6 +407,7 @@ fn complete<R: Ring>(shard: &mut Shard<R>, request: u32) {
         shard.stats.hop.record(now_ns - entry.received_ns);
     }
     let ack = shard.directory.routes[entry.route as usize].ack;
+    let relay = entry.relay;
     if entry.held && !may_hold {
         settle::note_caller(shard, request);
         shard.requests[request].held = false;
@@ -395,20 +420,23 @@ fn complete<R: Ring>(shard: &mut Shard<R>, request: u32) {
     } else if ack == Ack::OnForward && entry.reply == Reply::Open {
         respond::decide(shard, request, Reply::Accepted);
     }
+    if relay != NONE {
+        relay_life::forwarded(shard, relay);
+    }
 }
 
 /// Lets go of the sent part of a large frame that is not kept for a retry.
 fn drop_sent<R: Ring>(shard: &mut Shard<R>, upstream: u32) {
     let link = &shard.upstreams[upstream];
     let (request, offset) = (link.unsent, link.unsent_offset);
-    let Some(entry) = shard.requests.get_mut(request) else {
+    let Some(entry) = shard.requests.get(request) else {
         return;
     };
     if entry.held {
         return;
     }
-    let prefix_bytes = shard.instances[entry.instance].prefix.len() as u64;
-    let sent = offset.saturating_sub(prefix_bytes);
+    let sent = offset.saturating_sub(lead_bytes(shard, entry));
+    let entry = &mut shard.requests[request];
     let droppable = sent.saturating_sub(entry.dropped_bytes);
     shard.pieces.advance(&mut entry.frame, droppable as usize);
     entry.dropped_bytes += droppable;

@@ -1,7 +1,7 @@
 //! Requests between their arrival and their end.
 
 use crate::pieces::PieceList;
-use crate::send_pool::ChunkId;
+use crate::send_pool::{ChunkId, ChunkQueue};
 use crate::table::NONE;
 
 /// Instances that one request has been tried on, at most; more are not remembered.
@@ -56,6 +56,16 @@ pub struct Request {
     pub tried: [u64; TRIED_MAX],
     /// Hash of the affinity header, or the instance asked for; 0 when there is none.
     pub hint: u64,
+    /// The relay that its response comes back through; [`NONE`] in direct mode, and once that can
+    /// do without the request.
+    pub relay: u32,
+    /// Its relay goes on without it: only its place in the line of answers is of use.
+    pub detached: bool,
+    /// Bytes of our own between the instance's path and `frame`, in the relays' pool: what leaves
+    /// in place of headers and envelope.
+    pub head: ChunkQueue,
+    /// How many they are.
+    pub head_bytes: u32,
     /// When its prefix had arrived.
     pub received_ns: u64,
     /// When it was given to its instance.
@@ -85,6 +95,10 @@ impl Request {
             attempts: 0,
             tried: [0; TRIED_MAX],
             hint: 0,
+            relay: NONE,
+            detached: false,
+            head: ChunkQueue::EMPTY,
+            head_bytes: 0,
             received_ns,
             placed_ns: 0,
             sent_ns: 0,

@@ -12,7 +12,7 @@ use crate::route::Chooser;
 use crate::shard::{RouteState, Shard, TimerKind};
 use crate::table::NONE;
 use crate::upstream::{BULK_MAX, InstanceState, Upstream, UpstreamState};
-use crate::{collect, forward, settle, tell};
+use crate::{collect, forward, relay_life, settle, tell};
 
 const CONNECT_TIMEOUT_NS: u64 = 5_000_000_000;
 /// A connection for large frames that has carried none for so long is closed.
@@ -35,9 +35,13 @@ pub(crate) fn publish<R: Ring>(shard: &mut Shard<R>, directory: Arc<Directory>) 
                 instances: Vec::new(),
             });
         }
+        if route.relay.is_some() {
+            shard.stats.routes.open(index);
+        }
         let known = std::mem::take(&mut shard.routes[index].instances);
         let listed = route.instances.iter();
-        let slots = listed.filter_map(|instance| list(shard, index as u32, &known, instance));
+        let place = (index as u32, route.relay.is_some());
+        let slots = listed.filter_map(|instance| list(shard, place, &known, instance));
         let slots: Vec<u32> = slots.collect();
         shard.routes[index].instances = slots;
         for slot in known {
@@ -57,13 +61,14 @@ pub(crate) fn publish<R: Ring>(shard: &mut Shard<R>, directory: Arc<Directory>) 
     for upstream in upstreams {
         collect::tune(shard, upstream);
     }
+    relay_life::directory_changed(shard);
     count_ready(shard);
 }
 
 /// The slot of a listed instance; a new one when it was not known, or has moved.
 fn list<R: Ring>(
     shard: &mut Shard<R>,
-    route: u32,
+    (route, relayed): (u32, bool),
     known: &[u32],
     instance: &Instance,
 ) -> Option<u32> {
@@ -83,6 +88,7 @@ fn list<R: Ring>(
     let mut state = InstanceState::new(instance.id, route, instance.address, &instance.path);
     state.upstream = upstream;
     state.epoch = shard.epoch;
+    state.relayed = relayed;
     let slot = shard.instances.insert(state).ok()?;
     shard.upstreams[upstream].instances += 1;
     if shard.upstreams[upstream].instances == 1 {
@@ -108,7 +114,7 @@ pub(crate) fn release_instance<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     let Some(instance) = shard.instances.get(slot) else {
         return;
     };
-    if !instance.gone || instance.unanswered > 0 {
+    if !instance.gone || instance.unanswered > 0 || instance.streams > 0 {
         return;
     }
     let upstream = instance.upstream;
@@ -237,6 +243,9 @@ pub(crate) fn lost<R: Ring>(shard: &mut Shard<R>, upstream: u32, errno: i32) {
         let next = shard.requests[request].next_upstream;
         settle::replace(shard, request, refusal);
         request = next;
+    }
+    if was_open && !bulk {
+        relay_life::upstream_lost(shard, upstream);
     }
     if bulk {
         shard.upstreams.remove(upstream);

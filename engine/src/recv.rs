@@ -4,7 +4,7 @@ use crate::buffers::BufferId;
 use crate::connection::{Intake, Role};
 use crate::ring::Ring;
 use crate::shard::{Shard, TimerKind};
-use crate::{decode, ends, forward, respond};
+use crate::{decode, ends, forward, relay_flow, relay_life, relay_time, respond};
 
 /// A frame whose bytes stop coming for so long ends its connection.
 pub(crate) const FRAME_PAUSE_NS: u64 = 30_000_000_000;
@@ -54,6 +54,7 @@ pub(crate) fn consume<R: Ring>(shard: &mut Shard<R>, slot: u32) {
             shard.pieces.clear(&mut connection.incoming);
         }
         Role::End(end) => ends::arrived(shard, slot, end),
+        Role::Relay(leg) => relay_flow::consume(shard, slot, leg),
     }
 }
 
@@ -76,6 +77,9 @@ pub(crate) fn ended<R: Ring>(shard: &mut Shard<R>, slot: u32, errno: i32) {
     }
     if let Role::End(end) = connection.role {
         return ends::ended(shard, slot, end, errno);
+    }
+    if let Role::Relay(leg) = connection.role {
+        return relay_flow::ended(shard, slot, leg, errno);
     }
     if shard.connections.get(slot).is_some() {
         shard.lost(slot, errno);
@@ -149,6 +153,7 @@ pub(crate) fn throttle<R: Ring>(shard: &mut Shard<R>) {
     shard.throttled = true;
     shard.throttles = shard.throttles.wrapping_add(1);
     watch_shortage(shard);
+    relay_life::let_go(shard);
     let downstream: Vec<u32> = downstream(shard);
     for slot in downstream {
         shard.pause(slot);
@@ -176,6 +181,7 @@ pub(crate) fn look_at_shortage<R: Ring>(shard: &mut Shard<R>, throttles: u32) {
         shard.stats.shard.slow_frames_closed.add(1);
         shard.lost(slot, libc::ETIMEDOUT);
     }
+    relay_time::relieve(shard);
     watch_shortage(shard);
 }
 

@@ -34,6 +34,11 @@ pub(crate) enum Refusal<'a> {
     BadPath,
     /// The frame is too large.
     TooLarge(TooLarge),
+    /// The route relays, and the envelope cannot be used for that.
+    BadEnvelope {
+        /// Why not.
+        why: &'a str,
+    },
     /// No instance can be reached.
     NoInstance,
     /// The instance asked for by name cannot be reached.
@@ -63,6 +68,7 @@ fn write_refusal(out: &mut Vec<u8>, refusal: Refusal<'_>, target: &str) {
         Refusal::UnknownEndpoint { path } => reply_frame::write_unknown_endpoint(path, out),
         Refusal::BadPath => unavailable(&[" invalid endpoint path"], out),
         Refusal::TooLarge(error) => unavailable(&[" ", &error.to_string()], out),
+        Refusal::BadEnvelope { why } => unavailable(&[" ", why], out),
         Refusal::NoInstance => unavailable(&[" no instance of ", target], out),
         Refusal::NoSuchInstance => {
             unavailable(
@@ -90,6 +96,7 @@ fn count<R: Ring>(shard: &Shard<R>, refusal: Refusal<'_>) {
         Refusal::UnknownEndpoint { .. } => stats.refused_unknown_endpoint.add(1),
         Refusal::BadPath => stats.refused_bad_frame.add(1),
         Refusal::TooLarge(_) => stats.refused_frame_too_large.add(1),
+        Refusal::BadEnvelope { .. } => stats.refused_bad_envelope.add(1),
         Refusal::NoInstance | Refusal::NoSuchInstance => stats.refused_no_instance.add(1),
         Refusal::QueueFull | Refusal::TableFull | Refusal::AtCapacity => {
             stats.refused_overloaded.add(1);
@@ -421,6 +428,7 @@ mod tests {
             Refusal::UnknownEndpoint { path: "0/a/b/c" },
             Refusal::BadPath,
             Refusal::TooLarge(error),
+            Refusal::BadEnvelope { why: "it is empty" },
             Refusal::NoInstance,
             Refusal::NoSuchInstance,
             Refusal::QueueFull,

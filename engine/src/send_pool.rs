@@ -89,6 +89,11 @@ impl SendPool {
         self.used
     }
 
+    /// Chunks that are left.
+    pub fn free_chunks(&self) -> usize {
+        self.meta.len() - self.used
+    }
+
     /// An empty chunk, if there is one.
     pub fn allocate(&mut self) -> Option<ChunkId> {
         let chunk = self.free;
@@ -156,6 +161,17 @@ impl SendPool {
         }
         queue.tail = chunk;
         self.write(chunk, bytes)
+    }
+
+    /// Appends bytes of any number to a queue; `false` when they do not all fit (what was written
+    /// stays).
+    pub fn push_all(&mut self, queue: &mut ChunkQueue, bytes: &[u8]) -> bool {
+        bytes.chunks(CHUNK_BYTES).all(|part| self.push(queue, part))
+    }
+
+    /// Unsent bytes of a queue.
+    pub fn unsent_bytes(&self, queue: &ChunkQueue) -> usize {
+        self.unsent(queue).map(<[u8]>::len).sum()
     }
 
     /// The unsent bytes of a queue, chunk by chunk.

@@ -13,15 +13,16 @@ use corelane_codec::reply_frame::Reply as Answer;
 use crate::connection::Intake;
 use crate::in_flight::Reply;
 use crate::ledger::ENVELOPE_BYTES_MAX;
+use crate::relay::Phase;
 use crate::respond::{self, Refusal};
 use crate::ring::Ring;
 use crate::shard::Shard;
 use crate::table::NONE;
-use crate::{forward, link, tell};
+use crate::{forward, link, relay_life, tell};
 
 /// An instance that said that it is overloaded gets nothing for so long (as in Dynamo's router,
 /// spec/request-plane.md §11.4).
-const OVERLOADED_NS: u64 = 1_000_000_000;
+pub(crate) const OVERLOADED_NS: u64 = 1_000_000_000;
 /// The same for one that is gone or does not answer.
 pub(crate) const INHIBITED_NS: u64 = 5_000_000_000;
 
@@ -40,6 +41,8 @@ pub(crate) fn answered<R: Ring>(shard: &mut Shard<R>, upstream: u32, answer: Ans
     let instance = entry.instance;
     shard.stats.answer.record(shard.now_ns - entry.sent_ns);
     match answer {
+        // Whoever waited for it knows more already.
+        _ if entry.detached => end_if_over(shard, request),
         Answer::Accepted => {
             shard.stats.shard.accepted_upstream.add(1);
             shard.instances[instance].answered += 1;
@@ -83,7 +86,12 @@ fn unlink_head<R: Ring>(shard: &mut Shard<R>, upstream: u32) {
 /// The request is with an instance for good.
 fn settle<R: Ring>(shard: &mut Shard<R>, request: u32, reply: Reply) {
     let entry = &mut shard.requests[request];
-    shard.pieces.clear(&mut entry.frame);
+    if entry.relay == NONE {
+        shard.pieces.clear(&mut entry.frame);
+    } else {
+        relay_life::accepted(shard, request);
+    }
+    let entry = &mut shard.requests[request];
     if entry.reply == Reply::Open {
         respond::decide(shard, request, reply);
     }
@@ -104,7 +112,9 @@ fn refused<R: Ring>(shard: &mut Shard<R>, request: u32, text: &[u8], cause: tell
 
 fn give_up<R: Ring>(shard: &mut Shard<R>, request: u32, text: &[u8], cause: tell::Cause) {
     if shard.requests[request].reply == Reply::Open {
+        let relay = shard.requests[request].relay;
         respond::decide_text(shard, request, text);
+        dismiss(shard, relay);
     } else {
         tell_caller(shard, request, cause);
     }
@@ -114,7 +124,14 @@ fn give_up<R: Ring>(shard: &mut Shard<R>, request: u32, text: &[u8], cause: tell
     }
 }
 
-fn may_retry<R: Ring>(shard: &Shard<R>, request: u32) -> bool {
+/// A caller who was refused expects no response.
+fn dismiss<R: Ring>(shard: &mut Shard<R>, relay: u32) {
+    if relay != NONE {
+        relay_life::end(shard, relay);
+    }
+}
+
+pub(crate) fn may_retry<R: Ring>(shard: &Shard<R>, request: u32) -> bool {
     let entry = &shard.requests[request];
     let route = &shard.directory.routes[entry.route as usize];
     entry.held && entry.attempts <= route.retries_max
@@ -126,8 +143,13 @@ pub(crate) fn replace<R: Ring>(shard: &mut Shard<R>, request: u32, refusal: Refu
     let instance = entry.instance;
     entry.upstream = NONE;
     entry.next_upstream = NONE;
-    entry.sent = false;
     shard.instances[instance].unanswered -= 1;
+    if entry.detached || has_called(shard, request) {
+        // The worker's own socket says what becomes of it.
+        settle(shard, request, Reply::Accepted);
+        return link::release_instance(shard, instance);
+    }
+    shard.requests[request].sent = false;
     if may_retry(shard, request)
         && let Some(next) = forward::choose(shard, request)
     {
@@ -139,12 +161,20 @@ pub(crate) fn replace<R: Ring>(shard: &mut Shard<R>, request: u32, refusal: Refu
     link::release_instance(shard, instance);
 }
 
+/// Whether the worker of a relayed request has called home, which says more than any answer.
+fn has_called<R: Ring>(shard: &Shard<R>, request: u32) -> bool {
+    let relay = shard.relays.table.get(shard.requests[request].relay);
+    relay.is_some_and(|relay| relay.phase > Phase::Called)
+}
+
 /// Nobody can be found for a request: its caller gets a refusal, or is called home with an error
 /// if he was told already that all is well.
 pub(crate) fn fail<R: Ring>(shard: &mut Shard<R>, request: u32, refusal: Refusal<'static>) {
     let held_back = stop_streaming(shard, request);
     if shard.requests[request].reply == Reply::Open {
+        let relay = shard.requests[request].relay;
         respond::refuse_request(shard, request, refusal);
+        dismiss(shard, relay);
     } else {
         shard.stats.shard.refused_by_instances.add(1);
         tell_caller(shard, request, tell::Cause::of(refusal));
@@ -211,7 +241,11 @@ pub(crate) fn end_if_over<R: Ring>(shard: &mut Shard<R>, request: u32) {
     if entry.upstream != NONE || entry.downstream != NONE || entry.streaming {
         return;
     }
+    if entry.relay != NONE {
+        return;
+    }
     shard.pieces.clear(&mut entry.frame);
+    shard.relays.heads.clear(&mut entry.head);
     let reply = entry.reply;
     shard.requests.remove(request);
     if let Reply::Text(chunk) = reply
@@ -243,6 +277,9 @@ fn envelope_bytes<R: Ring>(shard: &Shard<R>, request: u32) -> usize {
 
 /// Remembers the caller of a request in case its instance dies.
 pub(crate) fn note_caller<R: Ring>(shard: &mut Shard<R>, request: u32) {
+    if shard.requests[request].relay != NONE || shard.requests[request].detached {
+        return;
+    }
     let bytes = envelope_bytes(shard, request);
     let entry = &shard.requests[request];
     if bytes > 0 && entry.instance != NONE {
@@ -257,6 +294,10 @@ pub(crate) fn note_caller<R: Ring>(shard: &mut Shard<R>, request: u32) {
 }
 
 fn tell_caller<R: Ring>(shard: &mut Shard<R>, request: u32, cause: tell::Cause) {
+    let relay = shard.requests[request].relay;
+    if relay != NONE {
+        return relay_life::fail(shard, relay, &cause.error());
+    }
     let mut envelope = [0; ENVELOPE_BYTES_MAX];
     let envelope = &mut envelope[..envelope_bytes(shard, request)];
     let entry = &shard.requests[request];

@@ -31,6 +31,7 @@ use crate::mesh::{self, Receiver, Sender};
 use crate::operation::{Kind, Operation};
 use crate::pieces::Pieces;
 use crate::quic::Outbound;
+use crate::relay::Relays;
 use crate::ring::{Completion, Event, Ring, SPANS_MAX, Span};
 use crate::route::Chooser;
 use crate::send_pool::SendPool;
@@ -41,7 +42,8 @@ use crate::timer_wheel::TimerWheel;
 use crate::upstream::{InstanceState, Upstream};
 use crate::worker::Worker;
 use crate::{
-    accept, client, collect, decode, ends, forward, home, link, local, recv, respond, tell,
+    accept, client, collect, decode, ends, forward, home, link, local, recv, relay_flow,
+    relay_home, respond, tell,
 };
 
 pub use crate::command::{Command, Lanes, Report};
@@ -71,6 +73,7 @@ pub struct Shard<R: Ring> {
     pub(crate) timers: TimerWheel,
     pub(crate) ledger: Ledger,
     pub(crate) tells: Tells,
+    pub(crate) relays: Relays,
     /// Connections with something in `out`.
     pub(crate) dirty_connections: Vec<u32>,
     /// Upstreams with something unsent.
@@ -114,6 +117,11 @@ const LEDGER_BYTES: usize = 4 << 20;
 /// The longest that a shard sleeps when it expects nothing.
 const IDLE_WAIT: Duration = Duration::from_millis(250);
 
+/// Responses that a shard relays at the same time: each has two sockets.
+fn relays_max(config: &ShardConfig) -> usize {
+    (config.connections_max as usize / 2).max(8)
+}
+
 impl<R: Ring> Shard<R> {
     /// A shard over `ring`, which was made for these `buffers`.
     pub(crate) fn new(
@@ -134,7 +142,8 @@ impl<R: Ring> Shard<R> {
         // one more for each buffer boundary that a frame crosses.
         let pieces = Pieces::new(in_flight_max + 3 * buffers.count(), buffers);
         let ends = worker.responses.capacity() + client.calls.capacity() + client.links.capacity();
-        let timers = 2 * (connections_max + UPSTREAMS_MAX) + ends + 1024;
+        let relays = relays_max(&config);
+        let timers = 2 * (connections_max + UPSTREAMS_MAX) + relays + ends + 1024;
         let now_ns = ring.now_ns();
         Shard {
             ring,
@@ -151,6 +160,7 @@ impl<R: Ring> Shard<R> {
             timers: TimerWheel::new(timers),
             ledger: Ledger::new(LEDGER_BYTES),
             tells: Tells::new(),
+            relays: Relays::none(),
             dirty_connections: Vec::with_capacity(connections_max),
             dirty_upstreams: Vec::with_capacity(UPSTREAMS_MAX),
             collecting: Vec::with_capacity(UPSTREAMS_MAX),
@@ -200,11 +210,17 @@ impl<R: Ring> Shard<R> {
         ))
     }
 
+    /// Workers whose responses this shard relays call home at `listener`; they are told `address`.
+    pub fn relay_home(&mut self, listener: TcpListener, address: SocketAddr) {
+        self.relays = Relays::new(listener, address, relays_max(&self.config));
+    }
+
     /// Begins to accept, and to watch for commands.
     pub fn start(&mut self) {
         self.watch_wake();
         accept::arm(self);
         home::arm(self);
+        relay_home::arm(self);
         local::show_places(self);
         let address = self
             .listener
@@ -281,6 +297,9 @@ impl<R: Ring> Shard<R> {
             Kind::Accept if operation.slot == home::LISTENER => {
                 return home::accepted(self, event);
             }
+            Kind::Accept if operation.slot == relay_home::LISTENER => {
+                return relay_home::accepted(self, event);
+            }
             Kind::Accept => return accept::completed(self, event),
             Kind::Wake => {
                 if let Event::Woken { more: false } = event {
@@ -345,6 +364,7 @@ impl<R: Ring> Shard<R> {
             Role::Upstream(upstream) => forward::sent(self, upstream, bytes),
             Role::Tell(tell) => tell::sent(self, tell, bytes),
             Role::End(end) => ends::sent(self, slot, end, bytes),
+            Role::Relay(leg) => relay_flow::sent(self, slot, leg, bytes),
         }
     }
 
@@ -369,6 +389,7 @@ impl<R: Ring> Shard<R> {
             Role::Upstream(upstream) => link::connected(self, upstream),
             Role::Tell(tell) => tell::connected(self, tell),
             Role::End(end) => ends::connected(self, slot, end),
+            Role::Relay(leg) => relay_flow::connected(self, slot, leg),
         }
     }
 
@@ -384,6 +405,7 @@ impl<R: Ring> Shard<R> {
             Role::Upstream(upstream) => link::lost(self, upstream, errno),
             Role::Tell(tell) => tell::lost(self, tell, errno),
             Role::End(end) => ends::lost(self, slot, end, errno),
+            Role::Relay(leg) => relay_flow::lost(self, leg),
         }
         self.retire_if_quiet(slot);
     }
@@ -412,6 +434,11 @@ impl<R: Ring> Shard<R> {
             forward::flush(self, upstream);
         }
         self.dirty_upstreams = upstreams;
+        let mut relays = std::mem::take(&mut self.relays.dirty);
+        for relay in relays.drain(..) {
+            relay_flow::flush(self, relay);
+        }
+        self.relays.dirty = relays;
         let mut connections = std::mem::take(&mut self.dirty_connections);
         for slot in connections.drain(..) {
             self.flush(slot);
@@ -527,6 +554,9 @@ impl<R: Ring> Shard<R> {
         stats.timers.set(self.timers.len() as u64);
         stats.ledger.set(self.ledger.len() as u64);
         stats.tells.set(self.tells.len() as u64);
+        stats.relays.set(self.relays.table.used() as u64);
+        stats.relay_strangers.set(self.relays.strangers as u64);
+        stats.relay_heads.set(self.relays.heads.used() as u64);
         stats.system_calls.set(self.ring.system_calls());
     }
 

@@ -92,6 +92,8 @@ cells! {
         Counter refused_frame_too_large,
         /// Refused: the frame's path is not text
         Counter refused_bad_frame,
+        /// Refused: a route relays, and the request's envelope cannot be used for that
+        Counter refused_bad_envelope,
         /// Refused: every instance tried was overloaded or gone
         Counter refused_by_instances,
         /// Callers told over their call-home address that their request failed
@@ -160,6 +162,22 @@ cells! {
         Counter calls_made,
         /// Calls home that named no call of ours, or named it too late
         Counter homes_refused,
+        /// Requests whose response was to be relayed
+        Counter relays_begun,
+        /// Relayed responses tried again on another instance after the first had accepted
+        Counter relays_retried,
+        /// Relayed responses that came to their end
+        Counter relays_finished,
+        /// Relayed responses whose caller was told of an error in place of the first item
+        Counter relays_failed,
+        /// Relayed responses that broke off after their first item
+        Counter relays_cut,
+        /// Relayed responses whose caller went away, or could not be dialled
+        Counter relays_abandoned,
+        /// Deadlines of relayed responses that ran out: call home, first item, inactivity
+        Counter relay_timeouts,
+        /// Requests no longer kept for another try because buffers were short
+        Counter relays_let_go,
         /// Connections open now
         Gauge connections,
         /// Connections to instances open now
@@ -200,6 +218,12 @@ cells! {
         Gauge responses,
         /// Calls under way
         Gauge calls,
+        /// Responses that are relayed
+        Gauge relays,
+        /// Workers that have called a relaying router home and not said yet for which request
+        Gauge relay_strangers,
+        /// Chunks that hold the fronts of relayed requests
+        Gauge relay_heads,
         /// Instances in the directory
         Gauge instances,
         /// Instances that can be reached
@@ -315,6 +339,44 @@ pub struct Stats {
     pub hop: Latency,
     /// From there to the instance's answer.
     pub answer: Latency,
+    /// One entry for each relayed route, under its place in the directory.
+    pub routes: Routes,
+}
+
+/// Latencies of one relayed route.
+#[derive(Debug, Default)]
+pub struct RouteStats {
+    /// From a request's arrival to the first item of its response.
+    pub first_item: Latency,
+    /// From one item to the next.
+    pub inter_item: Latency,
+}
+
+/// Routes whose latencies are kept, at most; the others of a directory go uncounted.
+pub const ROUTES_MAX: usize = 256;
+
+/// The latencies of relayed routes; made when a route is first published.
+#[derive(Debug)]
+pub struct Routes([OnceLock<Box<RouteStats>>; ROUTES_MAX]);
+
+impl Default for Routes {
+    fn default() -> Self {
+        Routes(std::array::from_fn(|_| OnceLock::new()))
+    }
+}
+
+impl Routes {
+    /// Begins to count for a route.
+    pub fn open(&self, route: usize) {
+        if let Some(place) = self.0.get(route) {
+            place.get_or_init(Box::default);
+        }
+    }
+
+    /// What was counted for a route; `None` if it is not relayed.
+    pub fn get(&self, route: usize) -> Option<&RouteStats> {
+        self.0.get(route)?.get().map(|stats| &**stats)
+    }
 }
 
 #[cfg(test)]

@@ -44,6 +44,8 @@ pub(crate) enum Cause {
     WorkerDied,
     /// The instance answered something that means nothing.
     Protocol,
+    /// His envelope cannot be used.
+    BadEnvelope,
 }
 
 impl Cause {
@@ -59,6 +61,7 @@ impl Cause {
             Refusal::AnswerOverdue => Cause::AnswerOverdue,
             Refusal::UnknownEndpoint { .. }
             | Refusal::BadPath
+            | Refusal::BadEnvelope { .. }
             | Refusal::NoInstance
             | Refusal::NoSuchInstance => Cause::NoInstance,
         }
@@ -66,7 +69,7 @@ impl Cause {
 
     /// The typed error: classes that Dynamo's migration tries again are used only where trying
     /// again makes sense (§12).
-    fn error(self) -> DynamoError {
+    pub(crate) fn error(self) -> DynamoError {
         match self {
             Cause::TooLarge(error) => DynamoError::invalid_argument(error.to_string()),
             Cause::NoInstance => {
@@ -86,6 +89,9 @@ impl Cause {
             }
             Cause::Protocol => {
                 DynamoError::backend_protocol("the instance gave an answer that means nothing")
+            }
+            Cause::BadEnvelope => {
+                DynamoError::invalid_argument("the request's envelope cannot be used")
             }
         }
     }
@@ -123,12 +129,22 @@ impl Tells {
 
 /// Whether the front of a payload says where its caller is.
 pub(crate) fn can_reach(envelope: &[u8]) -> bool {
-    message(envelope, Cause::NoInstance).is_some()
+    message(envelope, &Cause::NoInstance.error()).is_some()
 }
 
 /// Calls the sender of `envelope` home. Does not wait.
 pub(crate) fn tell<R: Ring>(shard: &mut Shard<R>, envelope: &[u8], cause: Cause) {
-    match message(envelope, cause) {
+    tell_error(shard, envelope, cause, &cause.error());
+}
+
+/// The same with an error of its own.
+pub(crate) fn tell_error<R: Ring>(
+    shard: &mut Shard<R>,
+    envelope: &[u8],
+    cause: Cause,
+    error: &DynamoError,
+) {
+    match message(envelope, error) {
         Some((address, message)) if shard.tells.waiting.len() < WAITING_MAX => {
             shard.tells.waiting.push_back((address, message, cause));
             start(shard);
@@ -138,7 +154,7 @@ pub(crate) fn tell<R: Ring>(shard: &mut Shard<R>, envelope: &[u8], cause: Cause)
 }
 
 /// Where the caller listens, and what is to be written there.
-fn message(envelope: &[u8], cause: Cause) -> Option<(SocketAddr, Vec<u8>)> {
+fn message(envelope: &[u8], error: &DynamoError) -> Option<(SocketAddr, Vec<u8>)> {
     let Decoded::Frame(parts) = two_part::decode_prefix(envelope, None) else {
         return None;
     };
@@ -146,7 +162,6 @@ fn message(envelope: &[u8], cause: Cause) -> Option<(SocketAddr, Vec<u8>)> {
     let mut scratch = [0; CONNECTION_INFO_SCRATCH_BYTES];
     let info = TcpConnectionInfo::parse(&control.connection_info, &mut scratch).ok()?;
     let address = info.socket_addr().ok()?;
-    let error = cause.error();
     let mut message = Vec::with_capacity(1024);
     call_home::write_handshake(&info.subject.to_cow(), StreamType::Response, &mut message);
     call_home::write_prologue_error(error.text(), Some(&error.to_json()), &mut message);

@@ -28,6 +28,10 @@ pub struct InstanceState {
     pub upstream: u32,
     /// Requests given to it and not answered.
     pub unanswered: u32,
+    /// Responses of its that are relayed and have not ended.
+    pub streams: u32,
+    /// Its responses are relayed: `streams` is its load.
+    pub relayed: bool,
     /// It gets nothing before this time: its connection failed or it said that it is gone.
     pub inhibited_until_ns: u64,
     /// It gets nothing before this time: it said that it is overloaded.
@@ -58,6 +62,8 @@ impl InstanceState {
             prefix: [&length.to_be_bytes()[..], path].concat().into(),
             upstream: NONE,
             unanswered: 0,
+            streams: 0,
+            relayed: false,
             inhibited_until_ns: 0,
             overloaded_until_ns: 0,
             gone: false,
@@ -68,8 +74,12 @@ impl InstanceState {
         }
     }
 
-    /// Load at `now_ns`: unanswered requests, and the fading count of recent ones.
+    /// Load at `now_ns`: unanswered requests, and the fading count of recent ones. Where responses
+    /// are relayed, exactly those requests whose response has not ended.
     pub fn load(&self, now_ns: u64) -> f64 {
+        if self.relayed {
+            return f64::from(self.streams);
+        }
         f64::from(self.unanswered) + self.faded(now_ns)
     }
 

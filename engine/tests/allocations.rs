@@ -1,19 +1,25 @@
 //! A warm request allocates nothing: an allocator counts what the thread of the shard takes.
 
+#[path = "common/ends.rs"]
+mod ends;
+
 mod common;
+#[path = "relay/lab.rs"]
+mod lab;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use common::*;
+use corelane_codec::control_message::PayloadCodec;
 use corelane_engine::buffers::Buffers;
 use corelane_engine::config::{RingKind, ShardConfig};
-use corelane_engine::directory::{Ack, Directory, Policy, Route};
+use corelane_engine::directory::{Ack, Directory, Instance, Policy, Route};
 use corelane_engine::executor::listen;
 use corelane_engine::mesh::{self, Sender};
 use corelane_engine::ring::uring::{Settings, Uring};
@@ -144,6 +150,9 @@ impl Bare {
             };
             let shard = Shard::router(config, ring, buffers, listener, shown, lanes);
             let mut shard = shard.unwrap();
+            let home = listen(any, false, false).unwrap();
+            let home_address = home.local_addr().unwrap();
+            shard.relay_home(home, home_address);
             shard.start();
             while !shard.is_stopping() {
                 shard.tick(Duration::from_millis(50)).unwrap();
@@ -217,8 +226,78 @@ fn a_warm_request_allocates_nothing() {
                 });
             }
         }
+        relayed(ring);
         under_its_executor(ring);
     }
+}
+
+/// A relayed response, with its two sockets.
+fn relayed(ring: RingKind) {
+    const RESPONSES: usize = 256;
+    let mut worker = ends::HandWorker::default();
+    let mut route = route(Policy::LeastLoaded, Ack::OnForward, &[]);
+    route.relay = Some(lab::NO_TIMES);
+    let (id, address, path) = (1, worker.address(), b"1/x".to_vec());
+    route.instances = vec![Instance { id, address, path }];
+    let (bare, router);
+    let (address, stats, publish): (_, _, Box<dyn Fn(Arc<Directory>)>) = match ring {
+        RingKind::Uring => {
+            bare = Bare::start();
+            let publish = |directory| bare.commands.send(Command::Directory(directory)).unwrap();
+            (bare.address, &bare.stats, Box::new(publish))
+        }
+        RingKind::Epoll => {
+            router = lab::relaying(ring);
+            let publish = |directory| {
+                router
+                    .handle
+                    .command(Command::Directory(directory))
+                    .unwrap()
+            };
+            (router.address, &router.handle.stats, Box::new(publish))
+        }
+    };
+    publish(Arc::new(Directory {
+        routes: vec![route],
+    }));
+    wait_until("the instance is connected", || {
+        stats.shard.instances_ready.get() == 1
+    });
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let home = listener.local_addr().unwrap().to_string();
+    let json = PayloadCodec::Json;
+    let frame = frame(
+        LISTEN_PATH,
+        &ends::envelope_in(&home, "a-subject", json, &[7; 300]),
+    );
+    let answer = lab::answer(8, json);
+    let mut caller = Caller::dial(address);
+    let mut exchange = |count: usize| {
+        for _ in 0..count {
+            caller.send(&frame);
+            let mut worker = {
+                let asked = worker.take();
+                worker.reply("");
+                asked.call_home()
+            };
+            worker.say(&answer);
+            let mut called = ends::accept(&listener);
+            called.handshake();
+            assert_eq!(lab::drained(&mut called), answer);
+            assert_eq!(caller.reply(), "");
+        }
+    };
+    exchange(RESPONSES);
+    let before = BY_SHARDS.load(Ordering::Relaxed);
+    WATCHED.store(
+        std::env::var_os("CORELANE_TRACE").is_some(),
+        Ordering::Relaxed,
+    );
+    exchange(RESPONSES);
+    WATCHED.store(false, Ordering::Relaxed);
+    let counted = BY_SHARDS.load(Ordering::Relaxed) - before;
+    assert_eq!(counted, 0, "{ring:?}, relayed");
+    wait_until("nothing is left", || stats.shard.relays.get() == 0);
 }
 
 fn on_bare_ring(route: &Route, connections: usize) -> u64 {

@@ -19,7 +19,7 @@ FOREIGN = ("DYN_", "NATS_", "ETCD_", "OTEL_", "RUST_", "CORELANE_")
 IO = os.environ.get("CORELANE_IO")
 LOG = os.environ.get("CORELANE_TEST_LOG", "info")
 # The values of `response` that this version serves.
-RESPONSES = ["direct"]
+RESPONSES = ["direct", "relay"]
 
 _numbers = itertools.count(1)
 

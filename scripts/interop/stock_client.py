@@ -43,6 +43,7 @@ def parse_options():
     parser.add_argument("--deadline-s", type=float, default=30.0)
     parser.add_argument("--stop-after", type=int, help="stop a stream after this many items")
     parser.add_argument("--kill-after", type=int, help="drop a stream after this many items")
+    parser.add_argument("--fail-after", type=int, help="ask the worker to fail after so many")
     parser.add_argument(
         "--plain-echo", action="store_true", help="each item is the request itself, unnumbered"
     )
@@ -77,6 +78,8 @@ class Client:
             request["delay_s"] = options.delay_s
         if options.no_echo:
             request["no_echo"] = True
+        if options.fail_after is not None:
+            request["fail_after"] = options.fail_after
         return request
 
     async def one(self, number):

@@ -3,7 +3,8 @@
 
 Prints JSON lines: `ready` once it is in discovery, with --record also `started`, `cancelled`
 and `finished` for each request, and `bye` with its totals when it ends after SIGTERM. A request
-may carry `items` and `delay_s` to ask for another stream than the one the options describe.
+may carry `items` and `delay_s` to ask for another stream than the one the options describe, and
+`fail_after` to ask for an exception.
 """
 
 import argparse
@@ -46,6 +47,8 @@ class Worker:
         self.note("started", request)
         try:
             for index in range(items):
+                if index == asked.get("fail_after"):
+                    raise ValueError("the engine failed as it was asked to")
                 if delay_s:
                     await asyncio.sleep(delay_s)
                 if context.is_stopped() or context.is_killed():

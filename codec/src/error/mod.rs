@@ -106,6 +106,15 @@ impl DynamoError {
     }
 }
 
+impl DynamoError {
+    /// True if Dynamo's migration would try the request again after this error: some error of the
+    /// chain has a reason for it, and none a reason against it (spec/request-plane.md §12).
+    #[must_use]
+    pub fn migrates(&self) -> bool {
+        self.chain().any(|error| error.reason.migrates()) && !self.blocks_migration()
+    }
+}
+
 /// Shortens a text to [`DIAGNOSTIC_BYTES_MAX`] bytes, its mark included, between two characters.
 fn cut(mut text: String) -> String {
     if text.len() > DIAGNOSTIC_BYTES_MAX {
@@ -164,6 +173,10 @@ mod tests {
             "the deepest was dropped"
         );
         assert!(!error.blocks_migration());
+        assert!(error.migrates());
+        assert!(!DynamoError::invalid_argument("x").migrates());
+        let cancelled = DynamoError::disconnected("x").with_cause(DynamoError::cancelled("y"));
+        assert!(!cancelled.migrates());
         assert_eq!(error.to_string(), "Unavailable: outer");
         let source = std::error::Error::source(&error).unwrap();
         assert_eq!(source.to_string(), "Unavailable: outer");

@@ -231,6 +231,27 @@ impl Reason {
         all.find(|reason| reason.name() == name)
     }
 
+    /// True for the reasons after which Dynamo's migration tries a request again
+    /// (spec/request-plane.md §12).
+    #[must_use]
+    pub const fn migrates(self) -> bool {
+        matches!(
+            self,
+            Self::CannotConnect
+                | Self::Disconnected
+                | Self::ConnectionTimeout
+                | Self::BackendCannotConnect
+                | Self::BackendDisconnected
+                | Self::BackendConnectionTimeout
+                | Self::ResponseTimeout
+                | Self::BackendResponseTimeout
+                | Self::EngineShutdown
+                | Self::StreamIncomplete
+                | Self::WorkerUnavailable
+                | Self::WorkerOverloaded
+        )
+    }
+
     /// True for the reasons after which a request must not be tried on another instance
     /// (spec/request-plane.md §4.3, §12).
     #[must_use]

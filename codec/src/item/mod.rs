@@ -12,7 +12,7 @@ mod typed;
 use std::ops::Range;
 
 pub use msgpack::MsgPackError;
-pub use typed::{Annotated, CodecError, StreamItem, from_bytes, write_value};
+pub use typed::{Annotated, CodecError, StreamItem, from_bytes, write_error_frame, write_value};
 
 use crate::control_message::PayloadCodec;
 use crate::json::{Array, JsonError, Kind, Object, Value};
@@ -181,6 +181,45 @@ pub fn value(bytes: &[u8], codec: PayloadCodec) -> Result<&[u8], ItemError> {
     }
 }
 
+/// Members of the usual response type ([`Annotated`]).
+const ANNOTATED: [&str; 5] = ["data", "id", "event", "comment", "error"];
+
+/// Whether an item's data look like the usual response type ([`Annotated`]): a map with some of
+/// its members and no other.
+#[must_use]
+pub fn is_annotated(data: &[u8], codec: PayloadCodec) -> bool {
+    match codec {
+        PayloadCodec::Json => is_annotated_json(data).unwrap_or(false),
+        PayloadCodec::MessagePack => is_annotated_msgpack(data).unwrap_or(false),
+    }
+}
+
+fn is_annotated_json(data: &[u8]) -> Result<bool, JsonError> {
+    let mut members = Object::open(data)?;
+    let mut any = false;
+    while let Some(member) = members.next_member()? {
+        if !ANNOTATED.iter().any(|name| member.key == *name) {
+            return Ok(false);
+        }
+        any = true;
+    }
+    Ok(any)
+}
+
+fn is_annotated_msgpack(data: &[u8]) -> Result<bool, MsgPackError> {
+    let mut reader = msgpack::Reader::new(data);
+    let Some(msgpack::Container::Map(members)) = reader.container()? else {
+        return Ok(false);
+    };
+    for _ in 0..members {
+        match reader.key()? {
+            Some(key) if ANNOTATED.iter().any(|name| key == name.as_bytes()) => reader.skip()?,
+            _ => return Ok(false),
+        }
+    }
+    Ok(members > 0)
+}
+
 /// What a JSON body has before its data.
 pub const JSON_BEFORE: &[u8; 8] = b"{\"data\":";
 /// What a JSON body has after its data, if it is not the last.
@@ -247,6 +286,28 @@ mod tests {
             b"\x92\xc0\xc3x",
         ] {
             assert_eq!(decode(body, MessagePack), Ok(marker.clone()));
+        }
+    }
+
+    #[test]
+    fn the_usual_type_is_known_by_its_members() {
+        let error = crate::error::DynamoError::disconnected("gone");
+        for codec in [Json, MessagePack] {
+            let mut out = vec![];
+            write_error_frame(&error, codec, &mut out);
+            let message = two_part::decode(&out, None).frame().unwrap();
+            let body = &out[message.body];
+            let data = &body[decode(body, codec).unwrap().data.unwrap()];
+            assert!(is_annotated(data, codec));
+            let read: Annotated<()> = from_bytes(data, codec).unwrap();
+            assert_eq!(read.to_error(), Some(error.clone()));
+            assert!(!is_annotated(&data[..data.len() - 1], codec));
+        }
+        for other in [r#"{}"#, r#"{"i":1}"#, r#"{"data":1,"x":2}"#, "7", "[1]", ""] {
+            assert!(!is_annotated(other.as_bytes(), Json), "{other}");
+        }
+        for other in [&b"\x80"[..], b"\x81\xa1i\x01", b"\x07", b"\x91\x01", b""] {
+            assert!(!is_annotated(other, MessagePack), "{other:?}");
         }
     }
 

@@ -154,6 +154,16 @@ pub fn write_value<T: Serialize + ?Sized>(
     written
 }
 
+/// Appends a whole message with an error item of the usual response type.
+pub fn write_error_frame(error: &DynamoError, codec: PayloadCodec, out: &mut Vec<u8>) {
+    let item = Annotated::<()>::from_error(error.clone());
+    let mut data = Vec::with_capacity(512);
+    // Texts and maps with string keys can always be written.
+    if write_value(&item, codec, &mut data).is_ok() {
+        super::write_frame(&data, codec, out);
+    }
+}
+
 /// Reads a value as the codec wrote it; arrays in place of maps are taken too.
 ///
 /// # Errors

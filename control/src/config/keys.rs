@@ -212,6 +212,12 @@ keys! {
         "Address that discovery tells to callers";
     SERVER_PORT = Server "port", int(0, 65_535, "port"), Value("0"), [same("DYN_TCP_RPC_PORT")],
         "Port of the request plane, the same on every core; 0 takes any free one";
+    SERVER_HOME_HOST = Server "home_host", Kind::Ip, Unset("host"),
+        [same("DYN_TCP_RESPONSE_STREAM_HOST")],
+        "Where workers of relayed routes call home: bound, and told to them as advertise_host is";
+    SERVER_HOME_PORT = Server "home_port", int(0, 65_535, "port"), Value("0"),
+        [same("DYN_TCP_RESPONSE_STREAM_PORT")],
+        "First port of that: core n takes home_port + n; 0 takes any free ones";
     SERVER_STATUS_HOST = Server "status_host", Kind::Ip, Unset("host"),
         [same("DYN_SYSTEM_HOST")],
         "Address of /health, /live and /metrics";
@@ -276,7 +282,7 @@ keys! {
         Unset("x-corelane-instance for direct; hash must name one"), [],
         "Request header that names the instance (direct) or the affinity key (hash)";
     ROUTE_RESPONSE = Route "response", Kind::Words(Response::WORDS), Value("direct"), [],
-        "direct: the worker dials the caller";
+        "direct: the worker dials the caller; relay: it dials us, and responses pass through";
     ROUTE_ACK = Route "ack", Kind::Words(Ack::WORDS), Value("on_forward"), [],
         "on_forward: answer at once and fail over ourselves; on_accept: the worker's answer";
     ROUTE_ACK_TIMEOUT_MS = Route "ack_timeout_ms", int(1, 600_000, "milliseconds"), Value("5000"),
@@ -286,6 +292,17 @@ keys! {
         "Further instances to try after the first refused or went away";
     ROUTE_HOLD_BYTES = Route "hold_bytes", int(0, 1 << 30, "bytes"), Value("1048576"), [],
         "Largest request that is kept until it is acknowledged, so that it can be sent again";
+
+    ROUTE_HOME_TIMEOUT_MS = Route "home_timeout_ms", int(0, 86_400_000, "milliseconds"),
+        Value("30000"), [],
+        "relay: how long an instance may take to call home after it accepted; 0 is for ever";
+    ROUTE_FIRST_ITEM_TIMEOUT_MS = Route "first_item_timeout_ms",
+        int(0, 86_400_000, "milliseconds"), Value("0"), [],
+        "relay: how long an instance may take to its first item; 0 is for ever";
+    ROUTE_INACTIVITY_TIMEOUT_MS = Route "inactivity_timeout_ms",
+        int(0, 86_400_000, "milliseconds"), Value("0"),
+        [Alias { name: "DYN_HTTP_BACKEND_STREAM_TIMEOUT_SECS", dialect: Dialect::SecondsToMillis }],
+        "relay: how long a response may pause between two items; 0 is for ever";
 
     INSTANCE_ENDPOINT = Instance "endpoint", Kind::Endpoint, Required, [],
         "Endpoint that the instance serves";

@@ -89,6 +89,10 @@ pub struct Server {
     pub advertise_host: Option<IpAddr>,
     /// Port of the request plane; 0 is any.
     pub port: u16,
+    /// Where workers of relayed routes call home.
+    pub home_host: IpAddr,
+    /// First port of that, one for each core; 0 is any.
+    pub home_port: u16,
     /// Address of the status server.
     pub status_host: IpAddr,
     /// Port of the status server; 0 is any, None is off.
@@ -105,13 +109,22 @@ impl Server {
     /// The address that callers are told. Behind a wildcard it is the one from which this machine
     /// would send to the outside, and loopback where there is no way out; nothing is sent.
     pub fn advertised(&self) -> IpAddr {
-        if let Some(host) = self.advertise_host {
+        self.advertised_for(self.host)
+    }
+
+    /// The address that workers of relayed routes are told.
+    pub fn home_advertised(&self) -> IpAddr {
+        self.advertised_for(self.home_host)
+    }
+
+    fn advertised_for(&self, bound: IpAddr) -> IpAddr {
+        if let Some(host) = self.advertise_host.filter(|_| bound == self.host) {
             return host;
         }
-        if !self.host.is_unspecified() {
-            return self.host;
+        if !bound.is_unspecified() {
+            return bound;
         }
-        let (any, far, loopback) = match self.host {
+        let (any, far, loopback) = match bound {
             IpAddr::V4(_) => ("0.0.0.0:0", "192.0.2.1:9", "127.0.0.1"),
             IpAddr::V6(_) => ("[::]:0", "[2001:db8::1]:9", "::1"),
         };
@@ -122,7 +135,7 @@ impl Server {
         });
         match routed {
             Ok(local) if !local.ip().is_unspecified() => local.ip(),
-            _ => value::ip(loopback).unwrap_or(self.host),
+            _ => value::ip(loopback).unwrap_or(bound),
         }
     }
 }
@@ -220,6 +233,19 @@ pub struct Route {
     pub retries_max: u8,
     /// Largest request that is kept to be sent again.
     pub hold_bytes: u32,
+    /// How long the steps of a relayed response may take; for [`Response::Relay`] only.
+    pub relay: RelayTimes,
+}
+
+/// The deadlines of a relayed route; 0 is for ever.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct RelayTimes {
+    /// From an instance's acknowledgement to its call home.
+    pub home_timeout_ms: u32,
+    /// From the forward to the first item.
+    pub first_item_timeout_ms: u32,
+    /// From one item to the next.
+    pub inactivity_timeout_ms: u32,
 }
 
 /// `[[instance]]`.

@@ -69,6 +69,8 @@ fn server(layers: &mut Layers) -> Server {
         layers.error(at, what, "write an address of this machine");
     }
     let port: u16 = layers.int(&keys::SERVER_PORT, Of::Once);
+    let home_host = address(layers.text(&keys::SERVER_HOME_HOST, Of::Once)).unwrap_or(host);
+    let home_port: u16 = layers.int(&keys::SERVER_HOME_PORT, Of::Once);
     let status_host = address(layers.text(&keys::SERVER_STATUS_HOST, Of::Once)).unwrap_or(host);
     let status = layers.get(&keys::SERVER_STATUS_PORT, Of::Once);
     let (status_port, status_at) = match status {
@@ -88,6 +90,8 @@ fn server(layers: &mut Layers) -> Server {
         host,
         advertise_host,
         port,
+        home_host,
+        home_port,
         status_host,
         status_port,
         message_bytes_max,

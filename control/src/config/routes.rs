@@ -5,7 +5,7 @@ use super::keys::{self, Section};
 use super::layers::{Layers, Of};
 use super::problem::{Origin, Problem, quoted};
 use super::words::{Ack, Backend, Policy, Response};
-use super::{EndpointId, Purpose, Route, StaticInstance, address, endpoint};
+use super::{EndpointId, Purpose, RelayTimes, Route, StaticInstance, address, endpoint};
 
 /// Header that names the instance when `policy = "direct"` says nothing else.
 const DIRECT_HEADER: &str = "x-corelane-instance";
@@ -58,6 +58,14 @@ fn route(layers: &mut Layers, index: usize) -> Option<Placed> {
     let ack_timeout_ms = layers.int(&keys::ROUTE_ACK_TIMEOUT_MS, of);
     let retries_max = layers.int(&keys::ROUTE_RETRIES_MAX, of);
     let hold_bytes = layers.int(&keys::ROUTE_HOLD_BYTES, of);
+    let relay = RelayTimes {
+        home_timeout_ms: layers.int(&keys::ROUTE_HOME_TIMEOUT_MS, of),
+        first_item_timeout_ms: layers.int(&keys::ROUTE_FIRST_ITEM_TIMEOUT_MS, of),
+        inactivity_timeout_ms: layers.int(&keys::ROUTE_INACTIVITY_TIMEOUT_MS, of),
+    };
+    if response == Response::Direct {
+        useless(layers, index, &relay);
+    }
     if let Some((text, at)) = &listen {
         offered(layers, text, at);
     }
@@ -83,6 +91,7 @@ fn route(layers: &mut Layers, index: usize) -> Option<Placed> {
         ack_timeout_ms,
         retries_max,
         hold_bytes,
+        relay,
     };
     Some(Placed {
         route,
@@ -125,6 +134,34 @@ fn header(layers: &mut Layers, index: usize, policy: Policy) -> Option<String> {
                 r#"write policy = "hash" or "direct", or take it out"#,
             );
             None
+        }
+    }
+}
+
+/// Keys that do nothing where responses do not pass through.
+fn useless(layers: &mut Layers, index: usize, relay: &RelayTimes) {
+    for (key, value) in [
+        (&keys::ROUTE_HOME_TIMEOUT_MS, relay.home_timeout_ms),
+        (
+            &keys::ROUTE_FIRST_ITEM_TIMEOUT_MS,
+            relay.first_item_timeout_ms,
+        ),
+        (
+            &keys::ROUTE_INACTIVITY_TIMEOUT_MS,
+            relay.inactivity_timeout_ms,
+        ),
+    ] {
+        // A default that is written down is no mistake.
+        let default =
+            matches!(key.fallback, keys::Fallback::Value(text) if text == value.to_string());
+        if default {
+            continue;
+        }
+        let table = layers.main.table(Section::Route, index);
+        let typed = table.and_then(|table| table.entries.iter().find(|entry| entry.key == key));
+        if let Some(at) = typed.map(|entry| entry.at.clone()) {
+            let what = format!("{} does nothing with response = \"direct\"", key.name);
+            layers.warn(&at, what, r#"write response = "relay", or take it out"#);
         }
     }
 }

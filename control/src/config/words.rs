@@ -109,7 +109,8 @@ words! {
     Response {
         /// The worker dials the caller.
         Direct = "direct",
-        ; refused "relay"
+        /// The worker dials us, and we dial the caller.
+        Relay = "relay",
     }
 }
 
@@ -211,6 +212,6 @@ mod tests {
                 word.text
             );
         }
-        assert_eq!(Response::parse("relay"), None);
+        assert_eq!(Response::parse("relay"), Some(Response::Relay));
     }
 }

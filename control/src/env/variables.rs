@@ -23,8 +23,7 @@ const ADMISSION: Standing =
     NotHonoured("[core] in_flight_max bounds the requests of a core; nothing is queued");
 const ADMISSION_POOL: Standing = NotHonoured(NO_THREADS);
 const CANARY: Standing = NotHonoured("no health checks are sent in this version");
-const HOME: Standing =
-    NotHonoured("responses do not pass through the router: the worker dials the caller");
+const HOME: Standing = NotHonoured("the backlog of every listener is 4096");
 const POOL: Standing =
     NotHonoured("one connection goes to each instance; its bounds are in [core]");
 const THREADS: Standing = NotHonoured(NO_THREADS);
@@ -97,14 +96,9 @@ pub const VARIABLES: &[Variable] = variables! {
             "is the frontend's answer when workers are overloaded";
     }
     "response plane" {
-        "DYN_TCP_RESPONSE_STREAM_HOST", "as DYN_TCP_RPC_HOST", "IP address", HOME,
-            "is where responses are taken";
-        "DYN_TCP_RESPONSE_STREAM_PORT", "0", "port", HOME, "is the port of that listener";
         "DYN_TCP_LISTEN_BACKLOG", "4096", "connections", HOME, "is the backlog of that listener";
         "DYN_QUIC_RESPONSE_BUFFER_CAPACITY", "16384", "items", QUIC,
             "bounds items of a QUIC response that wait";
-        "DYN_HTTP_BACKEND_STREAM_TIMEOUT_SECS", "off", "seconds", FRONTEND,
-            "ends a stream of the frontend that stands still";
     }
     "NATS" {
         "NATS_SERVER", "nats://localhost:4222", "URL", NATS, "is the NATS server";

@@ -456,6 +456,11 @@ impl Ring for Epoll {
         sockets::low_water(handle.fd, bytes);
     }
 
+    fn keep_sent(&mut self, handle: Handle) {
+        self.system_calls += 1;
+        sockets::keep_sent(handle.fd);
+    }
+
     fn cancel_receive(&mut self, operation: Operation, handle: Handle) {
         let errno = libc::ECANCELED;
         if operation.kind == Kind::Accept {

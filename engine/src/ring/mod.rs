@@ -151,6 +151,9 @@ pub trait Ring {
     /// Receives of this socket complete only when so many bytes are there, or its end.
     fn low_water(&mut self, handle: Handle, bytes: u32);
 
+    /// What was sent on this socket is delivered even if it is closed soon after: ends SO_LINGER.
+    fn keep_sent(&mut self, handle: Handle);
+
     /// End a receive early; its last completion says `ReceiveFailed` with ECANCELED. An accept
     /// can be ended so too (`AcceptFailed`; the handle is not looked at).
     fn cancel_receive(&mut self, operation: Operation, handle: Handle);

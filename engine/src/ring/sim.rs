@@ -419,6 +419,8 @@ impl Ring for Sim {
 
     fn low_water(&mut self, _handle: Handle, _bytes: u32) {}
 
+    fn keep_sent(&mut self, _handle: Handle) {}
+
     fn cancel_receive(&mut self, operation: Operation, handle: Handle) {
         let errno = libc::ECANCELED;
         if operation.kind == Kind::Accept {

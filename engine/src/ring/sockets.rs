@@ -50,6 +50,13 @@ pub(super) fn low_water(fd: RawFd, bytes: u32) {
     }
 }
 
+/// Ends SO_LINGER. A socket that refuses it may lose what its peer has not received at its close.
+pub(super) fn keep_sent(fd: RawFd) {
+    // SAFETY: the caller owns the descriptor and has not closed it.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    let _ = SockRef::from(&fd).set_linger(None);
+}
+
 /// Another descriptor of the same socket.
 pub(super) fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: the caller owns the descriptor and has not closed it.

@@ -278,6 +278,11 @@ impl Ring for Uring {
         sockets::low_water(handle.fd, bytes);
     }
 
+    fn keep_sent(&mut self, handle: Handle) {
+        self.system_calls += 1;
+        sockets::keep_sent(handle.fd);
+    }
+
     fn cancel_receive(&mut self, operation: Operation, _handle: Handle) {
         let cancel = Operation {
             kind: Kind::Cancel,

@@ -180,19 +180,7 @@ impl Frontend {
 
     /// The next call home.
     pub fn called(&self) -> Called {
-        self.listener.set_nonblocking(true).unwrap();
-        let deadline = Instant::now() + DEADLINE;
-        let stream = loop {
-            match self.listener.accept() {
-                Ok((stream, _)) => break stream,
-                Err(_) => assert!(Instant::now() < deadline, "nobody calls home"),
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        };
-        stream.set_nonblocking(false).unwrap();
-        stream.set_read_timeout(Some(DEADLINE)).unwrap();
-        let bytes = Vec::new();
-        Called { stream, bytes }
+        accept(&self.listener)
     }
 
     /// One whole call: the data of its items.
@@ -203,6 +191,23 @@ impl Frontend {
         called.prologue_ok();
         called.items_to_the_end(codec)
     }
+}
+
+/// The next connection to a call-home listener.
+pub fn accept(listener: &TcpListener) -> Called {
+    listener.set_nonblocking(true).unwrap();
+    let deadline = Instant::now() + DEADLINE;
+    let stream = loop {
+        match listener.accept() {
+            Ok((stream, _)) => break stream,
+            Err(_) => assert!(Instant::now() < deadline, "nobody calls home"),
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    };
+    stream.set_nonblocking(false).unwrap();
+    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+    let bytes = Vec::new();
+    Called { stream, bytes }
 }
 
 /// One call-home socket, at the frontend's end.
@@ -312,6 +317,8 @@ pub fn envelope_in(address: &str, subject: &str, codec: PayloadCodec, body: &[u8
 pub struct HandWorker {
     pub listener: TcpListener,
     pub stream: Option<TcpStream>,
+    /// A connection that it does not look at.
+    aside: Option<TcpStream>,
     bytes: Vec<u8>,
 }
 
@@ -331,6 +338,7 @@ impl Default for HandWorker {
         HandWorker {
             listener: TcpListener::bind("127.0.0.1:0").unwrap(),
             stream: None,
+            aside: None,
             bytes: Vec::new(),
         }
     }
@@ -341,12 +349,55 @@ impl HandWorker {
         self.listener.local_addr().unwrap()
     }
 
-    pub fn take(&mut self) -> Asked {
-        let stream = self.stream.get_or_insert_with(|| {
-            let (stream, _) = self.listener.accept().unwrap();
+    /// Whether a request has come, or a part of one. Does not wait.
+    pub fn has_some(&mut self) -> bool {
+        self.listener.set_nonblocking(true).unwrap();
+        if self.stream.is_none() {
+            let Ok((stream, _)) = self.listener.accept() else {
+                return false;
+            };
+            stream.set_nonblocking(false).unwrap();
             stream.set_read_timeout(Some(DEADLINE)).unwrap();
-            stream
-        });
+            self.stream = Some(stream);
+        }
+        let stream = self.stream.as_ref().unwrap();
+        stream.set_nonblocking(true).unwrap();
+        let some = matches!(stream.peek(&mut [0]), Ok(1)) || !self.bytes.is_empty();
+        stream.set_nonblocking(false).unwrap();
+        some
+    }
+
+    /// Looks at the next connection from now on; the first one stays open.
+    pub fn bulk(&mut self) {
+        self.connected();
+        self.aside = self.stream.take();
+        self.connected();
+    }
+
+    fn connected(&mut self) -> &mut TcpStream {
+        self.stream
+            .get_or_insert_with(|| accept(&self.listener).stream)
+    }
+
+    /// The bytes of the next frame.
+    pub fn take_frame(&mut self) -> Vec<u8> {
+        self.connected();
+        let stream = self.stream.as_mut().unwrap();
+        loop {
+            if let Decoded::Frame(frame) = request_frame::decode_strict(&self.bytes) {
+                let taken = frame.frame_bytes;
+                return self.bytes.drain(..taken).collect();
+            }
+            let mut chunk = [0; 4096];
+            let read = stream.read(&mut chunk).expect("a request in time");
+            assert!(read > 0, "the client closed the connection");
+            self.bytes.extend_from_slice(&chunk[..read]);
+        }
+    }
+
+    pub fn take(&mut self) -> Asked {
+        self.connected();
+        let stream = self.stream.as_mut().unwrap();
         loop {
             if let Decoded::Frame(frame) = request_frame::decode_strict(&self.bytes) {
                 let parts = two_part::decode(frame.payload, None).frame().unwrap();

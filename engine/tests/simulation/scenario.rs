@@ -126,6 +126,7 @@ impl World {
             ack_timeout_ns: 400_000_000,
             retries_max: 3,
             hold_bytes: 1 << 20,
+            relay: None,
             instances: Vec::new(),
         });
         self.directory.routes.last_mut().unwrap()
