@@ -53,6 +53,7 @@
 //! Requests come over TCP. A NATS service for each component would be made where
 //! [`Component::service_name`] names it, and would answer with [`Runtime::stats`].
 
+pub mod busy;
 mod canary;
 mod client;
 mod endpoint;
