@@ -12,6 +12,7 @@ pub mod config;
 pub mod cores;
 pub mod discovery;
 pub mod echo;
+pub mod engine_routes;
 pub mod env;
 pub mod gpu_memory;
 pub mod gpu_metrics;

@@ -97,4 +97,4 @@ pub use routing::{Ratio, RoutingMode, UnknownMode};
 pub use runtime::Runtime;
 pub use serving::Served;
 pub use shard::Shard;
-pub use tokio_handler::{TokioHandler, TokioStream};
+pub use tokio_handler::{TokioHandler, TokioRequest, TokioStream};
