@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::client::NewCall;
 use crate::directory::Directory;
+use crate::lane::NewLane;
 use crate::mesh::{Receiver, Sender};
 
 /// What control asks of a shard.
@@ -22,6 +23,13 @@ pub enum Command {
         number: u64,
         /// Do not even take what the worker still sends.
         kill: bool,
+    },
+    /// A worker shares memory with this shard.
+    Lane(Box<NewLane>),
+    /// A worker with lanes is gone.
+    EndLanes {
+        /// Which.
+        worker: u64,
     },
     /// Refuse new requests from now on.
     Drain,
@@ -51,6 +59,13 @@ pub enum Report {
     Undecodable {
         /// What was wrong.
         why: String,
+    },
+    /// A worker has lost its lane to this shard and should lose the others.
+    LaneEnded {
+        /// Which worker.
+        worker: u64,
+        /// What it did.
+        why: Option<&'static str>,
     },
     /// The shard has ended; nobody reads its queue any more.
     Stopped {

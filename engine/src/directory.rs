@@ -35,6 +35,8 @@ pub struct Route {
     pub retries_max: u8,
     /// A frame larger than this is not kept for a retry, in bytes.
     pub hold_bytes: u32,
+    /// Its requests go to workers behind lanes, and not to instances.
+    pub lane: bool,
     /// Sorted by id.
     pub instances: Vec<Instance>,
 }

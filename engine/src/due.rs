@@ -3,7 +3,7 @@
 use crate::ring::Ring;
 use crate::shard::Shard;
 use crate::timer_wheel::TimerId;
-use crate::{accept, collect, ends, link, recv, tell};
+use crate::{accept, collect, ends, lane, link, recv, tell};
 
 /// What a timer is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +33,8 @@ pub(crate) enum TimerKind {
     Shortage,
     /// Answers may lie unread at an upstream.
     Collect,
+    /// A worker may not take what is posted on its lane.
+    Lane = 40,
 }
 
 impl<R: Ring> Shard<R> {
@@ -73,6 +75,7 @@ impl<R: Ring> Shard<R> {
                 5 => tell::overdue(self, slot, generation),
                 12 if self.upstreams.is_current(slot, generation) => collect::due(self, slot),
                 11 => recv::look_at_shortage(self, slot),
+                40 => lane::overdue(self, slot, generation),
                 kind => ends::overdue(self, kind, slot, generation),
             }
         }

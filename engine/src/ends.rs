@@ -10,6 +10,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use crate::config::Idle;
 use crate::connection::End;
 use crate::handler::MakeHandler;
 use crate::ring::{Ring, Span};
@@ -72,6 +73,14 @@ pub(crate) fn flush<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     let connection = &mut shard.connections[slot];
     if connection.sending || connection.closing || connection.connecting {
         return;
+    }
+    if connection.outgoing.has_lent() {
+        let mut spans = [Span::of(&[]); 64];
+        let count = connection.outgoing.unsent_spans(&mut spans);
+        return match count {
+            0 => {}
+            count => shard.send(slot, &spans[..count]),
+        };
     }
     let span = Span::of(connection.outgoing.unsent_bytes());
     if !span.is_empty() {
@@ -213,7 +222,8 @@ impl<R: Ring> Shard<R> {
 
     /// Whether nothing happens here that the ring does not know of.
     pub fn may_sleep(&self) -> bool {
-        !self.has_tasks() && !self.client.is_held_up()
+        let spins = self.config.idle == Idle::Spin;
+        !spins && !self.has_tasks() && !self.client.is_held_up() && !self.lanes.is_ready()
     }
 
     /// Brackets a turn of the executor: the tasks that were woken before it have run after it.

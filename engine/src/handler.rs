@@ -152,7 +152,24 @@ fn envelope(payload: &[u8]) -> Result<Envelope, String> {
         }
         Decoded::Bad(bad) => return Err(bad.to_string()),
     };
-    let control = control_message::decode(&payload[parts.header.clone()]);
+    let (id, codec, home) = of_control(&payload[parts.header.clone()])?;
+    if parts.body.is_empty() {
+        return Err(NO_BODY.into());
+    }
+    Ok(Envelope {
+        body: parts.body,
+        id,
+        codec,
+        home,
+    })
+}
+
+/// Said of a request without a body.
+pub(crate) const NO_BODY: &str = "the request has no body";
+
+/// What an envelope's control message says: the request's id, its codec, and its caller.
+pub(crate) fn of_control(control: &[u8]) -> Result<(String, PayloadCodec, CallHome), String> {
+    let control = control_message::decode(control);
     let control = control.map_err(|error| error.to_string())?;
     let mut scratch = scratch(&control.connection_info);
     let info = TcpConnectionInfo::parse(&control.connection_info, &mut scratch);
@@ -167,24 +184,17 @@ fn envelope(payload: &[u8]) -> Result<Envelope, String> {
     if control.request_type == RequestType::ManyIn {
         return Err("this endpoint takes one request, not a stream of them".into());
     }
-    if parts.body.is_empty() {
-        return Err("the request has no body".into());
-    }
     let address = info.socket_addr().map_err(|error| error.to_string())?;
-    Ok(Envelope {
-        body: parts.body,
-        id: id.into_owned(),
-        codec: control.payload_codec,
-        home: CallHome {
-            address,
-            subject: info.subject.to_cow().into_owned(),
-        },
-    })
+    let home = CallHome {
+        address,
+        subject: info.subject.to_cow().into_owned(),
+    };
+    Ok((id.into_owned(), control.payload_codec, home))
 }
 
 /// Where the caller is, if at least that can be read: his connection info must be whole, whatever
 /// is wrong around it.
-fn call_home_of(payload: &[u8]) -> Option<CallHome> {
+pub(crate) fn call_home_of(payload: &[u8]) -> Option<CallHome> {
     let Decoded::Frame(parts) = two_part::decode_prefix(payload, None) else {
         return None;
     };

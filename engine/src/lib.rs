@@ -21,6 +21,7 @@ mod forward;
 pub mod handler;
 mod home;
 pub mod in_flight;
+pub mod lane;
 pub mod ledger;
 mod link;
 pub mod mesh;

@@ -21,6 +21,7 @@ use corelane_codec::error::DynamoError;
 use corelane_codec::item::{self, Annotated};
 use corelane_codec::two_part;
 
+use crate::outgoing::{Lent, Outgoing};
 use crate::ring::monotonic_ns;
 
 /// Items that may wait for the socket before a handler has to.
@@ -48,6 +49,17 @@ struct HostState {
     /// A task was spawned or woken since the executor's last turn.
     woken: Cell<bool>,
     tasks: Cell<usize>,
+    /// Requests of lanes whose caller wants no more, and whether he is gone.
+    stopped: RefCell<Vec<(LaneJob, bool)>>,
+    /// Blocks of lanes that nobody sends any more.
+    returned: RefCell<Vec<Lent>>,
+}
+
+/// A request that the worker behind a lane answers: lane and job, each slot and generation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LaneJob {
+    pub(crate) lane: (u32, u32),
+    pub(crate) job: (u32, u32),
 }
 
 impl Host {
@@ -77,6 +89,19 @@ impl Host {
 
     pub(crate) fn take_touched(&self, into: &mut Vec<(u32, u32)>) {
         into.append(&mut self.0.touched.borrow_mut());
+    }
+
+    pub(crate) fn take_stopped(&self, into: &mut Vec<(LaneJob, bool)>) {
+        into.append(&mut self.0.stopped.borrow_mut());
+    }
+
+    pub(crate) fn take_returned(&self, into: &mut Vec<Lent>) {
+        into.append(&mut self.0.returned.borrow_mut());
+    }
+
+    /// Blocks go back to their worker.
+    pub(crate) fn give_back(&self, lent: impl Iterator<Item = Lent>) {
+        self.0.returned.borrow_mut().extend(lent);
     }
 
     /// When the first sleeper is to be woken.
@@ -150,6 +175,10 @@ pub(crate) struct Stream {
     /// Encoded, and not given to the socket.
     out: Vec<u8>,
     out_items: u32,
+    /// Blocks of a lane between the bytes of `out`, see [`Outgoing::lend`].
+    lent: Vec<(usize, Lent)>,
+    /// Who writes it instead of a task.
+    job: Option<LaneJob>,
     /// Given to the socket, and not taken by it.
     sending_bytes: usize,
     sending_items: u32,
@@ -183,6 +212,8 @@ impl Stream {
             codec,
             out,
             out_items: 0,
+            lent: Vec::new(),
+            job: None,
             sending_bytes: 0,
             sending_items: 0,
             began: false,
@@ -226,12 +257,13 @@ impl Stream {
     }
 
     /// Gives what there is to the socket; false when there is nothing.
-    pub(crate) fn give(&mut self, to: &mut Vec<u8>) -> bool {
+    pub(crate) fn give(&mut self, to: &mut Outgoing) -> bool {
         debug_assert!(to.is_empty());
-        std::mem::swap(to, &mut self.out);
-        self.sending_bytes = to.len();
+        std::mem::swap(to.waiting(), &mut self.out);
+        to.lend(&mut self.lent);
+        self.sending_bytes = to.unsent();
         self.sending_items = std::mem::take(&mut self.out_items);
-        !to.is_empty()
+        self.sending_bytes > 0
     }
 
     /// The socket has taken all that it was given.
@@ -249,7 +281,50 @@ impl Stream {
         self.complete = false;
         self.out.clear();
         self.out_items = 0;
+        let lent = self.lent.drain(..).map(|(_, lent)| lent);
+        self.host.give_back(lent);
+        if let Some(job) = self.job.take() {
+            self.task_over = true;
+            self.host.0.stopped.borrow_mut().push((job, kill));
+        }
         self.wake_all();
+    }
+
+    /// Whether nothing more will be written.
+    pub(crate) fn is_over(&self) -> bool {
+        self.over
+    }
+
+    // --- for a lane -------------------------------------------------------------------
+
+    /// A worker behind a lane writes it from now on, or `None`: it has ended.
+    pub(crate) fn set_job(&mut self, job: Option<LaneJob>) {
+        self.task_over = job.is_none();
+        self.job = job;
+        self.touch();
+    }
+
+    /// One item, copied.
+    pub(crate) fn lane_item(&mut self, data: &[u8], annotated: bool) {
+        let [before, after] = wrapping(self.codec, annotated);
+        self.write_item([before, data, after]);
+    }
+
+    /// One item, not copied.
+    pub(crate) fn lend_item(&mut self, lent: Lent, annotated: bool) {
+        self.begin();
+        let (before, after) = item::around(self.codec);
+        let [inner_before, inner_after] = wrapping(self.codec, annotated);
+        let around = [before, inner_before, inner_after, after].map(<[u8]>::len);
+        let body_bytes = around.iter().sum::<usize>() + lent.bytes as usize;
+        self.out.extend_from_slice(&two_part::prefix(0, body_bytes));
+        self.out.extend_from_slice(before);
+        self.out.extend_from_slice(inner_before);
+        self.lent.push((self.out.len(), lent));
+        self.out.extend_from_slice(inner_after);
+        self.out.extend_from_slice(after);
+        self.out_items += 1;
+        self.touch();
     }
 
     /// The handler is to be dropped.
@@ -306,7 +381,7 @@ impl Stream {
         }
     }
 
-    fn is_full(&self) -> bool {
+    pub(crate) fn is_full(&self) -> bool {
         self.out_items + self.sending_items >= ITEMS_MAX
             || self.out.len() + self.sending_bytes >= BYTES_MAX
     }
@@ -364,7 +439,7 @@ impl Stream {
         }
     }
 
-    fn finish(&mut self) {
+    pub(crate) fn finish(&mut self) {
         if self.over {
             return;
         }
@@ -393,6 +468,15 @@ impl Stream {
         self.over = true;
         self.complete = true;
         self.touch();
+    }
+}
+
+/// What stands around a value that is the data of an `Annotated`.
+fn wrapping(codec: PayloadCodec, annotated: bool) -> [&'static [u8]; 2] {
+    match codec {
+        _ if !annotated => [b"", b""],
+        PayloadCodec::Json => [b"{\"data\":", b"}"],
+        PayloadCodec::MessagePack => [b"\x81\xa4data", b""],
     }
 }
 
@@ -435,10 +519,8 @@ impl Responder {
     pub async fn annotated(&mut self, value: &[u8]) -> Result<(), Gone> {
         self.room().await?;
         let mut stream = self.stream.borrow_mut();
-        match stream.codec {
-            PayloadCodec::Json => stream.write_item([b"{\"data\":", value, b"}"]),
-            PayloadCodec::MessagePack => stream.write_item([b"\x81\xa4data", value, b""]),
-        }
+        let [before, after] = wrapping(stream.codec, true);
+        stream.write_item([before, value, after]);
         Ok(())
     }
 

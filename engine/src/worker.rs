@@ -243,7 +243,7 @@ fn begin<R: Ring>(shard: &mut Shard<R>, handler: u32, frame: Vec<u8>) {
 }
 
 /// Nothing can be run, but the caller may be told.
-fn complain<R: Ring>(shard: &mut Shard<R>, undecodable: Undecodable) {
+pub(crate) fn complain<R: Ring>(shard: &mut Shard<R>, undecodable: Undecodable) {
     let Undecodable { home, why } = undecodable;
     shard.stats.shard.undecodable.add(1);
     let told = home.is_some_and(|home| {

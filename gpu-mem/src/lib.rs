@@ -18,6 +18,7 @@ pub mod domain;
 pub mod failover_lock;
 pub mod failover_metrics;
 pub mod history;
+pub mod lane;
 pub mod lock;
 pub mod paths;
 pub mod protocol;

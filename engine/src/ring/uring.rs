@@ -16,7 +16,7 @@ use std::time::Duration;
 use io_uring::types::{self, BufRingEntry};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 
-use super::{Completion, Event, Handle, Ring, SPANS_MAX, Span, sockets};
+use super::{Completion, Event, Handle, Ring, Room, SPANS_MAX, Span, sockets};
 use crate::buffers::{BufferId, Buffers};
 use crate::operation::{Kind, Operation};
 
@@ -261,6 +261,26 @@ impl Ring for Uring {
         self.push(entry.user_data(operation.to_bits()));
     }
 
+    fn receive_once(&mut self, operation: Operation, handle: Handle, bytes: u32) {
+        let entry = on!(self.target(handle), file => {
+            opcode::Recv::new(file, std::ptr::null_mut(), bytes)
+                .buf_group(BUFFER_GROUP)
+                .build()
+                .flags(squeue::Flags::BUFFER_SELECT)
+        });
+        self.push(entry.user_data(operation.to_bits()));
+    }
+
+    fn receive_into(&mut self, operation: Operation, handle: Handle, room: Room) {
+        // All of it or what comes before an end: fewer completions for a large body.
+        let entry = on!(self.target(handle), file => {
+            opcode::Recv::new(file, room.start.as_ptr(), room.bytes)
+                .flags(libc::MSG_WAITALL)
+                .build()
+        });
+        self.push(entry.user_data(operation.to_bits()));
+    }
+
     fn collect(&mut self, operation: Operation, handle: Handle) {
         self.quiet(operation.kind);
         let entry = on!(self.target(handle), file => {
@@ -335,6 +355,15 @@ impl Ring for Uring {
     fn close(&mut self, handle: Handle) {
         self.system_calls += 1;
         sockets::close(handle.fd);
+    }
+
+    fn unwatch_wake(&mut self, operation: Operation, _eventfd: RawFd) {
+        let cancel = Operation {
+            kind: Kind::Cancel,
+            ..operation
+        };
+        let entry = opcode::AsyncCancel::new(operation.to_bits()).build();
+        self.push(entry.user_data(cancel.to_bits()));
     }
 
     fn watch_wake(&mut self, operation: Operation, eventfd: RawFd) {
@@ -443,7 +472,10 @@ fn event_of(kind: Kind, entry: &cqueue::Entry) -> Option<Event> {
                 bytes: result as u32,
                 more,
             },
-            None => Event::ReceiveFailed { errno: libc::EIO },
+            // Not into a buffer of ours: into the room that was named.
+            None => Event::Landed {
+                bytes: result as u32,
+            },
         },
         Kind::Receive if result == 0 => Event::EndOfStream,
         Kind::Receive if result == -libc::ENOBUFS => Event::NoBuffers,

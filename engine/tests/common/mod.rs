@@ -110,6 +110,7 @@ pub fn route(policy: Policy, ack: Ack, workers: &[&Worker]) -> Route {
         ack_timeout_ns: 2_000_000_000,
         retries_max: 3,
         hold_bytes: 1 << 20,
+        lane: false,
         instances: workers
             .iter()
             .map(|worker| worker.instance.clone())

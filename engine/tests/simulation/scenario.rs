@@ -124,6 +124,7 @@ impl World {
             ack_timeout_ns: 400_000_000,
             retries_max: 3,
             hold_bytes: 1 << 20,
+            lane: false,
             instances: Vec::new(),
         });
         self.directory.routes.last_mut().unwrap()
