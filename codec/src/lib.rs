@@ -38,6 +38,7 @@ pub mod limits;
 pub mod path;
 pub mod reply_frame;
 pub mod request_frame;
+pub mod trace_context;
 pub mod two_part;
 
 pub use decoded::{Bad, Decoded, EncodeError, TooLarge};

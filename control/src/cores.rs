@@ -13,7 +13,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use corelane_engine::config::RingKind;
+use corelane_engine::ends::Ends;
 use corelane_engine::executor::{self, ShardHandle, StartError};
+use corelane_engine::mesh;
 use corelane_engine::shard::{Command, Report};
 use corelane_engine::stats::Stats;
 use thiserror::Error;
@@ -108,8 +110,13 @@ struct Core {
     state: RefCell<State>,
 }
 
+/// What a shard is to be besides a router, by its index; asked again when one starts on another
+/// ring.
+type MakeEnds = Box<dyn Fn(usize) -> Ends>;
+
 /// All shards.
 pub struct Cores {
+    ends: MakeEnds,
     list: Vec<Core>,
     address: SocketAddr,
     /// Counts changes of state.
@@ -124,12 +131,25 @@ impl Cores {
     /// # Errors
     /// The port is taken, or threads and descriptors are not to be had.
     pub fn spawn(plan: &Plan) -> Result<Rc<Cores>, CoresError> {
+        Cores::spawn_with(plan, |_| Ends::default())
+    }
+
+    /// The same, of shards that answer requests or make calls themselves: `ends` says what the one
+    /// of an index is to be.
+    ///
+    /// # Errors
+    /// As [`Cores::spawn`].
+    pub fn spawn_with(
+        plan: &Plan,
+        ends: impl Fn(usize) -> Ends + 'static,
+    ) -> Result<Rc<Cores>, CoresError> {
         let mut address = wanted_address(plan)?;
         let mut list: Vec<Core> = Vec::with_capacity(plan.shards.len());
         for planned in &plan.shards {
             let mut planned = planned.clone();
             planned.config.listen = Some(address);
-            let handle = executor::spawn(planned.config.clone())?;
+            let own = ends(planned.config.shard);
+            let handle = executor::spawn_with(planned.config.clone(), own)?;
             // The first one has chosen the port of all.
             address = handle.address.unwrap_or(address);
             list.push(Core {
@@ -139,6 +159,7 @@ impl Cores {
             });
         }
         let cores = Rc::new(Cores {
+            ends: Box::new(ends),
             list,
             address,
             changes: watch::Sender::new(0),
@@ -199,7 +220,8 @@ impl Cores {
             planned.config.listen = Some(self.address);
             planned.config.clone()
         };
-        let handle = executor::spawn(config)?;
+        let own = (self.ends)(config.shard);
+        let handle = executor::spawn_with(config, own)?;
         core.handle.borrow_mut().join();
         core.handle.replace(handle);
         core.state.replace(State::Starting);
@@ -282,9 +304,14 @@ impl Cores {
 
     /// Hands a command to every shard that runs; waits a little where a queue is full.
     pub async fn tell(&self, command: impl Fn() -> Command) {
-        for core in &self.list {
+        self.tell_each(|_| command()).await;
+    }
+
+    /// The same with a command for each, by its index.
+    pub async fn tell_each(&self, command: impl Fn(usize) -> Command) {
+        for (index, core) in self.list.iter().enumerate() {
             let deadline = Instant::now() + COMMAND_MAX;
-            let mut next = command();
+            let mut next = command(index);
             while !matches!(&*core.state.borrow(), State::Ended { .. }) {
                 let outcome = core.handle.borrow().command(next);
                 let Err(back) = outcome else { break };
@@ -297,6 +324,13 @@ impl Cores {
                 sleep(Duration::from_millis(1)).await;
             }
         }
+    }
+
+    /// The ways to hand commands to each shard from any thread; they hold as long as no shard is
+    /// started again, which happens only before [`Cores::started`] returns.
+    pub fn commands(&self) -> Vec<mesh::Sender<Command>> {
+        let of = |core: &Core| core.handle.borrow().commands();
+        self.list.iter().map(of).collect()
     }
 
     /// What metrics show of each.
@@ -321,6 +355,28 @@ impl Cores {
         each.map(|core| number(&core.handle.borrow().stats)).sum()
     }
 
+    /// Waits until `number` is at least `goal` on every shard that runs, `patience` at most;
+    /// answers whether it is.
+    pub async fn reached(
+        &self,
+        goal: u64,
+        patience: Duration,
+        number: impl Fn(&Stats) -> u64,
+    ) -> bool {
+        let deadline = Instant::now() + patience;
+        let behind = |core: &Core| {
+            let ended = matches!(&*core.state.borrow(), State::Ended { .. });
+            !ended && number(&core.handle.borrow().stats) < goal
+        };
+        while self.list.iter().any(behind) {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            sleep(Duration::from_millis(1)).await;
+        }
+        true
+    }
+
     /// Waits until every shard has made two turns: what it was told before is in force then.
     /// An idle shard makes its second turn late; nobody waits longer than `patience`.
     pub async fn settled(&self, patience: Duration) {
@@ -335,6 +391,12 @@ impl Cores {
                 sleep(Duration::from_millis(2)).await;
             }
         }
+    }
+
+    /// Whether all have ended.
+    pub fn are_stopped(&self) -> bool {
+        let ended = |core: &Core| matches!(&*core.state.borrow(), State::Ended { .. });
+        self.list.iter().all(ended)
     }
 
     /// Stops all shards and waits for their threads, a few seconds at most.

@@ -110,7 +110,7 @@ fn codec_word(codec: PayloadCodec) -> &'static str {
 }
 
 /// Our instance record.
-fn record(endpoint: &EndpointId, address: SocketAddr, codec: PayloadCodec) -> Record {
+pub(crate) fn record(endpoint: &EndpointId, address: SocketAddr, codec: PayloadCodec) -> Record {
     let endpoint = endpoint.clone();
     let device = device_type(|name| std::env::var(name).ok());
     Record::new(Record::instance_name(&endpoint), move |id| {

@@ -37,11 +37,12 @@ fn file(text: &str) -> (tempfile::TempDir, String) {
 
 #[test]
 fn every_command_helps_with_examples() {
-    let commands: [&[&str]; 6] = [
+    let commands: [&[&str]; 7] = [
         &[],
         &["up"],
         &["serve"],
         &["check"],
+        &["env"],
         &["worker", "echo"],
         &["call"],
     ];

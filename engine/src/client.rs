@@ -1,12 +1,13 @@
-//! Calls that this process makes: begun by control, ended by a worker, a deadline or control.
+//! Calls that this process makes: begun by control or by a task of the shard (`local`), ended by a
+//! worker, a deadline or whoever began them.
 //!
 //! ```text
 //! begin -> frame on a shared connection (call_link) -> ack
 //!                                     (home) handshake -> prologue -> items -> final -> end
 //! ```
 //!
-//! A call always ends, and its last event always reaches control: while control does not take
-//! events, the call keeps its place and its socket is not read.
+//! A call always ends, and its last event always arrives: while control does not take events, the
+//! call keeps its place and its socket is not read.
 
 use std::collections::hash_map::RandomState;
 use std::collections::{HashMap, VecDeque};
@@ -15,16 +16,15 @@ use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
 use corelane_codec::call_home::{KILL_FRAME, STOP_FRAME};
-use corelane_codec::control_message::{
-    NewControlMessage, PayloadCodec, RequestType, StreamType, TcpConnection,
-};
+use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::error::DynamoError;
-use corelane_codec::{EncodeError, headers, request_frame, two_part};
 
 pub use crate::call::{CallEvent, Deadlines, NewCall, What};
+use crate::call_frame;
 use crate::call_link::{self, Link};
 use crate::ends::{self, Ends};
 use crate::home;
+use crate::local;
 use crate::mesh::Sender;
 use crate::ring::Ring;
 use crate::shard::{Shard, TimerKind};
@@ -51,9 +51,17 @@ pub(crate) enum Phase {
     Final,
 }
 
+/// Who hears of a call.
+pub(crate) enum Hearer {
+    /// Control, by the number that it gave the call.
+    Control(u64),
+    /// A task of this shard.
+    Task(local::Shared),
+}
+
 /// One call.
 pub(crate) struct Call {
-    number: u64,
+    pub(crate) hearer: Hearer,
     began_ns: u64,
     pub(crate) codec: PayloadCodec,
     subject: u128,
@@ -62,13 +70,13 @@ pub(crate) struct Call {
     /// The socket that the worker called home on.
     pub(crate) home: u32,
     pub(crate) has_item: bool,
-    /// Control wants it to end: `Some(kill)`.
+    /// Its hearer wants it to end: `Some(kill)`.
     early: Option<bool>,
     /// How it ended, as long as that has not been told.
-    end: Option<CallEvent>,
+    end: Option<(u64, What)>,
     /// It ended before the worker called home, who is told when he does.
     late: bool,
-    /// Its socket is not read because control does not take events.
+    /// Its socket is not read because its hearer does not take events.
     pub(crate) held_up: bool,
     ack_ns: u64,
     first_item_ns: u64,
@@ -83,7 +91,7 @@ pub(crate) struct Client {
     pub(crate) link_at: HashMap<SocketAddr, u32>,
     pub(crate) dirty_links: Vec<u32>,
     pub(crate) listener: Option<TcpListener>,
-    address: String,
+    pub(crate) address: String,
     subjects: HashMap<u128, u32>,
     numbers: HashMap<u64, u32>,
     events: Sender<CallEvent>,
@@ -91,6 +99,9 @@ pub(crate) struct Client {
     undelivered: VecDeque<CallEvent>,
     /// Calls that wait for control to take events.
     held_up: Vec<(u32, u32)>,
+    /// Scratch for what tasks want.
+    pub(crate) begun: Vec<(NewCall, local::Shared)>,
+    pub(crate) touched: Vec<(u32, u32)>,
     /// Commands wait for the same.
     clogged: bool,
     random: [RandomState; 2],
@@ -121,6 +132,8 @@ impl Client {
             unwoken: false,
             undelivered: VecDeque::new(),
             held_up: Vec::new(),
+            begun: Vec::new(),
+            touched: Vec::new(),
             clogged: false,
             random: [RandomState::new(), RandomState::new()],
             drawn: 0,
@@ -138,9 +151,17 @@ impl Client {
         !self.held_up.is_empty() || !self.undelivered.is_empty() || self.clogged
     }
 
-    /// Whether another event can be told now.
-    pub(crate) fn has_room(&self) -> bool {
+    /// Whether control can be told another event now.
+    fn has_room(&self) -> bool {
         self.undelivered.is_empty() && !self.events.is_full()
+    }
+
+    /// Whether another event of a call can be told now.
+    pub(crate) fn has_room_for(&self, call: u32) -> bool {
+        match &self.calls[call].hearer {
+            Hearer::Control(_) => self.has_room(),
+            Hearer::Task(inbox) => inbox.borrow().has_room(),
+        }
     }
 
     /// The call that a subject was made for.
@@ -150,7 +171,7 @@ impl Client {
 
     /// A random UUID, version 4: a keyed hash (SipHash under keys of the operating system) of a
     /// counter, which nobody can guess who does not know the keys, and no system call.
-    fn draw(&mut self) -> u128 {
+    pub(crate) fn draw(&mut self) -> u128 {
         self.drawn += 1;
         let [high, low] = [0, 1].map(|half| self.random[half].hash_one(self.drawn));
         let bits = u128::from(high) << 64 | u128::from(low);
@@ -174,51 +195,45 @@ impl Client {
     }
 }
 
-/// A UUID as text.
-pub(crate) fn uuid(bits: u128) -> String {
-    let hex = format!("{bits:032x}");
-    [
-        &hex[..8],
-        &hex[8..12],
-        &hex[12..16],
-        &hex[16..20],
-        &hex[20..],
-    ]
-    .join("-")
-}
-
-/// Begins a call.
+/// Begins a call for control.
 pub(crate) fn begin<R: Ring>(shard: &mut Shard<R>, new: NewCall) {
-    let began_ns = shard.now_ns;
-    shard.stats.shard.calls_made.add(1);
-    let refuse = |shard: &mut Shard<R>, error| {
+    let (number, began_ns) = (new.number, shard.now_ns);
+    if let Err(error) = begin_for(shard, new, Hearer::Control(number)) {
         shard.client.push(CallEvent {
-            call: new.number,
+            call: number,
             began_ns,
             at_ns: began_ns,
             what: What::Failed(error),
         });
-    };
+    }
+}
+
+/// Begins a call for whoever is to hear of it.
+pub(crate) fn begin_for<R: Ring>(
+    shard: &mut Shard<R>,
+    new: NewCall,
+    hearer: Hearer,
+) -> Result<(), DynamoError> {
+    let began_ns = shard.now_ns;
+    shard.stats.shard.calls_made.add(1);
     if shard.client.calls.is_full() {
-        let text = "too many calls at the same time; raise calls_max or call less at once";
-        return refuse(shard, DynamoError::resource_exhausted(text));
+        return Err(local::too_many());
     }
     let subject = shard.client.draw();
     let mut frame = Vec::with_capacity(1024 + new.body.len());
-    if let Err(error) = write_frame(&mut shard.client, &new, subject, &mut frame) {
-        return refuse(shard, DynamoError::invalid_argument(error.to_string()));
-    }
+    call_frame::write(&mut shard.client, &new, subject, &mut frame)
+        .map_err(|error| DynamoError::invalid_argument(error.to_string()))?;
     let bytes_max = shard.config.message_bytes_max;
     if frame.len() as u64 > bytes_max {
         let text = format!(
             "the request has {} bytes of at most {bytes_max}",
             frame.len()
         );
-        return refuse(shard, DynamoError::invalid_argument(text));
+        return Err(DynamoError::invalid_argument(text));
     }
     let after = |time: Duration| began_ns.saturating_add(time.as_nanos().min(1 << 62) as u64);
     let call = Call {
-        number: new.number,
+        hearer,
         began_ns,
         codec: new.codec,
         subject,
@@ -235,76 +250,46 @@ pub(crate) fn begin<R: Ring>(shard: &mut Shard<R>, new: NewCall) {
         total_ns: after(new.deadlines.total),
         timer: None,
     };
-    let Ok(slot) = shard.client.calls.insert(call) else {
-        return;
-    };
+    let slot = shard.client.calls.insert(call);
+    let slot = slot.map_err(|_| local::too_many())?;
     shard.client.subjects.insert(subject, slot);
-    shard.client.numbers.insert(new.number, slot);
+    let place = (slot, shard.client.calls.generation(slot));
+    match &shard.client.calls[slot].hearer {
+        Hearer::Control(number) => {
+            shard.client.numbers.insert(*number, slot);
+        }
+        Hearer::Task(inbox) => inbox.borrow_mut().placed(place),
+    }
     watch(shard, slot);
     call_link::send(shard, new.address, slot, &frame);
-}
-
-fn write_frame(
-    client: &mut Client,
-    new: &NewCall,
-    subject: u128,
-    out: &mut Vec<u8>,
-) -> Result<(), EncodeError> {
-    let id = match new.id.is_empty() {
-        true => uuid(client.draw()),
-        false => new.id.clone(),
-    };
-    let subject = uuid(subject);
-    let message = NewControlMessage {
-        id: &id,
-        request_type: RequestType::SingleIn,
-        payload_codec: new.codec,
-        connection_info: TcpConnection {
-            address: &client.address,
-            subject: &subject,
-            context: &id,
-            stream_type: StreamType::Response,
-        },
-        metadata: &[],
-        frontend_send_ts_ns: None,
-        request_stream_connection_info: None,
-    };
-    let mut control = Vec::with_capacity(512);
-    message.write(&mut control)?;
-    let path = String::from_utf8_lossy(&new.path);
-    let own = [
-        (headers::ENDPOINT_PATH, &*path),
-        (headers::REQUEST_ID, &*id),
-    ];
-    let theirs = new.headers.iter().map(|(name, value)| (&**name, &**value));
-    let theirs: Vec<(&str, &str)> = theirs.collect();
-    let own = own
-        .iter()
-        .copied()
-        .filter(|(name, _)| theirs.iter().all(|(other, _)| other != name));
-    let all: Vec<(&str, &str)> = own.chain(theirs.iter().copied()).collect();
-    let mut map = Vec::with_capacity(256);
-    headers::write(&all, &mut map);
-    let prefix = two_part::prefix(control.len(), new.body.len());
-    let payload_bytes = prefix.len() + control.len() + new.body.len();
-    request_frame::write_prefix(&new.path, &map, payload_bytes, out)?;
-    for part in [&prefix[..], &control, &new.body] {
-        out.extend_from_slice(part);
-    }
     Ok(())
 }
 
-/// Tells control of something that is not an end. The caller has made sure of room, except for
-/// the acknowledgement, of which there is one for each call.
+/// Tells of something that is not an end. The caller has made sure of room, except for the
+/// acknowledgement, of which there is one for each call.
 pub(crate) fn tell<R: Ring>(shard: &mut Shard<R>, slot: u32, what: What) {
     let call = &shard.client.calls[slot];
-    let event = CallEvent {
-        call: call.number,
-        began_ns: call.began_ns,
-        at_ns: shard.now_ns,
-        what,
-    };
-    shard.client.push(event);
+    match &call.hearer {
+        Hearer::Task(inbox) => inbox.borrow_mut().tell(what),
+        Hearer::Control(number) => {
+            let event = CallEvent {
+                call: *number,
+                began_ns: call.began_ns,
+                at_ns: shard.now_ns,
+                what,
+            };
+            shard.client.push(event);
+        }
+    }
+}
+
+/// The worker's prologue was good.
+pub(crate) fn begun<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    let call = &mut shard.client.calls[slot];
+    call.phase = Phase::Items;
+    if let Hearer::Task(inbox) = &call.hearer {
+        inbox.borrow_mut().begin();
+    }
 }
 
 /// The worker has accepted the call.
@@ -327,7 +312,7 @@ impl Call {
         self.late
     }
 
-    /// Whether control has asked for an early end.
+    /// Whether its hearer has asked for an early end.
     pub(crate) fn is_ended_early(&self) -> bool {
         self.early.is_some()
     }
@@ -344,18 +329,13 @@ impl Call {
     }
 }
 
-/// The call has ended: its socket goes, and control is told as soon as it takes events.
+/// The call has ended: its socket goes, and its hearer is told as soon as he takes events.
 pub(crate) fn end<R: Ring>(shard: &mut Shard<R>, slot: u32, what: What) {
     let call = &mut shard.client.calls[slot];
     if call.is_over() {
         return;
     }
-    call.end = Some(CallEvent {
-        call: call.number,
-        began_ns: call.began_ns,
-        at_ns: shard.now_ns,
-        what,
-    });
+    call.end = Some((shard.now_ns, what));
     let home = std::mem::replace(&mut call.home, NONE);
     if home != NONE {
         home::hang_up(shard, home);
@@ -367,20 +347,32 @@ pub(crate) fn end<R: Ring>(shard: &mut Shard<R>, slot: u32, what: What) {
 
 /// Tells the end if there is room, and frees the call's place.
 fn report_end<R: Ring>(shard: &mut Shard<R>, slot: u32) -> bool {
-    if !shard.client.has_room() {
+    let to_control = matches!(shard.client.calls[slot].hearer, Hearer::Control(_));
+    if to_control && !shard.client.has_room() {
         return false;
     }
     let call = &mut shard.client.calls[slot];
-    let Some(event) = call.end.take() else {
+    let Some((at_ns, what)) = call.end.take() else {
         return true;
     };
-    let number = call.number;
     // A worker who has not called home yet will, and is told then that nobody waits.
     call.late = call.early.is_some() && call.phase == Phase::Waiting;
     call.total_ns = shard.now_ns + LATE_NS;
     let late = call.late;
-    shard.client.push(event);
-    shard.client.numbers.remove(&number);
+    match &call.hearer {
+        Hearer::Task(inbox) => inbox.borrow_mut().tell(what),
+        Hearer::Control(number) => {
+            let number = *number;
+            let event = CallEvent {
+                call: number,
+                began_ns: call.began_ns,
+                at_ns,
+                what,
+            };
+            shard.client.push(event);
+            shard.client.numbers.remove(&number);
+        }
+    }
     match late {
         true => watch(shard, slot),
         false => remove(shard, slot),
@@ -397,21 +389,28 @@ fn remove<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     }
 }
 
-/// The call waits until control takes events.
+/// The call waits until its hearer takes events.
 pub(crate) fn hold_up<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     let generation = shard.client.calls.generation(slot);
     let call = &mut shard.client.calls[slot];
-    if !call.held_up {
-        call.held_up = true;
-        shard.client.held_up.push((slot, generation));
+    if std::mem::replace(&mut call.held_up, true) {
+        return;
+    }
+    match &call.hearer {
+        Hearer::Control(_) => shard.client.held_up.push((slot, generation)),
+        Hearer::Task(inbox) => inbox.borrow_mut().hold_up(),
     }
 }
 
 /// Control wants a call to end.
 pub(crate) fn end_early<R: Ring>(shard: &mut Shard<R>, number: u64, kill: bool) {
-    let Some(slot) = shard.client.numbers.get(&number).copied() else {
-        return;
-    };
+    if let Some(slot) = shard.client.numbers.get(&number).copied() {
+        end_one_early(shard, slot, kill);
+    }
+}
+
+/// Whoever hears of a call wants it to end.
+pub(crate) fn end_one_early<R: Ring>(shard: &mut Shard<R>, slot: u32, kill: bool) {
     let call = &mut shard.client.calls[slot];
     if call.is_over() || call.early.is_some_and(|killed| killed || !kill) {
         return;
@@ -497,6 +496,7 @@ pub(crate) fn overdue<R: Ring>(shard: &mut Shard<R>, slot: u32) {
 
 /// At the end of a tick: requests leave, and events go to control.
 pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
+    local::settle(shard);
     let mut links = std::mem::take(&mut shard.client.dirty_links);
     for link in links.drain(..) {
         call_link::flush(shard, link);
@@ -548,7 +548,7 @@ mod tests {
         let mut client = Client::new(&Ends::default(), None, events);
         let mut seen = std::collections::HashSet::new();
         for _ in 0..10_000 {
-            let text = uuid(client.draw());
+            let text = call_frame::uuid(client.draw());
             assert_eq!((text.len(), &text[14..15]), (36, "4"));
             assert!("89ab".contains(&text[19..20]), "{text}");
             assert!(seen.insert(text));

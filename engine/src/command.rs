@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use crate::client::NewCall;
 use crate::directory::Directory;
+use crate::handler::NewHandler;
 use crate::lane::NewLane;
+use crate::local::Run;
 use crate::mesh::{Receiver, Sender};
 
 /// What control asks of a shard.
@@ -13,6 +15,8 @@ use crate::mesh::{Receiver, Sender};
 pub enum Command {
     /// A new directory.
     Directory(Arc<Directory>),
+    /// One more handler: the next index, served once [`Command::Serve`] gives it a path.
+    Handler(NewHandler),
     /// From now on exactly these paths are served by handlers of this process.
     Serve(Vec<LocalPath>),
     /// Make a call; its events come over the shard's own queue.
@@ -31,6 +35,8 @@ pub enum Command {
         /// Which.
         worker: u64,
     },
+    /// Run a task on the shard. It is dropped at once when 65,536 such tasks run already.
+    Run(Run),
     /// Refuse new requests from now on.
     Drain,
     /// End the loop after this tick.
@@ -42,7 +48,7 @@ pub enum Command {
 pub struct LocalPath {
     /// The path, byte for byte.
     pub path: Vec<u8>,
-    /// Index into [`crate::ends::Ends::handlers`].
+    /// Index into [`crate::ends::Ends::handlers`], to which [`Command::Handler`] adds.
     pub handler: u32,
 }
 

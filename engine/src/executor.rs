@@ -26,7 +26,6 @@ use crate::buffers::Buffers;
 use crate::client::{CallEvent, Client};
 use crate::config::{ANY_CPU, RingKind, ShardConfig};
 use crate::ends::{Ends, HomeAddress};
-use crate::handler::Task;
 use crate::mesh::{self, Receiver, Sender};
 use crate::ring::Ring;
 use crate::ring::epoll::Epoll;
@@ -91,6 +90,11 @@ impl ShardHandle {
     /// Gives it back when the shard does not keep up; try again later.
     pub fn command(&self, command: Command) -> Result<(), Command> {
         self.commands.send(command)
+    }
+
+    /// Hands commands over from any thread, as long as the shard runs.
+    pub fn commands(&self) -> Sender<Command> {
+        self.commands.clone()
     }
 
     /// Stops the shard and waits for its thread.
@@ -246,7 +250,7 @@ impl Spawner {
         Spawner::Local(LocalPool::new().spawner())
     }
 
-    pub(crate) fn spawn(&self, task: Task) {
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + 'static) {
         match self {
             Spawner::Glommio => {
                 glommio::spawn_local(task).detach();

@@ -4,12 +4,14 @@
 //! [`Responder`]; what it writes there leaves on a call-home socket that the shard drives
 //! (`respond_stream`).
 
+use std::fmt;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use corelane_codec::control_message::{
@@ -19,6 +21,7 @@ use corelane_codec::json::{Object, Text};
 use corelane_codec::{Decoded, headers, item, two_part};
 
 use crate::responder::{Host, Responder, Shared};
+use crate::stats::HandlerStats;
 
 /// Answers requests. Functions of a request and a responder that return a future are handlers.
 pub trait Handler {
@@ -39,6 +42,36 @@ where
 
 /// Makes a handler on the thread of its shard.
 pub type MakeHandler = Box<dyn FnOnce(&Host) -> Rc<dyn Handler> + Send>;
+
+/// A handler that comes while the shard runs, and where it is counted.
+pub struct NewHandler {
+    /// Made on the shard's thread.
+    pub make: MakeHandler,
+    /// Its counters.
+    pub stats: Arc<HandlerStats>,
+}
+
+impl fmt::Debug for NewHandler {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("NewHandler")
+    }
+}
+
+/// One request that a handler has or is to get, counted as long as it lives.
+pub(crate) struct Busy(Arc<HandlerStats>);
+
+impl Busy {
+    pub(crate) fn new(stats: &Arc<HandlerStats>) -> Busy {
+        stats.busy.set(stats.busy.get() + 1);
+        Busy(Arc::clone(stats))
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.busy.set(self.0.busy.get().saturating_sub(1));
+    }
+}
 
 /// One request, whole.
 #[derive(Debug)]

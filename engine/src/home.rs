@@ -89,7 +89,7 @@ fn call_of<R: Ring>(shard: &Shard<R>, slot: u32) -> u32 {
     }
 }
 
-/// Takes all whole messages that are there, as long as control takes events.
+/// Takes all whole messages that are there, as long as whoever called takes events.
 pub(crate) fn arrived<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     loop {
         let Some(connection) = shard.connections.get(slot) else {
@@ -99,7 +99,7 @@ pub(crate) fn arrived<R: Ring>(shard: &mut Shard<R>, slot: u32) {
             return;
         }
         let call = call_of(shard, slot);
-        if call != NONE && !shard.client.has_room() {
+        if call != NONE && !shard.client.has_room_for(call) {
             client::hold_up(shard, call);
             return shard.pause(slot);
         }
@@ -118,7 +118,7 @@ pub(crate) fn arrived<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     }
 }
 
-/// Control takes events again.
+/// Whoever called takes events again.
 pub(crate) fn go_on<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     shard.resume(slot);
     arrived(shard, slot);
@@ -405,7 +405,7 @@ fn take<R: Ring>(shard: &mut Shard<R>, call: u32, got: Got) {
     let entry = &mut shard.client.calls[call];
     match got {
         Got::Nothing => {}
-        Got::Begun => entry.phase = Phase::Items,
+        Got::Begun => client::begun(shard, call),
         Got::Refused(error) => client::end(shard, call, What::Failed(error)),
         Got::Item { data, last } => take_item(shard, call, data, last),
         Got::BadItem(error) => {

@@ -6,6 +6,7 @@
 mod accept;
 pub mod buffers;
 pub mod call;
+mod call_frame;
 mod call_link;
 pub mod client;
 mod collect;
@@ -24,6 +25,7 @@ pub mod in_flight;
 pub mod lane;
 pub mod ledger;
 mod link;
+pub mod local;
 pub mod mesh;
 pub mod operation;
 pub mod outgoing;

@@ -20,7 +20,7 @@ use corelane_codec::{Decoded, two_part};
 
 use crate::connection::{End, Role};
 use crate::ends;
-use crate::handler::CallHome;
+use crate::handler::{Busy, CallHome};
 use crate::responder::{Shared, Stream};
 use crate::ring::Ring;
 use crate::shard::{Shard, TimerKind};
@@ -56,6 +56,8 @@ pub(crate) struct Response {
     dial_until_ns: u64,
     timer: Option<TimerId>,
     holds_slot: bool,
+    /// Counts its request with its handler as long as the slot is held.
+    busy: Option<Busy>,
 }
 
 /// Takes a slot for a response and dials its caller. `None` when the table is full.
@@ -74,6 +76,7 @@ pub(crate) fn open<R: Ring>(
         dial_until_ns: shard.now_ns + DIAL_NS,
         timer: None,
         holds_slot: true,
+        busy: None,
     };
     let slot = shard.worker.responses.insert(response).ok()?;
     let generation = shard.worker.responses.generation(slot);
@@ -81,6 +84,15 @@ pub(crate) fn open<R: Ring>(
     shard.worker.take_slot();
     dial(shard, slot);
     Some(stream)
+}
+
+/// The response is that of a handler, which has one request more until its slot is free.
+pub(crate) fn count<R: Ring>(shard: &mut Shard<R>, stream: &Shared, busy: Busy) {
+    let (slot, generation) = stream.borrow().place();
+    // A dial that failed at once has left nothing to count.
+    if shard.worker.responses.is_current(slot, generation) {
+        shard.worker.responses[slot].busy = Some(busy);
+    }
 }
 
 fn dial<R: Ring>(shard: &mut Shard<R>, slot: u32) {
@@ -191,6 +203,7 @@ fn end_if_over<R: Ring>(shard: &mut Shard<R>, slot: u32) {
         return;
     }
     if std::mem::take(&mut response.holds_slot) {
+        response.busy = None;
         shard.worker.free_slot();
     }
     if shard.worker.responses[slot].state == State::Dead {

@@ -22,6 +22,7 @@ use corelane_codec::item::{self, Annotated};
 use corelane_codec::two_part;
 
 use crate::outgoing::{Lent, Outgoing};
+use crate::local::Wishes;
 use crate::ring::monotonic_ns;
 
 /// Items that may wait for the socket before a handler has to.
@@ -49,6 +50,7 @@ struct HostState {
     /// A task was spawned or woken since the executor's last turn.
     woken: Cell<bool>,
     tasks: Cell<usize>,
+    wishes: Wishes,
     /// Requests of lanes whose caller wants no more, and whether he is gone.
     stopped: RefCell<Vec<(LaneJob, bool)>>,
     /// Blocks of lanes that nobody sends any more.
@@ -127,9 +129,23 @@ impl Host {
         }
     }
 
-    fn wake(&self, waker: Waker) {
+    pub(crate) fn wake(&self, waker: Waker) {
         self.set_woken(true);
         waker.wake();
+    }
+
+    pub(crate) fn task_began(&self) {
+        self.0.tasks.set(self.tasks() + 1);
+        self.set_woken(true);
+    }
+
+    pub(crate) fn task_ended(&self) {
+        self.0.tasks.set(self.tasks() - 1);
+    }
+
+    /// What tasks want of the shard.
+    pub(crate) fn wishes(&self) -> &Wishes {
+        &self.0.wishes
     }
 }
 
@@ -236,6 +252,11 @@ impl Stream {
     /// Where the shard keeps it: slot and generation.
     pub(crate) fn set_place(&mut self, place: (u32, u32)) {
         self.place = place;
+    }
+
+    /// Where that is.
+    pub(crate) fn place(&self) -> (u32, u32) {
+        self.place
     }
 
     /// The shard has seen what was touched.
@@ -345,8 +366,7 @@ impl Stream {
 
     pub(crate) fn task_began(&mut self) {
         self.task_over = false;
-        self.host.0.tasks.set(self.host.tasks() + 1);
-        self.host.set_woken(true);
+        self.host.task_began();
     }
 
     /// Notes whom to wake; answers whether the handler is to be dropped.
@@ -361,7 +381,7 @@ impl Stream {
     pub(crate) fn task_ended(&mut self) {
         self.task_over = true;
         self.task = None;
-        self.host.0.tasks.set(self.host.tasks() - 1);
+        self.host.task_ended();
         self.touch();
     }
 

@@ -42,7 +42,7 @@ use crate::timer_wheel::TimerWheel;
 use crate::upstream::{InstanceState, Upstream};
 use crate::worker::Worker;
 use crate::{
-    accept, client, collect, decode, ends, forward, home, lane, link, recv, respond, tell,
+    accept, client, collect, decode, ends, forward, home, lane, link, local, recv, respond, tell,
 };
 
 pub use crate::command::{Command, Lanes, Report};
@@ -201,6 +201,7 @@ impl<R: Ring> Shard<R> {
         self.watch_wake();
         accept::arm(self);
         home::arm(self);
+        local::show_places(self);
         let address = self
             .listener
             .as_ref()
@@ -487,6 +488,7 @@ impl<R: Ring> Shard<R> {
             };
             match command {
                 Command::Directory(directory) => link::publish(self, directory),
+                Command::Handler(new) => self.worker.add(new),
                 Command::Serve(paths) => {
                     self.worker.serve(paths);
                     self.stats.shard.path_updates.add(1);
@@ -495,6 +497,7 @@ impl<R: Ring> Shard<R> {
                 Command::EndLanes { worker } => lane::end(self, worker),
                 Command::Call(call) => client::begin(self, *call),
                 Command::EndCall { number, kill } => client::end_early(self, number, kill),
+                Command::Run(run) => run.begin(&self.worker.host),
                 // The listener stays open, so that who still dials is told by a refusal and not by
                 // a reset.
                 Command::Drain => {

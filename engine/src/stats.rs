@@ -210,6 +210,30 @@ cells! {
     }
 }
 
+cells! {
+    /// What happened to the requests of one handler on one shard.
+    HandlerStats {
+        /// Requests acknowledged
+        Counter requests,
+        /// Requests refused because slots and queue were full
+        Counter refused,
+        /// Requests acknowledged whose envelope could not be understood
+        Counter undecodable,
+        /// Requests answered to the end
+        Counter finished,
+        /// Requests that ended with an error of the handler
+        Counter failed,
+        /// Requests whose caller stopped or was gone before the end
+        Counter abandoned,
+        /// Requests whose handler panicked
+        Counter panicked,
+        /// Response items written
+        Counter items,
+        /// Requests that run or wait for a slot
+        Gauge busy,
+    }
+}
+
 /// Latencies by power of two, four steps to each: 1 us to over an hour, 4 bytes of error at most
 /// in 16.
 #[derive(Debug)]

@@ -8,6 +8,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use corelane_codec::error::DynamoError;
 use corelane_codec::request_frame::Prefix;
@@ -17,13 +18,16 @@ use crate::connection::Intake;
 use crate::decode::{self, WHOLE_BYTES_MAX};
 use crate::ends::Ends;
 use crate::executor::Spawner;
-use crate::handler::{self, CallHome, Handler, Request, Task, Undecodable};
+use crate::handler::{
+    self, Busy, CallHome, Handler, MakeHandler, NewHandler, Request, Task, Undecodable,
+};
 use crate::recv;
 use crate::respond::{self, Refusal};
 use crate::respond_stream::{self, Response};
 use crate::responder::{Host, Responder};
 use crate::ring::Ring;
 use crate::shard::Shard;
+use crate::stats::HandlerStats;
 use crate::table::Table;
 
 /// Marks an index as that of a handler, where it could also be that of a route.
@@ -34,15 +38,22 @@ const HELD_BYTES_MAX: usize = 256 << 20;
 /// Undecodable requests are reported this often at most; all are counted.
 const REPORT_PAUSE_NS: u64 = 1_000_000_000;
 
+/// A handler and where its requests are counted.
+struct Served {
+    handler: Rc<dyn Handler>,
+    stats: Arc<HandlerStats>,
+}
+
 struct Waiting {
     handler: u32,
+    busy: Busy,
     request: Request,
     home: CallHome,
 }
 
 /// The handlers of one shard and the requests that they have.
 pub(crate) struct Worker {
-    handlers: Vec<Rc<dyn Handler>>,
+    handlers: Vec<Served>,
     at: HashMap<Vec<u8>, u32>,
     queue: VecDeque<Waiting>,
     queue_max: usize,
@@ -52,7 +63,7 @@ pub(crate) struct Worker {
     held_bytes: usize,
     pub(crate) responses: Table<Response>,
     pub(crate) host: Host,
-    spawner: Spawner,
+    pub(crate) spawner: Spawner,
     /// Slots may have become free since the queue was looked at.
     may_start: bool,
     pub(crate) touched: Vec<(u32, u32)>,
@@ -62,7 +73,11 @@ pub(crate) struct Worker {
 impl Worker {
     pub(crate) fn new(ends: Ends, spawner: Spawner) -> Worker {
         let host = Host::default();
-        let handlers = ends.handlers.into_iter().map(|make| make(&host)).collect();
+        let served = |make: MakeHandler| Served {
+            handler: make(&host),
+            stats: Arc::default(),
+        };
+        let handlers = ends.handlers.into_iter().map(served).collect();
         // Beside those that run there are those whose caller has not closed his socket yet.
         let responses = if ends.running_max == 0 {
             0
@@ -91,6 +106,13 @@ impl Worker {
         self.at.get(path).map(|handler| handler | LOCAL)
     }
 
+    /// Takes in one more handler.
+    pub(crate) fn add(&mut self, new: NewHandler) {
+        let handler = (new.make)(&self.host);
+        let stats = new.stats;
+        self.handlers.push(Served { handler, stats });
+    }
+
     /// Takes over which paths are served.
     pub(crate) fn serve(&mut self, paths: Vec<LocalPath>) {
         let known = self.handlers.len();
@@ -103,6 +125,11 @@ impl Worker {
     /// Requests that run or wait.
     pub(crate) fn busy(&self) -> usize {
         self.running + self.queue.len()
+    }
+
+    /// The counters of a handler.
+    fn count(&self, handler: u32) -> &Arc<HandlerStats> {
+        &self.handlers[handler as usize].stats
     }
 
     fn admits(&self, bytes: usize) -> bool {
@@ -146,6 +173,7 @@ pub(crate) fn take<R: Ring>(
     }
     let bytes = frame_bytes as usize - prefix.path.end;
     if !shard.worker.admits(bytes) {
+        shard.worker.count(handler).refused.add(1);
         return decode::refuse(shard, slot, prefix, Refusal::AtCapacity);
     }
     if whole && !respond::accept(shard, slot) {
@@ -187,6 +215,7 @@ pub(crate) fn collect<R: Ring>(shard: &mut Shard<R>, slot: u32, handler: u32, le
     }
     if pieced {
         if !shard.worker.admits(0) {
+            shard.worker.count(handler).refused.add(1);
             return give_up(shard, slot, 0);
         }
         if !respond::accept(shard, slot) {
@@ -224,10 +253,13 @@ fn give_up<R: Ring>(shard: &mut Shard<R>, slot: u32, left: u64) -> bool {
 
 /// An acknowledged request, without its path.
 fn begin<R: Ring>(shard: &mut Shard<R>, handler: u32, frame: Vec<u8>) {
+    let stats = shard.worker.count(handler);
+    stats.requests.add(1);
     match handler::read(frame) {
         Ok((request, home)) => {
             let waiting = Waiting {
                 handler,
+                busy: Busy::new(stats),
                 request,
                 home,
             };
@@ -238,7 +270,10 @@ fn begin<R: Ring>(shard: &mut Shard<R>, handler: u32, frame: Vec<u8>) {
                 shard.worker.queue.push_back(waiting);
             }
         }
-        Err(undecodable) => complain(shard, undecodable),
+        Err(undecodable) => {
+            stats.undecodable.add(1);
+            complain(shard, undecodable);
+        }
     }
 }
 
@@ -266,6 +301,7 @@ pub(crate) fn complain<R: Ring>(shard: &mut Shard<R>, undecodable: Undecodable) 
 fn start<R: Ring>(shard: &mut Shard<R>, waiting: Waiting) {
     let Waiting {
         handler,
+        busy,
         request,
         home,
     } = waiting;
@@ -274,7 +310,8 @@ fn start<R: Ring>(shard: &mut Shard<R>, waiting: Waiting) {
         return;
     };
     shard.stats.shard.handled.add(1);
-    let handler = Rc::clone(&shard.worker.handlers[handler as usize]);
+    respond_stream::count(shard, &stream, busy);
+    let handler = Rc::clone(&shard.worker.handlers[handler as usize].handler);
     let responder = Responder::new(&stream);
     let task = Task::new(handler, request, responder, stream);
     shard.worker.spawner.spawn(task);

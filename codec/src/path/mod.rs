@@ -2,11 +2,13 @@
 
 mod endpoint_id;
 mod key;
+mod reference;
 mod slug;
 mod transport;
 
 pub use endpoint_id::EndpointId;
 pub use key::{INSTANCES_BUCKET, InstanceKey, MODELS_BUCKET, ModelKey};
+pub use reference::{BadReference, Reference};
 pub use slug::{NotASlug, Slug};
 pub use transport::{TcpTransport, TransportError};
 

@@ -22,7 +22,7 @@ mod options;
 pub use args::{Answer, CallArgs, Codec, Early, EchoArgs, ServeArgs, Target, UpArgs};
 pub use check::{Report, SCHEMA};
 
-use options::{Command, Options, WorkerCommand};
+use options::{Command, EnvOptions, Options, WorkerCommand};
 
 /// How the program ends.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -131,6 +131,7 @@ fn dispatch(command: Command, env: &Env, host: &Host) -> anyhow::Result<Exit> {
             commands::serve(ServeArgs { config })
         }
         Command::Check(check) => Ok(check::check(&check, env, host)?),
+        Command::Env(options) => environment(&options, env),
         Command::Worker(worker) => {
             let WorkerCommand::Echo(echo) = worker.command;
             report(env);
@@ -162,6 +163,17 @@ fn errors(checked: &Checked) -> String {
         &format!("{} errors", lines.len())
     };
     format!("configuration has {head}\n{}", lines.join("\n"))
+}
+
+/// Prints every variable that we know.
+fn environment(options: &EnvOptions, env: &Env) -> anyhow::Result<Exit> {
+    if options.json {
+        let text = serde_json::to_string(&env::json(env))?;
+        print(&format!("{text}\n"))?;
+    } else {
+        print(&env::text(env, options.set))?;
+    }
+    Ok(Exit::Done)
 }
 
 /// Says what the environment of this process does here.

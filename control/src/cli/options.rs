@@ -50,6 +50,7 @@ pub(super) enum Command {
     Up(UpOptions),
     Serve(ServeOptions),
     Check(CheckOptions),
+    Env(EnvOptions),
     Worker(WorkerOptions),
     Call(CallOptions),
 }
@@ -168,6 +169,25 @@ impl ServeOptions {
             host: host.clone(),
         })
     }
+}
+
+/// List every environment variable of ours and of Dynamo's
+///
+/// What it does, its default and unit, whether it is honoured here and why not, and its value where
+/// it is set. Passwords, tokens and keys are hidden.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  corelane env
+  corelane env --set                     only those that are set
+  corelane env --json")]
+pub(super) struct EnvOptions {
+    /// Print one JSON object
+    #[arg(long)]
+    pub(super) json: bool,
+    /// Only those that are set
+    #[arg(long, conflicts_with = "json")]
+    pub(super) set: bool,
 }
 
 /// Run a worker that is made for trying and testing

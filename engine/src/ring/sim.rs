@@ -736,7 +736,9 @@ mod tests {
                     self.ring.shutdown(connection.handle);
                     self.retire(slot);
                 }
-                Event::Connected { .. } | Event::Woken { .. } => unreachable!(),
+                Event::Landed { .. } | Event::Connected { .. } | Event::Woken { .. } => {
+                    unreachable!()
+                }
             }
         }
 

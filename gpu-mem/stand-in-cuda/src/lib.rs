@@ -1,17 +1,34 @@
 //! A libcuda that keeps "GPU" memory in memfds: just the functions that the CUDA backend calls, and
-//! strict where the driver is strict, so that what passes here is what the driver accepts.
+//! strict where the driver is strict, so that what passes here is what the driver accepts. What the
+//! driver leaves undefined (memory freed while another process has it open, a host range
+//! unregistered under a running copy) ends the process here, with a word.
 //!
 //! It is reached through the C interface only. Pointers for answers come as [`Out`], structures
 //! that are read come as references that may be null.
 //!
-//! Faults are injected by environment: `STAND_IN_CREATE_OOM=n` makes the first n creations run out
-//! of memory, `STAND_IN_EXPORT_FAILS=1` refuses exports, `STAND_IN_DEVICES=n` sets the number of
-//! GPUs, `STAND_IN_CAPACITY=bytes` the memory of each.
+//! Faults are injected by environment:
+//!
+//! | variable | effect |
+//! | --- | --- |
+//! | `STAND_IN_DEVICES=n` | the number of GPUs (1) |
+//! | `STAND_IN_CAPACITY=bytes` | the memory of each process's GPU |
+//! | `STAND_IN_CREATE_OOM=n` | the first n creations run out of memory |
+//! | `STAND_IN_CREATE_FAILS=n` | the n-th creation is refused for another reason |
+//! | `STAND_IN_CREATE_SLEEPS_MS=ms` | each creation takes that long |
+//! | `STAND_IN_EXPORT_FAILS=1` | exports are refused |
+//! | `STAND_IN_IPC_OPEN_FAILS=1` | foreign legacy memory cannot be mapped |
+//! | `STAND_IN_HOST_REGISTER_FAILS=1` | host memory cannot be pinned |
+//! | `STAND_IN_COPY_TURNS=n` | a copy is done when its event was asked for n times |
+//! | `STAND_IN_PCI_BUS_ID=id` | where the GPU sits |
 
 #![allow(non_snake_case, reason = "the names are the driver's")]
 
+mod host;
+mod legacy;
+mod vmm;
+
 use std::collections::HashMap;
-use std::ffi::{c_char, c_int, c_uint, c_ulonglong, c_void};
+use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 // SAFETY: as libc declares them on Linux; those that touch no memory are safe to call.
@@ -20,6 +37,7 @@ unsafe extern "C" {
     safe fn ftruncate(fd: c_int, bytes: i64) -> c_int;
     safe fn lseek(fd: c_int, offset: i64, whence: c_int) -> i64;
     safe fn dup(fd: c_int) -> c_int;
+    safe fn flock(fd: c_int, operation: c_int) -> c_int;
     fn close(fd: c_int) -> c_int;
     fn mmap(
         at: *mut c_void,
@@ -40,13 +58,16 @@ const OUT_OF_MEMORY: Answer = 2;
 const NOT_INITIALIZED: Answer = 3;
 const INVALID_DEVICE: Answer = 101;
 const INVALID_CONTEXT: Answer = 201;
+const MAP_FAILED: Answer = 205;
 const INVALID_HANDLE: Answer = 400;
+const NOT_READY: Answer = 600;
 const ILLEGAL_ADDRESS: Answer = 700;
+const ALREADY_REGISTERED: Answer = 712;
+const NOT_REGISTERED: Answer = 713;
+const NOT_PERMITTED: Answer = 800;
 const NOT_SUPPORTED: Answer = 801;
 
 const GRANULARITY: usize = 2 << 20;
-const POSIX_DESCRIPTOR: c_uint = 1;
-const SEEK_END: c_int = 2;
 const SHARED: c_int = 1;
 const PRIVATE: c_int = 2;
 const FIXED: c_int = 0x10;
@@ -62,25 +83,6 @@ impl<T> Out<T> {
         // SAFETY: the driver's contract is that the place can be written; callers keep it.
         unsafe { self.0.write(value) };
     }
-}
-
-/// As the driver lays it out.
-#[repr(C)]
-pub struct Properties {
-    kind: c_uint,
-    handle_types: c_uint,
-    location_kind: c_uint,
-    location: c_int,
-    win32: *mut c_void,
-    flags: [u8; 8],
-}
-
-/// As the driver lays it out.
-#[repr(C)]
-pub struct AccessDesc {
-    location_kind: c_uint,
-    location: c_int,
-    flags: c_uint,
 }
 
 struct Memory {
@@ -110,6 +112,8 @@ struct State {
     creations: u64,
     created_bytes: usize,
     contexts: usize,
+    legacy: legacy::Legacy,
+    host: host::Host,
 }
 
 static STATE: Mutex<Option<State>> = Mutex::new(None);
@@ -120,6 +124,14 @@ thread_local! {
 
 fn state() -> MutexGuard<'static, Option<State>> {
     STATE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs with the state of a driver that was started, on a thread that has a context.
+fn in_context(act: impl FnOnce(&mut State) -> Answer) -> Answer {
+    started(|state| match CURRENT.get() {
+        0 => INVALID_CONTEXT,
+        _ => act(state),
+    })
 }
 
 /// Runs with the state of a driver that was started.
@@ -142,6 +154,12 @@ fn devices() -> c_int {
 }
 
 impl State {
+    /// Whether so much more fits on the GPU.
+    fn has_room(&self, bytes: usize) -> bool {
+        let used = self.created_bytes + self.legacy.own_bytes();
+        used + bytes <= setting("STAND_IN_CAPACITY", 1 << 40) as usize
+    }
+
     fn drop_reference(&mut self, handle: u64) {
         let Some(memory) = self.memories.get_mut(&handle) else {
             return;
@@ -173,6 +191,10 @@ impl State {
 
     /// Whether a copy may touch this range.
     fn allows(&self, at: u64, bytes: usize, access: c_uint) -> bool {
+        self.legacy.contains(at, bytes) || self.allows_mapped(at, bytes, access)
+    }
+
+    fn allows_mapped(&self, at: u64, bytes: usize, access: c_uint) -> bool {
         self.mapped.iter().any(|(start, mapped)| {
             let inside = *start <= at && at + bytes as u64 <= start + mapped.bytes as u64;
             inside && mapped.access & access == access
@@ -206,6 +228,11 @@ pub extern "C" fn cuGetErrorName(error: Answer, name: Out<*const c_char>) -> Ans
         INVALID_CONTEXT => c"CUDA_ERROR_INVALID_CONTEXT",
         INVALID_HANDLE => c"CUDA_ERROR_INVALID_HANDLE",
         ILLEGAL_ADDRESS => c"CUDA_ERROR_ILLEGAL_ADDRESS",
+        MAP_FAILED => c"CUDA_ERROR_MAP_FAILED",
+        NOT_READY => c"CUDA_ERROR_NOT_READY",
+        ALREADY_REGISTERED => c"CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED",
+        NOT_REGISTERED => c"CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED",
+        NOT_PERMITTED => c"CUDA_ERROR_NOT_PERMITTED",
         NOT_SUPPORTED => c"CUDA_ERROR_NOT_SUPPORTED",
         _ => return INVALID_VALUE,
     };
@@ -242,244 +269,27 @@ pub extern "C" fn cuDeviceGetUuid(uuid: Out<[u8; 16]>, device: c_int) -> Answer 
     })
 }
 
-#[unsafe(no_mangle)]
-pub extern "C" fn cuMemGetAllocationGranularity(
-    bytes: Out<usize>,
-    _properties: *const Properties,
-    _option: c_uint,
-) -> Answer {
-    started(|_| {
-        bytes.put(GRANULARITY);
-        SUCCESS
-    })
+/// Reserves addresses in steps of the granularity.
+fn reserve(bytes: usize) -> Option<u64> {
+    let kind = PRIVATE | ANONYMOUS | NORESERVE;
+    // SAFETY: a new mapping at a place of the kernel's choice.
+    let at = unsafe { mmap(std::ptr::null_mut(), bytes + GRANULARITY, 0, kind, -1, 0) };
+    // The odd ends stay mapped: this library lives for one test.
+    (at as isize != -1).then(|| (at as u64).next_multiple_of(GRANULARITY as u64))
 }
 
-#[unsafe(no_mangle)]
-pub extern "C" fn cuMemCreate(
-    handle: Out<u64>,
-    bytes: usize,
-    properties: Option<&Properties>,
-    flags: c_ulonglong,
-) -> Answer {
-    started(|state| {
-        let Some(properties) = properties else {
-            return INVALID_VALUE;
-        };
-        let is_pinned_on_device = (properties.kind, properties.location_kind) == (1, 1);
-        if flags != 0 || bytes == 0 || !bytes.is_multiple_of(GRANULARITY) || !is_pinned_on_device {
-            return INVALID_VALUE;
-        }
-        if properties.location < 0 || properties.location >= devices() {
-            return INVALID_DEVICE;
-        }
-        state.creations += 1;
-        let full = state.created_bytes + bytes > setting("STAND_IN_CAPACITY", 1 << 40) as usize;
-        if full || state.creations <= setting("STAND_IN_CREATE_OOM", 0) {
-            return OUT_OF_MEMORY;
-        }
-        // SAFETY: the name is a C string of the program's lifetime.
-        let fd = unsafe { memfd_create(c"stand-in".as_ptr(), 1) };
-        if fd < 0 || ftruncate(fd, bytes as i64) != 0 {
-            return OUT_OF_MEMORY;
-        }
-        state.created_bytes += bytes;
-        let shareable = properties.handle_types & POSIX_DESCRIPTOR != 0;
-        handle.put(state.insert(fd, bytes, shareable, true));
-        SUCCESS
-    })
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn cuMemRelease(handle: u64) -> Answer {
-    started(|state| {
-        match state.memories.get_mut(&handle) {
-            Some(memory) if memory.handles > 0 => memory.handles -= 1,
-            _ => return INVALID_VALUE,
-        }
-        state.drop_reference(handle);
-        SUCCESS
-    })
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn cuMemExportToShareableHandle(
-    into: Out<c_int>,
-    handle: u64,
-    kind: c_uint,
-    flags: c_ulonglong,
-) -> Answer {
-    started(|state| match state.memories.get(&handle) {
-        Some(memory) if memory.handles > 0 => {
-            if kind != POSIX_DESCRIPTOR || flags != 0 || !memory.shareable {
-                return INVALID_VALUE;
-            }
-            if setting("STAND_IN_EXPORT_FAILS", 0) != 0 {
-                return NOT_SUPPORTED;
-            }
-            into.put(dup(memory.fd));
-            SUCCESS
-        }
-        _ => INVALID_VALUE,
-    })
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn cuMemImportFromShareableHandle(
-    handle: Out<u64>,
-    descriptor: *mut c_void,
-    kind: c_uint,
-) -> Answer {
-    started(|state| {
-        // The descriptor stays the caller's.
-        let fd = dup(descriptor as usize as c_int);
-        let bytes = if fd < 0 { -1 } else { lseek(fd, 0, SEEK_END) };
-        if kind != POSIX_DESCRIPTOR || bytes <= 0 || !(bytes as usize).is_multiple_of(GRANULARITY) {
-            return INVALID_VALUE;
-        }
-        handle.put(state.insert(fd, bytes as usize, true, false));
-        SUCCESS
-    })
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn cuMemAddressReserve(
-    address: Out<u64>,
-    bytes: usize,
-    align: usize,
-    _hint: u64,
-    flags: c_ulonglong,
-) -> Answer {
-    started(|state| {
-        if bytes == 0 || !bytes.is_multiple_of(GRANULARITY) || flags != 0 || align > GRANULARITY {
-            return INVALID_VALUE;
-        }
-        let kind = PRIVATE | ANONYMOUS | NORESERVE;
-        // SAFETY: a new mapping at a place of the kernel's choice.
-        let at = unsafe { mmap(std::ptr::null_mut(), bytes + GRANULARITY, 0, kind, -1, 0) };
-        if at as isize == -1 {
-            return OUT_OF_MEMORY;
-        }
-        // The odd ends stay mapped: this library lives for one test.
-        let start = (at as u64).next_multiple_of(GRANULARITY as u64);
-        state.reserved.insert(start, bytes);
-        address.put(start);
-        SUCCESS
-    })
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn cuMemAddressFree(address: u64, bytes: usize) -> Answer {
-    started(|state| {
-        let whole = state.reserved.get(&address) == Some(&bytes);
-        if !whole || state.overlaps_mapping(address, bytes) {
-            return INVALID_VALUE;
-        }
-        state.reserved.remove(&address);
-        // SAFETY: the range was reserved here, and nothing is mapped into it.
-        unsafe { munmap(address as *mut c_void, bytes) };
-        SUCCESS
-    })
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn cuMemMap(
-    address: u64,
-    bytes: usize,
-    offset: usize,
-    handle: u64,
-    flags: c_ulonglong,
-) -> Answer {
-    started(|state| {
-        let inside = state
-            .reserved
-            .iter()
-            .any(|(start, len)| *start <= address && address + bytes as u64 <= start + *len as u64);
-        if offset != 0 || flags != 0 || !inside || state.overlaps_mapping(address, bytes) {
-            return INVALID_VALUE;
-        }
-        let Some(memory) = state
-            .memories
-            .get_mut(&handle)
-            .filter(|memory| memory.bytes == bytes)
-        else {
-            return INVALID_VALUE;
-        };
-        // No access until it is set, as on the device.
-        let at = address as *mut c_void;
-        // SAFETY: the range lies in one that was reserved here, and nothing is mapped into it.
-        if unsafe { mmap(at, bytes, 0, SHARED | FIXED, memory.fd, 0) } as isize == -1 {
-            return INVALID_VALUE;
-        }
-        memory.references += 1;
-        state.mapped.insert(
-            address,
-            Mapped {
-                bytes,
-                memory: handle,
-                access: 0,
-            },
-        );
-        SUCCESS
-    })
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn cuMemUnmap(address: u64, bytes: usize) -> Answer {
-    started(|state| {
-        let whole = state
-            .mapped
-            .get(&address)
-            .is_some_and(|mapped| mapped.bytes == bytes);
-        if !whole {
-            return INVALID_VALUE;
-        }
-        let kind = PRIVATE | ANONYMOUS | NORESERVE | FIXED;
-        // SAFETY: the range was mapped here; what takes its place is the bare reservation.
-        unsafe { mmap(address as *mut c_void, bytes, 0, kind, -1, 0) };
-        if let Some(mapped) = state.mapped.remove(&address) {
-            state.drop_reference(mapped.memory);
-        }
-        SUCCESS
-    })
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn cuMemSetAccess(
-    address: u64,
-    bytes: usize,
-    wanted: Option<&AccessDesc>,
-    count: usize,
-) -> Answer {
-    started(|state| {
-        let whole = state
-            .mapped
-            .get(&address)
-            .is_some_and(|mapped| mapped.bytes == bytes);
-        let Some(wanted) = wanted else {
-            return INVALID_VALUE;
-        };
-        if !whole || count != 1 || wanted.location_kind != 1 || wanted.location >= devices() {
-            return INVALID_VALUE;
-        }
-        // The driver's 1 is reading, 3 is both; the kernel's are the same.
-        let protection = match wanted.flags {
-            0 | 1 | 3 => wanted.flags as c_int,
-            _ => return INVALID_VALUE,
-        };
-        // SAFETY: the range was mapped here.
-        unsafe { mprotect(address as *mut c_void, bytes, protection) };
-        if let Some(mapped) = state.mapped.get_mut(&address) {
-            mapped.access = wanted.flags;
-        }
-        SUCCESS
-    })
+/// Ends the process over what the driver leaves undefined.
+fn undefined(what: &str) -> ! {
+    eprintln!("stand-in for libcuda: {what}");
+    std::process::abort()
 }
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuPointerGetAttribute(data: Out<u64>, attribute: c_uint, address: u64) -> Answer {
     const DEVICE_POINTER: c_uint = 3;
     started(|state| {
-        if attribute != DEVICE_POINTER || !state.overlaps_mapping(address, 1) {
+        let known = state.overlaps_mapping(address, 1) || state.legacy.contains(address, 1);
+        if attribute != DEVICE_POINTER || !known {
             return INVALID_VALUE;
         }
         data.put(address);
@@ -536,36 +346,20 @@ pub extern "C" fn cuDevicePrimaryCtxRelease_v2(_device: c_int) -> Answer {
 
 /// # Safety
 ///
-/// `from` is `bytes` bytes of the caller's.
+/// `text` is `len` bytes of the caller's.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemcpyHtoD_v2(to: u64, from: *const u8, bytes: usize) -> Answer {
-    started(|state| {
-        if CURRENT.get() == 0 {
-            return INVALID_CONTEXT;
+pub unsafe extern "C" fn cuDeviceGetPCIBusId(text: *mut u8, len: c_int, device: c_int) -> Answer {
+    started(|_| {
+        let id = std::env::var("STAND_IN_PCI_BUS_ID");
+        let id = id.unwrap_or_else(|_| format!("0000:{device:02X}:1F.7"));
+        if text.is_null() || len <= id.len() as c_int || device < 0 || device >= devices() {
+            return INVALID_VALUE;
         }
-        if !state.allows(to, bytes, 3) {
-            return ILLEGAL_ADDRESS;
+        // SAFETY: the text and its zero fit into the caller's bytes.
+        unsafe {
+            text.copy_from_nonoverlapping(id.as_ptr(), id.len());
+            text.add(id.len()).write(0);
         }
-        // SAFETY: the range was mapped here for writing; the caller vouches for its own bytes.
-        unsafe { std::ptr::copy_nonoverlapping(from, to as *mut u8, bytes) };
-        SUCCESS
-    })
-}
-
-/// # Safety
-///
-/// `to` is `bytes` bytes of the caller's.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemcpyDtoH_v2(to: *mut u8, from: u64, bytes: usize) -> Answer {
-    started(|state| {
-        if CURRENT.get() == 0 {
-            return INVALID_CONTEXT;
-        }
-        if !state.allows(from, bytes, 1) {
-            return ILLEGAL_ADDRESS;
-        }
-        // SAFETY: the range was mapped here for reading; the caller vouches for its own bytes.
-        unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to, bytes) };
         SUCCESS
     })
 }

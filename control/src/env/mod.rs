@@ -1,10 +1,23 @@
 //! The environment: what is set of ours and of Dynamo's, which of it takes effect, and what we say
-//! about the rest. One table, together with the names in the table of configuration keys.
+//! about the rest. One table ([`rows`]): the names of the configuration's keys, and `variables`.
+//!
+//! A part of the program that comes to be switches its variables on in `variables`; the report at
+//! start, `corelane env` and what stops a router follow from there.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::config::{self, Origin, Problem, nearest};
+
+mod print;
+mod table;
+mod variables;
+
+pub use print::{Listing, SCHEMA, json, text};
+pub use table::{Row, Standing, Variable, rows, variable};
+pub use variables::VARIABLES;
+
+use table::names;
 
 /// Prefixes of the names that we look at.
 const FAMILIES: [&str; 5] = ["CORELANE_", "DYN_", "ETCD_", "NATS_", "OTEL_"];
@@ -24,9 +37,7 @@ impl Env {
 
     /// An environment of these variables.
     pub fn of(pairs: impl IntoIterator<Item = (String, String)>) -> Self {
-        let ours = |name: &str| {
-            name == "NO_COLOR" || FAMILIES.iter().any(|family| name.starts_with(family))
-        };
+        let ours = |name: &str| is_family(name) || variable(name).is_some();
         Self {
             values: pairs.into_iter().filter(|(name, _)| ours(name)).collect(),
         }
@@ -53,134 +64,6 @@ impl Env {
             .filter_map(|name| Some((name.as_str(), self.get(name)?)))
     }
 }
-
-/// What a variable does here.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Standing {
-    /// It has this effect, besides those that set a key of the configuration.
-    Effect(&'static str),
-    /// We know it and do not honour it, for this reason.
-    NotHonoured(&'static str),
-    /// Only one value can be had in this version; any other stops us, for this reason.
-    Only(&'static str, &'static str),
-    /// To ignore it would be dangerous, so it stops us, for this reason.
-    Refused(&'static str),
-}
-
-/// A variable of Dynamo's, or of ours beside the configuration. A name that ends in `*` stands
-/// for all that begin so.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Variable {
-    /// Its name.
-    pub name: &'static str,
-    /// What it does.
-    pub standing: Standing,
-}
-
-macro_rules! variables {
-    ($($standing:expr => [$($name:literal),+ $(,)?];)*) => {
-        &[$($(Variable { name: $name, standing: $standing },)+)*]
-    };
-}
-
-use Standing::{Effect, NotHonoured, Only, Refused};
-
-const TLS: &str = "this version has no TLS on the request plane, and would serve in the clear";
-const NATS: &str = "there is no NATS in this version";
-const EVENTS: &str = "there is no event plane in this version";
-const OTEL: &str = "nothing is exported over OpenTelemetry in this version";
-const POOL: &str = "one connection goes to each instance; its bounds are in [core]";
-const THREADS: &str = "there is no thread pool: each data core runs one shard";
-const HEALTH: &str = "a router has no engine that could be probed";
-const KUBE: &str = "Kubernetes discovery is not in this version";
-
-/// Every variable that is not simply another name of a key. Names: `spec/request-plane.md` §13,
-/// `spec/events-discovery.md` §13.
-pub const VARIABLES: &[Variable] = variables! {
-    Effect("names the configuration file") => ["CORELANE_CONFIG"];
-    Effect("filters the log, and wins over DYN_LOG") => ["CORELANE_LOG"];
-    Effect("filters the log") => ["DYN_LOG"];
-    Effect("makes log lines JSON when on") => ["DYN_LOGGING_JSONL"];
-    Effect("is the form of log lines: readable or jsonl") => ["DYN_LOGGING_CONSOLE_FORMAT"];
-    Effect("switches colours off when on") => ["DYN_SDK_DISABLE_ANSI_LOGGING"];
-    Effect("is the default of worker echo --codec") => ["DYN_REQUEST_PLANE_CODEC"];
-
-    Only("tcp", "the request plane is TCP in this version") => ["DYN_REQUEST_PLANE"];
-    Only("tcp", "the response plane is TCP in this version") => ["DYN_RESPONSE_PLANE"];
-
-    Refused(TLS) => [
-        "DYN_TCP_TLS_CERT_PATH", "DYN_TCP_TLS_KEY_PATH", "DYN_TCP_TLS_CLIENT_CA_CERT_PATH",
-        "DYN_TCP_TLS_CA_CERT_PATH", "DYN_TCP_TLS_CLIENT_CERT_PATH",
-        "DYN_TCP_TLS_CLIENT_KEY_PATH",
-    ];
-    NotHonoured("there is no TLS on the request plane in this version") => [
-        "DYN_TCP_TLS_INSECURE", "DYN_TCP_TLS_SERVER_NAME", "DYN_TCP_TLS_HANDSHAKE_TIMEOUT_SECS",
-    ];
-    NotHonoured(NATS) => [
-        "NATS_SERVER", "NATS_STARTUP_CONNECT_TIMEOUT_SECONDS", "NATS_AUTH_USERNAME",
-        "NATS_AUTH_PASSWORD", "NATS_AUTH_TOKEN", "NATS_AUTH_NKEY", "NATS_AUTH_CREDENTIALS_FILE",
-        "NATS_TLS_CA_CERT_PATH", "NATS_TLS_CLIENT_CERT_PATH", "NATS_TLS_CLIENT_KEY_PATH",
-        "NATS_TLS_INSECURE", "DYN_NATS_REQUEST_TIMEOUT_SECS", "DYN_NATS_STREAM_MAX_AGE",
-    ];
-    NotHonoured(EVENTS) => [
-        "DYN_EVENT_PLANE", "DYN_EVENT_PLANE_CODEC", "DYN_EVENT_PLANE_HOST",
-        "DYN_ZMQ_EVENT_SUBSCRIBER_CHANNEL_CAPACITY", "DYN_ZMQ_IO_THREADS",
-        "DYN_ROUTER_ZMQ_ENDPOINTS_PER_SUB", "DYN_ZMQ_BROKER_URL", "DYN_ZMQ_BROKER_ENABLED",
-    ];
-    NotHonoured(OTEL) => [
-        "OTEL_EXPORT_ENABLED", "OTEL_EXPORTER_OTLP_*", "OTEL_TRACES_SAMPLE_RATIO",
-        "OTEL_SERVICE_NAME", "OTEL_METRICS_EXPORTER", "OTEL_METRIC_EXPORT_INTERVAL",
-        "OTEL_RESOURCE_ATTRIBUTES", "DYN_LIFECYCLE_TRACE_ENABLED", "DYN_LIFECYCLE_TRACE_MODE",
-    ];
-    NotHonoured(POOL) => [
-        "DYN_TCP_POOL_SIZE", "DYN_TCP_CHANNEL_BUFFER", "DYN_TCP_GLOBAL_CONNECT_LIMIT",
-        "DYN_TCP_HOST_IDLE_TTL_SECS",
-    ];
-    NotHonoured(THREADS) => [
-        "DYN_RUNTIME_NUM_WORKER_THREADS", "DYN_RUNTIME_MAX_BLOCKING_THREADS",
-        "DYN_COMPUTE_THREADS", "DYN_COMPUTE_STACK_SIZE", "DYN_COMPUTE_THREAD_PREFIX",
-        "DYN_ENABLE_POLL_HISTOGRAM", "DYN_TCP_WORKER_POOL_SIZE",
-    ];
-    NotHonoured("[core] in_flight_max bounds the requests of a core; nothing is queued") => [
-        "DYN_TCP_WORK_QUEUE_SIZE", "DYN_ENGINE_REQUEST_LIMIT", "DYN_DYNAMO_REQUEST_QUEUE_LIMIT",
-    ];
-    NotHonoured("connects have a bound of their own") => ["DYN_TCP_CONNECT_TIMEOUT"];
-    NotHonoured("receive buffers have one size, [core] buffer_bytes") => [
-        "DYN_TCP_SHRINK_MESSAGE_SIZE",
-    ];
-    NotHonoured("responses do not pass through the router: the worker dials the caller") => [
-        "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_TCP_RESPONSE_STREAM_PORT",
-        "DYN_TCP_LISTEN_BACKLOG", "DYN_QUIC_RESPONSE_BATCH_INTERVAL_US",
-        "DYN_QUIC_RESPONSE_BUFFER_CAPACITY", "DYN_HTTP_BACKEND_STREAM_TIMEOUT_SECS",
-    ];
-    NotHonoured("there is no such timing log; see /metrics") => ["DYN_TCP_LATENCY_TRACE"];
-    NotHonoured("payloads are passed on unread") => ["DYN_TOKEN_IDS_AS_BYTES"];
-    NotHonoured("an instance that failed is tried again after a time of its own") => [
-        "DYN_RUNTIME_INHIBITED_DURATION_SECS",
-    ];
-    NotHonoured("there is no policy by device in this version") => [
-        "DYN_ENCODER_CUDA_TO_CPU_RATIO",
-    ];
-    NotHonoured(KUBE) => ["DYN_KUBE_DISCOVERY_MODE"];
-    NotHonoured("routes name their endpoints in full") => ["DYN_NAMESPACE_PREFIX_STRICT"];
-    NotHonoured("the paths are /health and /live") => [
-        "DYN_SYSTEM_HEALTH_PATH", "DYN_SYSTEM_LIVE_PATH",
-    ];
-    NotHonoured("[server] status_port = -1 switches the status server off") => [
-        "DYN_SYSTEM_ENABLED",
-    ];
-    NotHonoured(HEALTH) => [
-        "DYN_SYSTEM_STARTING_HEALTH_STATUS", "DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS",
-        "DYN_HEALTH_CHECK_ENABLED", "DYN_HEALTH_CHECK_REQUEST_TIMEOUT", "DYN_CANARY_WAIT_TIME",
-        "DYN_LORA_ENABLED",
-    ];
-    NotHonoured("[drain] holds the times of a stop") => ["DYN_WORKER_GRACEFUL_SHUTDOWN_TIMEOUT"];
-    NotHonoured("the log is set by CORELANE_LOG or DYN_LOG") => [
-        "DYN_LOGGING_CONFIG_PATH", "DYN_LOGGING_SPAN_EVENTS",
-    ];
-    NotHonoured("log times are UTC") => ["DYN_LOG_USE_LOCAL_TZ"];
-    NotHonoured("metrics keep the names that are listed at /metrics") => ["DYN_METRICS_PREFIX"];
-};
 
 /// How loud a line of the report is.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -212,8 +95,13 @@ impl fmt::Display for Notice {
 pub fn report(env: &Env) -> Vec<Notice> {
     let ours = env
         .set()
-        .filter(|(name, value)| *name != "NO_COLOR" && !is_link(name, value));
+        .filter(|(name, value)| is_family(name) && !is_link(name, value));
     ours.map(|(name, value)| notice(env, name, value)).collect()
+}
+
+/// Whether a name is ours or Dynamo's by its beginning. Others that we look at are set everywhere.
+fn is_family(name: &str) -> bool {
+    FAMILIES.iter().any(|family| name.starts_with(family))
 }
 
 fn notice(env: &Env, name: &str, value: &str) -> Notice {
@@ -229,14 +117,19 @@ fn notice(env: &Env, name: &str, value: &str) -> Notice {
             None => line(Level::Info, sets),
         };
     }
-    match variable(name).map(|variable| variable.standing) {
-        Some(Effect(effect)) => line(Level::Info, effect.to_owned()),
-        Some(Only(only, _)) if value.trim().eq_ignore_ascii_case(only) => {
+    let known = variable(name);
+    match known.map(|variable| variable.standing) {
+        Some(Standing::Honoured) => {
+            let effect = known.map(|variable| variable.effect);
+            line(Level::Info, effect.unwrap_or_default().to_owned())
+        }
+        Some(Standing::Elsewhere(who)) => line(Level::Info, format!("is for {who}, not for us")),
+        Some(Standing::Only(only, _)) if value.trim().eq_ignore_ascii_case(only) => {
             line(Level::Info, format!("is {only}, as always"))
         }
-        Some(NotHonoured(reason) | Only(_, reason) | Refused(reason)) => {
-            line(Level::Warn, format!("is not honoured: {reason}"))
-        }
+        Some(
+            Standing::NotHonoured(reason) | Standing::Only(_, reason) | Standing::Refused(reason),
+        ) => line(Level::Warn, format!("is not honoured: {reason}")),
         None => {
             let known = config::keys()
                 .iter()
@@ -258,19 +151,20 @@ fn notice(env: &Env, name: &str, value: &str) -> Notice {
 /// The variables that stop a router: what they ask for cannot be had, and to go on without it
 /// would break or endanger what the user has.
 pub fn refusals(env: &Env) -> Vec<Problem> {
-    let refusal =
-        |(name, value): (&str, &str)| {
-            let at = || Origin::Env {
-                name: name.to_owned(),
-            };
-            match variable(name)?.standing {
-                Refused(reason) => Some(Problem::error(at(), reason, "unset it to go on without")),
-                Only(only, reason) if !value.trim().eq_ignore_ascii_case(only) => Some(
-                    Problem::error(at(), reason, format!("write {only}, or unset it")),
-                ),
-                _ => None,
-            }
+    let refusal = |(name, value): (&str, &str)| {
+        let at = || Origin::Env {
+            name: name.to_owned(),
         };
+        match variable(name)?.standing {
+            Standing::Refused(reason) => {
+                Some(Problem::error(at(), reason, "unset it to go on without"))
+            }
+            Standing::Only(only, reason) if !value.trim().eq_ignore_ascii_case(only) => Some(
+                Problem::error(at(), reason, format!("write {only}, or unset it")),
+            ),
+            _ => None,
+        }
+    };
     env.set().filter_map(refusal).collect()
 }
 
@@ -281,20 +175,6 @@ fn key_of(name: &str) -> Option<(&'static config::Key, bool)> {
         let other = key.aliases.iter().any(|alias| alias.name == name);
         (own || other).then_some((*key, own))
     })
-}
-
-fn names(key: &'static config::Key) -> Vec<String> {
-    let aliases = key.aliases.iter().map(|alias| alias.name.to_owned());
-    key.env().into_iter().chain(aliases).collect()
-}
-
-fn variable(name: &str) -> Option<&'static Variable> {
-    VARIABLES
-        .iter()
-        .find(|variable| match variable.name.strip_suffix('*') {
-            Some(prefix) => name.starts_with(prefix),
-            None => variable.name == name,
-        })
 }
 
 /// Whether Kubernetes wrote this for a service that happens to be called etcd, nats, corelane ...

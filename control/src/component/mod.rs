@@ -1,0 +1,84 @@
+//! Dynamo's component model for Rust programs: workers that answer on the shards of this process,
+//! and clients that call what others, or this process, serve.
+//!
+//! ```text
+//! Runtime -> namespace("production") -> component("worker") -> endpoint("generate")
+//!                                              serve(handler) <--'
+//! ```
+//!
+//! ```no_run
+//! use corelane::component::{Options, Outcome, Request, Runtime, Stream};
+//!
+//! async fn echo(request: Request, stream: &mut Stream) -> Outcome {
+//!     let text: String = request.parse()?;
+//!     for word in text.split(' ') {
+//!         stream.send(word).await?;
+//!     }
+//!     Ok(())
+//! }
+//!
+//! fn main() -> anyhow::Result<()> {
+//!     Runtime::run(Options::from_env()?, async |runtime| {
+//!         let component = runtime.namespace("production")?.component("worker")?;
+//!         component.endpoint("generate")?.serve(echo).await?;
+//!         runtime.stopping().await;
+//!         Ok(())
+//!     })?;
+//!     Ok(())
+//! }
+//! ```
+//!
+//! # What runs where
+//!
+//! A runtime has one or more *shards*, each a thread with sockets, buffers and an executor of its
+//! own, and the thread that called [`Runtime::run`], which does discovery, health and metrics and
+//! runs your `main`. A handler runs on the shard that received the request, without a hop to
+//! another thread, and needs no `Send`. It must not block: what does goes to tokio.
+//!
+//! # The life of an endpoint
+//!
+//! | state | what it means |
+//! |---|---|
+//! | [`State::Created`] | it exists, or its lease was lost and a new record is being written |
+//! | [`State::Registered`] | handlers are in place, and the record stands in discovery |
+//! | [`State::Running`] | it takes requests |
+//! | [`State::Healthy`] | its health check was answered, or it has none |
+//! | [`State::Stopping`] | out of discovery; running and queued requests end |
+//! | [`State::Deregistered`] | nothing of it runs any more |
+//!
+//! Each change is a line of the log, and is seen in `/health` and `/metrics`.
+//!
+//! # What is not here yet
+//!
+//! Requests come over TCP. A NATS service for each component would be made where
+//! [`Component::service_name`] names it, and would answer with [`Runtime::stats`].
+
+mod endpoint;
+mod error;
+mod handler;
+mod hub;
+mod metrics;
+mod names;
+mod open;
+mod options;
+mod paths;
+mod runtime;
+mod serving;
+mod shard;
+
+pub use corelane_codec::control_message::PayloadCodec;
+pub use corelane_codec::error::{Class, DynamoError, Reason};
+pub use corelane_codec::item::Annotated;
+pub use corelane_codec::path::{EndpointId, Reference};
+
+pub use crate::discovery::MemoryStore;
+pub use crate::health::State;
+
+pub use endpoint::{Component, Endpoint, Namespace};
+pub use error::{Error, Fault, Outcome};
+pub use handler::{Handler, Request, Stream};
+pub use names::BadName;
+pub use options::{Admission, Checks, Options};
+pub use runtime::Runtime;
+pub use serving::Served;
+pub use shard::Shard;

@@ -1,0 +1,433 @@
+//! The runtime of one process: shards, discovery, what is served and what is called, from the
+//! start to the end of the drain.
+//!
+//! ```text
+//! start: shards listen -> status server -> discovery
+//! stop:  not ready -> all endpoints out of discovery -> grace -> new requests refused
+//!        -> running and queued ones end (bounded) -> lease back -> shards stop -> status server
+//! ```
+
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use corelane_codec::path::{EndpointId, Reference, instance_path};
+use corelane_engine::ends::{Ends, HomeAddress};
+use corelane_engine::shard::Command;
+use serde_json::json;
+use tokio::runtime::Builder;
+use tokio::sync::{Mutex, watch};
+use tokio::task::LocalSet;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::endpoint::{Endpoint, Namespace};
+use super::error::Error;
+use super::hub::Hub;
+use super::names;
+use super::options::Options;
+use super::paths::Paths;
+use super::serving::Serving;
+use super::{metrics, open};
+use crate::config::Backend;
+use crate::cores::Cores;
+use crate::discovery::Discovery;
+use crate::health::{Endpoints, Hold, Settings, State};
+use crate::metrics::{ProcessNumbers, Snapshot};
+use crate::status_server::{Health, StatusOptions, StatusServer};
+use crate::supervise::Signals;
+
+/// Everything of one process. Clones are the same runtime; it stays on the thread that made it,
+/// while [`super::Client`]s may go anywhere.
+#[derive(Clone)]
+pub struct Runtime(Rc<Inner>);
+
+pub(super) struct Inner {
+    pub(super) options: Options,
+    pub(super) cores: Rc<Cores>,
+    pub(super) hub: std::sync::Arc<Hub>,
+    pub(super) discovery: Discovery,
+    /// Where callers are told to dial.
+    pub(super) address: SocketAddr,
+    pub(super) endpoints: Endpoints,
+    pub(super) paths: Rc<Paths>,
+    pub(super) serving: RefCell<Vec<Rc<Serving>>>,
+    pub(super) serving_turn: Mutex<()>,
+    /// Handlers that the shards have.
+    pub(super) handlers: Cell<u32>,
+    pub(super) stopping: watch::Sender<bool>,
+    began: Instant,
+    status: RefCell<Option<StatusServer>>,
+}
+
+impl Inner {
+    pub(super) fn is_stopping(&self) -> bool {
+        *self.stopping.borrow()
+    }
+
+    /// Whether callers learn from a store when we leave.
+    fn is_watched(&self) -> bool {
+        self.options.discovery.backend != Backend::Memory
+    }
+}
+
+impl Runtime {
+    /// Runs `main` with a runtime on this thread, and stops in good order when `main` returns, or
+    /// at SIGTERM or SIGINT (unless [`Options::signals`] says otherwise): a second signal ends at
+    /// once. `main` is told by [`Runtime::stopping`]; once everything has been drained it has
+    /// `DYN_WORKER_GRACEFUL_SHUTDOWN_TIMEOUT` seconds (30) to return.
+    ///
+    /// # Errors
+    /// The start fails (an address is taken, the store cannot be reached in time), `main` fails,
+    /// or a second signal came.
+    pub fn run<T>(
+        options: Options,
+        main: impl AsyncFnOnce(Runtime) -> Result<T>,
+    ) -> Result<Option<T>> {
+        let tokio = Builder::new_current_thread().enable_all().build();
+        let tokio = tokio.context("cannot make the control runtime")?;
+        let local = LocalSet::new();
+        let outcome = local.block_on(&tokio, run(options, main));
+        // Tasks may hold what others wait for: they go first, and nobody waits for file work.
+        drop(local);
+        tokio.shutdown_background();
+        outcome
+    }
+
+    /// Starts a runtime inside a `tokio::task::LocalSet` of yours. End it with [`Runtime::stop`].
+    ///
+    /// # Errors
+    /// An address is taken, the host cannot do what is required, or the store cannot be reached
+    /// in time.
+    pub async fn start(options: Options) -> Result<Runtime> {
+        let plan = options.plan()?;
+        let home = HomeAddress {
+            bind: SocketAddr::new(options.server.host, 0),
+            advertise: options.server.advertised(),
+        };
+        let (admission, shards) = (options.admission, plan.shards.len());
+        let calls_max = options.calls_max;
+        let ends = move |index| {
+            let part = admission.part(index, shards);
+            Ends {
+                running_max: part.running_max,
+                queue_max: part.queue_max,
+                home: Some(home),
+                calls_max,
+                ..Ends::default()
+            }
+        };
+        let cores = Cores::spawn_with(&plan, ends)?;
+        cores.started().await?;
+        let address = SocketAddr::new(options.server.advertised(), cores.address().port());
+        let paths = Paths::new(&cores);
+        let discovery = match open::discovery(&options, &paths).await {
+            Ok(discovery) => discovery,
+            Err(error) => {
+                cores.stop().await;
+                return Err(error);
+            }
+        };
+        let (settings, complaints) = Settings::read(&options.env);
+        for complaint in complaints {
+            tracing::warn!("{complaint}");
+        }
+        let stopping = watch::Sender::new(false);
+        let runtime = Runtime(Rc::new(Inner {
+            hub: Hub::new(&cores),
+            options,
+            cores,
+            discovery,
+            address,
+            endpoints: Endpoints::new(settings),
+            paths,
+            serving: RefCell::default(),
+            serving_turn: Mutex::new(()),
+            handlers: Cell::new(0),
+            stopping,
+            began: Instant::now(),
+            status: RefCell::default(),
+        }));
+        if let Err(error) = runtime.serve_status().await {
+            runtime.stop().await;
+            return Err(error);
+        }
+        tracing::info!(%address, shards, "runtime ready");
+        Ok(runtime)
+    }
+
+    pub(super) fn inner(&self) -> &Rc<Inner> {
+        &self.0
+    }
+
+    /// A namespace to offer work in.
+    ///
+    /// # Errors
+    /// The name is not one that may be made up: `^[a-z0-9_-]+$`.
+    pub fn namespace(&self, name: &str) -> Result<Namespace, Error> {
+        names::check(names::NAMESPACE, name)?;
+        Ok(Namespace {
+            runtime: self.clone(),
+            name: name.to_owned(),
+        })
+    }
+
+    /// The endpoint of any name that anybody uses: `a/b/c`, `a.b.c`, `dyn://a.b.c`, a key of etcd,
+    /// a service name or subject of NATS, a request path; also as the generation before 1.6.1
+    /// wrote them. Where that has two readings this is the one of 1.6.1.
+    ///
+    /// # Errors
+    /// The text names no component, or can be split in more than one way.
+    pub fn endpoint(&self, reference: &str) -> Result<Endpoint, Error> {
+        let mut readings = Reference::parse(reference)?.endpoints();
+        Ok(Endpoint::new(self, readings.swap_remove(0)))
+    }
+
+    /// Where requests come in, as callers are told.
+    pub fn address(&self) -> SocketAddr {
+        self.0.address
+    }
+
+    /// Where `/health`, `/live` and `/metrics` are, unless they are off.
+    pub fn status_address(&self) -> Option<SocketAddr> {
+        self.0.status.borrow().as_ref().map(StatusServer::address)
+    }
+
+    /// Our identity in discovery; another one after a lost lease.
+    pub fn instance_id(&self) -> u64 {
+        self.0.discovery.instance_id()
+    }
+
+    /// The states of all endpoints, for whoever shows them.
+    pub fn endpoints(&self) -> &Endpoints {
+        &self.0.endpoints
+    }
+
+    /// Keeps the process not ready until what is returned is dropped: while a model is loaded,
+    /// for example.
+    pub fn hold_readiness(&self) -> Hold {
+        self.0.endpoints.hold()
+    }
+
+    /// What each endpoint counts, and what its [`Endpoint::stats`] tells.
+    pub fn stats(&self) -> serde_json::Value {
+        let of = |serving: &Rc<Serving>| {
+            let own = serving.stats_handler.as_ref().map(|stats| stats());
+            json!({
+                "endpoint": serving.id.to_string(),
+                "instance_id": serving.instance_id.get(),
+                "requests": serving.sum(|stats| stats.requests.get()),
+                "refused": serving.sum(|stats| stats.refused.get()),
+                "finished": serving.sum(|stats| stats.finished.get()),
+                "failed": serving.sum(|stats| stats.failed.get()),
+                "busy": serving.busy(),
+                "data": own,
+            })
+        };
+        let serving = self.0.serving.borrow();
+        serde_json::Value::Array(serving.iter().map(of).collect())
+    }
+
+    /// Waits until the runtime is to end: a signal, or [`Runtime::stop`].
+    pub async fn stopping(&self) {
+        // The sender is ours.
+        let _ = self.0.stopping.subscribe().wait_for(|stop| *stop).await;
+    }
+
+    /// Stops in the documented order; when this returns nothing runs any more.
+    pub async fn stop(&self) {
+        let inner = &self.0;
+        if inner.stopping.send_replace(true) {
+            return;
+        }
+        let began = Instant::now();
+        inner.endpoints.leave();
+        let serving = inner.serving.borrow().clone();
+        for serving in &serving {
+            if !serving.is_stopping() {
+                serving.withdraw(inner).await;
+            }
+        }
+        if inner.is_watched() && !serving.is_empty() {
+            let grace = Duration::from_secs(inner.options.drain.grace_s.into());
+            tracing::info!(?grace, "drain: still accepting");
+            sleep(grace).await;
+        }
+        tracing::info!("drain: refusing new requests");
+        inner.cores.tell(|| Command::Drain).await;
+        let draining = |stats: &corelane_engine::stats::Stats| stats.shard.draining.get();
+        inner
+            .cores
+            .reached(1, Duration::from_secs(2), draining)
+            .await;
+        let deadline = began + Duration::from_secs(inner.options.drain.timeout_s.into());
+        for serving in &serving {
+            let left = deadline.saturating_duration_since(Instant::now());
+            serving.emptied(left).await;
+        }
+        inner.discovery.close().await;
+        tracing::info!("drain: left the store");
+        for serving in &serving {
+            serving.entry.turn(State::Deregistered);
+        }
+        inner.cores.stop().await;
+        let status = inner.status.take();
+        if let Some(status) = status {
+            status.stop().await;
+        }
+        tracing::info!(took = ?began.elapsed(), "stopped");
+    }
+
+    /// An endpoint has been taken away.
+    pub(super) fn forget(inner: &Inner, serving: &Rc<Serving>) {
+        let mut all = inner.serving.borrow_mut();
+        all.retain(|other| !Rc::ptr_eq(other, serving));
+    }
+
+    async fn serve_status(&self) -> Result<()> {
+        let Some(address) = self.0.options.status else {
+            return Ok(());
+        };
+        let (health, numbers) = (Rc::downgrade(&self.0), Rc::downgrade(&self.0));
+        let health = move || health.upgrade().map(|inner| inner.health());
+        let numbers = move || numbers.upgrade().map(|inner| inner.metrics());
+        let started = StatusServer::start(
+            StatusOptions::new(address),
+            move || health().unwrap_or_default(),
+            move || numbers().unwrap_or_default(),
+        );
+        let status = started
+            .await
+            .with_context(|| format!("cannot serve /health at {address}; choose another port"))?;
+        tracing::info!(address = %status.address(), "status server: /live /health /metrics");
+        self.0.status.replace(Some(status));
+        Ok(())
+    }
+}
+
+impl Inner {
+    fn health(&self) -> Health {
+        let seen = self.endpoints.seen();
+        let path = |id: &EndpointId, instance: u64| {
+            let path = instance_path(instance, id);
+            (id.to_string(), format!("{}/{path}", self.address))
+        };
+        Health {
+            ready: self.endpoints.is_ready() && self.cores.all_run(),
+            endpoints: seen
+                .iter()
+                .map(|seen| (seen.id.to_string(), seen.ready))
+                .collect(),
+            paths: seen
+                .iter()
+                .filter_map(|seen| Some(path(&seen.id, seen.instance_id?)))
+                .collect(),
+        }
+    }
+
+    fn metrics(&self) -> String {
+        let process = ProcessNumbers {
+            uptime: self.began.elapsed(),
+            directories: 0,
+            draining: self.is_stopping(),
+        };
+        let stats = Some(&**self.discovery.stats());
+        let cores = Snapshot::take(&self.cores.view(), Vec::new(), process, stats).render();
+        let serving = self.serving.borrow();
+        metrics::with_endpoints(cores, &self.endpoints.seen(), &serving)
+    }
+}
+
+async fn run<T>(
+    options: Options,
+    main: impl AsyncFnOnce(Runtime) -> Result<T>,
+) -> Result<Option<T>> {
+    let mut signals = match options.signals {
+        true => Some(Signals::catch().context("cannot catch signals")?),
+        false => None,
+    };
+    let work_max = options.work_max;
+    let runtime = tokio::select! {
+        started = Runtime::start(options) => started?,
+        name = next(&mut signals) => {
+            tracing::info!("{name} before everything had started: ending");
+            return Ok(None);
+        }
+    };
+    let ending = runtime.clone();
+    let life = async {
+        let mut work = pin!(main(runtime.clone()));
+        let outcome = tokio::select! {
+            outcome = &mut work => Some(outcome),
+            () = runtime.stopping() => None,
+            () = runtime.0.cores.failed() => bail!("a core has ended by itself"),
+        };
+        match outcome {
+            Some(outcome) => {
+                runtime.stop().await;
+                outcome.map(Some)
+            }
+            None => after(&runtime, work, work_max).await,
+        }
+    };
+    let mut life = pin!(life);
+    tokio::select! {
+        outcome = &mut life => return outcome,
+        name = next(&mut signals) => {
+            tracing::info!("{name}: draining; a second signal ends at once");
+        }
+    }
+    let stop = async {
+        ending.stop().await;
+        std::future::pending().await
+    };
+    tokio::select! {
+        outcome = life => outcome,
+        () = stop => Ok(None),
+        name = next(&mut signals) => bail!("{name} again: ended at once"),
+    }
+}
+
+/// The rest of the program's own work once the runtime is stopping.
+async fn after<T>(
+    runtime: &Runtime,
+    work: impl Future<Output = Result<T>>,
+    patience: Duration,
+) -> Result<Option<T>> {
+    let mut work = pin!(work);
+    let drained = async {
+        while !runtime.0.cores.are_stopped() {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::select! {
+        outcome = &mut work => {
+            runtime.drained().await;
+            return outcome.map(Some);
+        }
+        () = drained => {}
+    }
+    match timeout(patience, work).await {
+        Ok(outcome) => outcome.map(Some),
+        Err(_) => bail!("the program's own work goes on {patience:?} after everything stopped"),
+    }
+}
+
+impl Runtime {
+    /// Waits until a stop that somebody else has begun is over.
+    async fn drained(&self) {
+        while !self.0.cores.are_stopped() {
+            sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+async fn next(signals: &mut Option<Signals>) -> &'static str {
+    match signals {
+        Some(signals) => signals.next().await,
+        None => std::future::pending().await,
+    }
+}

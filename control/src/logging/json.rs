@@ -1,0 +1,162 @@
+//! A line of the log as one JSON object, keys as `spec/events-discovery.md` §9.2 has them.
+
+use std::fmt;
+
+use serde_json::{Map, Value};
+use tracing::field::{Field, Visit};
+use tracing::{Event, Subscriber};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::FormatTime;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
+
+use super::clock::Clock;
+
+/// One JSON object for each event: time, level, file, line, target, message, then its fields by
+/// name.
+pub(super) struct JsonLines(pub(super) Clock);
+
+impl<S, N> FormatEvent<S, N> for JsonLines
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        _: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let meta = event.metadata();
+        let mut time = String::new();
+        self.0.format_time(&mut Writer::new(&mut time))?;
+        let mut fields = Fields::default();
+        event.record(&mut fields);
+        write!(
+            writer,
+            "{{\"time\":{},\"level\":\"{}\"",
+            text(&time),
+            meta.level()
+        )?;
+        if let (Some(file), Some(line)) = (meta.file(), meta.line()) {
+            write!(writer, ",\"file\":{},\"line\":{line}", text(file))?;
+        }
+        write!(writer, ",\"target\":{}", text(meta.target()))?;
+        write!(writer, ",\"message\":{}", text(&fields.message))?;
+        for (name, value) in &fields.others {
+            write!(writer, ",{}:{value}", text(name))?;
+        }
+        writeln!(writer, "}}")
+    }
+}
+
+fn text(text: &str) -> Value {
+    Value::String(text.to_owned())
+}
+
+/// A text that is a JSON object or list stands in the line as such. (Dynamo does so with numbers
+/// too, which changes ids that look like some.)
+fn embedded(value: &str) -> Value {
+    let shaped = value.starts_with(['{', '[']);
+    let read = shaped.then(|| serde_json::from_str(value).ok()).flatten();
+    read.unwrap_or_else(|| text(value))
+}
+
+/// The fields of an event.
+#[derive(Default)]
+struct Fields {
+    message: String,
+    others: Map<String, Value>,
+}
+
+impl Fields {
+    fn put(&mut self, field: &Field, value: Value) {
+        // These names are the line's own.
+        const TAKEN: [&str; 6] = ["time", "level", "file", "line", "target", "message"];
+        if !TAKEN.contains(&field.name()) {
+            self.others.insert(field.name().to_owned(), value);
+        }
+    }
+}
+
+impl Visit for Fields {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        if field.name() == "message" {
+            self.message = format!("{value:?}");
+        } else {
+            self.put(field, Value::String(format!("{value:?}")));
+        }
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        if field.name() == "message" {
+            self.message = value.to_owned();
+        } else {
+            self.put(field, embedded(value));
+        }
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.put(field, value.into());
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.put(field, value.into());
+    }
+
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        self.put(field, value.into());
+    }
+
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.put(field, value.into());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[test]
+    fn json_lines_have_dynamos_keys_in_order() {
+        #[derive(Clone, Default)]
+        struct Sink(Arc<Mutex<Vec<u8>>>);
+        impl Write for Sink {
+            fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+                self.0.lock().unwrap().extend_from_slice(bytes);
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let sink = Sink::default();
+        let writer = sink.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .event_format(JsonLines(Clock::utc()))
+            .with_writer(move || writer.clone())
+            .finish();
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::warn!(zeta = 1, alpha = "a\"b", list = "[1,{}]", "hello {}", 5);
+        });
+        let line = String::from_utf8(sink.0.lock().unwrap().clone()).unwrap();
+        assert_eq!(line.matches('\n').count(), 1);
+        let value: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(value["message"], "hello 5");
+        assert_eq!(value["alpha"], "a\"b");
+        assert_eq!(value["zeta"], 1);
+        assert_eq!(value["list"], serde_json::json!([1, {}]));
+        let at = |key: &str| line.find(&format!("\"{key}\":")).unwrap();
+        let order = [
+            "time", "level", "file", "line", "target", "message", "alpha", "zeta",
+        ];
+        assert!(
+            order.windows(2).all(|pair| at(pair[0]) < at(pair[1])),
+            "{line}"
+        );
+        assert!(value["time"].as_str().unwrap().ends_with('Z'));
+    }
+}

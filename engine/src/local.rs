@@ -1,0 +1,522 @@
+//! Tasks of a shard that are no handlers, and the calls that tasks and handlers make without
+//! leaving their core.
+//!
+//! ```text
+//! Command::Run, Host::spawn ---> task
+//! task --Caller::call--> new --(client)--> worker
+//! task <--Reply::next--- inbox <--(home)--- worker
+//! ```
+//!
+//! A call ends for one of four reasons: its response is over, it fails, a deadline passes, or its
+//! [`Reply`] is dropped, which kills it.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::fmt;
+use std::future::{Future, poll_fn};
+use std::ops::Deref;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+
+use corelane_codec::error::{DynamoError, Reason};
+use corelane_codec::reply_frame;
+
+use crate::call::{NewCall, What};
+use crate::client::{self, Hearer};
+use crate::home;
+use crate::responder::Host;
+use crate::ring::Ring;
+use crate::shard::Shard;
+use crate::table::NONE;
+
+/// Items of a reply that may wait for their reader before the worker's socket is left unread.
+const ITEMS_MAX: usize = 64;
+/// Bytes that may.
+const BYTES_MAX: usize = 256 * 1024;
+/// Tasks of one shard that are no handlers, at most.
+const JOBS_MAX: usize = 64 * 1024;
+
+type Work = Pin<Box<dyn Future<Output = ()>>>;
+
+/// What [`crate::command::Command::Run`] carries: makes a task on the thread of its shard.
+pub struct Run(Box<dyn FnOnce(Host) -> Work + Send>);
+
+impl Run {
+    /// A task that `make` makes there.
+    pub fn new<F, A>(make: F) -> Run
+    where
+        F: FnOnce(Host) -> A + Send + 'static,
+        A: Future<Output = ()> + 'static,
+    {
+        Run(Box::new(move |host| Box::pin(make(host))))
+    }
+
+    /// Makes the task inside itself, so that a panic of `make` ends no more than the task.
+    pub(crate) fn begin(self, host: &Host) {
+        let (Run(make), own) = (self, host.clone());
+        host.spawn(async move { make(own).await });
+    }
+}
+
+impl fmt::Debug for Run {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("Run")
+    }
+}
+
+/// What the tasks of a shard have asked for since the shard looked last.
+#[derive(Default)]
+pub(crate) struct Wishes {
+    calls: RefCell<Vec<(NewCall, Shared)>>,
+    /// Calls that their reader has touched, by slot and generation.
+    touched: RefCell<Vec<(u32, u32)>>,
+    jobs: RefCell<Vec<Job>>,
+    /// Jobs that have not ended.
+    running: Cell<usize>,
+    /// Calls that there are places for; `None` on a shard that makes no calls.
+    places: Cell<Option<usize>>,
+}
+
+impl Wishes {
+    pub(crate) fn set_places(&self, places: Option<usize>) {
+        self.places.set(places);
+    }
+
+    pub(crate) fn take_calls(&self, into: &mut Vec<(NewCall, Shared)>) {
+        into.append(&mut self.calls.borrow_mut());
+    }
+
+    pub(crate) fn take_touched(&self, into: &mut Vec<(u32, u32)>) {
+        into.append(&mut self.touched.borrow_mut());
+    }
+
+    pub(crate) fn take_jobs(&self) -> Vec<Job> {
+        std::mem::take(&mut *self.jobs.borrow_mut())
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.calls.borrow().is_empty()
+            && self.touched.borrow().is_empty()
+            && self.jobs.borrow().is_empty()
+    }
+}
+
+impl Host {
+    /// Runs `work` on this shard, beside all else. A panic ends it and nothing more. Answers
+    /// whether there was room: 65,536 such tasks can run at the same time.
+    pub fn spawn(&self, work: impl Future<Output = ()> + 'static) -> bool {
+        let wishes = self.wishes();
+        if wishes.running.get() >= JOBS_MAX {
+            return false;
+        }
+        wishes.running.set(wishes.running.get() + 1);
+        self.task_began();
+        wishes.jobs.borrow_mut().push(Job {
+            work: Some(Box::pin(work)),
+            host: self.clone(),
+        });
+        true
+    }
+
+    /// What makes calls from this shard.
+    pub fn caller(&self) -> Caller {
+        Caller { host: self.clone() }
+    }
+}
+
+/// A task that is no handler.
+pub(crate) struct Job {
+    work: Option<Work>,
+    host: Host,
+}
+
+impl Job {
+    fn put_down(&mut self) {
+        let work = self.work.take();
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(work)));
+    }
+}
+
+impl Future for Job {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        if let Some(work) = &mut self.work {
+            let poll = catch_unwind(AssertUnwindSafe(|| work.as_mut().poll(context)));
+            if matches!(poll, Ok(Poll::Pending)) {
+                return Poll::Pending;
+            }
+        }
+        self.put_down();
+        Poll::Ready(())
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        self.put_down();
+        let wishes = self.host.wishes();
+        wishes.running.set(wishes.running.get() - 1);
+        self.host.task_ended();
+    }
+}
+
+/// Makes calls from the shard that it belongs to. Cheap to clone.
+#[derive(Clone)]
+pub struct Caller {
+    host: Host,
+}
+
+impl Caller {
+    /// Begins a call. [`NewCall::number`] means nothing here. What goes wrong, from the beginning
+    /// on, comes out of the reply.
+    pub fn call(&self, new: NewCall) -> Reply {
+        let inbox = Rc::new(RefCell::new(Inbox::new(&self.host)));
+        let wishes = self.host.wishes();
+        match wishes.places.get() {
+            None => {
+                let text = "this shard has no call-home listener, so it cannot call";
+                inbox.borrow_mut().fail(DynamoError::invalid_argument(text));
+            }
+            Some(0) => inbox.borrow_mut().fail(too_many()),
+            Some(places) => {
+                wishes.places.set(Some(places - 1));
+                let entry = (new, Rc::clone(&inbox));
+                wishes.calls.borrow_mut().push(entry);
+            }
+        }
+        Reply { inbox }
+    }
+
+    /// The shard that it belongs to.
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+}
+
+/// No place is left for another call.
+pub(crate) fn too_many() -> DynamoError {
+    let text = "too many calls at the same time; raise calls_max or call less at once";
+    DynamoError::resource_exhausted(text)
+}
+
+/// One item of a reply: the data of its wrapper, still encoded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Item(Vec<u8>);
+
+impl Item {
+    /// The bytes, owned.
+    pub fn into_bytes(self) -> Vec<u8> {
+        self.0
+    }
+}
+
+impl Deref for Item {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// How a reply has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The whole response has come.
+    Complete,
+    /// It ended early because its reader wanted that.
+    Stopped,
+    /// It came to nothing, or broke off; the error was the last thing that it gave.
+    Failed,
+}
+
+/// The response of one call. Dropped before its end it kills the call.
+///
+/// Up to 64 items or 256 KiB wait for their reader; then the worker is not read from, and is held
+/// back in its turn. The deadlines of the call hold in any case.
+pub struct Reply {
+    inbox: Shared,
+}
+
+impl Reply {
+    /// The next item, or an error; `None` at the end. An error is the last thing that comes,
+    /// unless it is an item that could not be understood.
+    pub async fn next(&mut self) -> Option<Result<Item, DynamoError>> {
+        poll_fn(|context| self.poll_next(context)).await
+    }
+
+    /// [`Reply::next`] for those who poll.
+    pub fn poll_next(
+        &mut self,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Item, DynamoError>>> {
+        let mut inbox = self.inbox.borrow_mut();
+        if let Some(item) = inbox.take() {
+            return Poll::Ready(Some(item.map(Item)));
+        }
+        if inbox.ending.is_some() {
+            return Poll::Ready(None);
+        }
+        inbox.wait(context)
+    }
+
+    /// Waits until the worker has begun to respond: its prologue says that the request is good.
+    /// A call that is stopped before that has begun as well; it gives no items.
+    ///
+    /// # Errors
+    /// Why the call came to nothing.
+    pub async fn begun(&mut self) -> Result<(), DynamoError> {
+        poll_fn(|context| self.poll_begun(context)).await
+    }
+
+    /// [`Reply::begun`] for those who poll.
+    pub fn poll_begun(&mut self, context: &mut Context<'_>) -> Poll<Result<(), DynamoError>> {
+        let mut inbox = self.inbox.borrow_mut();
+        if inbox.begun {
+            return Poll::Ready(Ok(()));
+        }
+        if inbox.ending.is_none() {
+            return inbox.wait(context);
+        }
+        match inbox.take() {
+            Some(Err(error)) => Poll::Ready(Err(error)),
+            _ => Poll::Ready(Ok(())),
+        }
+    }
+
+    /// Asks the worker to stop. What it still sends is given.
+    pub fn stop(&self) {
+        self.inbox.borrow_mut().wish(false);
+    }
+
+    /// Tells the worker to end at once; nothing more is given.
+    pub fn kill(&self) {
+        self.inbox.borrow_mut().wish(true);
+    }
+
+    /// How it has ended, if it has. Items may still lie here.
+    pub fn ending(&self) -> Option<Ending> {
+        self.inbox.borrow().ending
+    }
+}
+
+impl Drop for Reply {
+    fn drop(&mut self) {
+        let mut inbox = self.inbox.borrow_mut();
+        inbox.waker = None;
+        inbox.wish(true);
+    }
+}
+
+/// What a call and its reader share.
+pub(crate) struct Inbox {
+    items: VecDeque<Result<Vec<u8>, DynamoError>>,
+    bytes: usize,
+    begun: bool,
+    ending: Option<Ending>,
+    waker: Option<Waker>,
+    /// The call's slot and generation, once it has one.
+    place: Option<(u32, u32)>,
+    /// The reader wants it to end: `Some(kill)`.
+    wish: Option<bool>,
+    /// The call waits for room here.
+    held_up: bool,
+    touched: bool,
+    host: Host,
+}
+
+/// An inbox as a call and its reader hold it.
+pub(crate) type Shared = Rc<RefCell<Inbox>>;
+
+impl Inbox {
+    fn new(host: &Host) -> Inbox {
+        Inbox {
+            items: VecDeque::new(),
+            bytes: 0,
+            begun: false,
+            ending: None,
+            waker: None,
+            place: None,
+            wish: None,
+            held_up: false,
+            touched: false,
+            host: host.clone(),
+        }
+    }
+
+    // --- for the reader --------------------------------------------------------------
+
+    fn take(&mut self) -> Option<Result<Vec<u8>, DynamoError>> {
+        let item = self.items.pop_front()?;
+        if let Ok(data) = &item {
+            self.bytes -= data.len();
+        }
+        if self.held_up && self.has_room() {
+            self.held_up = false;
+            self.touch();
+        }
+        Some(item)
+    }
+
+    fn wait<T>(&mut self, context: &mut Context<'_>) -> Poll<T> {
+        match &self.waker {
+            Some(waker) if waker.will_wake(context.waker()) => {}
+            _ => self.waker = Some(context.waker().clone()),
+        }
+        Poll::Pending
+    }
+
+    fn wish(&mut self, kill: bool) {
+        if kill {
+            self.items.clear();
+            self.bytes = 0;
+        }
+        if self.ending.is_none() && !self.wish.is_some_and(|killed| killed || !kill) {
+            self.wish = Some(kill);
+            self.touch();
+        }
+    }
+
+    fn touch(&mut self) {
+        if let Some(place) = self.place
+            && !self.touched
+        {
+            self.touched = true;
+            self.host.wishes().touched.borrow_mut().push(place);
+        }
+    }
+
+    // --- for the call ----------------------------------------------------------------
+
+    /// The call has a slot.
+    pub(crate) fn placed(&mut self, place: (u32, u32)) {
+        self.place = Some(place);
+    }
+
+    /// Whether the reader wants it to end, and how; told once.
+    pub(crate) fn seen(&mut self) -> Option<bool> {
+        self.touched = false;
+        self.wish
+    }
+
+    /// Whether another item can be taken.
+    pub(crate) fn has_room(&self) -> bool {
+        self.items.len() < ITEMS_MAX && self.bytes < BYTES_MAX
+    }
+
+    /// The call waits until [`Inbox::has_room`].
+    pub(crate) fn hold_up(&mut self) {
+        self.held_up = true;
+    }
+
+    /// The prologue was good.
+    pub(crate) fn begin(&mut self) {
+        self.begun = true;
+        self.wake();
+    }
+
+    /// Something has happened to the call.
+    pub(crate) fn tell(&mut self, what: What) {
+        match what {
+            What::Acked => return,
+            What::Item(data) => {
+                self.bytes += data.len();
+                self.items.push_back(Ok(data));
+            }
+            What::BadItem(error) => self.items.push_back(Err(error)),
+            What::Finished => self.ending = Some(Ending::Complete),
+            What::Stopped => self.ending = Some(Ending::Stopped),
+            What::Refused(text) => return self.fail(refused(text)),
+            What::Failed(error) => return self.fail(error),
+        }
+        self.wake();
+    }
+
+    pub(crate) fn fail(&mut self, error: DynamoError) {
+        self.items.push_back(Err(error));
+        self.ending = Some(Ending::Failed);
+        self.wake();
+    }
+
+    fn wake(&mut self) {
+        if let Some(waker) = self.waker.take() {
+            self.host.wake(waker);
+        }
+    }
+}
+
+/// A worker's refusal as an error (spec/request-plane.md §2.5).
+fn refused(text: String) -> DynamoError {
+    let reason = match reply_frame::Reply::classify(text.as_bytes()) {
+        reply_frame::Reply::Overloaded(_) => Reason::WorkerOverloaded,
+        _ => Reason::WorkerUnavailable,
+    };
+    DynamoError::new(reason, text)
+}
+
+/// Does what tasks have asked for since the last time.
+pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
+    let host = shard.worker.host.clone();
+    if !host.wishes().is_empty() {
+        for job in host.wishes().take_jobs() {
+            shard.worker.spawner.spawn(job);
+        }
+        let mut begun = std::mem::take(&mut shard.client.begun);
+        host.wishes().take_calls(&mut begun);
+        for (new, inbox) in begun.drain(..) {
+            begin_local(shard, new, inbox);
+        }
+        shard.client.begun = begun;
+        let mut touched = std::mem::take(&mut shard.client.touched);
+        host.wishes().take_touched(&mut touched);
+        for (slot, generation) in touched.drain(..) {
+            if shard.client.calls.is_current(slot, generation) {
+                hear_reader(shard, slot);
+            }
+        }
+        shard.client.touched = touched;
+    }
+    show_places(shard);
+}
+
+/// Tells tasks how many calls they may begin.
+pub(crate) fn show_places<R: Ring>(shard: &Shard<R>) {
+    let calls = &shard.client.calls;
+    let places = calls.capacity() - calls.used();
+    let can_call = shard.client.listener.is_some();
+    let wishes = shard.worker.host.wishes();
+    wishes.set_places(can_call.then_some(places));
+}
+
+/// The reader of a reply has taken something, or wants the call to end.
+fn hear_reader<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    let call = &mut shard.client.calls[slot];
+    let Hearer::Task(inbox) = &call.hearer else {
+        return;
+    };
+    let wish = inbox.borrow_mut().seen();
+    let has_room = inbox.borrow().has_room();
+    let home = call.home;
+    if has_room && std::mem::take(&mut call.held_up) && home != NONE {
+        home::go_on(shard, home);
+    }
+    // It may have ended just now, and its place may be another's.
+    if let Some(kill) = wish
+        && shard.client.calls.get(slot).is_some()
+    {
+        client::end_one_early(shard, slot, kill);
+    }
+}
+
+/// Begins a call for a task.
+fn begin_local<R: Ring>(shard: &mut Shard<R>, new: NewCall, inbox: Shared) {
+    if inbox.borrow_mut().seen().is_some() {
+        return inbox.borrow_mut().tell(What::Stopped);
+    }
+    let hearer = Hearer::Task(Rc::clone(&inbox));
+    if let Err(error) = client::begin_for(shard, new, hearer) {
+        inbox.borrow_mut().fail(error);
+    }
+}
