@@ -14,6 +14,7 @@ pub mod discovery;
 pub mod echo;
 pub mod env;
 pub mod health;
+pub mod lanes;
 pub mod lease;
 pub mod logging;
 pub mod metrics;

@@ -82,7 +82,7 @@ impl Peer {
                     failure.unwrap_or_else(|| "the shard ended at once".into())
                 )
             }
-            Ok(Report::Undecodable { .. }) => Ok(peer),
+            Ok(Report::Undecodable { .. } | Report::LaneEnded { .. }) => Ok(peer),
             Err(_) => bail!("the shard does not run after {START_MAX:?}"),
         }
     }
@@ -133,7 +133,7 @@ impl Peer {
     pub async fn ended(&self) -> String {
         loop {
             match self.report().await {
-                Report::Started { .. } => {}
+                Report::Started { .. } | Report::LaneEnded { .. } => {}
                 Report::Undecodable { why } => {
                     tracing::warn!(why, "a request cannot be decoded");
                 }

@@ -85,7 +85,8 @@ impl Outgoing {
             let rest = [&mut self.sending, &mut self.waiting];
             for mixed in rest {
                 mixed.lent_bytes = 0;
-                self.returned.extend(mixed.lent.drain(..).map(|(_, lent)| lent));
+                self.returned
+                    .extend(mixed.lent.drain(..).map(|(_, lent)| lent));
             }
         }
         self.returned.drain(..)
@@ -211,7 +212,11 @@ mod tests {
         };
         let mut outgoing = Outgoing::default();
         outgoing.waiting().extend_from_slice(b"abcd");
-        outgoing.lend(&mut vec![(2, block(1, 4)), (2, block(2, 2)), (4, block(3, 1))]);
+        outgoing.lend(&mut vec![
+            (2, block(1, 4)),
+            (2, block(2, 2)),
+            (4, block(3, 1)),
+        ]);
         assert_eq!((outgoing.unsent(), outgoing.has_lent()), (11, true));
         let whole = b"abLENTLEcdL";
         for sent in 0..whole.len() {

@@ -47,7 +47,9 @@ fn router(ring: RingKind, change: impl FnOnce(&mut Route)) -> Local {
     let routes = vec![route];
     let directory = Command::Directory(Arc::new(Directory { routes }));
     local.handle.command(directory).unwrap();
-    wait_until("the route is known", || stats(&local).directories.get() == 1);
+    wait_until("the route is known", || {
+        stats(&local).directories.get() == 1
+    });
     local
 }
 
@@ -153,7 +155,17 @@ fn bodies_of_every_size_come_back_in_both_codecs() {
         let local = router(ring, |_| {});
         let worker = echo(&local, 1);
         let mut frontend = Frontend::of(&local);
-        for bytes in [1, 128, 3000, 5000, 17_000, 70_000, 300_000, 1 << 20, 9 << 20] {
+        for bytes in [
+            1,
+            128,
+            3000,
+            5000,
+            17_000,
+            70_000,
+            300_000,
+            1 << 20,
+            9 << 20,
+        ] {
             let body = text(bytes);
             assert!(frontend.call(Json, &body) == [annotated(&body)], "{bytes}");
         }
@@ -163,10 +175,18 @@ fn bodies_of_every_size_come_back_in_both_codecs() {
         assert_eq!(worker.served.load(Ordering::Relaxed), 10);
         let stats = stats(&local);
         wait_until("all is given back", || {
-            let left = [&stats.lane_jobs, &stats.responses, &stats.handling, &stats.buffers_held];
+            let left = [
+                &stats.lane_jobs,
+                &stats.responses,
+                &stats.handling,
+                &stats.buffers_held,
+            ];
             left.iter().all(|cell| cell.get() == 0)
         });
-        assert_eq!((stats.lane_requests.get(), stats.lane_faults.get()), (10, 0));
+        assert_eq!(
+            (stats.lane_requests.get(), stats.lane_faults.get()),
+            (10, 0)
+        );
     }
 }
 
@@ -187,7 +207,10 @@ fn a_large_body_is_hardly_copied() {
             assert_eq!(stats.lane_item_copied_bytes.get(), items);
         }
         let landed = stats.lane_landed_bytes.get();
-        assert!(landed * 50 >= 20 * 49 * body.len() as u64, "{landed} bytes landed");
+        assert!(
+            landed * 50 >= 20 * 49 * body.len() as u64,
+            "{landed} bytes landed"
+        );
     }
 }
 
@@ -203,9 +226,14 @@ fn the_worker_sees_id_headers_and_an_aligned_body() {
         assert_eq!(worker.body(&request), b"{\"a\":1}");
         assert_eq!(request.body_at().0 % 64, 0);
         let headers = String::from_utf8(worker.headers(&request)).unwrap();
-        assert!(headers.starts_with('{') && headers.ends_with('}'), "{headers}");
+        assert!(
+            headers.starts_with('{') && headers.ends_with('}'),
+            "{headers}"
+        );
         for count in 0..100u32 {
-            worker.item(&request, count.to_string().as_bytes(), 0).unwrap();
+            worker
+                .item(&request, count.to_string().as_bytes(), 0)
+                .unwrap();
         }
         worker.finish(&request).unwrap();
         assert!(matches!(worker.finish(&request), Err(LaneError::Over)));
@@ -269,7 +297,10 @@ fn a_dead_worker_loses_what_it_had_taken_and_nothing_else() {
         assert_eq!(called_waiting.handshake(), "waiting");
         let heir = echo(&local, 2);
         drop((dying, socket));
-        local.handle.command(Command::EndLanes { worker: 1 }).unwrap();
+        local
+            .handle
+            .command(Command::EndLanes { worker: 1 })
+            .unwrap();
 
         called_waiting.prologue_ok();
         assert!(called_waiting.items_to_the_end(Json) == [annotated(&body)]);
@@ -282,7 +313,11 @@ fn a_dead_worker_loses_what_it_had_taken_and_nothing_else() {
         let stats = stats(&local);
         assert_eq!((stats.lane_abandoned.get(), stats.retried.get()), (2, 1));
         wait_until("all is given back", || {
-            (stats.lane_jobs.get(), stats.responses.get(), stats.lanes.get()) == (0, 0, 1)
+            (
+                stats.lane_jobs.get(),
+                stats.responses.get(),
+                stats.lanes.get(),
+            ) == (0, 0, 1)
         });
     }
 }
@@ -318,7 +353,10 @@ fn a_body_under_way_moves_to_another_worker_when_its_own_dies() {
         });
         let heir = echo(&local, 2);
         drop((dying, socket));
-        local.handle.command(Command::EndLanes { worker: 1 }).unwrap();
+        local
+            .handle
+            .command(Command::EndLanes { worker: 1 })
+            .unwrap();
         wait_until("the lane is gone", || stats.lanes_lost.get() == 1);
         frontend.caller.send(rest);
         assert_eq!(frontend.caller.reply(), "");
@@ -331,7 +369,10 @@ fn a_body_under_way_moves_to_another_worker_when_its_own_dies() {
         // With nobody left the rest of a frame passes by and the caller hears a refusal.
         frontend.caller.send(first);
         wait_until("it has begun", || stats.lane_jobs.get() == 1);
-        local.handle.command(Command::EndLanes { worker: 2 }).unwrap();
+        local
+            .handle
+            .command(Command::EndLanes { worker: 2 })
+            .unwrap();
         wait_until("the lane is gone", || stats.lanes_lost.get() == 2);
         frontend.caller.send(rest);
         let reply = frontend.caller.reply();
@@ -382,7 +423,10 @@ fn stop_and_kill_reach_the_worker() {
                 false => Event::Killed(request.key()),
             };
             assert_eq!(event, wanted);
-            assert!(matches!(worker.item(&request, b"2", 0), Err(LaneError::Over)));
+            assert!(matches!(
+                worker.item(&request, b"2", 0),
+                Err(LaneError::Over)
+            ));
             worker.finish(&request).unwrap();
             while called.message().is_some() {}
         }
@@ -495,52 +539,58 @@ fn reported(local: &Local) -> (u64, String) {
     found.unwrap()
 }
 
+/// Changes what the liar has or says about a request that it has taken.
+type Lie = fn(&mut Liar, Descriptor);
+
+/// Words of the report, and the lie.
+const LIES: [(&str, Lie); 9] = [
+    ("place outside", |liar, mut request| {
+        request.kind = (Kind::Item as u16).into();
+        liar.queues.post(&request.at(0, 10)).unwrap();
+    }),
+    ("place outside", |liar, mut request| {
+        request.kind = (Kind::Item as u16).into();
+        liar.queues.post(&request.at((1 << 20) - 4, 8)).unwrap();
+    }),
+    ("place outside", |liar, mut request| {
+        request.kind = (Kind::Item as u16).into();
+        liar.queues
+            .post(&request.at(u64::MAX - 3, u32::MAX))
+            .unwrap();
+    }),
+    ("does not have", |liar, mut request| {
+        request.kind = (Kind::Finish as u16).into();
+        request.generation = (request.generation.get() + 1).into();
+        liar.queues.post(&request).unwrap();
+    }),
+    ("does not have", |liar, mut request| {
+        request.kind = (Kind::Finish as u16).into();
+        request.request = u32::MAX.into();
+        liar.queues.post(&request).unwrap();
+    }),
+    ("means nothing", |liar, request| {
+        liar.queues.post(&request).unwrap();
+    }),
+    ("is none", |liar, mut request| {
+        request.kind = 99.into();
+        liar.queues.post(&request).unwrap();
+    }),
+    ("posted more", |liar, _| {
+        assert!(liar.memory.write(256, &1_000_000u32.to_ne_bytes()));
+    }),
+    ("more words", |liar, mut request| {
+        request.kind = (Kind::Fail as u16).into();
+        liar.queues.post(&request.at(1 << 19, 5_000)).unwrap();
+    }),
+];
+
 #[test]
 fn every_lie_ends_the_lane_and_its_requests_go_elsewhere() {
-    type Lie = fn(&mut Liar, Descriptor);
-    let lies: [(&str, Lie); 9] = [
-        ("place outside", |liar, mut request| {
-            request.kind = (Kind::Item as u16).into();
-            liar.queues.post(&request.at(0, 10)).unwrap();
-        }),
-        ("place outside", |liar, mut request| {
-            request.kind = (Kind::Item as u16).into();
-            liar.queues.post(&request.at((1 << 20) - 4, 8)).unwrap();
-        }),
-        ("place outside", |liar, mut request| {
-            request.kind = (Kind::Item as u16).into();
-            liar.queues.post(&request.at(u64::MAX - 3, u32::MAX)).unwrap();
-        }),
-        ("does not have", |liar, mut request| {
-            request.kind = (Kind::Finish as u16).into();
-            request.generation = (request.generation.get() + 1).into();
-            liar.queues.post(&request).unwrap();
-        }),
-        ("does not have", |liar, mut request| {
-            request.kind = (Kind::Finish as u16).into();
-            request.request = u32::MAX.into();
-            liar.queues.post(&request).unwrap();
-        }),
-        ("means nothing", |liar, request| {
-            liar.queues.post(&request).unwrap();
-        }),
-        ("is none", |liar, mut request| {
-            request.kind = 99.into();
-            liar.queues.post(&request).unwrap();
-        }),
-        ("posted more", |liar, _| {
-            assert!(liar.memory.write(256, &1_000_000u32.to_ne_bytes()));
-        }),
-        ("more words", |liar, mut request| {
-            request.kind = (Kind::Fail as u16).into();
-            liar.queues.post(&request.at(1 << 19, 5_000)).unwrap();
-        }),
-    ];
     for ring in rings() {
         let local = router(ring, |_| {});
         let honest = echo(&local, 1000);
         let mut frontend = Frontend::of(&local);
-        for (index, (wanted, lie)) in lies.iter().enumerate() {
+        for (index, (wanted, lie)) in LIES.iter().enumerate() {
             let id = index as u64 + 1;
             let mut liar = liar(&local, id);
             // Round robin: of two requests one is the liar's, who takes it.
@@ -566,7 +616,7 @@ fn every_lie_ends_the_lane_and_its_requests_go_elsewhere() {
             assert!(called.error_prologue().contains("died"));
             assert_eq!(frontend.call(Json, b"2"), [annotated(b"2")]);
         }
-        assert_eq!(stats(&local).lane_faults.get(), lies.len() as u64);
+        assert_eq!(stats(&local).lane_faults.get(), LIES.len() as u64);
         assert_eq!(stats(&local).lanes.get(), 1);
     }
 }

@@ -192,6 +192,19 @@ pub struct Route {
     pub retries_max: u8,
     /// Largest request that is kept to be sent again.
     pub hold_bytes: u32,
+    /// Workers that share memory take the place of instances.
+    pub lane: Option<RouteLane>,
+}
+
+/// Where the workers of a route attach.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct RouteLane {
+    /// The Unix socket.
+    pub socket: PathBuf,
+    /// Shared memory of each core with each worker.
+    pub bytes: u64,
+    /// Users that may attach besides root and ourselves.
+    pub uids: Vec<u32>,
 }
 
 /// `[[instance]]`.

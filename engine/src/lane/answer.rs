@@ -85,12 +85,7 @@ fn check_place(lane: &Lane, descriptor: &Descriptor) -> Checked {
     inside.then_some(()).ok_or("a place outside of its memory")
 }
 
-fn item<R: Ring>(
-    shard: &mut Shard<R>,
-    lane: u32,
-    job: u32,
-    descriptor: &Descriptor,
-) -> Checked {
+fn item<R: Ring>(shard: &mut Shard<R>, lane: u32, job: u32, descriptor: &Descriptor) -> Checked {
     let key = shard.lanes.key(lane);
     let entry = &mut shard.lanes.lanes[lane];
     check_place(entry, descriptor)?;
@@ -102,7 +97,11 @@ fn item<R: Ring>(
     let generation = entry.jobs.generation(job);
     let body = &mut entry.jobs[job];
     let mut released = true;
-    if let Some(stream) = body.stream.as_ref().filter(|stream| !stream.borrow().is_over()) {
+    if let Some(stream) = body
+        .stream
+        .as_ref()
+        .filter(|stream| !stream.borrow().is_over())
+    {
         body.began = true;
         let mut stream = stream.borrow_mut();
         if bytes <= COPY_BYTES_MAX && !stream.is_full() {
@@ -152,7 +151,10 @@ fn release(lane: &mut Lane, tag: u64, offset: u64) -> Checked {
 }
 
 fn finish<R: Ring>(shard: &mut Shard<R>, lane: u32, job: u32) {
-    if let Some(stream) = shard.lanes.lanes[lane].remove(job).and_then(|job| job.stream) {
+    if let Some(stream) = shard.lanes.lanes[lane]
+        .remove(job)
+        .and_then(|job| job.stream)
+    {
         let mut stream = stream.borrow_mut();
         stream.finish();
         stream.set_job(None);
@@ -160,12 +162,7 @@ fn finish<R: Ring>(shard: &mut Shard<R>, lane: u32, job: u32) {
     shard.stats.shard.handled.add(1);
 }
 
-fn fail<R: Ring>(
-    shard: &mut Shard<R>,
-    lane: u32,
-    job: u32,
-    descriptor: &Descriptor,
-) -> Checked {
+fn fail<R: Ring>(shard: &mut Shard<R>, lane: u32, job: u32, descriptor: &Descriptor) -> Checked {
     let entry = &mut shard.lanes.lanes[lane];
     check_place(entry, descriptor)?;
     let (offset, bytes) = (descriptor.offset.get(), descriptor.length.get());

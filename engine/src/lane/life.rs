@@ -140,7 +140,8 @@ fn detach<R: Ring>(shard: &mut Shard<R>, lane: u32) {
         };
         let taken = entry.queues.was_taken(posted).unwrap_or(true);
         let waited_for = body.stream.is_some();
-        if !taken && waited_for
+        if !taken
+            && waited_for
             && let Some((other, job)) = take::transplant(shard, route, lane, job)
         {
             take::submit(shard, other, job);

@@ -21,9 +21,9 @@ use crate::connection::Intake;
 use crate::directory::Policy;
 use crate::handler::{self, CallHome, Undecodable};
 use crate::in_flight::TRIED_MAX;
-use crate::ring::{Ring, Room};
 use crate::respond::{self, Refusal};
 use crate::responder::LaneJob;
+use crate::ring::{Ring, Room};
 use crate::shard::Shard;
 use crate::table::NONE;
 use crate::{decode, recv, respond_stream, worker};
@@ -190,7 +190,11 @@ fn begin<R: Ring>(
     };
     let entry = &shard.lanes.lanes[lane];
     let block = entry.jobs[job].block;
-    let written = write(&entry.slab, block, &[head.as_bytes(), front.id.as_bytes(), headers]);
+    let written = write(
+        &entry.slab,
+        block,
+        &[head.as_bytes(), front.id.as_bytes(), headers],
+    );
     debug_assert!(written, "the block was made for it");
     let stats = &shard.stats.shard;
     stats.requests.add(1);

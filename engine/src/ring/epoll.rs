@@ -25,6 +25,8 @@ use super::{Completion, Event, Handle, Ring, Room, SPANS_MAX, Span};
 use crate::buffers::{BufferId, Buffers};
 use crate::operation::{Kind, Operation};
 
+mod intake;
+
 /// An epoll descriptor that behaves like a ring.
 pub struct Epoll {
     epoll: OwnedFd,
@@ -367,46 +369,6 @@ impl Epoll {
         self.queue(handle.slot);
     }
 
-    fn accept_round(&mut self) {
-        for index in 0..self.listeners.len() {
-            for _ in 0..ACCEPTS_PER_ROUND {
-                let listener = &self.listeners[index];
-                let (Some(operation), true) = (listener.accept, listener.ready) else {
-                    break;
-                };
-                self.accept_once(index, operation);
-            }
-        }
-    }
-
-    fn accept_once(&mut self, index: usize, operation: Operation) {
-        let listener = &mut self.listeners[index];
-        self.system_calls += 1;
-        // SAFETY: the peer's address is not asked for, so nothing is written.
-        let fd = unsafe {
-            libc::accept4(
-                listener.fd,
-                std::ptr::null_mut(),
-                std::ptr::null_mut(),
-                libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC,
-            )
-        };
-        if fd >= 0 {
-            // SAFETY: the kernel has just made this descriptor for us.
-            let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-            return self.complete(operation, Event::Accepted { socket, more: true });
-        }
-        match errno() {
-            libc::EAGAIN => listener.ready = false,
-            // The peer went away while it waited in line; the next one may be there.
-            libc::ECONNABORTED | libc::EINTR => {}
-            errno => {
-                listener.accept = None;
-                self.complete(operation, Event::AcceptFailed { errno });
-            }
-        }
-    }
-
     fn idle(&self) -> bool {
         let acceptable = |listener: &Listener| listener.ready && listener.accept.is_some();
         self.ready.is_empty() && !self.listeners.iter().any(acceptable)
@@ -627,19 +589,5 @@ impl Ring for Epoll {
     /// Counts receives, sends and accepts too: here each is a system call of its own.
     fn system_calls(&self) -> u64 {
         self.system_calls
-    }
-}
-
-impl Memory {
-    /// Receives at most `limit` bytes into a free buffer: bytes, or errno.
-    fn fill(&self, fd: RawFd, buffer: BufferId, limit: usize) -> Result<usize, i32> {
-        let at = usize::from(buffer) * self.buffer_bytes;
-        // SAFETY: `buffer` was in the free list, so it is one of `Buffers` and nobody else's; the
-        // memory outlives the ring.
-        let bytes = unsafe {
-            let start = self.base.add(at).cast();
-            libc::recv(fd, start, limit, libc::MSG_DONTWAIT)
-        };
-        usize::try_from(bytes).map_err(|_| errno())
     }
 }

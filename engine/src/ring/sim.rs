@@ -303,12 +303,7 @@ fn receive(
 }
 
 /// A receive into `room`.
-fn land(
-    world: &mut World,
-    end: usize,
-    room: Room,
-    pending: &mut Pending,
-) -> Option<(Event, bool)> {
+fn land(world: &mut World, end: usize, room: Room, pending: &mut Pending) -> Option<(Event, bool)> {
     if let Some(event) = pending.early.take() {
         return Some((event, false));
     }

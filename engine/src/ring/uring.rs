@@ -143,6 +143,15 @@ impl Uring {
         }
     }
 
+    fn cancel(&mut self, operation: Operation) {
+        let cancel = Operation {
+            kind: Kind::Cancel,
+            ..operation
+        };
+        let entry = opcode::AsyncCancel::new(operation.to_bits()).build();
+        self.push(entry.user_data(cancel.to_bits()));
+    }
+
     /// Counts an operation that completes while it is submitted, as a rule.
     fn quiet(&mut self, kind: Kind) {
         if is_quiet(kind) {
@@ -299,12 +308,7 @@ impl Ring for Uring {
     }
 
     fn cancel_receive(&mut self, operation: Operation, _handle: Handle) {
-        let cancel = Operation {
-            kind: Kind::Cancel,
-            ..operation
-        };
-        let entry = opcode::AsyncCancel::new(operation.to_bits()).build();
-        self.push(entry.user_data(cancel.to_bits()));
+        self.cancel(operation);
     }
 
     fn send(&mut self, operation: Operation, handle: Handle, spans: &[Span]) {
@@ -358,12 +362,7 @@ impl Ring for Uring {
     }
 
     fn unwatch_wake(&mut self, operation: Operation, _eventfd: RawFd) {
-        let cancel = Operation {
-            kind: Kind::Cancel,
-            ..operation
-        };
-        let entry = opcode::AsyncCancel::new(operation.to_bits()).build();
-        self.push(entry.user_data(cancel.to_bits()));
+        self.cancel(operation);
     }
 
     fn watch_wake(&mut self, operation: Operation, eventfd: RawFd) {

@@ -76,7 +76,9 @@ impl LaneFds {
     /// Out of descriptors or memory.
     pub fn create(head: &LaneHead) -> Result<LaneFds, LaneError> {
         if !head.is_sane() {
-            return Err(LaneError::Broken("a lane of sizes that do not fit each other"));
+            return Err(LaneError::Broken(
+                "a lane of sizes that do not fit each other",
+            ));
         }
         let wake = || {
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
@@ -123,7 +125,9 @@ pub fn refusal(why: &str) -> [u8; RECORD_BYTES] {
     let mut bytes = [0; RECORD_BYTES];
     bytes.copy_from_slice(record.as_bytes());
     let room = RECORD_BYTES - REFUSAL_AT;
-    let end = (0..=why.len().min(room)).rev().find(|end| why.is_char_boundary(*end));
+    let end = (0..=why.len().min(room))
+        .rev()
+        .find(|end| why.is_char_boundary(*end));
     let words = &why.as_bytes()[..end.unwrap_or(0)];
     bytes[REFUSAL_AT..REFUSAL_AT + words.len()].copy_from_slice(words);
     bytes
@@ -167,9 +171,13 @@ pub fn receive(socket: impl AsFd) -> Result<(LaneHead, LaneFds), LaneError> {
         return Err(LaneError::Refused { why });
     }
     let mut fds = fds.into_iter();
-    let (Some(queues), Some(slab), Some(wake_worker), Some(wake_router), true) =
-        (fds.next(), fds.next(), fds.next(), fds.next(), head.is_sane())
-    else {
+    let (Some(queues), Some(slab), Some(wake_worker), Some(wake_router), true) = (
+        fds.next(),
+        fds.next(),
+        fds.next(),
+        fds.next(),
+        head.is_sane(),
+    ) else {
         return Err(LaneError::Broken("no offer of a lane of this version"));
     };
     let fds = LaneFds {

@@ -47,7 +47,7 @@
 //! ```text
 //!  0  u32 body offset in the block   4  u32 body bytes   8  u32 id bytes   12  u32 headers bytes
 //! 16  u8 codec: 0 JSON, 1 MessagePack                   17  zero to 64
-//! 64  id, headers (the JSON object of the frame, as it came; may be empty), zero or old bytes, body
+//! 64  id, headers (the JSON object of the frame as it came, or nothing), old bytes, body
 //! ```
 
 use zerocopy::little_endian::{U16, U32, U64};
@@ -133,7 +133,16 @@ impl Kind {
 
 /// One entry of a queue.
 #[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
     Unaligned,
 )]
 #[repr(C)]

@@ -8,7 +8,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, ftruncate, memfd_create};
+use rustix::fs::{
+    MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, ftruncate, memfd_create,
+};
 
 use super::LaneError;
 
@@ -48,7 +50,9 @@ impl Mapping {
         let seals = fcntl_get_seals(&memory).map_err(&step)?;
         let stat = rustix::fs::fstat(&memory).map_err(&step)?;
         if !seals.contains(SEALS) || u64::try_from(stat.st_size) != Ok(bytes) || bytes == 0 {
-            return Err(LaneError::Broken("shared memory of another size, or not sealed"));
+            return Err(LaneError::Broken(
+                "shared memory of another size, or not sealed",
+            ));
         }
         // SAFETY: a new mapping at an address of the kernel's choice.
         let start = unsafe {

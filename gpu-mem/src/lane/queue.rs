@@ -115,7 +115,9 @@ impl Queues {
         let at = self.entry(self.sends, self.posted);
         for (index, word) in descriptor.as_bytes().chunks_exact(8).enumerate() {
             let word = u64::from_ne_bytes(word.try_into().expect("eight bytes"));
-            self.memory.word(at + 8 * index).store(word, Ordering::Relaxed);
+            self.memory
+                .word(at + 8 * index)
+                .store(word, Ordering::Relaxed);
         }
         self.posted = self.posted.wrapping_add(1);
         let posted = self.memory.counter(self.sends.posted);
@@ -247,7 +249,11 @@ pub(crate) mod tests {
             assert!(router.was_taken(first).expect("honest"));
             assert_eq!(number(worker.take().expect("honest")), None);
         }
-        assert!(worker.post(&Descriptor::new(Kind::Finish, 9, 1)).expect("honest"));
+        assert!(
+            worker
+                .post(&Descriptor::new(Kind::Finish, 9, 1))
+                .expect("honest")
+        );
         assert_eq!(number(router.take().expect("honest")), Some(9));
     }
 

@@ -142,9 +142,8 @@ impl LaneWorker {
     pub fn attach(path: impl AsRef<Path>, options: &Options) -> Result<LaneWorker, LaneError> {
         let step = LaneError::system("connecting to the router's lane socket");
         let flags = SocketFlags::CLOEXEC;
-        let socket =
-            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
-                .map_err(&step)?;
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+            .map_err(&step)?;
         let address = SocketAddrUnix::new(path.as_ref()).map_err(&step)?;
         rustix::net::connect(&socket, &address).map_err(&step)?;
         LaneWorker::over(socket, options)
@@ -357,7 +356,9 @@ impl LaneWorker {
         }
         lane.lent.insert(item.offset, (item.bytes, key));
         self.open.remove(&key);
-        let mut descriptor = self.about(Kind::Fail, key).at(item.offset, why.len() as u32);
+        let mut descriptor = self
+            .about(Kind::Fail, key)
+            .at(item.offset, why.len() as u32);
         descriptor.flags = U16::new(flags);
         descriptor.tag = U64::new(item.offset);
         self.post(key.lane, &descriptor)
@@ -418,7 +419,13 @@ impl LaneWorker {
         match Kind::of(descriptor.kind.get()) {
             Some(Kind::Request) => {
                 let request = self.read(key, descriptor)?;
-                self.open.insert(key, Open { items: 0, over: false });
+                self.open.insert(
+                    key,
+                    Open {
+                        items: 0,
+                        over: false,
+                    },
+                );
                 self.events.push_back(Event::Request(request));
             }
             Some(kind @ (Kind::Stop | Kind::Kill)) => {
@@ -441,7 +448,11 @@ impl LaneWorker {
                     open.items -= 1;
                 }
             }
-            _ => return Err(LaneError::Broken("a descriptor that means nothing to a worker")),
+            _ => {
+                return Err(LaneError::Broken(
+                    "a descriptor that means nothing to a worker",
+                ));
+            }
         }
         Ok(())
     }
@@ -479,7 +490,11 @@ impl LaneWorker {
 
     fn poll(&self, timeout: Option<Duration>) -> Result<(), LaneError> {
         let mut fds: Vec<PollFd<'_>> = vec![PollFd::new(&self.socket, PollFlags::IN)];
-        fds.extend(self.lanes.iter().map(|lane| PollFd::new(&lane.wake, PollFlags::IN)));
+        fds.extend(
+            self.lanes
+                .iter()
+                .map(|lane| PollFd::new(&lane.wake, PollFlags::IN)),
+        );
         let timeout = timeout.map(|timeout| Timespec {
             tv_sec: timeout.as_secs() as i64,
             tv_nsec: i64::from(timeout.subsec_nanos()),

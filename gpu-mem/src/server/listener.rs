@@ -13,15 +13,22 @@ use super::ServerError;
 use crate::history::Peer;
 use crate::paths::PATH_BYTES_MAX;
 
-pub(super) struct Listener {
-    pub(super) socket: OwnedFd,
+/// A socket that listens, and its file.
+#[derive(Debug)]
+pub struct Listener {
+    /// The socket; it does not block.
+    pub socket: OwnedFd,
     path: PathBuf,
     /// Device and inode of what we bound: nothing else is removed in its name.
     bound: (u64, u64),
 }
 
 impl Listener {
-    pub(super) fn bind(path: &Path) -> Result<Listener, ServerError> {
+    /// Listens at `path`, for this user alone. A file that nobody listens behind is replaced.
+    ///
+    /// # Errors
+    /// The path is too long, cannot be written, or belongs to something that lives.
+    pub fn bind(path: &Path) -> Result<Listener, ServerError> {
         let failed = |source: io::Error| ServerError::Bind {
             path: path.to_owned(),
             source,

@@ -1,0 +1,74 @@
+//! What a lane writes its responses with, where a handler would use a `Responder`.
+
+use corelane_codec::{item, two_part};
+
+use super::{Host, Stream, wrapping};
+use crate::outgoing::Lent;
+
+/// A request that the worker behind a lane answers: lane and job, each slot and generation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LaneJob {
+    pub(crate) lane: (u32, u32),
+    pub(crate) job: (u32, u32),
+}
+
+impl Host {
+    pub(crate) fn take_stopped(&self, into: &mut Vec<(LaneJob, bool)>) {
+        into.append(&mut self.0.stopped.borrow_mut());
+    }
+
+    pub(crate) fn take_returned(&self, into: &mut Vec<Lent>) {
+        into.append(&mut self.0.returned.borrow_mut());
+    }
+
+    /// Blocks go back to their worker.
+    pub(crate) fn give_back(&self, lent: impl Iterator<Item = Lent>) {
+        self.0.returned.borrow_mut().extend(lent);
+    }
+}
+
+impl Stream {
+    /// A worker behind a lane writes it from now on, or `None`: it has ended.
+    pub(crate) fn set_job(&mut self, job: Option<LaneJob>) {
+        self.task_over = job.is_none();
+        self.job = job;
+        self.touch();
+    }
+
+    /// One item, copied.
+    pub(crate) fn lane_item(&mut self, data: &[u8], annotated: bool) {
+        let [before, after] = wrapping(self.codec, annotated);
+        self.write_item([before, data, after]);
+    }
+
+    /// One item, not copied.
+    pub(crate) fn lend_item(&mut self, lent: Lent, annotated: bool) {
+        self.begin();
+        let (before, after) = item::around(self.codec);
+        let [inner_before, inner_after] = wrapping(self.codec, annotated);
+        let around = [before, inner_before, inner_after, after].map(<[u8]>::len);
+        let body_bytes = around.iter().sum::<usize>() + lent.bytes as usize;
+        self.out.extend_from_slice(&two_part::prefix(0, body_bytes));
+        self.out.extend_from_slice(before);
+        self.out.extend_from_slice(inner_before);
+        self.lent.push((self.out.len(), lent));
+        self.out.extend_from_slice(inner_after);
+        self.out.extend_from_slice(after);
+        self.out_items += 1;
+        self.touch();
+    }
+
+    /// The handler is to be dropped.
+    pub(crate) fn abandon(&mut self) {
+        self.abandoned = true;
+        if let Some(task) = self.task.take() {
+            self.host.wake(task);
+        }
+    }
+
+    fn wake_all(&mut self) {
+        for waker in std::mem::take(&mut self.wakers) {
+            self.host.wake(waker);
+        }
+    }
+}
