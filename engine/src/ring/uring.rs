@@ -69,6 +69,16 @@ const MESSAGES_MAX: usize = 1024;
 const SPANS_ARENA: usize = 16 * 1024;
 const ADDRESSES_MAX: usize = 256;
 
+/// The same entry on either kind of target.
+macro_rules! on {
+    ($target:expr, $file:ident => $entry:expr) => {
+        match $target {
+            Target::Fixed($file) => $entry,
+            Target::Fd($file) => $entry,
+        }
+    };
+}
+
 impl Uring {
     /// Makes the ring for `buffers`, which must outlive it.
     ///
@@ -144,12 +154,21 @@ impl Uring {
     }
 
     fn cancel(&mut self, operation: Operation) {
-        let cancel = Operation {
-            kind: Kind::Cancel,
-            ..operation
-        };
+        let cancel = Operation::new(Kind::Cancel, operation.slot, operation.generation);
         let entry = opcode::AsyncCancel::new(operation.to_bits()).build();
         self.push(entry.user_data(cancel.to_bits()));
+    }
+
+    /// One receive into a buffer; 0 bytes stand for all of it.
+    fn receive_one(&mut self, operation: Operation, handle: Handle, bytes: u32, flags: i32) {
+        let entry = on!(self.target(handle), file => {
+            opcode::Recv::new(file, std::ptr::null_mut(), bytes)
+                .buf_group(BUFFER_GROUP)
+                .flags(flags)
+                .build()
+                .flags(squeue::Flags::BUFFER_SELECT)
+        });
+        self.push(entry.user_data(operation.to_bits()));
     }
 
     /// Counts an operation that completes while it is submitted, as a rule.
@@ -209,16 +228,6 @@ enum Target {
     Fd(types::Fd),
 }
 
-/// The same entry on either kind of target.
-macro_rules! on {
-    ($target:expr, $file:ident => $entry:expr) => {
-        match $target {
-            Target::Fixed($file) => $entry,
-            Target::Fd($file) => $entry,
-        }
-    };
-}
-
 impl Ring for Uring {
     fn name(&self) -> &'static str {
         "uring"
@@ -271,13 +280,7 @@ impl Ring for Uring {
     }
 
     fn receive_once(&mut self, operation: Operation, handle: Handle, bytes: u32) {
-        let entry = on!(self.target(handle), file => {
-            opcode::Recv::new(file, std::ptr::null_mut(), bytes)
-                .buf_group(BUFFER_GROUP)
-                .build()
-                .flags(squeue::Flags::BUFFER_SELECT)
-        });
-        self.push(entry.user_data(operation.to_bits()));
+        self.receive_one(operation, handle, bytes, 0);
     }
 
     fn receive_into(&mut self, operation: Operation, handle: Handle, room: Room) {
@@ -292,14 +295,7 @@ impl Ring for Uring {
 
     fn collect(&mut self, operation: Operation, handle: Handle) {
         self.quiet(operation.kind);
-        let entry = on!(self.target(handle), file => {
-            opcode::Recv::new(file, std::ptr::null_mut(), 0)
-                .buf_group(BUFFER_GROUP)
-                .flags(libc::MSG_DONTWAIT)
-                .build()
-                .flags(squeue::Flags::BUFFER_SELECT)
-        });
-        self.push(entry.user_data(operation.to_bits()));
+        self.receive_one(operation, handle, 0, libc::MSG_DONTWAIT);
     }
 
     fn low_water(&mut self, handle: Handle, bytes: u32) {
