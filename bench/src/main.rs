@@ -10,6 +10,10 @@ mod hop;
 mod hop_report;
 mod hop_scene;
 mod interrupt;
+mod lane;
+mod lane_handoff;
+mod lane_path;
+mod lane_worker;
 mod load;
 mod middle;
 mod poll;
@@ -47,6 +51,11 @@ enum Job {
     Hop(Box<hop::HopArgs>),
     /// An unmodified Dynamo client and worker: directly, and through corelane
     Stock(Box<stock::StockArgs>),
+    /// Requests to a worker process of this host: a shared-memory lane, Unix socket, TCP loopback
+    Lane(Box<lane::LaneArgs>),
+    /// The worker behind every arm of `lane`
+    #[command(hide = true)]
+    LaneWorker(lane_worker::WorkerArgs),
     /// The worker behind every arm of `hop`
     #[command(hide = true)]
     Sink(sink::SinkArgs),
@@ -73,6 +82,8 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Job::Hop(args) => hop::run(&args),
         Job::Stock(args) => stock::run(&args),
+        Job::Lane(args) => lane::run(&args),
+        Job::LaneWorker(args) => lane_worker::run(&args),
         Job::Sink(args) => sink::run(&args),
     };
     match done {

@@ -25,6 +25,7 @@ use tokio::sync::{broadcast, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::preflight::{Plan, Planned, ring_word};
+use crate::trace;
 
 /// Longest wait until all shards listen; taking gigabytes of buffers takes a while.
 const START_MAX: Duration = Duration::from_secs(30);
@@ -147,6 +148,11 @@ impl Cores {
         plan: &Plan,
         ends: impl Fn(usize) -> Ends + 'static,
     ) -> Result<Rc<Cores>, CoresError> {
+        let tracing = trace::tracing();
+        let ends = move |index| Ends {
+            tracing,
+            ..ends(index)
+        };
         let mut address = wanted_address(plan)?;
         let mut list: Vec<Core> = Vec::with_capacity(plan.shards.len());
         for planned in &plan.shards {
@@ -270,6 +276,7 @@ impl Cores {
                         .lane_faults
                         .send((worker, why.unwrap_or("it has ended")));
                 }
+                Report::Span(span) => trace::tell(*span),
                 Report::Stopped { failure } => {
                     self.turn(core, State::Ended { failure });
                     return false;

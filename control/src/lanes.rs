@@ -106,11 +106,7 @@ impl Drop for LaneSockets {
 /// A socket for its owner alone, unless further users are named: then for all, as the peer's uid
 /// is looked at in any case.
 fn bind(lane: &RouteLane) -> Result<(UnixListener, Listener)> {
-    let kept = Listener::bind(&lane.socket)?;
-    if !lane.uids.is_empty() {
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o666);
-        std::fs::set_permissions(&lane.socket, mode)?;
-    }
+    let kept = Listener::bind(&lane.socket, !lane.uids.is_empty())?;
     let socket: OwnedFd = kept.socket.try_clone()?;
     let listener = UnixListener::from_std(socket.into())?;
     Ok((listener, kept))

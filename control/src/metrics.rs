@@ -106,11 +106,18 @@ impl Snapshot {
 
     /// The text of a scrape.
     pub fn render(self) -> String {
+        self.render_with(|_| {})
+    }
+
+    /// The text of a scrape to which others of this process add families of their own.
+    pub fn render_with(self, more: impl FnOnce(&mut String)) -> String {
         let mut registry = Registry::with_prefix("corelane");
         registry.register_collector(Box::new(self));
         let mut out = String::with_capacity(64 << 10);
         // Writing into a string does not fail.
-        let _ = text::encode(&mut out, &registry);
+        let _ = text::encode_registry(&mut out, &registry);
+        more(&mut out);
+        let _ = text::encode_eof(&mut out);
         out
     }
 }

@@ -22,6 +22,7 @@ use crate::cli::Stop;
 use crate::config::Server;
 use crate::cores::register;
 use crate::env::Env;
+use crate::trace;
 
 /// Longest wait until the shard listens.
 const START_MAX: Duration = Duration::from_secs(30);
@@ -66,6 +67,8 @@ impl Peer {
     }
 
     async fn on_ring(config: ShardConfig, ends: Ends) -> Result<Peer> {
+        let tracing = trace::tracing();
+        let ends = Ends { tracing, ..ends };
         let handle = spawn_with(config, ends)?;
         let watch = |fd: std::os::fd::BorrowedFd<'_>| register(fd.try_clone_to_owned()?);
         let peer = Peer {
@@ -82,7 +85,7 @@ impl Peer {
                     failure.unwrap_or_else(|| "the shard ended at once".into())
                 )
             }
-            Ok(Report::Undecodable { .. } | Report::LaneEnded { .. }) => Ok(peer),
+            Ok(Report::Undecodable { .. } | Report::LaneEnded { .. } | Report::Span(_)) => Ok(peer),
             Err(_) => bail!("the shard does not run after {START_MAX:?}"),
         }
     }
@@ -137,6 +140,7 @@ impl Peer {
                 Report::Undecodable { why } => {
                     tracing::warn!(why, "a request cannot be decoded");
                 }
+                Report::Span(span) => trace::tell(*span),
                 Report::Stopped { failure } => {
                     return failure.unwrap_or_else(|| "without a reason".into());
                 }

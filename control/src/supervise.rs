@@ -84,8 +84,12 @@ pub enum Store {
     Shared(MemoryStore),
 }
 
+/// Writes metric families of another part of this process, without the mark of the end.
+pub type MoreMetrics = Box<dyn Fn(&mut String)>;
+
 /// What health and metrics are made from.
 struct Pulse {
+    more: RefCell<Vec<MoreMetrics>>,
     cores: Rc<Cores>,
     board: Rc<Board>,
     began: Instant,
@@ -128,6 +132,7 @@ impl Router {
             began: Instant::now(),
             draining: Cell::new(false),
             discovery: RefCell::new(None),
+            more: RefCell::default(),
         });
         cores.started().await?;
         tracing::info!(
@@ -165,6 +170,11 @@ impl Router {
     /// Each listen endpoint with the address that reaches it: `IP:PORT/PATH`.
     pub fn paths(&self) -> Vec<(String, String)> {
         self.pulse.paths()
+    }
+
+    /// Adds what another part of this process counts to `/metrics`.
+    pub fn add_metrics(&self, more: MoreMetrics) {
+        self.pulse.more.borrow_mut().push(more);
     }
 
     /// Watches the instances of all routes, and waits until the shards know and reach those that
@@ -237,7 +247,7 @@ impl Router {
                 Exit::Failed
             }
             () = others_failed => {
-                tracing::error!("a worker has ended: draining");
+                tracing::error!("a part of this process has ended: draining");
                 Exit::Failed
             }
         };
@@ -407,7 +417,8 @@ impl Pulse {
         };
         let routes = self.board.routes().iter().map(route).collect();
         let discovery = self.discovery.borrow();
-        Snapshot::take(&self.cores.view(), routes, process, discovery.as_deref()).render()
+        let own = Snapshot::take(&self.cores.view(), routes, process, discovery.as_deref());
+        own.render_with(|out| self.more.borrow().iter().for_each(|more| more(out)))
     }
 
     /// Requests between arrival and end, and callers being told of failures.

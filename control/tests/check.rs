@@ -152,10 +152,58 @@ const AFTER_ROUTE: &[(&str, &[&str])] = &[
         &["c.toml:7:3: [[server]] is written only once; write [server]"],
     ),
     (
+        "[gpu]\nbackend = \"cuda\"\n",
+        &[
+            "c.toml:7:2: [gpu] has no devices, so no GPU memory is served; \
+         write devices = \"0\", or remove the table",
+        ],
+    ),
+    (
+        "[gpu]\ndevices = [0, \"x\"]\n",
+        &[
+            "c.toml:8:11: devices has \"x\", which is no number up to 63, nor a range of them; \
+         write numbers and ranges with commas between, such as \"0-3,5\"",
+        ],
+    ),
+    (
+        "[gpu]\ndevices = 1.5\n",
+        &["c.toml:8:11: devices must be a list; write devices = \"0-3,5\""],
+    ),
+    (
+        "[gpu]\ndevices = 0\ntags = [\"weights\", \"kv cache\"]\n",
+        &[
+            "c.toml:9:8: tags has \"kv cache\", which is no plain name; \
+         write 1 to 32 letters, digits, _ and -",
+        ],
+    ),
+    (
+        "[gpu]\ndevices = 0\nuids = \"root\"\n",
+        &[
+            "c.toml:9:8: uids has \"root\", which is no number up to 4294967295, \
+         nor a range of them; write numbers and ranges with commas between, such as \"0-3,5\"",
+        ],
+    ),
+    (
+        "[gpu]\ndevices = 0\nbackend = \"cuda\"\ncapacity_bytes = 4096\n",
+        &[
+            "c.toml:10:18: warning: capacity_bytes bounds host memory only, \
+         and backend is \"cuda\"; take it out",
+        ],
+    ),
+    (
+        "[gpu]\ndevices = 0\n\
+         socket_dir = \"/run/a-name-that-is-rather-long-for-a-socket-to-lie-in\"\n",
+        &[
+            "c.toml:9:14: the socket /run/a-name-that-is-rather-long-for-a-socket-to-lie-in/\
+         gms_GPU-00000000-0000-0000-0000-000000000000_kv_cache.sock has 113 bytes, \
+         and 107 are allowed; write a shorter socket_dir",
+        ],
+    ),
+    (
         "[zebra]\n",
         &[
             "c.toml:7:2: unknown table \"zebra\"; known are [server], [discovery], [[route]], \
-         [[instance]], [core], [control], [drain]",
+         [[instance]], [core], [control], [drain], [gpu]",
         ],
     ),
     (
@@ -540,7 +588,7 @@ fn defaults_are_those_of_the_table() {
 /// Every key of the table is asked for, and what is asked for stands in the table.
 #[test]
 fn every_key_is_read() {
-    let checked = load(&inputs(ROUTE));
+    let checked = load(&inputs(&format!("{ROUTE}[gpu]\ndevices = 0\n")));
     let plain = |path: &str| match path.split_once('[') {
         Some((section, rest)) => {
             format!(

@@ -37,7 +37,7 @@ fn file(text: &str) -> (tempfile::TempDir, String) {
 
 #[test]
 fn every_command_helps_with_examples() {
-    let commands: [&[&str]; 7] = [
+    let commands: [&[&str]; 9] = [
         &[],
         &["up"],
         &["serve"],
@@ -45,6 +45,8 @@ fn every_command_helps_with_examples() {
         &["env"],
         &["worker", "echo"],
         &["call"],
+        &["gms"],
+        &["gms", "probe"],
     ];
     for command in commands {
         let output = corelane(&[command, &["--help"]].concat(), &[]);

@@ -71,7 +71,7 @@ fn route() -> Route {
         ack_timeout_ms: 1_000,
         retries_max: 1,
         hold_bytes: 1 << 16,
-        lane: false,
+        lane: None,
     }
 }
 

@@ -9,6 +9,7 @@ use crate::handler::NewHandler;
 use crate::lane::NewLane;
 use crate::local::Run;
 use crate::mesh::{Receiver, Sender};
+use crate::served::SpanRecord;
 
 /// What control asks of a shard.
 #[derive(Debug)]
@@ -73,6 +74,9 @@ pub enum Report {
         /// What it did.
         why: Option<&'static str>,
     },
+    /// The span of a request that has ended; only where spans are made, and lost when this queue is
+    /// full.
+    Span(Box<SpanRecord>),
     /// The shard has ended; nobody reads its queue any more.
     Stopped {
         /// Why, if not because it was asked to.

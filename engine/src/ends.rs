@@ -14,6 +14,7 @@ use crate::config::Idle;
 use crate::connection::End;
 use crate::handler::MakeHandler;
 use crate::ring::{Ring, Span};
+use crate::served::Tracing;
 use crate::shard::{Shard, TimerKind};
 use crate::{call_link, client, home, respond_stream, worker};
 
@@ -30,6 +31,8 @@ pub struct Ends {
     pub home: Option<HomeAddress>,
     /// Calls at the same time, at most.
     pub calls_max: u32,
+    /// Whether the requests of handlers make spans.
+    pub tracing: Tracing,
 }
 
 /// The call-home listener of a shard.
@@ -205,6 +208,7 @@ pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
     client::settle(shard);
     let stats = &shard.stats.shard;
     stats.handling.set(shard.worker.busy() as u64);
+    stats.queued.set(shard.worker.queued() as u64);
     stats.responses.set(shard.worker.responses.used() as u64);
     stats.calls.set(shard.client.calls.used() as u64);
 }

@@ -18,9 +18,11 @@ use corelane_codec::control_message::{
     self, ConnectionInfo, PayloadCodec, RequestType, StreamType, TcpConnectionInfo,
 };
 use corelane_codec::json::{Object, Text};
+use corelane_codec::trace_context::TraceContext;
 use corelane_codec::{Decoded, headers, item, two_part};
 
 use crate::responder::{Host, Responder, Shared};
+use crate::ring::monotonic_ns;
 use crate::stats::HandlerStats;
 
 /// Answers requests. Functions of a request and a responder that return a future are handlers.
@@ -57,22 +59,6 @@ impl fmt::Debug for NewHandler {
     }
 }
 
-/// One request that a handler has or is to get, counted as long as it lives.
-pub(crate) struct Busy(Arc<HandlerStats>);
-
-impl Busy {
-    pub(crate) fn new(stats: &Arc<HandlerStats>) -> Busy {
-        stats.busy.set(stats.busy.get() + 1);
-        Busy(Arc::clone(stats))
-    }
-}
-
-impl Drop for Busy {
-    fn drop(&mut self) {
-        self.0.busy.set(self.0.busy.get().saturating_sub(1));
-    }
-}
-
 /// One request, whole.
 #[derive(Debug)]
 pub struct Request {
@@ -82,6 +68,7 @@ pub struct Request {
     body: Range<usize>,
     id: String,
     codec: PayloadCodec,
+    trace: Option<TraceContext>,
 }
 
 /// Why a body is not one value of its codec.
@@ -124,6 +111,28 @@ impl Request {
         headers::find(&self.bytes[self.headers.clone()], name)
     }
 
+    /// What a call that is made for this request passes on as `traceparent`: the span of this
+    /// request, or what its caller sent where no spans are made.
+    pub fn trace(&self) -> Option<TraceContext> {
+        self.trace.or_else(|| self.callers_trace())
+    }
+
+    /// The span of the caller.
+    pub(crate) fn callers_trace(&self) -> Option<TraceContext> {
+        let text = self.header(headers::TRACEPARENT)?;
+        TraceContext::parse(&text.to_cow())
+    }
+
+    /// The span of this request has been begun.
+    pub(crate) fn set_trace(&mut self, span: TraceContext) {
+        self.trace = Some(span);
+    }
+
+    /// Bytes of the envelope.
+    pub(crate) fn payload_bytes(&self) -> usize {
+        self.bytes.len() - self.headers.end - 4
+    }
+
     /// Bytes that it holds.
     pub(crate) fn held_bytes(&self) -> usize {
         self.bytes.len()
@@ -158,6 +167,7 @@ pub(crate) fn read(bytes: Vec<u8>) -> Result<(Request, CallHome), Undecodable> {
                 body,
                 id: envelope.id,
                 codec: envelope.codec,
+                trace: None,
             };
             Ok((request, envelope.home))
         }
@@ -298,7 +308,13 @@ impl Future for Task {
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
         let abandoned = self.stream.borrow_mut().task_polled(context);
-        if !abandoned && self.poll_work(context).is_pending() {
+        let began_ns = self.stream.borrow().is_timed().then(monotonic_ns);
+        let pending = !abandoned && self.poll_work(context).is_pending();
+        if let Some(began_ns) = began_ns {
+            let busy_ns = monotonic_ns().saturating_sub(began_ns);
+            self.stream.borrow_mut().was_busy(busy_ns);
+        }
+        if pending {
             return Poll::Pending;
         }
         self.put_down();

@@ -20,9 +20,10 @@ use corelane_codec::{Decoded, two_part};
 
 use crate::connection::{End, Role};
 use crate::ends;
-use crate::handler::{Busy, CallHome};
+use crate::handler::CallHome;
 use crate::responder::{Shared, Stream};
 use crate::ring::Ring;
+use crate::served::{Busy, Outcome};
 use crate::shard::{Shard, TimerKind};
 use crate::table::NONE;
 use crate::timer_wheel::TimerId;
@@ -58,6 +59,8 @@ pub(crate) struct Response {
     holds_slot: bool,
     /// Counts its request with its handler as long as the slot is held.
     busy: Option<Busy>,
+    /// Why it ended before its end.
+    early: Option<Outcome>,
 }
 
 /// Takes a slot for a response and dials its caller. `None` when the table is full.
@@ -77,6 +80,7 @@ pub(crate) fn open<R: Ring>(
         timer: None,
         holds_slot: true,
         busy: None,
+        early: None,
     };
     let slot = shard.worker.responses.insert(response).ok()?;
     let generation = shard.worker.responses.generation(slot);
@@ -121,6 +125,7 @@ fn not_connected<R: Ring>(shard: &mut Shard<R>, slot: u32, errno: i32) {
         return set_timer(shard, slot, again_ns);
     }
     shard.stats.shard.responses_unreachable.add(1);
+    shard.worker.responses[slot].early = Some(Outcome::Unreachable);
     die(shard, slot, true);
 }
 
@@ -203,7 +208,11 @@ fn end_if_over<R: Ring>(shard: &mut Shard<R>, slot: u32) {
         return;
     }
     if std::mem::take(&mut response.holds_slot) {
-        response.busy = None;
+        if let Some(busy) = response.busy.take() {
+            let stream = response.stream.borrow();
+            let early = response.early.filter(|_| !stream.is_complete());
+            busy.end(early, stream.so_far());
+        }
         shard.worker.free_slot();
     }
     if shard.worker.responses[slot].state == State::Dead {
@@ -230,8 +239,10 @@ pub(crate) fn said<R: Ring>(shard: &mut Shard<R>, connection: u32, slot: u32) {
         };
         match call_home::classify(bytes, &message) {
             StreamMessage::Empty => shard.pieces.advance(incoming, message.frame_bytes()),
-            StreamMessage::Stop => return die(shard, slot, false),
-            _ => return die(shard, slot, true),
+            message => {
+                shard.worker.responses[slot].early = Some(Outcome::Cancelled);
+                return die(shard, slot, message != StreamMessage::Stop);
+            }
         }
     }
 }
@@ -253,6 +264,7 @@ pub(crate) fn lost<R: Ring>(shard: &mut Shard<R>, slot: u32, errno: i32) {
         State::Dialing => not_connected(shard, slot, errno),
         State::Open => {
             shard.stats.shard.responses_lost.add(1);
+            shard.worker.responses[slot].early = Some(Outcome::CutOff);
             die(shard, slot, true);
         }
         // A reset after the sentinel is as good as an end of stream (§4.5).

@@ -198,6 +198,22 @@ pub(crate) struct Stream {
     place: (u32, u32),
     touched: bool,
     host: Host,
+    so_far: SoFar,
+    /// The time that the handler is at work is measured.
+    timed: bool,
+}
+
+/// What a response has come to, for the numbers of its handler and for its span.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct SoFar {
+    /// When the prologue was written; 0 before.
+    pub(crate) began_ns: u64,
+    /// Encoded items.
+    pub(crate) bytes: u64,
+    /// It ended with an error.
+    pub(crate) failed: bool,
+    /// The time that the handler was at work, if that is measured.
+    pub(crate) busy_ns: u64,
 }
 
 /// A response's state as its shard and its handler hold it.
@@ -228,6 +244,8 @@ impl Stream {
             place: (0, 0),
             touched: false,
             host: host.clone(),
+            so_far: SoFar::default(),
+            timed: false,
         }
     }
 
@@ -241,6 +259,24 @@ impl Stream {
     /// Where that is.
     pub(crate) fn place(&self) -> (u32, u32) {
         self.place
+    }
+
+    /// What it has come to.
+    pub(crate) fn so_far(&self) -> SoFar {
+        self.so_far
+    }
+
+    /// From now on the time that the handler is at work is measured.
+    pub(crate) fn time(&mut self) {
+        self.timed = true;
+    }
+
+    pub(crate) fn is_timed(&self) -> bool {
+        self.timed
+    }
+
+    pub(crate) fn was_busy(&mut self, ns: u64) {
+        self.so_far.busy_ns += ns;
     }
 
     /// The shard has seen what was touched.
@@ -298,6 +334,20 @@ impl Stream {
     /// Whether nothing more will be written.
     pub(crate) fn is_over(&self) -> bool {
         self.over
+    }
+
+    /// The handler is to be dropped.
+    pub(crate) fn abandon(&mut self) {
+        self.abandoned = true;
+        if let Some(task) = self.task.take() {
+            self.host.wake(task);
+        }
+    }
+
+    fn wake_all(&mut self) {
+        for waker in std::mem::take(&mut self.wakers) {
+            self.host.wake(waker);
+        }
     }
 
     // --- for the task ----------------------------------------------------------------
@@ -368,6 +418,7 @@ impl Stream {
     fn begin(&mut self) {
         if !self.began {
             self.began = true;
+            self.so_far.began_ns = monotonic_ns();
             self.out.extend_from_slice(&call_home::PROLOGUE_OK_FRAME);
         }
     }
@@ -384,6 +435,7 @@ impl Stream {
             self.out.extend_from_slice(part);
         }
         self.out.extend_from_slice(after);
+        self.so_far.bytes += body_bytes as u64;
         self.out_items += 1;
         self.touch();
     }
@@ -412,11 +464,13 @@ impl Stream {
         if self.over {
             return;
         }
+        self.so_far.failed = true;
         if self.began {
             self.write_error_item(error);
             return self.finish();
         }
         self.began = true;
+        self.so_far.began_ns = monotonic_ns();
         call_home::write_prologue_error(error.text(), Some(&error.to_json()), &mut self.out);
         self.end();
     }

@@ -219,9 +219,10 @@ impl<R: Ring> Shard<R> {
         self.stopping
     }
 
-    /// Tells control something. A full queue loses the report: control reads counters as well.
-    pub(crate) fn report(&self, report: Report) {
-        let _ = self.reports.send(report);
+    /// Tells control something. A full queue loses the report, and answers false: control reads
+    /// counters as well.
+    pub(crate) fn report(&self, report: Report) -> bool {
+        self.reports.send(report).is_ok()
     }
 
     /// One turn of the loop. Returns whether anything happened.

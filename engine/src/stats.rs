@@ -3,7 +3,12 @@
 //! One writer: each cell is an atomic only so that a reader sees whole values. Writes are a load
 //! and a store, never a read-modify-write, and no cell is shared by two shards.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use corelane_codec::path::EndpointId;
+
+use crate::times::Times;
 
 /// A number with one writer.
 #[derive(Debug, Default)]
@@ -32,10 +37,14 @@ impl Cell {
 }
 
 macro_rules! cells {
-    ($(#[$meta:meta])* $name:ident { $($(#[doc = $doc:literal])+ $kind:ident $field:ident,)+ }) => {
+    ($(#[$meta:meta])* $name:ident { $($(#[doc = $doc:literal])+ $kind:ident $field:ident,)+ }
+     $(beside { $($(#[doc = $about:literal])+ $other:ident: $type:ty,)+ })?) => {
         $(#[$meta])*
         #[derive(Debug, Default)]
-        pub struct $name { $($(#[doc = $doc])+ pub $field: Cell,)+ }
+        pub struct $name {
+            $($(#[doc = $doc])+ pub $field: Cell,)+
+            $($($(#[doc = $about])+ pub $other: $type,)+)?
+        }
 
         impl $name {
             /// Every cell: name, kind, what it is, value. The order is that of the type.
@@ -141,6 +150,8 @@ cells! {
         Counter responses_unreachable,
         /// Responses of our handlers that were cut off by their caller's end
         Counter responses_lost,
+        /// Spans of requests that control did not take in time
+        Counter spans_lost,
         /// Calls made
         Counter calls_made,
         /// Calls home that named no call of ours, or named it too late
@@ -195,6 +206,8 @@ cells! {
         Gauge draining,
         /// Requests that handlers of this process run or that wait for one
         Gauge handling,
+        /// Those of them that wait
+        Gauge queued,
         /// Call-home sockets of our handlers
         Gauge responses,
         /// Calls under way
@@ -229,8 +242,28 @@ cells! {
         Counter panicked,
         /// Response items written
         Counter items,
+        /// Bytes of the envelopes of requests
+        Counter request_bytes,
+        /// Bytes of response items, encoded
+        Counter response_bytes,
+        /// Requests that their caller stopped or killed
+        Counter cancelled,
+        /// Requests that were answered with an error, in the prologue or as the last item
+        Counter error_answers,
+        /// Requests whose caller could not be called home
+        Counter unreachable,
+        /// Requests whose caller was lost before the end of the response
+        Counter cut_off,
         /// Requests that run or wait for a slot
         Gauge busy,
+    }
+    beside {
+        /// Who it is, for spans and metrics; set once by whoever made the handler.
+        id: OnceLock<EndpointId>,
+        /// Its instance in discovery, for the same; 0 as long as it has none.
+        instance: Cell,
+        /// How long its requests took.
+        times: Times,
     }
 }
 

@@ -19,13 +19,14 @@ use crate::decode::{self, WHOLE_BYTES_MAX};
 use crate::ends::Ends;
 use crate::executor::Spawner;
 use crate::handler::{
-    self, Busy, CallHome, Handler, MakeHandler, NewHandler, Request, Task, Undecodable,
+    self, CallHome, Handler, MakeHandler, NewHandler, Request, Task, Undecodable,
 };
 use crate::recv;
 use crate::respond::{self, Refusal};
 use crate::respond_stream::{self, Response};
 use crate::responder::{Host, Responder};
 use crate::ring::Ring;
+use crate::served::{Busy, Spans};
 use crate::shard::Shard;
 use crate::stats::HandlerStats;
 use crate::table::Table;
@@ -68,6 +69,7 @@ pub(crate) struct Worker {
     may_start: bool,
     pub(crate) touched: Vec<(u32, u32)>,
     reported_ns: u64,
+    spans: Rc<Spans>,
 }
 
 impl Worker {
@@ -78,6 +80,7 @@ impl Worker {
             stats: Arc::default(),
         };
         let handlers = ends.handlers.into_iter().map(served).collect();
+        let spans = Rc::new(Spans::new(ends.tracing));
         // Beside those that run there are those whose caller has not closed his socket yet.
         let responses = if ends.running_max == 0 {
             0
@@ -98,6 +101,7 @@ impl Worker {
             may_start: false,
             touched: Vec::new(),
             reported_ns: 0,
+            spans,
         }
     }
 
@@ -120,6 +124,11 @@ impl Worker {
             .into_iter()
             .filter(|local| (local.handler as usize) < known);
         self.at = paths.map(|local| (local.path, local.handler)).collect();
+    }
+
+    /// Requests that wait.
+    pub(crate) fn queued(&self) -> usize {
+        self.queue.len()
     }
 
     /// Requests that run or wait.
@@ -257,9 +266,10 @@ fn begin<R: Ring>(shard: &mut Shard<R>, handler: u32, frame: Vec<u8>) {
     stats.requests.add(1);
     match handler::read(frame) {
         Ok((request, home)) => {
+            stats.request_bytes.add(request.payload_bytes() as u64);
             let waiting = Waiting {
                 handler,
-                busy: Busy::new(stats),
+                busy: Busy::new(stats, &shard.worker.spans),
                 request,
                 home,
             };
@@ -301,8 +311,8 @@ pub(crate) fn complain<R: Ring>(shard: &mut Shard<R>, undecodable: Undecodable) 
 fn start<R: Ring>(shard: &mut Shard<R>, waiting: Waiting) {
     let Waiting {
         handler,
-        busy,
-        request,
+        mut busy,
+        mut request,
         home,
     } = waiting;
     let Some(stream) = respond_stream::open(shard, &home, request.codec()) else {
@@ -310,6 +320,7 @@ fn start<R: Ring>(shard: &mut Shard<R>, waiting: Waiting) {
         return;
     };
     shard.stats.shard.handled.add(1);
+    busy.begin(&mut request, &stream);
     respond_stream::count(shard, &stream, busy);
     let handler = Rc::clone(&shard.worker.handlers[handler as usize].handler);
     let responder = Responder::new(&stream);
@@ -317,11 +328,21 @@ fn start<R: Ring>(shard: &mut Shard<R>, waiting: Waiting) {
     shard.worker.spawner.spawn(task);
 }
 
+/// Hands the spans of requests that have ended to control, as far as it takes them.
+fn tell_spans<R: Ring>(shard: &mut Shard<R>) {
+    while let Some(span) = shard.worker.spans.next() {
+        if !shard.report(Report::Span(span)) {
+            shard.stats.shard.spans_lost.add(1);
+        }
+    }
+}
+
 /// Gives free slots to those who wait.
 pub(crate) fn start_waiting<R: Ring>(shard: &mut Shard<R>) {
     if !std::mem::take(&mut shard.worker.may_start) {
         return;
     }
+    tell_spans(shard);
     while shard.worker.has_slot() {
         let Some(waiting) = shard.worker.queue.pop_front() else {
             return;

@@ -38,6 +38,8 @@ pub enum Kind {
     AllocationsCleared,
     /// An allocation found no memory for the first time.
     AllocationOom,
+    /// Ours: memory that a client lent went with it, and what was published in it.
+    ContentsLost,
 }
 
 impl Kind {
@@ -51,6 +53,7 @@ impl Kind {
             Kind::RwDisconnected => "rw_disconnected",
             Kind::AllocationsCleared => "allocations_cleared",
             Kind::AllocationOom => "allocation_oom",
+            Kind::ContentsLost => "contents_lost",
         }
     }
 
@@ -62,6 +65,7 @@ impl Kind {
             Event::LayoutCommit => Kind::LayoutCommitted,
             Event::RwAbort => Kind::RwAborted,
             Event::RwDisconnect => Kind::RwDisconnected,
+            Event::ContentsLost => Kind::ContentsLost,
             Event::RoConnect | Event::RoDisconnect => return None,
         })
     }

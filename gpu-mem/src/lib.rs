@@ -14,13 +14,17 @@
 
 pub mod backend;
 pub mod client;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod domain;
 pub mod failover_lock;
 pub mod failover_metrics;
 pub mod history;
+pub mod ipc;
 pub mod lane;
 pub mod lock;
 pub mod paths;
+pub mod pinned;
 pub mod protocol;
 pub mod region;
 pub mod server;

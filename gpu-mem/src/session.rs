@@ -45,7 +45,9 @@ pub fn needs(request: &Request) -> Needs {
         | Request::MetadataPut(_)
         | Request::MetadataDelete(_)
         | Request::Commit(_)
-        | Request::CommitLayout(_) => Needs::Rw,
+        | Request::CommitLayout(_)
+        | Request::IpcOffer(_)
+        | Request::IpcWithdraw(_) => Needs::Rw,
         Request::ExportAllocation(_)
         | Request::Export(_)
         | Request::GetAllocation(_)
@@ -54,10 +56,13 @@ pub fn needs(request: &Request) -> Needs {
         | Request::MetadataList(_)
         | Request::LockState(_)
         | Request::AllocationState(_)
-        | Request::LayoutHash(_) => Needs::AnyGrant,
-        Request::Handshake(_) | Request::RuntimeState(_) | Request::EventHistory(_) => {
-            Needs::BeforeHandshake
-        }
+        | Request::LayoutHash(_)
+        | Request::IpcOpen(_)
+        | Request::IpcList(_) => Needs::AnyGrant,
+        Request::Handshake(_)
+        | Request::RuntimeState(_)
+        | Request::EventHistory(_)
+        | Request::IpcState(_) => Needs::BeforeHandshake,
     }
 }
 

@@ -1,4 +1,4 @@
-//! What the service counts, readable from any thread.
+//! What each pool counts, readable from any thread.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -46,13 +46,16 @@ counters! {
     AllocationOom "allocation_oom_total" "Allocations that found no memory at first.",
     AllocationTimedOut "allocation_timed_out_total" "Allocations that found no memory in time.",
     Exports "exports_total" "Descriptors that were lent.",
+    IpcOffers "ipc_offers_total" "CUDA IPC handles that writers offered.",
+    IpcOpens "ipc_opens_total" "CUDA IPC handles that were lent.",
+    ContentsLost "contents_lost_total" "Publications that went with the process that lent them.",
     BackendErrors "backend_errors_total" "Calls that the kernel or the driver refused.",
     FramesBad "frames_bad_total" "Frames that cost their sender the session.",
     NotAllowed "not_allowed_total" "Requests that the grant did not allow.",
     DeadlinesPassed "deadlines_passed_total" "Connections that stalled in a frame or a reply.",
 }
 
-/// The counters of one service.
+/// The counters of one pool.
 #[derive(Debug, Default)]
 pub struct Stats {
     counts: [AtomicU64; COUNTERS],

@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 use thiserror::Error;
 
 use crate::backend::Block;
+use crate::ipc::Offers;
 
 /// How much one pool may hold. A pool's tables are bounded by these, whatever a writer asks for.
 #[derive(Clone, Copy, Debug)]
@@ -97,6 +98,8 @@ pub struct Store {
     total_bytes: u64,
     metadata: BTreeMap<String, Entry>,
     metadata_bytes: usize,
+    /// Memory of the writer's own, beside what the pool made.
+    offers: Offers,
 }
 
 impl Store {
@@ -110,7 +113,18 @@ impl Store {
             total_bytes: 0,
             metadata: BTreeMap::new(),
             metadata_bytes: 0,
+            offers: Offers::new(limits),
         }
+    }
+
+    /// Memory that the writer lends of its own.
+    pub fn offers(&self) -> &Offers {
+        &self.offers
+    }
+
+    /// The same, for the writer.
+    pub fn offers_mut(&mut self) -> &mut Offers {
+        &mut self.offers
     }
 
     /// How many allocations there are.
@@ -309,7 +323,8 @@ impl Store {
     }
 
     /// The hash that upstream's clients compare: of the shape, not of the contents. Allocations are
-    /// named by rank, so an identical rebuild has the same hash although every id is new.
+    /// named by rank, so an identical rebuild has the same hash although every id is new. Offered
+    /// memory is part of it where there is any; else it is exactly upstream's.
     pub fn layout_hash(&self) -> String {
         let mut hash = Sha256::new();
         let ranks = self.ranks();
@@ -328,6 +343,7 @@ impl Store {
             hash.update(format!("{key}:{rank}:{}:", entry.offset_bytes));
             hash.update(&entry.value);
         }
+        self.offers.hash_into(&mut hash);
         hex(&hash.finalize())
     }
 
@@ -353,6 +369,7 @@ impl Store {
             hash.update((entry.value.len() as u64).to_le_bytes());
             hash.update(&entry.value);
         }
+        self.offers.hash_into(&mut hash);
         hex(&hash.finalize())
     }
 

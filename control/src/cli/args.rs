@@ -2,11 +2,13 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::ValueEnum;
 
-use crate::config::{Config, Discovery, Drain, EndpointId, Server};
+use crate::config::{Config, Discovery, Drain, EndpointId, Gpu, Server};
+use crate::gpu_memory::Names;
 
 /// Of `corelane up`.
 #[derive(Clone, Debug)]
@@ -24,6 +26,34 @@ pub struct UpArgs {
 pub struct ServeArgs {
     /// Everything.
     pub config: Config,
+}
+
+/// Of `corelane gms`.
+#[derive(Clone, Debug)]
+pub struct GmsArgs {
+    /// Devices, pools and limits.
+    pub gpu: Gpu,
+    /// Names that were given by hand.
+    pub names: Names,
+    /// Where the status server listens; nothing else of it counts.
+    pub server: Server,
+}
+
+/// Of `corelane gms probe`.
+#[derive(Clone, Debug)]
+pub struct ProbeArgs {
+    /// Sockets to ask; none means those in `folder`.
+    pub sockets: Vec<PathBuf>,
+    /// Where sockets lie.
+    pub folder: PathBuf,
+    /// Whether to ask for the history too.
+    pub history: bool,
+    /// Whether a pool without published contents is a failure.
+    pub ready: bool,
+    /// Whether to print JSON lines.
+    pub json: bool,
+    /// Longest wait for one answer.
+    pub timeout: Duration,
 }
 
 /// How an echo worker answers a request.

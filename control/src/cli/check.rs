@@ -297,6 +297,17 @@ fn contents(config: &Config) -> String {
             n => format!("{n} instances"),
         }
     );
+    if let Some(gpu) = &config.gpu {
+        let devices: Vec<usize> = gpu.devices.iter().map(|n| *n as usize).collect();
+        let _ = writeln!(
+            text,
+            "  GPU memory of devices {} ({}), pools {}, sockets in {}",
+            cpu_list(&devices),
+            gpu.backend,
+            gpu.tags.join(" and "),
+            gpu.socket_dir.display()
+        );
+    }
     text
 }
 

@@ -13,15 +13,19 @@ use thiserror::Error;
 use crate::commands;
 use crate::config::{Checked, Config, Host, Inputs};
 use crate::env::{self, Env, Level};
-use crate::logging;
+use crate::{logging, trace};
 
 mod args;
 mod check;
+mod gms;
 mod options;
 
-pub use args::{Answer, CallArgs, Codec, Early, EchoArgs, ServeArgs, Target, UpArgs};
+pub use args::{
+    Answer, CallArgs, Codec, Early, EchoArgs, GmsArgs, ProbeArgs, ServeArgs, Target, UpArgs,
+};
 pub use check::{Report, SCHEMA};
 
+use gms::GmsTask;
 use options::{Command, EnvOptions, Options, WorkerCommand};
 
 /// How the program ends.
@@ -104,6 +108,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>, env: &Env, host: &Host) -> 
         }
     };
     logging::start(env);
+    trace::start(env);
     match dispatch(options.command, env, host) {
         Ok(exit) => exit,
         Err(error) => {
@@ -142,6 +147,14 @@ fn dispatch(command: Command, env: &Env, host: &Host) -> anyhow::Result<Exit> {
             let config = load(call.inputs(env, host))?;
             commands::call(call.args(config)?)
         }
+        Command::Gms(gms) => match gms.task() {
+            GmsTask::Serve(serve) => {
+                report(env);
+                let config = load(serve.inputs(env, host))?;
+                commands::gms(serve.args(config)?)
+            }
+            GmsTask::Probe(probe) => commands::probe(probe.args(env)),
+        },
     }
 }
 

@@ -6,10 +6,10 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use super::args::{Answer, CallArgs, Codec, Early, EchoArgs, Target, UpArgs};
-use super::{Stop, check::CheckOptions};
+use super::{Stop, check::CheckOptions, gms::GmsOptions};
 use crate::config::{
-    Backend, Config, EndpointId, Host, Inputs, Key, Main, Override, Purpose, address, find, keys,
-    nearest, quoted,
+    Backend, Config, EndpointId, Host, Inputs, Key, Main, Override, Purpose, Section, address,
+    find, keys, nearest, quoted,
 };
 use crate::env::Env;
 
@@ -53,6 +53,7 @@ pub(super) enum Command {
     Env(EnvOptions),
     Worker(WorkerOptions),
     Call(CallOptions),
+    Gms(Box<GmsOptions>),
 }
 
 /// Where settings come from.
@@ -110,6 +111,10 @@ impl UpOptions {
             .find(|set| set.key.path() == "discovery.backend");
         if backend.is_some_and(|set| set.text != "memory") {
             let text = "up keeps discovery in memory; use serve for another [discovery] backend";
+            return Err(Stop::Usage(text.into()));
+        }
+        if overrides.iter().any(|set| set.key.section == Section::Gpu) {
+            let text = "up serves no GPU memory; use corelane gms, or serve with [gpu]";
             return Err(Stop::Usage(text.into()));
         }
         push(
@@ -264,7 +269,7 @@ impl DiscoveryOptions {
     }
 }
 
-fn push(overrides: &mut Vec<Override>, path: &str, flag: &str, text: Option<String>) {
+pub(super) fn push(overrides: &mut Vec<Override>, path: &str, flag: &str, text: Option<String>) {
     if let (Some(key), Some(text)) = (find(path), text) {
         overrides.push(Override {
             flag: flag.to_owned(),

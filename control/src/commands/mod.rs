@@ -4,9 +4,11 @@ use anyhow::Result;
 
 use crate::cli::{CallArgs, EchoArgs, Exit};
 
+mod gms;
 mod serve;
 mod up;
 
+pub use gms::{gms, probe};
 pub use serve::serve;
 pub use up::up;
 

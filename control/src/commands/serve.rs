@@ -1,10 +1,15 @@
 //! `corelane serve`: the router until it is told to stop.
 
+use std::rc::Rc;
+
 use anyhow::{Context, Result};
 use tokio::runtime::Builder;
 use tokio::task::LocalSet;
 
 use crate::cli::{Exit, ServeArgs};
+use crate::config::Config;
+use crate::gpu_memory::{GpuMemory, Names};
+use crate::gpu_metrics;
 use crate::preflight;
 use crate::supervise::{Router, Signals, Store};
 
@@ -18,6 +23,7 @@ pub fn serve(args: ServeArgs) -> Result<Exit> {
     pin(plan.control_cpu);
     on_this_thread(async move {
         let mut signals = Signals::catch().context("cannot catch signals")?;
+        let gpu = gpu_memory(&config)?;
         let started = tokio::select! {
             router = Router::start(&config, &plan, Store::Configured) => Some(router?),
             name = signals.next() => {
@@ -28,11 +34,33 @@ pub fn serve(args: ServeArgs) -> Result<Exit> {
         match started {
             Some(mut router) => {
                 router.offer();
-                Ok(router.run(signals, std::future::pending(), async {}).await)
+                if let Some(gpu) = gpu.clone() {
+                    router.add_metrics(Box::new(move |out| gpu_metrics::write(&gpu, out)));
+                }
+                let failed = async {
+                    match &gpu {
+                        Some(gpu) => gpu.ended().await,
+                        None => std::future::pending().await,
+                    }
+                    tracing::error!("the GPU memory service has ended by itself");
+                };
+                let stop = async {
+                    if let Some(gpu) = &gpu {
+                        gpu.stop().await;
+                    }
+                };
+                Ok(router.run(signals, failed, stop).await)
             }
             None => Ok(Exit::Done),
         }
     })
+}
+
+/// The GPU memory service, if the configuration has one.
+fn gpu_memory(config: &Config) -> Result<Option<Rc<GpuMemory>>> {
+    let gpu = config.gpu.as_ref();
+    let started = gpu.map(|gpu| GpuMemory::start(gpu, &Names::default()));
+    Ok(started.transpose()?.map(Rc::new))
 }
 
 /// Runs `work` on a runtime of this thread.

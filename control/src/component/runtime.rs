@@ -39,6 +39,7 @@ use crate::health::{Endpoints, Hold, Settings, State};
 use crate::metrics::{ProcessNumbers, Snapshot};
 use crate::status_server::{Health, StatusOptions, StatusServer};
 use crate::supervise::Signals;
+use crate::trace;
 
 /// Everything of one process. Clones are the same runtime; it stays on the thread that made it,
 /// while [`super::Client`]s may go anywhere.
@@ -103,6 +104,7 @@ impl Runtime {
     /// An address is taken, the host cannot do what is required, or the store cannot be reached
     /// in time.
     pub async fn start(options: Options) -> Result<Runtime> {
+        trace::start(&options.env);
         let plan = options.plan()?;
         let home = HomeAddress {
             bind: SocketAddr::new(options.server.host, 0),

@@ -58,9 +58,9 @@ impl Serving {
         shards: usize,
     ) -> Serving {
         Serving {
-            id,
             codec,
-            stats: (0..shards).map(|_| Arc::default()).collect(),
+            stats: (0..shards).map(|_| counters(&id)).collect(),
+            id,
             entry,
             canary: None,
             stats_handler: None,
@@ -132,6 +132,13 @@ impl Serving {
     }
 }
 
+/// Counters that know whose they are.
+fn counters(id: &EndpointId) -> Arc<HandlerStats> {
+    let stats = HandlerStats::default();
+    let _ = stats.id.set(id.clone());
+    Arc::new(stats)
+}
+
 /// Keeps the record of an endpoint in discovery under the identity of the day.
 async fn keep(inner: Weak<Inner>, serving: Rc<Serving>) {
     let Some(mut identity) = inner.upgrade().map(|inner| inner.discovery.identity()) else {
@@ -177,6 +184,9 @@ async fn register(inner: &Inner, serving: &Serving, id: u64) -> bool {
     }
     serving.instance_id.set(Some(id));
     serving.entry.is_instance(id);
+    for stats in &serving.stats {
+        stats.instance.set(id);
+    }
     serving.entry.turn(State::Registered);
     // The shards took the path over before the record was written, so requests are answered.
     serving.entry.turn(State::Running);

@@ -2,7 +2,9 @@
 //! environment report and the documentation all read this one list.
 
 use super::value::Kind;
-use super::words::{Ack, Backend, Idle, Io, Policy, Response};
+use super::words::{
+    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, Policy, Response,
+};
 
 /// A table of `corelane.toml`.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -21,11 +23,13 @@ pub enum Section {
     Control,
     /// `[drain]`: how we stop.
     Drain,
+    /// `[gpu]`: the GPU memory service.
+    Gpu,
 }
 
 impl Section {
     /// All sections in the order in which they are documented.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Server,
         Self::Discovery,
         Self::Route,
@@ -33,6 +37,7 @@ impl Section {
         Self::Core,
         Self::Control,
         Self::Drain,
+        Self::Gpu,
     ];
 
     /// The table's name, without brackets.
@@ -45,6 +50,7 @@ impl Section {
             Self::Core => "core",
             Self::Control => "control",
             Self::Drain => "drain",
+            Self::Gpu => "gpu",
         }
     }
 
@@ -311,6 +317,45 @@ keys! {
     DRAIN_TIMEOUT_S = Drain "timeout_s", int(0, 86_400, "seconds"), Value("900"),
         [same("DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS")],
         "After that: how long running requests may take to finish";
+
+    GPU_DEVICES = Gpu "devices", Kind::Numbers { max: 63, unit: "devices" },
+        Unset("no GPU memory service; corelane gms serves 0"), [],
+        "GPUs whose memory is lent; with host memory, numbers of stand-ins";
+    GPU_TAGS = Gpu "tags", Kind::Names, Value("weights,kv_cache"), [],
+        "Pools of each device, each with a lock and a socket of its own";
+    GPU_BACKEND = Gpu "backend", Kind::Words(GpuBackend::WORDS), Value("auto"), [],
+        "auto takes the GPU's memory where there is a driver, else the host's";
+    GPU_GENERATION = Gpu "generation", Kind::Words(Generation::WORDS), Value("first"), [],
+        "Protocol; second is what Dynamo's --use-v1 speaks, on sockets of its own";
+    GPU_SOCKET_DIR = Gpu "socket_dir", Kind::Path, Unset("the temp folder"),
+        [same("GMS_SOCKET_DIR")],
+        "Folder of the sockets";
+    GPU_UIDS = Gpu "uids", Kind::Numbers { max: u32::MAX, unit: "user ids" },
+        Unset("the user that corelane runs as"), [],
+        "Users that may connect; the kernel says who does";
+    GPU_CAPACITY_BYTES = Gpu "capacity_bytes", int(4_096, 1 << 50, "bytes"),
+        Unset("as much as there is"), [],
+        "Most host memory of one device, all its pools together";
+    GPU_POPULATE_BYTES_MAX = Gpu "populate_bytes_max", int(0, 1 << 40, "bytes"),
+        Value("67108864"), [],
+        "Host memory up to this size gets its pages when it is made, larger when it is touched";
+    GPU_CONNECTIONS_MAX = Gpu "connections_max", int(1, 65_536, "connections"), Value("4096"), [],
+        "Clients at a time, all pools together";
+    GPU_ALLOCATIONS_MAX = Gpu "allocations_max", int(1, 1 << 24, "allocations"),
+        Value("65536"), [],
+        "Allocations of one pool";
+    GPU_METADATA_BYTES_MAX = Gpu "metadata_bytes_max", int(4_096, 1 << 40, "bytes"),
+        Value("268435456"), [],
+        "Keys and values that writers may leave in one pool";
+    GPU_ALLOC_RETRY_INTERVAL_MS = Gpu "alloc_retry_interval_ms",
+        int(1, 3_600_000, "milliseconds"), Value("500"), [],
+        "How often memory that is short is asked for again";
+    GPU_ALLOC_RETRY_TIMEOUT_MS = Gpu "alloc_retry_timeout_ms",
+        int(0, 86_400_000, "milliseconds"), Value("60000"), [],
+        "How long a writer waits for memory; 0 is as long as it lives";
+    GPU_DURABLE_LAYOUT = Gpu "durable_layout", Kind::Words(DurableLayout::WORDS),
+        Value("replace"), [],
+        "What rw_or_ro does to a durable layout: replace as upstream, or keep and wait";
 }
 
 #[cfg(test)]

@@ -18,9 +18,11 @@ use std::path::{Path, PathBuf};
 use crate::env::Env;
 
 mod endpoint;
+mod gpu;
 mod host;
 mod keys;
 mod layers;
+mod lists;
 mod problem;
 mod raw;
 mod resolve;
@@ -35,7 +37,9 @@ pub use keys::{Alias, Dialect, Fallback, Key, Section, find, keys};
 pub use layers::Setting;
 pub use problem::{Origin, Problem, Severity};
 pub use value::{Kind, Value, address};
-pub use words::{Ack, Backend, Idle, Io, Policy, Response, Word};
+pub use words::{
+    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, Policy, Response, Word,
+};
 
 pub(crate) use host::cpu_list;
 pub(crate) use problem::quoted;
@@ -61,6 +65,8 @@ pub struct Config {
     pub control: Control,
     /// How we stop.
     pub drain: Drain,
+    /// The GPU memory service, if there is one.
+    pub gpu: Option<Gpu>,
     /// Every value that was used, with the place it came from.
     pub settings: Vec<Setting>,
 }
@@ -257,6 +263,39 @@ pub struct Drain {
     pub timeout_s: u32,
 }
 
+/// `[gpu]`.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Gpu {
+    /// GPUs by CUDA ordinal, at least one.
+    pub devices: Vec<u32>,
+    /// Pools of each, at least one.
+    pub tags: Vec<String>,
+    /// Which memory.
+    pub backend: GpuBackend,
+    /// Which protocol.
+    pub generation: Generation,
+    /// Where the sockets lie.
+    pub socket_dir: PathBuf,
+    /// Who may connect; empty is our own user.
+    pub uids: Vec<u32>,
+    /// Most host memory of one device.
+    pub capacity_bytes: Option<u64>,
+    /// Host memory up to this size gets its pages at once.
+    pub populate_bytes_max: u64,
+    /// Clients at a time.
+    pub connections_max: u32,
+    /// Allocations of one pool.
+    pub allocations_max: u32,
+    /// Keys and values of one pool.
+    pub metadata_bytes_max: u64,
+    /// How often memory that is short is asked for again.
+    pub alloc_retry_interval_ms: u32,
+    /// How long that goes on; 0 is as long as the client lives.
+    pub alloc_retry_timeout_ms: u32,
+    /// What `rw_or_ro` does to a durable layout.
+    pub durable_layout: DurableLayout,
+}
+
 /// What the configuration is read for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Purpose {
@@ -266,15 +305,25 @@ pub enum Purpose {
     Up,
     /// A worker or a caller: only `[server]`, `[discovery]` and `[drain]` count.
     Peer,
+    /// The GPU memory service alone: only `[server]`, for its status port, and `[gpu]` count.
+    Gms,
 }
 
 impl Purpose {
     fn reads(self, section: Section) -> bool {
-        self != Self::Peer
-            || matches!(
+        match self {
+            Self::Serve | Self::Up => true,
+            Self::Peer => matches!(
                 section,
                 Section::Server | Section::Discovery | Section::Drain
-            )
+            ),
+            Self::Gms => matches!(section, Section::Server | Section::Gpu),
+        }
+    }
+
+    /// Whether there are cores, routes and instances.
+    fn routes(self) -> bool {
+        matches!(self, Self::Serve | Self::Up)
     }
 }
 

@@ -10,8 +10,7 @@ use super::problem::Origin;
 use super::value::{Value, ip};
 use super::words::{Backend, Idle, Io};
 use super::{
-    Config, Control, Core, Discovery, Drain, Host, Inputs, Purpose, Secret, Server, cpu_list,
-    routes,
+    Config, Control, Core, Discovery, Drain, Host, Inputs, Secret, Server, cpu_list, gpu, routes,
 };
 
 /// Sockets and files that are open besides connections: rings, listeners, stores.
@@ -21,20 +20,21 @@ const OTHER_FILES: u64 = 64;
 pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
     let server = server(layers);
     let discovery = discovery(layers);
-    let peer = inputs.purpose == Purpose::Peer;
-    let (routes, instances) = match peer {
-        true => (Vec::new(), Vec::new()),
-        false => routes::routes(layers, inputs.purpose, discovery.backend),
+    let routed = inputs.purpose.routes();
+    let (routes, instances) = match routed {
+        true => routes::routes(layers, inputs.purpose, discovery.backend),
+        false => (Vec::new(), Vec::new()),
     };
     let cores = cores(layers, &inputs.host);
     let control = control(layers, &inputs.host, &cores);
-    if !peer {
+    if routed {
         open_files(layers, &inputs.host, &cores);
     }
     let drain = Drain {
         grace_s: layers.int(&keys::DRAIN_GRACE_S, Of::Once),
         timeout_s: layers.int(&keys::DRAIN_TIMEOUT_S, Of::Once),
     };
+    let gpu = gpu::gpu(layers, inputs.purpose);
     let settings = Vec::new();
     Some(Config {
         server,
@@ -44,6 +44,7 @@ pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
         cores,
         control: control?,
         drain,
+        gpu,
         settings,
     })
 }

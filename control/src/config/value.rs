@@ -8,6 +8,7 @@ use toml::de::DeValue;
 
 use super::host::cpu_list;
 use super::keys::Key;
+use super::lists;
 use super::problem::quoted;
 use super::suggest::nearest;
 use super::words::Word;
@@ -45,6 +46,15 @@ pub enum Kind {
     },
     /// An IP address; IPv6 with or without brackets.
     Ip,
+    /// A list of plain names: `weights,kv_cache`.
+    Names,
+    /// A list of numbers: `0-3,5`.
+    Numbers {
+        /// Greatest.
+        max: u32,
+        /// What is counted.
+        unit: &'static str,
+    },
     /// The path of a file or folder.
     Path,
     /// PEM text, or the path of a file with it.
@@ -82,8 +92,10 @@ pub enum Value {
     Cpus(Vec<usize>),
     /// Of `Int`, `PowerOfTwo`, and `CpuOrLast` with a number.
     Int(i64),
-    /// Of `Urls`.
+    /// Of `Names` and `Urls`.
     List(Vec<String>),
+    /// Of `Numbers`: ascending, each once.
+    Numbers(Vec<u32>),
     /// Of everything else.
     Text(String),
 }
@@ -95,6 +107,9 @@ impl Value {
             Self::Cpus(cpus) => cpu_list(cpus),
             Self::Int(number) => number.to_string(),
             Self::List(items) => items.join(","),
+            Self::Numbers(numbers) => {
+                cpu_list(&numbers.iter().map(|n| *n as usize).collect::<Vec<_>>())
+            }
             Self::Text(text) => text.clone(),
         }
     }
@@ -136,6 +151,8 @@ impl Kind {
             Self::Hex => "hexadecimal number".into(),
             Self::Int { min, max, unit } => format!("{unit}, {min} to {max}"),
             Self::Ip => "IP address".into(),
+            Self::Names => "list of names".into(),
+            Self::Numbers { max, unit } => format!("list of {unit}, 0 to {max}, such as 0-3,5"),
             Self::Path => "path".into(),
             Self::Pem => "PEM text or path".into(),
             Self::PowerOfTwo { min, max, unit } => format!("{unit}, power of two, {min} to {max}"),
@@ -162,6 +179,8 @@ impl Kind {
             Self::Hex => r#""7d7ba1ff9b377a0c""#.into(),
             Self::Int { min, .. } => min.max(1).to_string(),
             Self::Ip => r#""127.0.0.1""#.into(),
+            Self::Names => r#"["weights", "kv_cache"]"#.into(),
+            Self::Numbers { .. } => r#""0-3,5""#.into(),
             Self::Path => r#""/var/lib/corelane""#.into(),
             Self::Pem => r#""/etc/corelane/etcd.pem""#.into(),
             Self::PowerOfTwo { min, max, .. } => max.min(4_096).max(min).to_string(),
@@ -175,6 +194,9 @@ impl Kind {
 
     /// Reads a value from a TOML document.
     pub fn read_toml(self, key: &Key, value: &DeValue<'_>) -> Result<Value, Fault> {
+        if let Some(list) = lists::read_toml(self, key, value) {
+            return list;
+        }
         match value {
             DeValue::String(text) if self.is_number() => {
                 let write = match text.trim().parse::<i64>() {
@@ -262,6 +284,8 @@ impl Kind {
             },
             Self::Words(words) => word(key, words, text),
             Self::Cpus => cpus(key, text),
+            Self::Names => lists::names(key, text),
+            Self::Numbers { max, .. } => lists::numbers(key, max, text),
             Self::Urls => urls(key, text.split(',')),
             _ => self.check_text(key, text).map(Value::Text),
         }

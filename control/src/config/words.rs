@@ -125,6 +125,40 @@ words! {
     }
 }
 
+words! {
+    /// Which memory the GPU memory service lends.
+    GpuBackend {
+        /// The GPU's where there is one, else the host's.
+        Auto = "auto",
+        /// The host's.
+        Host = "host",
+        /// The GPU's or none: without it the program exits with 78.
+        Cuda = "cuda",
+    }
+}
+
+words! {
+    /// Which generation of the GPU memory service's protocol is spoken (`spec/gpu-memory.md` §0).
+    Generation {
+        /// D0 and D1, on `gms_<GPU UUID>_<tag>.sock`.
+        First = "first",
+        /// D2, on `gms_<device>_<tag>.sock`.
+        Second = "second",
+        /// Both, each on sockets and with memory of its own.
+        Both = "both",
+    }
+}
+
+words! {
+    /// What a client that asks for `rw_or_ro` does to a durable layout.
+    DurableLayout {
+        /// It becomes the writer and replaces it, as upstream's does.
+        Replace = "replace",
+        /// It waits.
+        Keep = "keep",
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

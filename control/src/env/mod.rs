@@ -20,7 +20,7 @@ pub use variables::VARIABLES;
 use table::names;
 
 /// Prefixes of the names that we look at.
-const FAMILIES: [&str; 5] = ["CORELANE_", "DYN_", "ETCD_", "NATS_", "OTEL_"];
+const FAMILIES: [&str; 6] = ["CORELANE_", "DYN_", "ETCD_", "GMS_", "NATS_", "OTEL_"];
 
 /// The variables that matter to us, read once.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]

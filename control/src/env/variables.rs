@@ -35,8 +35,6 @@ const POOL: Standing =
     NotHonoured("one connection goes to each instance; its bounds are in [core]");
 const THREADS: Standing = NotHonoured(NO_THREADS);
 const NO_THREADS: &str = "there is no thread pool: each data core runs one shard";
-const LOG_SPANS: Standing = NotHonoured("the log is set by CORELANE_LOG or DYN_LOG");
-const GMS: Standing = NotHonoured("no command of this version starts the GPU memory service");
 
 const ENGINE: Standing = Elsewhere("the engine's GPU memory worker");
 const FRONTEND: Standing = Elsewhere("Dynamo's HTTP frontend");
@@ -217,8 +215,8 @@ pub const VARIABLES: &[Variable] = variables! {
         "DYN_SDK_DISABLE_ANSI_LOGGING", "off", "switch", Honoured, "switches colours off when on";
         "NO_COLOR", "unset", "any", Honoured, "switches colours off when set";
         "DYN_LOG_USE_LOCAL_TZ", "off", "switch", Honoured, "writes local time instead of UTC";
-        "DYN_LOGGING_SPAN_EVENTS", "off", "switch", LOG_SPANS,
-            "writes a line when a span begins and ends";
+        "DYN_LOGGING_SPAN_EVENTS", "off", "switch", Honoured,
+            "writes a line when the span of a request ends, if lines are JSON";
     }
     "tracing" {
         "OTEL_EXPORT_ENABLED", "off", "switch", OTEL, "exports spans and log lines over OTLP";
@@ -261,8 +259,7 @@ pub const VARIABLES: &[Variable] = variables! {
             "begins the names of the frontend's metrics";
     }
     "GPU memory" {
-        "GMS_SOCKET_DIR", "the temp folder", "path", GMS, "is the folder of its sockets";
-        "FAILOVER_LOCK_PATH", "/shared/failover.lock", "path", GMS,
+        "FAILOVER_LOCK_PATH", "/shared/failover.lock", "path", ENGINE,
             "is the lock of engines that stand in for each other";
         "ENGINE_ID", "unset", "number", ENGINE, "makes engine 0 the one that writes";
         "DYN_VLLM_GMS_SHADOW_MODE", "off", "switch", ENGINE, "makes an engine a shadow";

@@ -22,6 +22,8 @@ const QUIET: &str = "h2=error,hyper=error,hyper_util=error,tonic=error,tower=err
 /// A file of filters longer than this is refused.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 const DEFAULT: &str = "info";
+/// Says how lines look, and wins over `DYN_LOGGING_JSONL`.
+const FORMAT: &str = "DYN_LOGGING_CONSOLE_FORMAT";
 
 /// How lines look.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -81,20 +83,13 @@ impl Options {
         let filter = file.filters().fold(filter, |all, one| all + "," + &one);
         let colour =
             terminal && env.get("NO_COLOR").is_none() && !env.is_on("DYN_SDK_DISABLE_ANSI_LOGGING");
-        let json = match env.get("DYN_LOGGING_CONSOLE_FORMAT").map(str::trim) {
-            Some("jsonl") => true,
-            Some("readable") => false,
-            Some(_) => {
-                complaints.push(
-                    "environment DYN_LOGGING_CONSOLE_FORMAT: neither readable nor jsonl; going \
-                     on with readable"
-                        .to_owned(),
-                );
-                false
-            }
-            None => env.is_on("DYN_LOGGING_JSONL"),
-        };
-        let form = if json {
+        let format = env.get(FORMAT).map(str::trim);
+        if format.is_some_and(|word| !matches!(word, "jsonl" | "readable")) {
+            complaints.push(format!(
+                "environment {FORMAT}: neither readable nor jsonl; going on with readable"
+            ));
+        }
+        let form = if is_json(env) {
             Form::JsonLines
         } else {
             Form::Readable { colour }
@@ -105,6 +100,14 @@ impl Options {
             local: env.is_on("DYN_LOG_USE_LOCAL_TZ"),
             complaints,
         }
+    }
+}
+
+/// Whether log lines are JSON.
+pub(crate) fn is_json(env: &Env) -> bool {
+    match env.get(FORMAT) {
+        Some(word) => word.trim() == "jsonl",
+        None => env.is_on("DYN_LOGGING_JSONL"),
     }
 }
 

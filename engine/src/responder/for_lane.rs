@@ -54,21 +54,8 @@ impl Stream {
         self.lent.push((self.out.len(), lent));
         self.out.extend_from_slice(inner_after);
         self.out.extend_from_slice(after);
+        self.so_far.bytes += body_bytes as u64;
         self.out_items += 1;
         self.touch();
-    }
-
-    /// The handler is to be dropped.
-    pub(crate) fn abandon(&mut self) {
-        self.abandoned = true;
-        if let Some(task) = self.task.take() {
-            self.host.wake(task);
-        }
-    }
-
-    fn wake_all(&mut self) {
-        for waker in std::mem::take(&mut self.wakers) {
-            self.host.wake(waker);
-        }
     }
 }

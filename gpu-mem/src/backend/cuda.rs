@@ -1,67 +1,18 @@
 //! Memory of NVIDIA GPUs, through the driver's virtual memory management: blocks that are shared by
 //! descriptor and mapped by each client where it likes (`spec/gpu-memory.md` §5).
-//!
-//! The driver's library is loaded at run time. It is asked for every function that is used here
-//! before any is called, because the binding panics over a missing one; so a machine without a
-//! driver, or with one that is too old, gets an error that says so.
 
-use std::ffi::{CStr, c_int, c_void};
+use std::ffi::c_void;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
-use std::sync::OnceLock;
 
 use cudarc::driver::sys;
-use thiserror::Error;
 
 use super::{Access, Backend, BackendError, Block, CreateError, Mapper};
-use crate::paths;
+use crate::cuda::{Context, Driver, check};
+pub use crate::cuda::{CudaError, gpu_uuid};
 
-/// Why CUDA cannot be used. Each has its own remedy, so each is its own case.
-#[derive(Clone, Debug, Eq, Error, PartialEq)]
-pub enum CudaError {
-    /// There is no driver.
-    #[error("libcuda was not found: install the NVIDIA driver, or serve host memory")]
-    NoLibrary,
-    /// The driver lacks a function.
-    #[error("libcuda lacks {0}: the driver is too old (CUDA 11.4 or later is needed)")]
-    Incomplete(&'static str),
-    /// The driver does not start.
-    #[error("the CUDA driver does not start: {0}")]
-    NotStarted(String),
-    /// There is no such GPU.
-    #[error("there is no GPU {ordinal}: the driver sees {count} (CUDA_VISIBLE_DEVICES counts)")]
-    NoDevice {
-        /// Which was asked for.
-        ordinal: u32,
-        /// How many there are.
-        count: u32,
-    },
-    /// The driver refused something.
-    #[error("{call} failed: {name}")]
-    Driver {
-        /// The call.
-        call: &'static str,
-        /// The driver's name for the error.
-        name: String,
-    },
-}
-
-impl From<CudaError> for BackendError {
-    fn from(error: CudaError) -> BackendError {
-        match error {
-            CudaError::Driver { call, name } => BackendError::new(call, name),
-            other => BackendError::new("using CUDA", other),
-        }
-    }
-}
-
-/// Every function that is called below.
-const FUNCTIONS: [&str; 21] = [
-    "cuInit",
-    "cuGetErrorName",
-    "cuDeviceGet",
-    "cuDeviceGetCount",
-    "cuDeviceGetUuid",
+/// What is called below.
+const FUNCTIONS: [&str; 11] = [
     "cuMemGetAllocationGranularity",
     "cuMemCreate",
     "cuMemRelease",
@@ -73,91 +24,12 @@ const FUNCTIONS: [&str; 21] = [
     "cuMemUnmap",
     "cuMemSetAccess",
     "cuPointerGetAttribute",
-    "cuCtxGetCurrent",
-    "cuCtxSetCurrent",
-    "cuCtxSynchronize",
-    "cuDevicePrimaryCtxRetain",
-    "cuDevicePrimaryCtxRelease_v2",
 ];
 
-/// Proof that the driver is loaded, complete and started: only then may it be called.
-#[derive(Clone, Copy, Debug)]
-struct Driver;
-
-impl Driver {
-    /// Loads and starts the driver, once per process.
-    fn load() -> Result<Driver, CudaError> {
-        static LOADED: OnceLock<Result<Driver, CudaError>> = OnceLock::new();
-        LOADED.get_or_init(Driver::load_once).clone()
-    }
-
-    fn load_once() -> Result<Driver, CudaError> {
-        // SAFETY: looks for the library by name and runs its initialisers, which is what is wanted.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(CudaError::NoLibrary);
-        }
-        // SAFETY: the library is there, so this does not panic.
-        let library = unsafe { sys::culib() };
-        for function in FUNCTIONS {
-            // SAFETY: the symbol is only looked up, never used through this type.
-            let found = unsafe { library.get::<*const c_void>(function.as_bytes()) };
-            if found.is_err() {
-                return Err(CudaError::Incomplete(function));
-            }
-        }
-        // SAFETY: the function is there.
-        let started = unsafe { sys::cuInit(0) };
-        match check("cuInit", started) {
-            Ok(()) => Ok(Driver),
-            Err(CudaError::Driver { name, .. }) => Err(CudaError::NotStarted(name)),
-            Err(other) => Err(other),
-        }
-    }
-
-    fn device(self, ordinal: u32) -> Result<sys::CUdevice, CudaError> {
-        let mut count: c_int = 0;
-        // SAFETY: the pointer is to a live value.
-        let answer = unsafe { sys::cuDeviceGetCount(&raw mut count) };
-        check("cuDeviceGetCount", answer)?;
-        let count = u32::try_from(count).unwrap_or_default();
-        if ordinal >= count {
-            return Err(CudaError::NoDevice { ordinal, count });
-        }
-        let mut device: sys::CUdevice = 0;
-        // SAFETY: the pointer is to a live value, and the ordinal is one of the driver's.
-        let answer = unsafe { sys::cuDeviceGet(&raw mut device, ordinal as c_int) };
-        check("cuDeviceGet", answer).map(|()| device)
-    }
-
-    fn granularity_bytes(self, device: sys::CUdevice) -> Result<u64, CudaError> {
-        let properties = properties(device);
-        let mut bytes = 0;
-        let minimum = sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_MINIMUM;
-        // SAFETY: both pointers are to live values.
-        let answer = unsafe {
-            sys::cuMemGetAllocationGranularity(&raw mut bytes, &raw const properties, minimum)
-        };
-        check("cuMemGetAllocationGranularity", answer).map(|()| bytes as u64)
-    }
-}
-
-/// Turns the driver's answer into a result.
-fn check(call: &'static str, answer: sys::CUresult) -> Result<(), CudaError> {
-    if answer == sys::CUresult::CUDA_SUCCESS {
-        return Ok(());
-    }
-    let mut name = ptr::null();
-    // SAFETY: the pointer is to a live value; the driver puts a static text there or nothing.
-    let named = unsafe { sys::cuGetErrorName(answer, &raw mut name) };
-    let name = if named == sys::CUresult::CUDA_SUCCESS && !name.is_null() {
-        // SAFETY: the driver's text ends with a zero and is never freed.
-        unsafe { CStr::from_ptr(name) }
-            .to_string_lossy()
-            .into_owned()
-    } else {
-        format!("error {answer:?}")
-    };
-    Err(CudaError::Driver { call, name })
+/// The driver, if it can do what is done here.
+fn driver() -> Result<Driver, CudaError> {
+    let driver = Driver::load()?;
+    driver.require(&FUNCTIONS).map(|()| driver)
 }
 
 /// What every block is: pinned memory of one device that can be shared by descriptor.
@@ -186,18 +58,15 @@ fn location(device: sys::CUdevice) -> sys::CUmemLocation {
 const POSIX_DESCRIPTOR: sys::CUmemAllocationHandleType =
     sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
 
-/// The GPU's id as clients write it in socket names, found by CUDA ordinal: NVML's index ignores
-/// `CUDA_VISIBLE_DEVICES` and may name another GPU (hazard H6).
-///
-/// # Errors
-/// There is no driver or no such GPU.
-pub fn gpu_uuid(ordinal: u32) -> Result<String, CudaError> {
-    let device = Driver::load()?.device(ordinal)?;
-    let mut uuid = sys::CUuuid { bytes: [0; 16] };
-    // SAFETY: the pointer is to a live value.
-    let answer = unsafe { sys::cuDeviceGetUuid(&raw mut uuid, device) };
-    check("cuDeviceGetUuid", answer)?;
-    Ok(paths::gpu_uuid(uuid.bytes.map(|byte| byte as u8)))
+fn granularity_bytes(_: Driver, device: sys::CUdevice) -> Result<u64, CudaError> {
+    let properties = properties(device);
+    let mut bytes = 0;
+    let minimum = sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_MINIMUM;
+    // SAFETY: both pointers are to live values.
+    let answer = unsafe {
+        sys::cuMemGetAllocationGranularity(&raw mut bytes, &raw const properties, minimum)
+    };
+    check("cuMemGetAllocationGranularity", answer).map(|()| bytes as u64)
 }
 
 /// Makes blocks of one GPU's memory. It has no context and maps nothing, so it takes no memory of
@@ -214,11 +83,11 @@ impl CudaBackend {
     /// # Errors
     /// There is no driver or no such GPU.
     pub fn new(ordinal: u32) -> Result<CudaBackend, CudaError> {
-        let driver = Driver::load()?;
+        let driver = driver()?;
         let device = driver.device(ordinal)?;
         Ok(CudaBackend {
             device,
-            granularity_bytes: driver.granularity_bytes(device)?,
+            granularity_bytes: granularity_bytes(driver, device)?,
         })
     }
 }
@@ -279,10 +148,8 @@ impl Drop for CudaBlock {
 /// Maps blocks of GPU memory into this process.
 #[derive(Debug)]
 pub struct CudaMapper {
-    device: sys::CUdevice,
+    context: Context,
     granularity_bytes: u64,
-    /// The device's primary context, kept for as long as the mapper.
-    context: usize,
 }
 
 impl CudaMapper {
@@ -291,32 +158,12 @@ impl CudaMapper {
     /// # Errors
     /// There is no driver or no such GPU.
     pub fn new(ordinal: u32) -> Result<CudaMapper, CudaError> {
-        let driver = Driver::load()?;
+        let driver = driver()?;
         let device = driver.device(ordinal)?;
-        let granularity_bytes = driver.granularity_bytes(device)?;
-        let mut context = ptr::null_mut();
-        // SAFETY: the pointer is to a live value.
-        let answer = unsafe { sys::cuDevicePrimaryCtxRetain(&raw mut context, device) };
-        check("cuDevicePrimaryCtxRetain", answer)?;
         Ok(CudaMapper {
-            device,
-            granularity_bytes,
-            context: context as usize,
+            granularity_bytes: granularity_bytes(driver, device)?,
+            context: Context::new(driver, ordinal)?,
         })
-    }
-
-    /// Makes sure that this thread has a context; one that an engine has made current stays.
-    fn enter(&self) -> Result<(), CudaError> {
-        let mut current = ptr::null_mut();
-        // SAFETY: the pointer is to a live value.
-        let answer = unsafe { sys::cuCtxGetCurrent(&raw mut current) };
-        check("cuCtxGetCurrent", answer)?;
-        if !current.is_null() {
-            return Ok(());
-        }
-        // SAFETY: the context is retained for as long as this mapper lives.
-        let answer = unsafe { sys::cuCtxSetCurrent(self.context as sys::CUcontext) };
-        check("cuCtxSetCurrent", answer)
     }
 
     fn import(&self, descriptor: OwnedFd) -> Result<u64, CudaError> {
@@ -347,7 +194,7 @@ impl CudaMapper {
             Access::ReadWrite => sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
         };
         let wanted = sys::CUmemAccessDesc {
-            location: location(self.device),
+            location: location(self.context.device()),
             flags,
         };
         // SAFETY: the range was just mapped; the pointer is to one live value.
@@ -382,7 +229,7 @@ unsafe impl Mapper for CudaMapper {
         descriptor: OwnedFd,
         access: Access,
     ) -> Result<u64, BackendError> {
-        self.enter()?;
+        self.context.enter()?;
         let handle = self.import(descriptor)?;
         // SAFETY: the caller's contract is the same.
         let mapped = unsafe { self.map_handle(address, bytes, handle, access) };
@@ -414,7 +261,7 @@ unsafe impl Mapper for CudaMapper {
     }
 
     fn synchronize(&self) -> Result<(), BackendError> {
-        self.enter()?;
+        self.context.enter()?;
         // SAFETY: this thread has a context.
         Ok(check("cuCtxSynchronize", unsafe {
             sys::cuCtxSynchronize()
@@ -436,12 +283,5 @@ unsafe impl Mapper for CudaMapper {
                 "the driver knows another",
             )),
         }
-    }
-}
-
-impl Drop for CudaMapper {
-    fn drop(&mut self) {
-        // SAFETY: retained once by `new`.
-        unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
     }
 }

@@ -1,10 +1,12 @@
 //! A client of the service: a session that is the lock, and memory mapped at addresses that stay.
 
+mod ipc;
 mod mappings;
 mod session;
 mod session_v2;
 mod wire;
 
+pub use ipc::{IpcInfo, ipc_state};
 pub use mappings::{SharedMemory, Woken};
 pub use session::{AllocationInfo, LockState, Session, event_history, runtime_state};
 pub use session_v2::{CheckpointControl, SessionV2, checkpoint_control};
@@ -66,6 +68,9 @@ pub enum ClientError {
     /// Memory could not be mapped.
     #[error(transparent)]
     Backend(#[from] BackendError),
+    /// Memory that is lent is still part of a layout.
+    #[error("the memory is still lent: a layout holds it, so it must not be freed")]
+    Lent,
     /// There is no session: the memory sleeps.
     #[error("there is no session; wake the memory first")]
     Asleep,

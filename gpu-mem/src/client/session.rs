@@ -258,7 +258,7 @@ impl Session {
         }
     }
 
-    fn call(&mut self, request: impl Into<Request>) -> Result<Reply, ClientError> {
+    pub(super) fn call(&mut self, request: impl Into<Request>) -> Result<Reply, ClientError> {
         Ok(self.call_for(request.into())?.0)
     }
 
@@ -292,7 +292,7 @@ pub fn event_history(dial: &Dial) -> Result<Vec<EventRecord>, ClientError> {
 }
 
 /// An answer of the wrong kind: a refusal, or nonsense.
-fn unexpected(reply: Reply) -> ClientError {
+pub(super) fn unexpected(reply: Reply) -> ClientError {
     match reply {
         Reply::Error(error) => ClientError::Refused(error.error),
         other => ClientError::Unexpected(other.tag()),

@@ -4,6 +4,8 @@
 //! everything that one message changes is changed before the next one is looked at.
 
 mod fence;
+mod ipc;
+mod memory;
 mod v1;
 mod v2;
 
@@ -14,7 +16,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::backend::{Access, Backend, CreateError};
+use crate::backend::{Access, Backend};
 use crate::history::{Audit, History, Kind, Peer, Stamp};
 use crate::lock::{
     ClearCause, ClientId, Effect, Event, Grant, Lock, LockType, Policy, Profile, Pulse, Standing,
@@ -23,6 +25,7 @@ use crate::lock::{
 use crate::session::{Phase, Session};
 use crate::stats::{Counter, Stats};
 use crate::store::{Store, StoreLimits};
+use memory::{BLOCK_BYTES_MAX, Starving, Wanted, aligned};
 
 /// What one pool is made from.
 #[derive(Clone, Debug)]
@@ -113,22 +116,6 @@ pub enum Checkpoint {
     Complete(String),
 }
 
-/// Memory that a writer asked for.
-struct Wanted {
-    id: String,
-    size: u64,
-    aligned_size: u64,
-    tag: String,
-}
-
-/// A writer that waits for memory. There is one writer, so there is one of these at most.
-struct Starving {
-    client: ClientId,
-    wanted: Wanted,
-    next_try_ns: u64,
-    deadline_ns: Option<u64>,
-}
-
 /// One pool.
 pub struct Domain {
     config: DomainConfig,
@@ -174,6 +161,12 @@ impl Domain {
     /// The lock's numbers.
     pub fn standing(&self) -> Standing {
         self.lock.standing()
+    }
+
+    /// The process that holds the lock for writing, if one does.
+    pub fn writer(&self) -> Option<Peer> {
+        let writer = self.lock.writer()?;
+        self.sessions.get(&writer).map(|session| session.peer)
     }
 
     /// Allocations and their bytes.
@@ -231,6 +224,7 @@ impl Domain {
         self.lock.disconnect(client, turn.pulse, &mut effects);
         self.apply(effects, turn);
         self.sessions.remove(&client);
+        self.notice_lost(turn);
     }
 
     /// Time has passed.
@@ -357,7 +351,10 @@ impl Domain {
             tracing::warn!(pool, count, "a durable layout is wiped by a new writer");
         }
         // As upstream does: what was never published leaves no such record, but an abort does.
-        let recorded = matches!(cause, ClearCause::ReplacesPublished | ClearCause::Aborted);
+        let recorded = matches!(
+            cause,
+            ClearCause::ReplacesPublished | ClearCause::Aborted | ClearCause::Lost
+        );
         if let Some(stamp) = actor.filter(|_| recorded) {
             self.history
                 .note(stamp, Kind::AllocationsCleared, self.lock.state(), count);
@@ -369,6 +366,7 @@ impl Domain {
             Event::RwCommit => self.stats.count(Counter::Commits),
             Event::LayoutCommit => self.stats.count(Counter::LayoutCommits),
             Event::RwAbort => self.stats.count(Counter::Aborts),
+            Event::ContentsLost => self.stats.count(Counter::ContentsLost),
             _ => {}
         }
         let stamp = self.stamp(step.client, turn);
@@ -416,90 +414,6 @@ impl Domain {
             true => Ok(()),
             false => Err("metadata points outside its allocation; nothing was committed".into()),
         }
-    }
-
-    /// Makes memory for a writer, or lets it wait for some.
-    fn allocate(&mut self, client: ClientId, wanted: Wanted, turn: &mut Turn<'_>) {
-        let timeout = match self.config.policy.profile {
-            Profile::V1 => self.config.retry_timeout,
-            Profile::V2 => None,
-        };
-        let deadline_ns = timeout.map(|timeout| after(turn.now_ns, timeout));
-        match self.backend.create(wanted.aligned_size) {
-            Err(CreateError::OutOfMemory) => {
-                self.stats.count(Counter::AllocationOom);
-                let (stamp, state) = (self.stamp(client, turn), self.lock.state());
-                self.history
-                    .note(stamp, Kind::AllocationOom, state, self.store.count());
-                let next_try_ns = after(turn.now_ns, self.config.retry_interval);
-                self.starving = Some(Starving {
-                    client,
-                    wanted,
-                    next_try_ns,
-                    deadline_ns,
-                });
-            }
-            made => self.allocated(client, wanted, made, turn),
-        }
-    }
-
-    /// Tries again for the writer that waits for memory.
-    fn feed(&mut self, turn: &mut Turn<'_>) {
-        let Some(mut starving) = self.starving.take() else {
-            return;
-        };
-        let client = starving.client;
-        match self.backend.create(starving.wanted.aligned_size) {
-            Err(CreateError::OutOfMemory) => {
-                if starving
-                    .deadline_ns
-                    .is_some_and(|deadline| deadline <= turn.now_ns)
-                {
-                    self.stats.count(Counter::AllocationTimedOut);
-                    let size = starving.wanted.aligned_size;
-                    let text = format!("Timed out waiting for {size} bytes of memory");
-                    turn.send(client, self.error(text, true));
-                    return;
-                }
-                let next = after(turn.now_ns, self.config.retry_interval);
-                starving.next_try_ns = next.min(starving.deadline_ns.unwrap_or(next));
-                self.starving = Some(starving);
-            }
-            made => self.allocated(client, starving.wanted, made, turn),
-        }
-    }
-
-    fn allocated(
-        &mut self,
-        client: ClientId,
-        wanted: Wanted,
-        made: Result<Box<dyn crate::backend::Block>, CreateError>,
-        turn: &mut Turn<'_>,
-    ) {
-        let Wanted {
-            id,
-            size,
-            aligned_size,
-            tag,
-        } = wanted;
-        let stored = match made {
-            Ok(block) => self
-                .store
-                .insert(id, size, aligned_size, tag, block)
-                .map_err(|error| error.to_string()),
-            Err(error) => {
-                self.stats.count(Counter::BackendErrors);
-                tracing::error!(%error, aligned_size, "memory could not be made");
-                Err(error.to_string())
-            }
-        };
-        let frame = match (stored, self.config.policy.profile) {
-            (Ok(allocation), Profile::V1) => v1::allocated(allocation),
-            (Ok(_), Profile::V2) => v2::success(),
-            (Err(text), _) => return turn.send(client, self.error(text, false)),
-        };
-        self.stats.count(Counter::Allocations);
-        turn.send(client, frame);
     }
 
     /// Lends a descriptor: readers get one that maps for reading only.
@@ -559,7 +473,13 @@ fn actor_of_clear(effects: &[Effect], index: usize) -> Option<ClientId> {
             Effect::Moved(step) => Some(*step),
             _ => None,
         })
-        .find(|step| matches!(step.event, Event::RwConnect | Event::RwAbort))
+        .find(|step| {
+            let event = step.event;
+            matches!(
+                event,
+                Event::RwConnect | Event::RwAbort | Event::ContentsLost
+            )
+        })
         .map(|step| step.client)
 }
 
@@ -568,14 +488,7 @@ pub(crate) fn after(now_ns: u64, wait: Duration) -> u64 {
     now_ns.saturating_add(u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX))
 }
 
-/// Rounds a size up to the granularity.
-fn aligned(size: u64, granularity_bytes: u64) -> Option<u64> {
-    size.checked_next_multiple_of(granularity_bytes)
-        .filter(|size| *size <= BLOCK_BYTES_MAX)
-}
-
-/// No device has more; what is over it is a mistake, not a shortage to be waited for.
-const BLOCK_BYTES_MAX: u64 = 1 << 46;
-
+#[cfg(test)]
+mod ipc_tests;
 #[cfg(test)]
 mod tests;

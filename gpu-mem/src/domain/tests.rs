@@ -9,11 +9,11 @@ use crate::protocol::v1::{
     HandshakeRequest, HandshakeResponse, MetadataGetRequest, MetadataPutRequest, Reply, Request,
 };
 
-struct Stage {
-    domain: Domain,
-    stats: Arc<Stats>,
+pub(super) struct Stage {
+    pub(super) domain: Domain,
+    pub(super) stats: Arc<Stats>,
     now_ns: u64,
-    dead: Vec<u64>,
+    pub(super) dead: Vec<u64>,
     closed: Vec<u64>,
     descriptors: usize,
 }
@@ -21,7 +21,7 @@ struct Stage {
 const MS: u64 = 1_000_000;
 
 impl Stage {
-    fn new() -> Stage {
+    pub(super) fn new() -> Stage {
         Stage::over(HostConfig::default())
     }
 
@@ -44,7 +44,10 @@ impl Stage {
         }
     }
 
-    fn turn(&mut self, act: impl FnOnce(&mut Domain, &mut Turn<'_>)) -> Vec<(u64, Reply)> {
+    pub(super) fn turn(
+        &mut self,
+        act: impl FnOnce(&mut Domain, &mut Turn<'_>),
+    ) -> Vec<(u64, Reply)> {
         let mut actions = Vec::new();
         let dead = &self.dead;
         let pulse: Pulse<'_> = &mut |client| !dead.contains(&client.0);
@@ -78,7 +81,7 @@ impl Stage {
         replies
     }
 
-    fn say(&mut self, id: u64, request: impl Into<Request>) -> Vec<(u64, Reply)> {
+    pub(super) fn say(&mut self, id: u64, request: impl Into<Request>) -> Vec<(u64, Reply)> {
         let frame = request.into().encode();
         self.turn(|domain, turn| {
             assert_eq!(domain.message(ClientId(id), &frame[4..], turn), None);
@@ -86,7 +89,7 @@ impl Stage {
     }
 
     /// Says something that has exactly one answer.
-    fn ask(&mut self, id: u64, request: impl Into<Request>) -> Reply {
+    pub(super) fn ask(&mut self, id: u64, request: impl Into<Request>) -> Reply {
         let mut replies = self.say(id, request);
         assert_eq!(replies.len(), 1, "{replies:?}");
         let (to, reply) = replies.remove(0);
@@ -94,7 +97,7 @@ impl Stage {
         reply
     }
 
-    fn open(&mut self, id: u64, lock_type: LockType) -> Vec<(u64, Reply)> {
+    pub(super) fn open(&mut self, id: u64, lock_type: LockType) -> Vec<(u64, Reply)> {
         self.domain.connect(ClientId(id), Peer::default());
         self.say(
             id,
@@ -105,7 +108,7 @@ impl Stage {
         )
     }
 
-    fn leave(&mut self, id: u64) -> Vec<(u64, Reply)> {
+    pub(super) fn leave(&mut self, id: u64) -> Vec<(u64, Reply)> {
         self.turn(|domain, turn| domain.disconnect(ClientId(id), turn))
     }
 
@@ -137,7 +140,7 @@ impl Stage {
         }
     }
 
-    fn kinds(&self) -> Vec<String> {
+    pub(super) fn kinds(&self) -> Vec<String> {
         self.domain
             .history
             .events()
@@ -147,11 +150,11 @@ impl Stage {
     }
 }
 
-fn is_error(reply: &Reply, word: &str) -> bool {
+pub(super) fn is_error(reply: &Reply, word: &str) -> bool {
     matches!(reply, Reply::Error(ErrorResponse { error, .. }) if error.contains(word))
 }
 
-fn granted_to(replies: &[(u64, Reply)]) -> Vec<(u64, Option<Grant>)> {
+pub(super) fn granted_to(replies: &[(u64, Reply)]) -> Vec<(u64, Option<Grant>)> {
     let grant = |(id, reply): &(u64, Reply)| match reply {
         Reply::Handshake(HandshakeResponse {
             granted_lock_type, ..

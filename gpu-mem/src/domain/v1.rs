@@ -11,8 +11,9 @@ use crate::protocol::v1::{
     CommitResponse, ErrorResponse, ExportAllocationResponse, FreeAllocationResponse, FreeResponse,
     GetAllocationResponse, GetAllocationStateResponse, GetEventHistoryResponse,
     GetLockStateResponse, GetMemoryLayoutHashResponse, GetRuntimeStateResponse, HandshakeRequest,
-    HandshakeResponse, ListAllocationsResponse, MetadataDeleteResponse, MetadataGetResponse,
-    MetadataListResponse, MetadataPutRequest, MetadataPutResponse, Reply, Request,
+    HandshakeResponse, IpcWithdrawResponse, ListAllocationsResponse, MetadataDeleteResponse,
+    MetadataGetResponse, MetadataListResponse, MetadataPutRequest, MetadataPutResponse, Reply,
+    Request,
 };
 use crate::session::{Phase, check, needs};
 use crate::stats::Counter;
@@ -54,6 +55,7 @@ impl Domain {
 
     /// The first message decides what the connection is: a lock or a probe.
     fn first_v1(&mut self, client: ClientId, request: Request, turn: &mut Turn<'_>) {
+        self.notice_lost(turn);
         match request {
             Request::Handshake(HandshakeRequest {
                 lock_type,
@@ -75,6 +77,10 @@ impl Domain {
                     events: self.history.events(),
                 };
                 turn.send(client, Reply::from(reply).encode());
+                self.close(client, turn);
+            }
+            Request::IpcState(which) => {
+                turn.send(client, self.ipc_state(&which.allocation_id).encode());
                 self.close(client, turn);
             }
             _ => self.expect_handshake(client, turn),
@@ -172,9 +178,17 @@ impl Domain {
                 layout_digest: self.layout_digest.clone().into(),
             }
             .into(),
-            Request::Handshake(_) | Request::RuntimeState(_) | Request::EventHistory(_) => {
-                return Err("not allowed inside a session".into());
+            Request::IpcOffer(offer) => self.offer_ipc(client, offer, turn)?.into(),
+            Request::IpcOpen(which) => self.open_ipc(client, &which.allocation_id)?.into(),
+            Request::IpcList(filter) => self.list_ipc(filter.tag.as_deref()).into(),
+            Request::IpcWithdraw(which) => IpcWithdrawResponse {
+                success: self.store.offers_mut().withdraw(&which.allocation_id),
             }
+            .into(),
+            Request::Handshake(_)
+            | Request::RuntimeState(_)
+            | Request::EventHistory(_)
+            | Request::IpcState(_) => return Err("not allowed inside a session".into()),
         })
     }
 

@@ -3,7 +3,8 @@
 //! Clients are interchangeable, so states that differ only in names are one state, and the search
 //! ends when no new state appears: what holds in every state found holds after any number of
 //! events. A client's life is asking (each type; for ever, for a while, or not at all), holding,
-//! committing, making a layout durable, dying unnoticed, being noticed, and coming back as new.
+//! committing, making a layout durable, dying unnoticed, being noticed, and coming back as new; and
+//! at any moment memory that a client lent may be lost.
 //! Time is a rank: waiting clients share one deadline by default and two with
 //! `CORELANE_GPU_MEM_EXPLORE_DEADLINES=2`, so every subset of a queue can expire together.
 
@@ -34,6 +35,7 @@ enum Act {
     Die(ClientId),
     Leave(ClientId),
     Expire(u64),
+    Lose,
 }
 
 type QueueKey = Vec<(LockType, Option<u64>, bool)>;
@@ -83,6 +85,7 @@ impl World {
             }
         }
         acts.extend((1..=deadlines).map(Act::Expire));
+        acts.push(Act::Lose);
         acts
     }
 
@@ -108,6 +111,7 @@ impl World {
                 self.dead.remove(&client);
                 lock.disconnect(client, pulse, &mut effects);
             }
+            Act::Lose => lock.lose_contents(ClientId(CLIENTS), pulse, &mut effects),
             Act::Expire(now) => {
                 lock.expire(now, pulse, &mut effects);
                 // The clock starts anew at zero.
@@ -186,6 +190,10 @@ fn check_step(before: &World, act: Act, effects: &[Effect], after: &World) {
                     "{act:?} cleared what was not its own unpublished work"
                 );
             }
+            Effect::Clear(ClearCause::Lost) => {
+                let idle = writer_before.is_none() && before.lock.readers.is_empty();
+                assert!(act == Act::Lose && idle, "{act:?} lost what somebody holds");
+            }
             Effect::Clear(_) => {
                 let heir = effects[index..].iter().find_map(|later| match later {
                     Effect::Granted {
@@ -256,6 +264,8 @@ fn assert_table(step: Transition, profile: Profile) {
         Event::RwDisconnect => &[(Rw, LayoutCommitted)],
         Event::RoConnect => &[(Committed, Ro), (Ro, Ro)],
         Event::RoDisconnect => &[(Ro, Ro), (Ro, Committed)],
+        // Not upstream's: only where clients lend memory of their own.
+        Event::ContentsLost => &[(Committed, Empty), (LayoutCommitted, Empty)],
     };
     assert!(
         listed.contains(&(step.from, step.to)),

@@ -159,6 +159,8 @@ pub enum Event {
     RoConnect,
     /// A reader left.
     RoDisconnect,
+    /// Ours: memory that belonged to a client went with it, and so what was published in it.
+    ContentsLost,
 }
 
 impl Event {
@@ -172,6 +174,7 @@ impl Event {
             Event::RwDisconnect => "RW_DISCONNECT",
             Event::RoConnect => "RO_CONNECT",
             Event::RoDisconnect => "RO_DISCONNECT",
+            Event::ContentsLost => "CONTENTS_LOST",
         }
     }
 }

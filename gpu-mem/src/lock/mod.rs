@@ -96,6 +96,8 @@ pub enum ClearCause {
     StartsAnew,
     /// The writer left without publishing.
     Aborted,
+    /// The memory was a client's own and went with it.
+    Lost,
     /// The service is stopping.
     Stopped,
 }
@@ -319,6 +321,22 @@ impl Lock {
         self.settle(pulse, effects);
     }
 
+    /// Gives up what is published or durable, because memory that `owner` kept went with it. While
+    /// anybody holds the lock nothing happens: holders learn it from what they ask, and the caller
+    /// says it again when they have left. Only memory that clients lend each other can go so; what
+    /// the service itself owns never does.
+    pub fn lose_contents(&mut self, owner: ClientId, pulse: Pulse<'_>, effects: &mut Vec<Effect>) {
+        let from = self.state();
+        if !matches!(from, State::Committed | State::LayoutCommitted) {
+            return;
+        }
+        self.committed = false;
+        self.layout_committed = false;
+        self.moved(owner, Event::ContentsLost, from, effects);
+        effects.push(Effect::Clear(ClearCause::Lost));
+        self.settle(pulse, effects);
+    }
+
     /// Answers everybody whose deadline has come.
     pub fn expire(&mut self, now_ns: u64, pulse: Pulse<'_>, effects: &mut Vec<Effect>) {
         let mut index = 0;
@@ -382,6 +400,11 @@ impl Lock {
         } else {
             State::Empty
         }
+    }
+
+    /// Who holds the lock for writing.
+    pub fn writer(&self) -> Option<ClientId> {
+        self.writer.map(|writer| writer.client)
     }
 
     /// What this client holds.

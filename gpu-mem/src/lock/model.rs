@@ -131,6 +131,16 @@ impl Model {
         }
     }
 
+    fn lose(&mut self) {
+        let idle = self.holders(true) == 0 && self.holders(false) == 0;
+        if idle && (self.published || self.durable) {
+            self.published = false;
+            self.durable = false;
+            self.clears += 1;
+            self.wake();
+        }
+    }
+
     fn expire(&mut self, now: u64) {
         let late = |p: &Phase| matches!(p, Phase::Waits(_, Some(at)) if *at <= now);
         let answers = &mut self.answers;
@@ -168,6 +178,7 @@ enum Act {
     Die(u64),
     Leave(u64),
     Pass(u64),
+    Lose,
 }
 
 fn acts() -> impl Strategy<Value = Vec<Act>> {
@@ -186,6 +197,7 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
         1 => client().prop_map(Act::Die),
         3 => client().prop_map(Act::Leave),
         1 => (1..20u64).prop_map(Act::Pass),
+        1 => Just(Act::Lose),
     ];
     proptest::collection::vec(act, 1..400)
 }
@@ -222,6 +234,10 @@ fn run(acts: &[Act]) {
             Act::Leave(client) => {
                 lock.disconnect(ClientId(client), pulse, &mut effects);
                 model.leave(ClientId(client));
+            }
+            Act::Lose => {
+                lock.lose_contents(ClientId(u64::MAX), pulse, &mut effects);
+                model.lose();
             }
             Act::Pass(time) => {
                 now += time;

@@ -321,6 +321,31 @@ fn h10_a_guarded_layout_is_not_wiped_by_rw_or_ro() {
 }
 
 #[test]
+fn lost_contents_are_given_up_when_nobody_holds_them() {
+    let mut stage = Stage::published();
+    let lose = |stage: &mut Stage| {
+        let mut effects = Vec::new();
+        stage
+            .lock
+            .lose_contents(ClientId(100), &mut |_| true, &mut effects);
+        effects
+    };
+    stage.ask(1, LockType::Ro);
+    assert!(lose(&mut stage).is_empty(), "a reader holds them");
+    stage.leave(1);
+    let effects = lose(&mut stage);
+    assert_eq!(effects[1], Effect::Clear(ClearCause::Lost));
+    assert_eq!(stage.state(), State::Empty);
+    assert!(lose(&mut stage).is_empty(), "there is nothing more to lose");
+    assert_eq!(grants(&stage.ask(2, LockType::RwOrRo)), [(2, Grant::Rw)]);
+    stage.commit_layout(2).expect("rw may commit a layout");
+    stage.leave(2);
+    assert!(stage.ask(3, LockType::Ro).is_empty());
+    assert!(cleared(&lose(&mut stage)));
+    assert_eq!(stage.lock.standing().waiters, 1, "a reader waits on");
+}
+
+#[test]
 fn tables_are_bounded_and_clients_are_known_once() {
     let mut lock = Lock::new(Policy {
         clients_max: 2,

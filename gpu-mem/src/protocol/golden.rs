@@ -9,6 +9,7 @@ use super::{Bad, v1, v2};
 const D0: &str = include_str!("../../golden/d0.txt");
 const D1: &str = include_str!("../../golden/d1.txt");
 const D2: &str = include_str!("../../golden/d2.txt");
+const OURS: &str = include_str!("../../golden/corelane.txt");
 
 fn frames(file: &str) -> Vec<(String, Vec<u8>)> {
     let line = |line: &str| {
@@ -43,7 +44,8 @@ fn again_v2(payload: &[u8]) -> Result<Vec<u8>, Bad> {
 #[test]
 fn every_golden_frame_is_written_as_it_was_read() {
     let mut count = 0;
-    for (name, frame) in frames(D0).into_iter().chain(frames(D1)) {
+    let first = [D0, D1, OURS].into_iter().flat_map(frames);
+    for (name, frame) in first {
         assert_eq!(again_v1(payload(&frame)).as_ref(), Ok(&frame), "{name}");
         count += 1;
     }
@@ -51,7 +53,7 @@ fn every_golden_frame_is_written_as_it_was_read() {
         assert_eq!(again_v2(payload(&frame)).as_ref(), Ok(&frame), "{name}");
         count += 1;
     }
-    assert!(count >= 60, "only {count} golden frames");
+    assert!(count >= 73, "only {count} golden frames");
 }
 
 /// One entry of a map: key and value as raw bytes.
@@ -80,9 +82,29 @@ fn map16(entries: &[Entry]) -> Vec<u8> {
     bytes
 }
 
+/// Stock peers know none of our tags, and none of theirs is ours: whoever sends no `corelane_…` is
+/// sent none.
+#[test]
+fn our_own_messages_are_told_from_upstreams_by_their_tag() {
+    let tag = |frame: &[u8]| {
+        let fields = super::msgpack::Fields::of_payload(payload(frame)).expect("golden");
+        fields.tag().expect("golden").unwrap_or_default().to_owned()
+    };
+    for (name, frame) in frames(OURS) {
+        assert!(tag(&frame).starts_with("corelane_ipc_"), "{name}");
+        assert!(
+            again_v2(payload(&frame)).is_err(),
+            "{name} is no message of v2"
+        );
+    }
+    for (name, frame) in [D0, D1, D2].into_iter().flat_map(frames) {
+        assert!(!tag(&frame).starts_with("corelane"), "{name}");
+    }
+}
+
 #[test]
 fn keys_come_in_any_order_with_any_head_and_only_v2_minds_strangers() {
-    for (name, frame) in frames(D1) {
+    for (name, frame) in frames(D1).into_iter().chain(frames(OURS)) {
         let mut turned = entries(payload(&frame));
         turned.reverse();
         turned.push((
@@ -199,7 +221,7 @@ proptest! {
         which in any::<prop::sample::Index>(),
         edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0..4u8), 1..12),
     ) {
-        let all: Vec<_> = [D0, D1, D2].into_iter().flat_map(frames).collect();
+        let all: Vec<_> = [D0, D1, D2, OURS].into_iter().flat_map(frames).collect();
         let mut bytes = payload(&which.get(&all).1).to_vec();
         for (at, byte, how) in edits {
             if bytes.is_empty() {

@@ -5,6 +5,7 @@
 //! know. [`Extra`] fields are those that one dialect, or upstream altogether, lacks. Tags of the
 //! unreleased third dialect (`claim_persistent_…`, `register_gpu_client_…`, `quiesce_gpu_cohort_…`)
 //! are reserved: nothing of ours may use them, and a client that sends one is dropped as unknown.
+//! Our own messages are called `corelane_…`, and a client that sends none is sent none.
 
 pub use super::message::Bytes;
 use super::message::{Extra, WireInt, direction, messages};
@@ -277,6 +278,97 @@ messages! {
         /// Ours: the process behind it.
         pid: Extra<u64>,
     }
+    /// Ours: a writer offers memory of its own by its CUDA IPC handle ([`crate::ipc`]). None of
+    /// the `corelane_ipc_` messages is ever sent to a client that did not ask for it.
+    "corelane_ipc_offer_request" IpcOfferRequest {
+        /// The driver's handle, exactly [`crate::ipc::HANDLE_BYTES`].
+        handle: Bytes,
+        /// Bytes of the allocation that the handle opens.
+        base_bytes: WireInt,
+        /// Where in it the offered memory starts.
+        offset_bytes: WireInt,
+        /// Offered bytes.
+        size: WireInt,
+        /// The engine's word for what it is for.
+        tag: String = "default".to_owned(),
+        /// The engine's words about it; never interpreted.
+        value: Bytes = Bytes::default(),
+    }
+    /// Ours: the memory is part of the layout.
+    "corelane_ipc_offer_response" IpcOfferResponse {
+        /// Names it from now on; opaque.
+        allocation_id: String,
+        /// Its place among what was offered.
+        slot: u64,
+        /// The service that knows it; random, one per service.
+        server_nonce: String,
+    }
+    /// Ours: asks for the handle of offered memory, in order to open it.
+    "corelane_ipc_open_request" IpcOpenRequest {
+        /// Which.
+        allocation_id: String,
+    }
+    /// Ours: the handle. It may be open for as long as the lock is held, and no longer.
+    "corelane_ipc_open_response" IpcOpenResponse {
+        /// What it opens.
+        entry: IpcEntry,
+        /// The driver's handle.
+        handle: Bytes,
+        /// The engine's words about it.
+        value: Bytes,
+    }
+    /// Ours: asks what is offered.
+    "corelane_ipc_list_request" IpcListRequest {
+        /// Only what has this word.
+        tag: Option<String>,
+    }
+    /// Ours: what is offered, by slot.
+    "corelane_ipc_list_response" IpcListResponse {
+        /// It.
+        allocations: Vec<IpcEntry>,
+    }
+    /// One piece of offered memory.
+    "" IpcEntry {
+        /// Its name.
+        allocation_id: String,
+        /// Bytes of the allocation that its handle opens.
+        base_bytes: u64,
+        /// Where in it the offered memory starts.
+        offset_bytes: u64,
+        /// Offered bytes.
+        size: u64,
+        /// The engine's word.
+        tag: String,
+        /// Its place among what was offered.
+        slot: u64,
+        /// The process that owns the memory, as the service sees it.
+        exporter_pid: u64,
+    }
+    /// Ours: the writer takes an offer back.
+    "corelane_ipc_withdraw_request" IpcWithdrawRequest {
+        /// Which.
+        allocation_id: String,
+    }
+    /// Ours: whether there was such an offer.
+    "corelane_ipc_withdraw_response" IpcWithdrawResponse {
+        /// False for an unknown id.
+        success: bool,
+    }
+    /// Ours: asks whether memory is still offered, so that nobody frees it under another; the
+    /// first and only message of its connection.
+    "corelane_ipc_state_request" IpcStateRequest {
+        /// Which.
+        allocation_id: String,
+    }
+    /// Ours: how offered memory stands.
+    "corelane_ipc_state_response" IpcStateResponse {
+        /// Whether it is part of the layout; while it is, it must not be freed.
+        held: bool,
+        /// Who may have it open now.
+        holders: u64,
+        /// The service that answers: another than the one that took the offer knows nothing.
+        server_nonce: String,
+    }
     /// The request was not done; the session goes on.
     "error_response" ErrorResponse {
         /// Why.
@@ -309,6 +401,11 @@ direction! {
         LayoutHash(GetMemoryLayoutHashRequest),
         RuntimeState(GetRuntimeStateRequest),
         EventHistory(GetEventHistoryRequest),
+        IpcOffer(IpcOfferRequest),
+        IpcOpen(IpcOpenRequest),
+        IpcList(IpcListRequest),
+        IpcWithdraw(IpcWithdrawRequest),
+        IpcState(IpcStateRequest),
     }
 }
 
@@ -334,6 +431,11 @@ direction! {
         LayoutHash(GetMemoryLayoutHashResponse),
         RuntimeState(GetRuntimeStateResponse),
         EventHistory(GetEventHistoryResponse),
+        IpcOffer(IpcOfferResponse),
+        IpcOpen(IpcOpenResponse),
+        IpcList(IpcListResponse),
+        IpcWithdraw(IpcWithdrawResponse),
+        IpcState(IpcStateResponse),
         Error(ErrorResponse),
     }
 }

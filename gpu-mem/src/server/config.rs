@@ -31,7 +31,8 @@ pub struct ServerConfig {
     pub pools: Vec<PoolConfig>,
     /// Clients at a time, over all pools.
     pub connections_max: usize,
-    /// Who may connect; empty is the service's own user alone.
+    /// Who may connect, by user; empty is the service's own user alone. Sockets have mode 0600, or
+    /// 0666 where another user than root is named: the kernel says who connects.
     pub uids_allowed: Vec<u32>,
     /// How long a connection may be silent before its first frame.
     pub first_frame_timeout: Duration,

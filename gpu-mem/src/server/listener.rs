@@ -24,11 +24,12 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens at `path`, for this user alone. A file that nobody listens behind is replaced.
+    /// Listens at `path`, for the owner only, or for everybody where who connects is asked for
+    /// afterwards. A file that nobody listens behind is replaced.
     ///
     /// # Errors
     /// The path is too long, cannot be written, or belongs to something that lives.
-    pub fn bind(path: &Path) -> Result<Listener, ServerError> {
+    pub fn bind(path: &Path, everybody: bool) -> Result<Listener, ServerError> {
         let failed = |source: io::Error| ServerError::Bind {
             path: path.to_owned(),
             source,
@@ -45,10 +46,19 @@ impl Listener {
         let socket = stream_socket().map_err(|errno| failed(errno.into()))?;
         // On Linux the socket file gets the mode of the socket, so there is no moment in which
         // others could connect.
-        rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)
+        let owner = Mode::RUSR | Mode::WUSR;
+        rustix::fs::fchmod(&socket, owner)
             .and_then(|()| rustix::net::bind(&socket, &address))
             .and_then(|()| rustix::net::listen(&socket, BACKLOG))
             .map_err(|errno| failed(errno.into()))?;
+        if everybody {
+            // The mode of the socket is masked by the umask; the file's is not.
+            rustix::fs::chmod(
+                path,
+                owner | Mode::RGRP | Mode::WGRP | Mode::ROTH | Mode::WOTH,
+            )
+            .map_err(|errno| failed(errno.into()))?;
+        }
         let file = fs::symlink_metadata(path).map_err(failed)?;
         Ok(Listener {
             socket,
@@ -141,14 +151,14 @@ mod tests {
     fn a_socket_is_for_its_owner_and_goes_with_its_listener() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("s.sock");
-        let listener = Listener::bind(&path).expect("it binds");
+        let listener = Listener::bind(&path, false).expect("it binds");
         let mode = fs::metadata(&path)
             .expect("it is there")
             .permissions()
             .mode();
         assert_eq!(mode & 0o777, 0o600);
         assert!(matches!(
-            Listener::bind(&path),
+            Listener::bind(&path, false),
             Err(ServerError::AlreadyRunning { .. })
         ));
         drop(listener);
@@ -156,17 +166,26 @@ mod tests {
     }
 
     #[test]
+    fn a_socket_for_other_users_can_be_opened_by_them() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("s.sock");
+        let _listener = Listener::bind(&path, true).expect("it binds");
+        let file = fs::metadata(&path).expect("it is there");
+        assert_eq!(file.permissions().mode() & 0o777, 0o666);
+    }
+
+    #[test]
     fn a_stale_socket_is_replaced_and_other_files_are_not() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("s.sock");
         drop(std::os::unix::net::UnixListener::bind(&path).expect("it binds"));
-        let listener = Listener::bind(&path).expect("the stale file is replaced");
+        let listener = Listener::bind(&path, false).expect("the stale file is replaced");
         fs::remove_file(&path).expect("ours to remove");
         fs::write(&path, b"a letter").expect("it writes");
         drop(listener);
         assert!(path.exists(), "what is not ours is not removed");
         assert!(matches!(
-            Listener::bind(&path),
+            Listener::bind(&path, false),
             Err(ServerError::Bind { .. })
         ));
         assert_eq!(fs::read(&path).expect("still there"), b"a letter");
@@ -175,7 +194,9 @@ mod tests {
     #[test]
     fn a_path_that_does_not_fit_is_named() {
         let path = PathBuf::from(format!("/tmp/{}", "x".repeat(120)));
-        let refused = Listener::bind(&path).err().map(|error| error.to_string());
+        let refused = Listener::bind(&path, false)
+            .err()
+            .map(|error| error.to_string());
         assert!(refused.is_some_and(|text| text.contains("107")));
     }
 }

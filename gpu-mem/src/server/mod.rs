@@ -35,7 +35,7 @@ use crate::domain::{Action, Domain, Fence, Turn};
 use crate::history::Audit;
 use crate::lock::ClientId;
 use crate::protocol::frame::Cut;
-use crate::stats::{Counter, Stats};
+use crate::stats::Counter;
 
 /// The service, bound but not yet running.
 pub struct Server {
@@ -56,7 +56,6 @@ pub struct Server {
     uids_allowed: Vec<u32>,
     connections_max: usize,
     limits: Limits,
-    stats: Arc<Stats>,
     audit: Audit,
     start: Instant,
     scratch: Vec<u8>,
@@ -78,23 +77,30 @@ impl Server {
             .map_err(ServerError::os("eventfd"))?;
         epoll::add(&epoll, &wake, EventData::new_u64(WAKE), EventFlags::IN)
             .map_err(ServerError::os("epoll"))?;
-        let stats = Arc::new(Stats::default());
+        let own = rustix::process::geteuid().as_raw();
+        // Other users must get as far as to be asked who they are; root gets everywhere.
+        let everybody = config
+            .uids_allowed
+            .iter()
+            .any(|uid| ![own, 0].contains(uid));
         let audit = Audit::default();
         let (mut listeners, mut domains, mut gauges) = (Vec::new(), Vec::new(), Vec::new());
         let mut groups: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
         for (index, pool) in config.pools.into_iter().enumerate() {
-            let listener = Listener::bind(&pool.path)?;
+            let listener = Listener::bind(&pool.path, everybody)?;
             let data = EventData::new_u64(LISTENERS + index as u64);
             epoll::add(&epoll, &listener.socket, data, EventFlags::IN)
                 .map_err(ServerError::os("epoll"))?;
             let (path, tag) = (pool.path.display().to_string(), &pool.domain.tag);
             tracing::info!(path, tag, backend = pool.backend.name(), "pool is open");
-            gauges.push(PoolGauges::new(&pool.domain, pool.path));
+            let seen = PoolGauges::new(&pool);
+            let stats = Arc::clone(seen.stats());
+            gauges.push(seen);
             if let Some(group) = pool.checkpoint_group {
                 groups.entry(group).or_default().push(index);
             }
             listeners.push(listener);
-            let (stats, audit) = (Arc::clone(&stats), audit.clone());
+            let audit = audit.clone();
             domains.push(Domain::new(pool.domain, pool.backend, stats, audit));
         }
         Ok(Server {
@@ -114,7 +120,7 @@ impl Server {
             deadline_of: HashMap::new(),
             next_id: 0,
             uids_allowed: match config.uids_allowed.is_empty() {
-                true => vec![rustix::process::geteuid().as_raw()],
+                true => vec![own],
                 false => config.uids_allowed,
             },
             connections_max: config.connections_max,
@@ -122,7 +128,6 @@ impl Server {
                 first_frame_ns: ns(config.first_frame_timeout),
                 frame_ns: ns(config.frame_timeout),
             },
-            stats,
             audit,
             start: Instant::now(),
             scratch: vec![0; READ_BYTES],
@@ -160,6 +165,13 @@ impl Server {
         self.shut_down();
     }
 
+    /// Counts one for a pool.
+    fn count(&self, domain: usize, counter: Counter) {
+        if let Some(gauges) = self.gauges.get(domain) {
+            gauges.stats().count(counter);
+        }
+    }
+
     fn now_ns(&self) -> u64 {
         ns(self.start.elapsed())
     }
@@ -195,7 +207,7 @@ impl Server {
                         flags,
                     ));
                     self.spare = spare();
-                    self.stats.count(Counter::ConnectionsOverLimit);
+                    self.count(domain, Counter::ConnectionsOverLimit);
                     tracing::error!("no descriptor is left; a client was turned away");
                     return;
                 }
@@ -207,7 +219,7 @@ impl Server {
 
     fn admit(&mut self, socket: OwnedFd, domain: usize) {
         if self.connections.len() >= self.connections_max {
-            self.stats.count(Counter::ConnectionsOverLimit);
+            self.count(domain, Counter::ConnectionsOverLimit);
             tracing::warn!(
                 max = self.connections_max,
                 "too many clients; one was turned away"
@@ -216,7 +228,7 @@ impl Server {
         }
         let Ok(peer) = peer_of(&socket) else { return };
         if !self.uids_allowed.contains(&peer.uid) {
-            self.stats.count(Counter::ConnectionsRefused);
+            self.count(domain, Counter::ConnectionsRefused);
             tracing::warn!(
                 uid = peer.uid,
                 pid = peer.pid,
@@ -230,7 +242,7 @@ impl Server {
         if epoll::add(&self.epoll, &socket, EventData::new_u64(id), watched).is_err() {
             return;
         }
-        self.stats.count(Counter::Connections);
+        self.count(domain, Counter::Connections);
         self.connections
             .insert(id, Connection::new(socket, domain, watched));
         self.domains[domain].connect(ClientId(id), peer);
@@ -307,8 +319,8 @@ impl Server {
             Cut::Need(_) if !connection.ended => self.watch(id),
             Cut::Need(_) => self.sever(id),
             Cut::Bad(bad) => {
-                self.stats.count(Counter::FramesBad);
                 tracing::warn!(session = id, %bad, "session dropped");
+                self.count(domain, Counter::FramesBad);
                 self.sever(id);
             }
         }
@@ -459,8 +471,11 @@ impl Server {
         while let Some(&(deadline, id)) = self.deadlines.first()
             && deadline <= now_ns
         {
-            self.stats.count(Counter::DeadlinesPassed);
-            let owes = self.connections.get(&id).and_then(Connection::debt);
+            let late = self.connections.get(&id);
+            let owes = late.and_then(Connection::debt);
+            if let Some(domain) = late.map(|connection| connection.domain) {
+                self.count(domain, Counter::DeadlinesPassed);
+            }
             tracing::warn!(session = id, ?owes, "too slow; session dropped");
             self.schedule(id, None);
             self.sever(id);

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 
-use super::{Server, ServerConfig, ServerError};
-use crate::domain::{Domain, DomainConfig};
+use super::{PoolConfig, Server, ServerConfig, ServerError};
+use crate::domain::Domain;
 use crate::history::Audit;
-use crate::lock::State;
+use crate::lock::{Profile, State};
 use crate::stats::{Counter, Stats};
 
 /// How one pool stands, for metrics. Numbers are of one moment each, not of the same one.
@@ -21,6 +21,12 @@ pub struct PoolGauges {
     pub gpu_uuid: String,
     /// Where it listens.
     pub path: PathBuf,
+    /// Which generation it speaks.
+    pub profile: Profile,
+    /// Where its memory comes from.
+    pub backend: &'static str,
+    stats: Arc<Stats>,
+    writer_pid: AtomicU64,
     state: AtomicU64,
     readers: AtomicU64,
     waiters: AtomicU64,
@@ -38,11 +44,15 @@ const STATES: [State; 5] = [
 ];
 
 impl PoolGauges {
-    pub(super) fn new(config: &DomainConfig, path: PathBuf) -> PoolGauges {
+    pub(super) fn new(pool: &PoolConfig) -> PoolGauges {
         PoolGauges {
-            tag: config.tag.clone(),
-            gpu_uuid: config.gpu_uuid.clone(),
-            path,
+            tag: pool.domain.tag.clone(),
+            gpu_uuid: pool.domain.gpu_uuid.clone(),
+            path: pool.path.clone(),
+            profile: pool.domain.policy.profile,
+            backend: pool.backend.name(),
+            stats: Arc::default(),
+            writer_pid: AtomicU64::new(0),
             state: AtomicU64::new(0),
             readers: AtomicU64::new(0),
             waiters: AtomicU64::new(0),
@@ -59,7 +69,9 @@ impl PoolGauges {
             .iter()
             .position(|state| *state == standing.state)
             .unwrap_or_default();
+        let writer_pid = domain.writer().map_or(0, |peer| peer.pid);
         // Readers need no order between these: each is a gauge of its own.
+        self.writer_pid.store(writer_pid.into(), Ordering::Relaxed);
         self.state.store(state as u64, Ordering::Relaxed);
         self.readers
             .store(standing.readers as u64, Ordering::Relaxed);
@@ -75,6 +87,20 @@ impl PoolGauges {
     pub fn state(&self) -> State {
         let index = self.state.load(Ordering::Relaxed) as usize;
         STATES.get(index).copied().unwrap_or(State::Empty)
+    }
+
+    /// How often something has happened to this pool.
+    pub fn count(&self, counter: Counter) -> u64 {
+        self.stats.get(counter)
+    }
+
+    pub(super) fn stats(&self) -> &Arc<Stats> {
+        &self.stats
+    }
+
+    /// The process that holds the lock for writing; 0 is nobody, or one in another namespace.
+    pub fn writer_pid(&self) -> u64 {
+        self.writer_pid.load(Ordering::Relaxed)
     }
 
     /// How many readers are connected.
@@ -110,7 +136,6 @@ pub struct ServerHandle {
     wake: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
     gauges: Arc<[PoolGauges]>,
-    stats: Arc<Stats>,
     audit: Audit,
 }
 
@@ -141,7 +166,6 @@ impl Server {
             wake: Arc::clone(&self.wake),
             thread: None,
             gauges: Arc::clone(&self.gauges),
-            stats: Arc::clone(&self.stats),
             audit: self.audit.clone(),
         }
     }
@@ -150,12 +174,17 @@ impl Server {
 impl ServerHandle {
     /// Tells the service to stop and waits until it has.
     pub fn stop(&mut self) {
-        self.stop.store(true, Ordering::Release);
-        // The counter of an eventfd cannot overflow here.
-        let _ = rustix::io::write(&*self.wake, &1_u64.to_ne_bytes());
+        self.tell_to_stop();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+
+    /// Tells the service to stop and does not wait.
+    pub fn tell_to_stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        // The counter of an eventfd cannot overflow here.
+        let _ = rustix::io::write(&*self.wake, &1_u64.to_ne_bytes());
     }
 
     /// Whether the service has ended, by itself or because it was told to.
@@ -169,9 +198,9 @@ impl ServerHandle {
         &self.gauges
     }
 
-    /// How often something has happened.
+    /// How often something has happened, over all pools.
     pub fn count(&self, counter: Counter) -> u64 {
-        self.stats.get(counter)
+        self.gauges.iter().map(|pool| pool.count(counter)).sum()
     }
 
     /// The full record of who did what.

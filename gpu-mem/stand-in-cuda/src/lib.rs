@@ -10,7 +10,7 @@
 //!
 //! | variable | effect |
 //! | --- | --- |
-//! | `STAND_IN_DEVICES=n` | the number of GPUs (1) |
+//! | `STAND_IN_DEVICES=n` | the number of GPUs (1); `CUDA_VISIBLE_DEVICES` masks them |
 //! | `STAND_IN_CAPACITY=bytes` | the memory of each process's GPU |
 //! | `STAND_IN_CREATE_OOM=n` | the first n creations run out of memory |
 //! | `STAND_IN_CREATE_FAILS=n` | the n-th creation is refused for another reason |
@@ -149,8 +149,20 @@ fn setting(name: &str, default: u64) -> u64 {
         .unwrap_or(default)
 }
 
+/// The GPUs that this process may see, by their place in the machine.
+fn visible() -> Vec<c_int> {
+    let count = setting("STAND_IN_DEVICES", 1) as c_int;
+    match std::env::var("CUDA_VISIBLE_DEVICES") {
+        Ok(mask) => {
+            let listed = mask.split(',').map_while(|word| word.trim().parse().ok());
+            listed.take_while(|device| (0..count).contains(device)).collect()
+        }
+        Err(_) => (0..count).collect(),
+    }
+}
+
 fn devices() -> c_int {
-    setting("STAND_IN_DEVICES", 1) as c_int
+    visible().len() as c_int
 }
 
 impl State {
@@ -262,8 +274,11 @@ pub extern "C" fn cuDeviceGet(device: Out<c_int>, ordinal: c_int) -> Answer {
 #[unsafe(no_mangle)]
 pub extern "C" fn cuDeviceGetUuid(uuid: Out<[u8; 16]>, device: c_int) -> Answer {
     started(|_| {
+        let Some(place) = visible().get(device as usize).copied() else {
+            return INVALID_DEVICE;
+        };
         let mut bytes = [0xc0; 16];
-        bytes[15] = device as u8;
+        bytes[15] = place as u8;
         uuid.put(bytes);
         SUCCESS
     })

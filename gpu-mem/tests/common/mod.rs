@@ -3,6 +3,9 @@
 
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
+#[cfg(feature = "cuda")]
+pub(crate) mod stand_in;
+
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -10,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use corelane_gpu_mem::backend::Backend;
 use corelane_gpu_mem::backend::host::{HostBackend, HostConfig};
 use corelane_gpu_mem::client::{Dial, runtime_state};
 use corelane_gpu_mem::domain::DomainConfig;
@@ -35,6 +39,11 @@ pub(crate) struct Service {
 
 pub(crate) fn pools(dir: &Path, host: HostConfig) -> Vec<PoolConfig> {
     let backend = HostBackend::new(host).expect("a sane config");
+    pools_on(dir, &|| Box::new(backend.clone()))
+}
+
+/// The same on any kind of memory.
+pub(crate) fn pools_on(dir: &Path, backend: &dyn Fn() -> Box<dyn Backend>) -> Vec<PoolConfig> {
     let mut pools = Vec::new();
     for tag in ["weights", "kv_cache"] {
         for profile in [Profile::V1, Profile::V2] {
@@ -49,7 +58,7 @@ pub(crate) fn pools(dir: &Path, host: HostConfig) -> Vec<PoolConfig> {
             pools.push(PoolConfig {
                 path: dir.join(name),
                 domain,
-                backend: Box::new(backend.clone()),
+                backend: backend(),
                 checkpoint_group: (profile == Profile::V2).then_some(0),
             });
         }

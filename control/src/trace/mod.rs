@@ -1,0 +1,239 @@
+//! Spans of requests on the control side: whether they are made, and what becomes of those that
+//! have ended (`spec/events-discovery.md` §9).
+//!
+//! ```text
+//! shard: a request ends --SpanRecord, by its queue--> tell -> a log line, if those are wanted
+//! ```
+//!
+//! One decision for the whole process, taken once at its start, like the log itself. The router
+//! makes no spans: it passes the headers of a request on as they are.
+
+use std::borrow::Cow;
+use std::sync::OnceLock;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use corelane_codec::trace_context::TraceContext;
+use corelane_engine::served::{Outcome, SpanRecord, Tracing};
+
+use crate::env::Env;
+use crate::logging;
+
+/// What the environment says about spans.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    /// Whether requests make spans: with JSON log lines.
+    pub on: bool,
+    /// Whether the end of a span is a line of the log.
+    pub lines: bool,
+    /// The part of new traces that is kept, 0 to 1.
+    pub ratio: f64,
+    /// What could not be understood.
+    pub complaints: Vec<String>,
+}
+
+impl Settings {
+    /// Reads them.
+    pub fn read(env: &Env) -> Self {
+        let mut complaints = Vec::new();
+        let name = "OTEL_TRACES_SAMPLE_RATIO";
+        let ratio = match env.get(name).map(|text| text.trim().parse::<f64>()) {
+            None => 1.0,
+            Some(Ok(ratio)) if (0.0..=1.0).contains(&ratio) => ratio,
+            Some(_) => {
+                complaints.push(format!(
+                    "environment {name}: not a number from 0 to 1; going on with 1"
+                ));
+                1.0
+            }
+        };
+        let on = logging::is_json(env);
+        Self {
+            on,
+            lines: on && env.is_on("DYN_LOGGING_SPAN_EVENTS"),
+            ratio,
+            complaints,
+        }
+    }
+}
+
+static SETTINGS: OnceLock<Settings> = OnceLock::new();
+
+/// Decides for this process; a second call changes nothing.
+pub fn start(env: &Env) {
+    let settings = Settings::read(env);
+    let complaints = settings.complaints.clone();
+    if SETTINGS.set(settings).is_ok() {
+        for complaint in complaints {
+            tracing::warn!("{complaint}");
+        }
+    }
+}
+
+/// What shards are told.
+pub fn tracing() -> Tracing {
+    match SETTINGS.get() {
+        Some(settings) if settings.on => Tracing::On {
+            ratio: settings.ratio,
+        },
+        _ => Tracing::Off,
+    }
+}
+
+/// A span that has ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Span {
+    /// `handle_payload` for a request served, `router.route_request` for a call made.
+    pub name: &'static str,
+    /// Whether it served a request; else it made one.
+    pub is_server: bool,
+    /// Trace, own id, flags.
+    pub context: TraceContext,
+    /// The span above it.
+    pub parent_id: Option<u64>,
+    /// The vendors' part of the trace context.
+    pub tracestate: Option<String>,
+    /// Unix time of its begin.
+    pub began: SystemTime,
+    /// From there to its end.
+    pub duration: Duration,
+    /// Of that, the time that somebody was at work, where it is known.
+    pub busy: Option<Duration>,
+    /// How it ended, one word.
+    pub outcome: &'static str,
+    /// Whether that is a failure.
+    pub failed: bool,
+    /// The endpoint: namespace, component, name.
+    pub endpoint: Option<[String; 3]>,
+    /// The instance, if it is known.
+    pub instance_id: Option<u64>,
+    /// The request's id, and the one that the caller's own client gave it.
+    pub request_id: Option<String>,
+    /// See there.
+    pub x_request_id: Option<String>,
+}
+
+impl From<SpanRecord> for Span {
+    fn from(record: SpanRecord) -> Self {
+        let id = record.handler.id.get();
+        let instance = record.handler.instance.get();
+        Self {
+            name: "handle_payload",
+            is_server: true,
+            context: record.context,
+            parent_id: record.parent_id,
+            tracestate: record.tracestate,
+            began: UNIX_EPOCH + Duration::from_nanos(record.began_unix_ns),
+            duration: Duration::from_nanos(record.duration_ns),
+            busy: Some(Duration::from_nanos(record.busy_ns)),
+            outcome: record.outcome.word(),
+            failed: !matches!(record.outcome, Outcome::Finished | Outcome::Cancelled),
+            endpoint: id.map(|id| [&id.namespace, &id.component, &id.name].map(Clone::clone)),
+            instance_id: (instance != 0).then_some(instance),
+            request_id: Some(record.request_id),
+            x_request_id: record.x_request_id,
+        }
+    }
+}
+
+impl Span {
+    /// What it says besides its ids and times: name and value, in the order of names.
+    pub fn fields(&self) -> Vec<(&'static str, Cow<'_, str>)> {
+        let [namespace, component, endpoint] = match &self.endpoint {
+            Some(names) => names.each_ref().map(|name| Some(Cow::from(name))),
+            None => [None, None, None],
+        };
+        let kind = if self.is_server { "server" } else { "client" };
+        let instance = self.instance_id.map(|id| Cow::from(id.to_string()));
+        let fields = [
+            ("component", component),
+            ("endpoint", endpoint),
+            ("instance_id", instance),
+            ("namespace", namespace),
+            ("otel.kind", Some(Cow::from(kind))),
+            ("request.outcome", Some(Cow::from(self.outcome))),
+            ("request_id", self.request_id.as_deref().map(Cow::from)),
+            ("x_request_id", self.x_request_id.as_deref().map(Cow::from)),
+        ];
+        let there = fields.into_iter();
+        there
+            .filter_map(|(name, value)| Some((name, value?)))
+            .collect()
+    }
+
+    /// A line with the names that Dynamo's have.
+    fn log(&self) {
+        let field = |name: &str| {
+            let fields = self.fields();
+            let found = fields.into_iter().find(|(other, _)| *other == name);
+            found.map(|(_, value)| value.into_owned())
+        };
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let context = &self.context;
+        tracing::info!(
+            target: "request_span",
+            component = field("component"),
+            endpoint = field("endpoint"),
+            instance_id = field("instance_id"),
+            namespace = field("namespace"),
+            otel.kind = field("otel.kind"),
+            parent_id = self.parent_id.map(|id| format!("{id:016x}")),
+            request.outcome = self.outcome,
+            request_id = self.request_id,
+            span_id = format!("{:016x}", context.span_id),
+            span_name = self.name,
+            time.busy_us = self.busy.map(micros),
+            time.duration_us = micros(self.duration),
+            time.idle_us = self.busy.map(|busy| micros(self.duration.saturating_sub(busy))),
+            trace_flags = format!("{:02x}", context.flags),
+            trace_id = format!("{:032x}", context.trace_id),
+            tracestate = self.tracestate,
+            x_request_id = self.x_request_id,
+            "SPAN_CLOSED"
+        );
+    }
+}
+
+/// A span has ended.
+pub fn tell(span: impl Into<Span>) {
+    let span = span.into();
+    if SETTINGS.get().is_some_and(|settings| settings.lines) {
+        span.log();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(pairs: &[(&str, &str)]) -> Settings {
+        let own = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        Settings::read(&Env::of(pairs.iter().map(own)))
+    }
+
+    #[test]
+    fn spans_come_with_json_lines() {
+        assert!(!settings(&[]).on);
+        assert!(!settings(&[("DYN_LOGGING_SPAN_EVENTS", "1")]).lines);
+        let json = [("DYN_LOGGING_JSONL", "1"), ("DYN_LOGGING_SPAN_EVENTS", "1")];
+        assert!(settings(&json).on && settings(&json).lines);
+        let wins = [
+            ("DYN_LOGGING_JSONL", "1"),
+            ("DYN_LOGGING_CONSOLE_FORMAT", "readable"),
+        ];
+        assert!(!settings(&wins).on);
+    }
+
+    #[test]
+    fn a_ratio_is_a_number_from_0_to_1() {
+        let name = "OTEL_TRACES_SAMPLE_RATIO";
+        assert_eq!(settings(&[(name, "0.25")]).ratio, 0.25);
+        for wrong in ["2", "-1", "NaN", "half"] {
+            let settings = settings(&[(name, wrong)]);
+            assert_eq!(
+                (settings.ratio, settings.complaints.len()),
+                (1.0, 1),
+                "{wrong}"
+            );
+        }
+    }
+}
