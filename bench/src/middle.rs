@@ -195,7 +195,8 @@ fn corelane_config(
         "[server]\nhost = \"127.0.0.1\"\nport = {port}\nstatus_port = {status_port}\n\n\
          [discovery]\nbackend = \"{backend}\"\n\n{instance}\
          [[route]]\nlisten = \"{listen}\"\ntarget = \"{target}\"\npolicy = \"round_robin\"\n\
-         ack = \"{ack}\"\n{lane}\n[drain]\ngrace_s = 0\ntimeout_s = 2\n\n[core]\ncpus = \"{cpus}\"\n"
+         ack = \"{ack}\"\n{lane}\n[drain]\ngrace_s = 0\ntimeout_s = 2\n\n\
+         [core]\ncpus = \"{cpus}\"\n"
     );
     for line in &args.corelane_core {
         config.push_str(line);

@@ -28,6 +28,7 @@ use crate::ring::monotonic_ns;
 mod for_lane;
 
 pub(crate) use for_lane::LaneJob;
+use for_lane::wrapping;
 
 /// Items that may wait for the socket before a handler has to.
 const ITEMS_MAX: u32 = 64;
@@ -322,18 +323,8 @@ impl Stream {
         self.complete = false;
         self.out.clear();
         self.out_items = 0;
-        let lent = self.lent.drain(..).map(|(_, lent)| lent);
-        self.host.give_back(lent);
-        if let Some(job) = self.job.take() {
-            self.task_over = true;
-            self.host.0.stopped.borrow_mut().push((job, kill));
-        }
+        self.stop_lane(kill);
         self.wake_all();
-    }
-
-    /// Whether nothing more will be written.
-    pub(crate) fn is_over(&self) -> bool {
-        self.over
     }
 
     /// The handler is to be dropped.
@@ -480,15 +471,6 @@ impl Stream {
         self.over = true;
         self.complete = true;
         self.touch();
-    }
-}
-
-/// What stands around a value that is the data of an `Annotated`.
-fn wrapping(codec: PayloadCodec, annotated: bool) -> [&'static [u8]; 2] {
-    match codec {
-        _ if !annotated => [b"", b""],
-        PayloadCodec::Json => [b"{\"data\":", b"}"],
-        PayloadCodec::MessagePack => [b"\x81\xa4data", b""],
     }
 }
 

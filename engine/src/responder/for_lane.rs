@@ -1,8 +1,9 @@
 //! What a lane writes its responses with, where a handler would use a `Responder`.
 
+use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::{item, two_part};
 
-use super::{Host, Stream, wrapping};
+use super::{Host, Stream};
 use crate::outgoing::Lent;
 
 /// A request that the worker behind a lane answers: lane and job, each slot and generation.
@@ -10,6 +11,15 @@ use crate::outgoing::Lent;
 pub(crate) struct LaneJob {
     pub(crate) lane: (u32, u32),
     pub(crate) job: (u32, u32),
+}
+
+/// What stands around a value that is the data of an `Annotated`.
+pub(super) fn wrapping(codec: PayloadCodec, annotated: bool) -> [&'static [u8]; 2] {
+    match codec {
+        _ if !annotated => [b"", b""],
+        PayloadCodec::Json => [b"{\"data\":", b"}"],
+        PayloadCodec::MessagePack => [b"\x81\xa4data", b""],
+    }
 }
 
 impl Host {
@@ -28,6 +38,11 @@ impl Host {
 }
 
 impl Stream {
+    /// Whether nothing more will be written.
+    pub(crate) fn is_over(&self) -> bool {
+        self.over
+    }
+
     /// A worker behind a lane writes it from now on, or `None`: it has ended.
     pub(crate) fn set_job(&mut self, job: Option<LaneJob>) {
         self.task_over = job.is_none();
@@ -57,5 +72,15 @@ impl Stream {
         self.so_far.bytes += body_bytes as u64;
         self.out_items += 1;
         self.touch();
+    }
+
+    /// What was lent and not given to the socket goes back, and who writes is told.
+    pub(super) fn stop_lane(&mut self, kill: bool) {
+        let lent = self.lent.drain(..).map(|(_, lent)| lent);
+        self.host.give_back(lent);
+        if let Some(job) = self.job.take() {
+            self.task_over = true;
+            self.host.0.stopped.borrow_mut().push((job, kill));
+        }
     }
 }
