@@ -16,12 +16,15 @@
 //! ```
 //!
 //! One thread serves the lanes of all cores. Bodies lie in the slab until their request has ended,
-//! at addresses that do not change: [`LaneWorker::slabs`] are what to register with a device once.
+//! at addresses that do not change: [`LaneWorker::slabs`] are what to register with a device once,
+//! which `LaneWorker::pin` does for CUDA.
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::ptr::NonNull;
+#[cfg(feature = "cuda")]
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -39,6 +42,8 @@ use super::layout::{
 };
 use super::memory::Mapping;
 use super::queue::{Queues, Side};
+#[cfg(feature = "cuda")]
+use crate::pinned::{PinError, Pinned, Pinner};
 
 /// What a worker wants.
 #[derive(Clone, Copy, Debug, Default)]
@@ -200,6 +205,24 @@ impl LaneWorker {
     pub fn slabs(&self) -> Vec<(NonNull<u8>, usize)> {
         let slabs = self.lanes.iter().map(|lane| &lane.slab);
         slabs.map(|slab| (slab.start(), slab.len())).collect()
+    }
+
+    /// Registers the slabs of all lanes with CUDA, so that bodies are copied to the GPU from where
+    /// they lie: one range for each lane, in which [`Request::body_at`] says the offset.
+    ///
+    /// # Safety
+    /// This worker outlives what is answered, and all copies that use it.
+    ///
+    /// # Errors
+    /// The driver refused.
+    #[cfg(feature = "cuda")]
+    pub unsafe fn pin(&self, pinner: &Pinner) -> Result<Vec<Arc<Pinned>>, PinError> {
+        let pin = |(address, bytes)| {
+            // SAFETY: sealed memory that stays mapped as long as this worker lives; the caller
+            // vouches for that.
+            unsafe { pinner.register(address, bytes) }.map(Arc::new)
+        };
+        self.slabs().into_iter().map(pin).collect()
     }
 
     /// Waits for the next event, `timeout` at most; without one for ever.
