@@ -57,6 +57,14 @@ pub enum Bad {
         /// Declared body length.
         body_bytes: u64,
     },
+    /// No chunk of a multiplexed connection.
+    #[error("no chunk: kind {kind}, {bytes} bytes")]
+    Chunk {
+        /// The byte in the place of the kind.
+        kind: u8,
+        /// Declared length.
+        bytes: u32,
+    },
     /// A non-zero checksum does not fit the content.
     #[error("checksum mismatch: frame says {declared:016x}, content has {computed:016x}")]
     Checksum {

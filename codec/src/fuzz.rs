@@ -25,6 +25,7 @@ pub const ALL: &[(&str, Hook)] = &[
     ("control_message", control_message),
     ("connection_info", connection_info),
     ("call_home", call_home),
+    ("mux", mux),
     ("item_json", item_json),
     ("item_msgpack", item_msgpack),
     ("error", error),
@@ -342,6 +343,16 @@ fn item(data: &[u8], codec: PayloadCodec) {
             assert_eq!(view.complete_final, typed.complete_final);
             assert_eq!(view.data.is_some(), typed.data.is_some());
         }
+    }
+}
+
+/// Chunks of multiplexed connections.
+pub fn mux(data: &[u8]) {
+    use crate::mux::{PREFIX_BYTES, decode, prefix};
+    incremental(data, decode, |_| PREFIX_BYTES);
+    if let Decoded::Frame(chunk) = decode(data) {
+        let again = prefix(chunk.stream, chunk.kind, chunk.bytes);
+        assert_eq!(again, data[..PREFIX_BYTES]);
     }
 }
 

@@ -35,6 +35,7 @@ pub mod headers;
 pub mod item;
 pub mod json;
 pub mod limits;
+pub mod mux;
 pub mod path;
 pub mod reply_frame;
 pub mod request_frame;

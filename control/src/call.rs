@@ -110,6 +110,7 @@ impl Targets {
                     address: *socket,
                     path: path.clone().into_bytes(),
                     codec: PayloadCodec::Json,
+                    device: None,
                 };
                 return Ok(Targets {
                     watch: None,

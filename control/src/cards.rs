@@ -468,6 +468,7 @@ mod tests {
     #[test]
     fn codec_is_msgpack_only_if_all_ask_for_it() {
         let instance = |codec| Instance {
+            device: None,
             id: 1,
             address: "127.0.0.1:1".parse().unwrap(),
             path: b"x".to_vec(),
@@ -504,6 +505,7 @@ mod tests {
             address: "127.0.0.1:1".parse().unwrap(),
             path: b"x".to_vec(),
             codec: PayloadCodec::Json,
+            device: None,
         };
         let cards = [
             base(1, "m", ""),

@@ -25,6 +25,7 @@ use tokio::sync::{broadcast, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::preflight::{Plan, Planned, ring_word};
+use crate::tls::{self, Tls, TlsError};
 use crate::trace;
 
 /// Longest wait until all shards listen; taking gigabytes of buffers takes a while.
@@ -44,6 +45,9 @@ pub enum CoresError {
     /// One could not be made.
     #[error(transparent)]
     Start(#[from] StartError),
+    /// TLS is wanted and cannot be had.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The port is taken.
     #[error(
         "cannot listen on {address}: {source}; write another [server] host or port, or port = 0 \
@@ -127,6 +131,7 @@ pub struct Cores {
     stopping: Cell<bool>,
     /// Workers that have lost a lane, and why.
     lane_faults: broadcast::Sender<(u64, &'static str)>,
+    tls: Option<Rc<Tls>>,
 }
 
 impl Cores {
@@ -148,6 +153,7 @@ impl Cores {
         plan: &Plan,
         ends: impl Fn(usize) -> Ends + 'static,
     ) -> Result<Rc<Cores>, CoresError> {
+        let tls = Tls::start(&plan.tls)?;
         let tracing = trace::tracing();
         let ends = move |index| Ends {
             tracing,
@@ -158,8 +164,10 @@ impl Cores {
         for planned in &plan.shards {
             let mut planned = planned.clone();
             planned.config.listen = Some(address);
+            tls::ask(&mut planned.config, &plan.tls);
             let own = ends(planned.config.shard);
-            let handle = executor::spawn_with(planned.config.clone(), own)?;
+            let mut handle = executor::spawn_with(planned.config.clone(), own)?;
+            tls::attend(&tls, &mut handle);
             // The first one has chosen the port of all.
             address = handle.address.unwrap_or(address);
             list.push(Core {
@@ -175,6 +183,7 @@ impl Cores {
             changes: watch::Sender::new(0),
             stopping: Cell::new(false),
             lane_faults: broadcast::Sender::new(LANE_FAULTS),
+            tls,
         });
         for index in 0..cores.list.len() {
             cores.listen_to(index)?;
@@ -232,7 +241,8 @@ impl Cores {
             planned.config.clone()
         };
         let own = (self.ends)(config.shard);
-        let handle = executor::spawn_with(config, own)?;
+        let mut handle = executor::spawn_with(config, own)?;
+        tls::attend(&self.tls, &mut handle);
         core.handle.borrow_mut().join();
         core.handle.replace(handle);
         core.state.replace(State::Starting);
@@ -276,6 +286,9 @@ impl Cores {
                         .lane_faults
                         .send((worker, why.unwrap_or("it has ended")));
                 }
+                Report::Stranger => {
+                    tracing::warn!(core = handle.shard, "{}", tls::STRANGER);
+                }
                 Report::Span(span) => trace::tell(*span),
                 Report::Stopped { failure } => {
                     self.turn(core, State::Ended { failure });
@@ -302,6 +315,11 @@ impl Cores {
         }
         core.state.replace(state);
         self.changes.send_modify(|count| *count += 1);
+    }
+
+    /// What does TLS for them, unless it is off.
+    pub fn tls(&self) -> Option<&Rc<Tls>> {
+        self.tls.as_ref()
     }
 
     /// Whether every shard listens.
@@ -444,6 +462,9 @@ impl Cores {
         for core in self.list.iter().filter(|core| ended(core)) {
             // It has said its last word, so this does not wait.
             core.handle.borrow_mut().join();
+        }
+        if let Some(tls) = &self.tls {
+            tls.finish().await;
         }
     }
 }

@@ -26,5 +26,6 @@ pub mod preflight;
 pub mod publish;
 pub mod status_server;
 pub mod supervise;
+pub mod tls;
 pub mod trace;
 pub mod watch;

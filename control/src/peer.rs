@@ -4,6 +4,7 @@
 use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,6 +23,7 @@ use crate::cli::Stop;
 use crate::config::Server;
 use crate::cores::register;
 use crate::env::Env;
+use crate::tls::{self, Tls};
 use crate::trace;
 
 /// Longest wait until the shard listens.
@@ -38,6 +40,7 @@ pub struct Peer {
     handle: RefCell<ShardHandle>,
     reports: AsyncFd<OwnedFd>,
     events: AsyncFd<OwnedFd>,
+    tls: Option<Rc<Tls>>,
 }
 
 impl Peer {
@@ -56,25 +59,29 @@ impl Peer {
         let mut config = ShardConfig::new(0, ANY_CPU, ring, listen);
         config.buffers = BUFFERS;
         config.message_bytes_max = u64::from(server.message_bytes_max);
-        match Peer::on_ring(config.clone(), ends()).await {
+        tls::ask(&mut config, &server.tls);
+        let tls = Tls::start(&server.tls)?;
+        match Peer::on_ring(config.clone(), ends(), tls.clone()).await {
             Err(error) if ring == RingKind::Uring && !required => {
                 tracing::warn!("ring epoll: io_uring did not start here: {error:#}");
                 config.ring = RingKind::Epoll;
-                Peer::on_ring(config, ends()).await
+                Peer::on_ring(config, ends(), tls).await
             }
             other => other,
         }
     }
 
-    async fn on_ring(config: ShardConfig, ends: Ends) -> Result<Peer> {
+    async fn on_ring(config: ShardConfig, ends: Ends, tls: Option<Rc<Tls>>) -> Result<Peer> {
         let tracing = trace::tracing();
         let ends = Ends { tracing, ..ends };
-        let handle = spawn_with(config, ends)?;
+        let mut handle = spawn_with(config, ends)?;
+        tls::attend(&tls, &mut handle);
         let watch = |fd: std::os::fd::BorrowedFd<'_>| register(fd.try_clone_to_owned()?);
         let peer = Peer {
             reports: watch(handle.reports.as_fd()).context("cannot watch the shard")?,
             events: watch(handle.events.as_fd()).context("cannot watch the shard")?,
             handle: RefCell::new(handle),
+            tls,
         };
         let deadline = Instant::now() + START_MAX;
         match timeout_at(deadline, peer.report()).await {
@@ -85,7 +92,12 @@ impl Peer {
                     failure.unwrap_or_else(|| "the shard ended at once".into())
                 )
             }
-            Ok(Report::Undecodable { .. } | Report::LaneEnded { .. } | Report::Span(_)) => Ok(peer),
+            Ok(
+                Report::Undecodable { .. }
+                | Report::LaneEnded { .. }
+                | Report::Stranger
+                | Report::Span(_),
+            ) => Ok(peer),
             Err(_) => bail!("the shard does not run after {START_MAX:?}"),
         }
     }
@@ -140,6 +152,7 @@ impl Peer {
                 Report::Undecodable { why } => {
                     tracing::warn!(why, "a request cannot be decoded");
                 }
+                Report::Stranger => tracing::warn!("{}", tls::STRANGER),
                 Report::Span(span) => trace::tell(*span),
                 Report::Stopped { failure } => {
                     return failure.unwrap_or_else(|| "without a reason".into());
@@ -179,6 +192,9 @@ impl Peer {
             sleep(Duration::from_millis(1)).await;
         }
         self.handle.borrow_mut().join();
+        if let Some(tls) = &self.tls {
+            tls.finish().await;
+        }
     }
 }
 

@@ -31,6 +31,8 @@ pub struct Plan {
     pub control_cpu: usize,
     /// The shards, at least one, in the order of their CPUs.
     pub shards: Vec<Planned>,
+    /// TLS of all of them.
+    pub tls: config::Tls,
 }
 
 /// Raises the limits of this process, looks at the host, and decides. What is not as it was asked
@@ -59,6 +61,7 @@ pub fn plan(config: &Config) -> Result<Plan, Stop> {
     Ok(Plan {
         control_cpu: assigned.control,
         shards,
+        tls: config.server.tls.clone(),
     })
 }
 

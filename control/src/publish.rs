@@ -259,6 +259,7 @@ fn static_instance(instance: &StaticInstance) -> Instance {
         address: instance.socket,
         path: instance.path.clone().into_bytes(),
         codec: PayloadCodec::default(),
+        device: None,
     }
 }
 
@@ -325,6 +326,7 @@ mod tests {
             address: ([127, 0, 0, 1], port).into(),
             path: format!("{id:x}/x").into_bytes(),
             codec: PayloadCodec::Json,
+            device: None,
         }
     }
 

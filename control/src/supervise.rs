@@ -418,7 +418,12 @@ impl Pulse {
         let routes = self.board.routes().iter().map(route).collect();
         let discovery = self.discovery.borrow();
         let own = Snapshot::take(&self.cores.view(), routes, process, discovery.as_deref());
-        own.render_with(|out| self.more.borrow().iter().for_each(|more| more(out)))
+        own.render_with(|out| {
+            if let Some(tls) = self.cores.tls() {
+                tls.stats().write(out);
+            }
+            self.more.borrow().iter().for_each(|more| more(out));
+        })
     }
 
     /// Requests between arrival and end, and callers being told of failures.

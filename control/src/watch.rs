@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use corelane_codec::control_message::PayloadCodec;
-use corelane_codec::discovery::{EndpointRecord, Transport};
+use corelane_codec::discovery::{DeviceType, EndpointRecord, Transport};
 use corelane_codec::path::{EndpointId, InstanceKey, TcpTransport, parse_instance_hex};
 
 use crate::discovery::{Discovery, DiscoveryStats, Freshness, Watch};
@@ -30,6 +30,8 @@ pub struct Instance {
     pub path: Vec<u8>,
     /// The payload codec that it asks for; JSON when it does not say.
     pub codec: PayloadCodec,
+    /// What it computes on, if it says so.
+    pub device: Option<DeviceType>,
 }
 
 /// A watch on the instances of one endpoint.
@@ -180,6 +182,7 @@ fn look(prefix: &str, key: &str, record: &EndpointRecord) -> Outcome {
                 address,
                 path,
                 codec,
+                device: record.device_type,
             };
             match mismatch(prefix, key_id, record) {
                 None => Look::Usable(instance),
@@ -268,6 +271,7 @@ mod tests {
             address: "127.0.0.1:1".parse().unwrap(),
             path: b"a1/demo/backend/fake".to_vec(),
             codec: PayloadCodec::Json,
+            device: None,
         };
         assert_eq!(watch.instances(), [only]);
         put("a2", &value(0xa2, r#"{"nats_tcp":"demo_backend.fake-a2"}"#));
@@ -328,6 +332,7 @@ mod tests {
                 address,
                 path: vec![],
                 codec: PayloadCodec::Json,
+                device: None,
             };
             (
                 id,

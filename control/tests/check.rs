@@ -203,7 +203,7 @@ const AFTER_ROUTE: &[(&str, &[&str])] = &[
         "[zebra]\n",
         &[
             "c.toml:7:2: unknown table \"zebra\"; known are [server], [discovery], [[route]], \
-         [[instance]], [core], [control], [drain], [gpu]",
+         [[instance]], [core], [control], [tls], [drain], [gpu]",
         ],
     ),
     (

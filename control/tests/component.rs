@@ -1,43 +1,14 @@
 //! The component model in one process: what is served is called, drained, and refused as it should.
 
+mod component_lab;
+
 use std::process::{Command, Output};
-use std::time::Duration;
 
-use corelane::component::{
-    DynamoError, Error, Fault, Options, Outcome, Request, Runtime, Served, State, Stream,
-};
+use component_lab::{echo, endpoint, options, with_runtime};
+
+use corelane::component::{DynamoError, Error, Fault, Outcome, Request, Served, State, Stream};
 use serde_json::{Value, json};
-use tokio::task::{LocalSet, spawn_blocking};
-
-/// The longest that anything here may take.
-const DEADLINE: Duration = Duration::from_secs(60);
-
-fn options() -> Options {
-    Options::local().unwrap().signals(false)
-}
-
-/// Runs a test on a runtime of these options, and stops it.
-fn with_runtime(options: Options, test: impl AsyncFnOnce(&Runtime)) {
-    let tokio = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
-    let test = async {
-        let runtime = Runtime::start(options).await.unwrap();
-        test(&runtime).await;
-        runtime.stop().await;
-    };
-    let bounded = async { tokio::time::timeout(DEADLINE, test).await.unwrap() };
-    LocalSet::new().block_on(&tokio, bounded);
-}
-
-async fn echo(request: Request, stream: &mut Stream) -> Outcome {
-    let value: Value = request.parse()?;
-    for _ in 0..3 {
-        stream.send(&value).await?;
-    }
-    Ok(())
-}
+use tokio::task::spawn_blocking;
 
 /// `corelane call`, as another process makes it.
 async fn call(served: &Served, body: &str) -> Output {
@@ -58,18 +29,12 @@ fn lines(output: &Output) -> Vec<Value> {
         .collect()
 }
 
-async fn endpoint(runtime: &Runtime, name: &str) -> corelane::component::Endpoint {
-    let namespace = runtime.namespace("production").unwrap();
-    let component = namespace.component("worker").unwrap();
-    component.endpoint(name).unwrap()
-}
-
 #[test]
 fn handlers_answer_on_every_shard_and_endpoints_are_told_apart() {
     with_runtime(options().shards(2), async |runtime| {
-        let first = endpoint(runtime, "generate").await;
+        let first = endpoint(runtime, "generate");
         let first = first.serve(echo).await.unwrap();
-        let second = endpoint(runtime, "fail").await;
+        let second = endpoint(runtime, "fail");
         let fail = async |_: Request, _: &mut Stream| -> Outcome {
             Err(Fault::from(DynamoError::invalid_argument("never")))
         };
@@ -104,23 +69,15 @@ fn names_are_checked_when_made_and_an_endpoint_is_served_once() {
             .unwrap();
         assert_eq!(odd.id().name, "chat_completions");
         assert!(matches!(odd.serve(echo).await, Err(Error::Name(_))));
-        let served = endpoint(runtime, "generate")
-            .await
-            .serve(echo)
-            .await
-            .unwrap();
-        let again = endpoint(runtime, "generate").await.serve(echo).await;
+        let served = endpoint(runtime, "generate").serve(echo).await.unwrap();
+        let again = endpoint(runtime, "generate").serve(echo).await;
         assert!(matches!(again, Err(Error::AlreadyServed(_))));
         served.stop().await;
         assert_eq!(served.state(), State::Deregistered);
         let output = call(&served, "1").await;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(text.contains("unknown endpoint"), "{text}");
-        let again = endpoint(runtime, "generate")
-            .await
-            .serve(echo)
-            .await
-            .unwrap();
+        let again = endpoint(runtime, "generate").serve(echo).await.unwrap();
         assert!(call(&again, "1").await.status.success());
     });
 }
@@ -133,7 +90,7 @@ fn a_panic_and_a_body_of_another_kind_become_errors() {
             assert!(number != 7, "a number that this handler cannot stand");
             stream.send(&number).await
         };
-        let served = endpoint(runtime, "generate").await;
+        let served = endpoint(runtime, "generate");
         let served = served.serve(handler).await.unwrap();
         for (body, said) in [("7", "panicked"), ("\"x\"", "not what this endpoint takes")] {
             let output = call(&served, body).await;

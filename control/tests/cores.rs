@@ -50,6 +50,7 @@ fn plan(shards: Vec<Planned>) -> Plan {
     Plan {
         control_cpu: 0,
         shards,
+        tls: Default::default(),
     }
 }
 

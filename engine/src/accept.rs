@@ -55,6 +55,6 @@ fn admit<R: Ring>(shard: &mut Shard<R>, fd: std::os::fd::RawFd) {
         shard.stats.shard.connections_accepted.add(1);
         shard.connections[slot].paused = shard.throttled;
         shard.connections[slot].careful = shard.lanes.expected;
-        shard.receive(slot);
+        shard.welcome(slot);
     }
 }

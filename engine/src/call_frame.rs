@@ -1,47 +1,72 @@
 //! The request frame of a call (spec/request-plane.md §2.2, §3).
 
-use corelane_codec::control_message::{NewControlMessage, RequestType, StreamType, TcpConnection};
+use std::borrow::Cow;
+
+use corelane_codec::control_message::{CallTemplate, PayloadCodec};
 use corelane_codec::{EncodeError, headers, request_frame, two_part};
 
 use crate::call::NewCall;
-use crate::client::Client;
 
-/// Appends the frame of a call.
-///
-/// # Errors
-/// Its path, headers or control message are longer than the wire has room for.
-pub(crate) fn write(
-    client: &mut Client,
-    new: &NewCall,
-    subject: u128,
-    out: &mut Vec<u8>,
-) -> Result<(), EncodeError> {
-    let id = match new.id.is_empty() {
-        true => uuid(client.draw()),
-        false => new.id.clone(),
-    };
-    let subject = uuid(subject);
-    let message = NewControlMessage {
-        id: &id,
-        request_type: RequestType::SingleIn,
-        payload_codec: new.codec,
-        connection_info: TcpConnection {
-            address: &client.address,
-            subject: &subject,
-            context: &id,
-            stream_type: StreamType::Response,
-        },
-        metadata: &[],
-        frontend_send_ts_ns: None,
-        request_stream_connection_info: None,
-    };
-    let mut control = Vec::with_capacity(512);
-    message.write(&mut control)?;
-    let path = String::from_utf8_lossy(&new.path);
-    let own = [
-        (headers::ENDPOINT_PATH, &*path),
-        (headers::REQUEST_ID, &*id),
-    ];
+/// Writes frames; what is the same in all of them is written once, and its memory is used again.
+pub(crate) struct FrameWriter {
+    json: CallTemplate,
+    packed: CallTemplate,
+    control: Vec<u8>,
+    map: Vec<u8>,
+}
+
+impl FrameWriter {
+    /// For calls whose workers call home at `address`.
+    pub(crate) fn new(address: &str) -> FrameWriter {
+        FrameWriter {
+            json: CallTemplate::new(address, PayloadCodec::Json, true),
+            packed: CallTemplate::new(address, PayloadCodec::MessagePack, true),
+            control: Vec::with_capacity(512),
+            map: Vec::with_capacity(256),
+        }
+    }
+
+    /// Appends the frame of a call; `fresh` is its identity if it has none.
+    ///
+    /// # Errors
+    /// Its path, headers or control message are longer than the wire has room for.
+    pub(crate) fn write(
+        &mut self,
+        new: &NewCall,
+        subject: u128,
+        fresh: u128,
+        out: &mut Vec<u8>,
+    ) -> Result<(), EncodeError> {
+        let (fresh, subject) = (uuid(fresh), uuid(subject));
+        let id = match new.id.is_empty() {
+            true => &fresh,
+            false => &new.id,
+        };
+        let template = match new.codec {
+            PayloadCodec::Json => &self.json,
+            PayloadCodec::MessagePack => &self.packed,
+        };
+        self.control.clear();
+        template.write(id, &subject, &mut self.control)?;
+        self.map.clear();
+        write_map(new, id, &mut self.map);
+        let prefix = two_part::prefix(self.control.len(), new.body.len());
+        let payload_bytes = prefix.len() + self.control.len() + new.body.len();
+        request_frame::write_prefix(&new.path, &self.map, payload_bytes, out)?;
+        for part in [&prefix[..], &self.control, &new.body] {
+            out.extend_from_slice(part);
+        }
+        Ok(())
+    }
+}
+
+/// The headers of the frame: those of ours that the call does not bring along, then its own.
+fn write_map(new: &NewCall, id: &str, out: &mut Vec<u8>) {
+    let path: Cow<'_, str> = String::from_utf8_lossy(&new.path);
+    let own = [(headers::ENDPOINT_PATH, &*path), (headers::REQUEST_ID, id)];
+    if new.headers.is_empty() {
+        return headers::write(&own, out);
+    }
     let theirs = new.headers.iter().map(|(name, value)| (&**name, &**value));
     let theirs: Vec<(&str, &str)> = theirs.collect();
     let own = own
@@ -49,26 +74,19 @@ pub(crate) fn write(
         .copied()
         .filter(|(name, _)| theirs.iter().all(|(other, _)| other != name));
     let all: Vec<(&str, &str)> = own.chain(theirs.iter().copied()).collect();
-    let mut map = Vec::with_capacity(256);
-    headers::write(&all, &mut map);
-    let prefix = two_part::prefix(control.len(), new.body.len());
-    let payload_bytes = prefix.len() + control.len() + new.body.len();
-    request_frame::write_prefix(&new.path, &map, payload_bytes, out)?;
-    for part in [&prefix[..], &control, &new.body] {
-        out.extend_from_slice(part);
-    }
-    Ok(())
+    headers::write(&all, out);
 }
 
 /// A UUID as text.
 pub(crate) fn uuid(bits: u128) -> String {
-    let hex = format!("{bits:032x}");
-    [
-        &hex[..8],
-        &hex[8..12],
-        &hex[12..16],
-        &hex[16..20],
-        &hex[20..],
-    ]
-    .join("-")
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let mut text = String::with_capacity(36);
+    for (at, byte) in bits.to_be_bytes().into_iter().enumerate() {
+        if matches!(at, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        text.push(char::from(DIGITS[usize::from(byte >> 4)]));
+        text.push(char::from(DIGITS[usize::from(byte & 15)]));
+    }
+    text
 }

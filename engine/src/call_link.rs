@@ -150,6 +150,7 @@ pub(crate) fn replies<R: Ring>(shard: &mut Shard<R>, slot: u32, link: u32) {
             }
             Decoded::Need(_) => false,
             Decoded::Bad(_) => {
+                shard.note_stranger(&scratch[..copied]);
                 shard.lost(slot, libc::EBADMSG);
                 false
             }

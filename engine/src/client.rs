@@ -20,12 +20,13 @@ use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::error::DynamoError;
 
 pub use crate::call::{CallEvent, Deadlines, NewCall, What};
-use crate::call_frame;
+use crate::call_frame::FrameWriter;
 use crate::call_link::{self, Link};
-use crate::ends::{self, Ends};
+use crate::ends::Ends;
 use crate::home;
 use crate::local;
 use crate::mesh::Sender;
+use crate::mux_home;
 use crate::ring::Ring;
 use crate::shard::{Shard, TimerKind};
 use crate::table::{NONE, Table};
@@ -35,6 +36,8 @@ use crate::timer_wheel::TimerId;
 const LINKS_MAX: usize = 1024;
 /// Events that wait for control beside those of calls, at most; then no command is taken.
 const UNDELIVERED_MAX: usize = 256;
+/// Memory for a frame beyond this is given back.
+const FRAME_KEPT_BYTES_MAX: usize = 64 * 1024;
 /// A worker that calls home within this time after its call was ended is told so.
 const LATE_NS: u64 = 10_000_000_000;
 
@@ -69,6 +72,8 @@ pub(crate) struct Call {
     pub(crate) phase: Phase,
     /// The socket that the worker called home on.
     pub(crate) home: u32,
+    /// The response's place on that socket, if it is shared.
+    pub(crate) stream: Option<mux_home::Stream>,
     pub(crate) has_item: bool,
     /// Its hearer wants it to end: `Some(kill)`.
     early: Option<bool>,
@@ -90,8 +95,12 @@ pub(crate) struct Client {
     pub(crate) links: Table<Link>,
     pub(crate) link_at: HashMap<SocketAddr, u32>,
     pub(crate) dirty_links: Vec<u32>,
+    pub(crate) shared: Table<mux_home::Shared>,
+    pub(crate) dirty_shared: Vec<u32>,
     pub(crate) listener: Option<TcpListener>,
-    pub(crate) address: String,
+    writer: FrameWriter,
+    /// The frame that is being written.
+    frame: Vec<u8>,
     subjects: HashMap<u128, u32>,
     numbers: HashMap<u64, u32>,
     events: Sender<CallEvent>,
@@ -124,8 +133,11 @@ impl Client {
             links: Table::new(LINKS_MAX),
             link_at: HashMap::new(),
             dirty_links: Vec::new(),
+            shared: Table::new(mux_home::HOMES_MAX),
+            dirty_shared: Vec::new(),
             listener,
-            address,
+            writer: FrameWriter::new(&address),
+            frame: Vec::new(),
             subjects: HashMap::with_capacity(calls_max),
             numbers: HashMap::with_capacity(calls_max),
             events,
@@ -220,9 +232,13 @@ pub(crate) fn begin_for<R: Ring>(
         return Err(local::too_many());
     }
     let subject = shard.client.draw();
-    let mut frame = Vec::with_capacity(1024 + new.body.len());
-    call_frame::write(&mut shard.client, &new, subject, &mut frame)
-        .map_err(|error| DynamoError::invalid_argument(error.to_string()))?;
+    let fresh = shard.client.draw();
+    let mut frame = std::mem::take(&mut shard.client.frame);
+    frame.clear();
+    let written = shard.client.writer.write(&new, subject, fresh, &mut frame);
+    if let Err(error) = written {
+        return Err(DynamoError::invalid_argument(error.to_string()));
+    }
     let bytes_max = shard.config.message_bytes_max;
     if frame.len() as u64 > bytes_max {
         let text = format!(
@@ -240,6 +256,7 @@ pub(crate) fn begin_for<R: Ring>(
         acked: false,
         phase: Phase::Waiting,
         home: NONE,
+        stream: None,
         has_item: false,
         early: None,
         end: None,
@@ -262,6 +279,9 @@ pub(crate) fn begin_for<R: Ring>(
     }
     watch(shard, slot);
     call_link::send(shard, new.address, slot, &frame);
+    if frame.capacity() <= FRAME_KEPT_BYTES_MAX {
+        shard.client.frame = frame;
+    }
     Ok(())
 }
 
@@ -337,8 +357,10 @@ pub(crate) fn end<R: Ring>(shard: &mut Shard<R>, slot: u32, what: What) {
     }
     call.end = Some((shard.now_ns, what));
     let home = std::mem::replace(&mut call.home, NONE);
-    if home != NONE {
-        home::hang_up(shard, home);
+    match call.stream.take() {
+        Some(stream) => mux_home::leave(shard, &stream),
+        None if home != NONE => home::hang_up(shard, home),
+        None => {}
     }
     if !report_end(shard, slot) {
         hold_up(shard, slot);
@@ -420,36 +442,48 @@ pub(crate) fn end_one_early<R: Ring>(shard: &mut Shard<R>, slot: u32, kill: bool
         Phase::Waiting | Phase::CalledHome => say_end(shard, slot),
         Phase::Items | Phase::Final if kill => say_end(shard, slot),
         // What still comes is taken, until the worker closes.
-        Phase::Items | Phase::Final => {
-            let home = call.home;
-            say(shard, home, &STOP_FRAME);
-        }
+        Phase::Items | Phase::Final => say(shard, slot, &STOP_FRAME),
     }
 }
 
 /// Tells the worker of the early end, if he has called home, and ends the call.
 fn say_end<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     let call = &shard.client.calls[slot];
-    let (home, kill) = (call.home, call.early != Some(false));
-    if home != NONE {
-        say(shard, home, if kill { &KILL_FRAME } else { &STOP_FRAME });
-    }
+    let kill = call.early != Some(false);
+    say(shard, slot, if kill { &KILL_FRAME } else { &STOP_FRAME });
     end(shard, slot, What::Stopped);
 }
 
-/// A worker has called home for a call that had ended: he is told, and its place is free.
-pub(crate) fn settle_late<R: Ring>(shard: &mut Shard<R>, slot: u32, home: u32) {
+/// A worker has called home for a call that had ended: its place is free. Answers whether he is to
+/// be told to end at once.
+pub(crate) fn settle_late<R: Ring>(shard: &mut Shard<R>, slot: u32) -> bool {
     let kill = shard.client.calls[slot].early != Some(false);
-    say(shard, home, if kill { &KILL_FRAME } else { &STOP_FRAME });
-    home::hang_up(shard, home);
     remove(shard, slot);
+    kill
 }
 
-/// Writes a control frame to a worker.
-pub(crate) fn say<R: Ring>(shard: &mut Shard<R>, home: u32, frame: &[u8]) {
-    let connection = &mut shard.connections[home];
-    connection.outgoing.waiting().extend_from_slice(frame);
-    ends::flush(shard, home);
+/// The worker of a call has called home, on a socket of its own or on a shared one.
+pub(crate) fn called_home<R: Ring>(
+    shard: &mut Shard<R>,
+    slot: u32,
+    home: u32,
+    stream: Option<mux_home::Stream>,
+) {
+    let call = &mut shard.client.calls[slot];
+    call.home = home;
+    call.stream = stream;
+    call.phase = Phase::CalledHome;
+}
+
+/// Writes a control frame to the worker of a call, if he has called home.
+pub(crate) fn say<R: Ring>(shard: &mut Shard<R>, slot: u32, frame: &[u8]) {
+    let call = &shard.client.calls[slot];
+    let home = call.home;
+    if call.stream.is_some() {
+        mux_home::tell(shard, slot, frame);
+    } else if home != NONE {
+        home::say(shard, home, frame);
+    }
 }
 
 fn watch<R: Ring>(shard: &mut Shard<R>, slot: u32) {
@@ -486,11 +520,8 @@ pub(crate) fn overdue<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     } else {
         return watch(shard, slot);
     };
-    let home = call.home;
     call.early = Some(true);
-    if home != NONE {
-        say(shard, home, &KILL_FRAME);
-    }
+    say(shard, slot, &KILL_FRAME);
     end(shard, slot, What::Failed(error));
 }
 
@@ -502,6 +533,7 @@ pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
         call_link::flush(shard, link);
     }
     shard.client.dirty_links = links;
+    mux_home::flush(shard);
     if shard.client.is_held_up() {
         shard.client.deliver();
         go_on(shard);
@@ -523,11 +555,10 @@ fn go_on<R: Ring>(shard: &mut Shard<R>) {
         }
         let call = &mut shard.client.calls[slot];
         call.held_up = false;
-        let home = call.home;
         if call.is_over() {
             report_end(shard, slot);
-        } else if home != NONE {
-            home::go_on(shard, home);
+        } else {
+            home::go_on(shard, slot);
         }
     }
     // Those who were first in line stay so.
@@ -541,6 +572,7 @@ fn go_on<R: Ring>(shard: &mut Shard<R>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::call_frame::uuid;
 
     #[test]
     fn subjects_are_uuids_of_version_4_and_all_differ() {
@@ -548,7 +580,7 @@ mod tests {
         let mut client = Client::new(&Ends::default(), None, events);
         let mut seen = std::collections::HashSet::new();
         for _ in 0..10_000 {
-            let text = call_frame::uuid(client.draw());
+            let text = uuid(client.draw());
             assert_eq!((text.len(), &text[14..15]), (36, "4"));
             assert!("89ab".contains(&text[19..20]), "{text}");
             assert!(seen.insert(text));

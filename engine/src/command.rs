@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use crate::adopt::{Adoption, Insecure, Ticket};
 use crate::client::NewCall;
 use crate::directory::Directory;
 use crate::handler::NewHandler;
@@ -35,6 +36,20 @@ pub enum Command {
     EndLanes {
         /// Which.
         worker: u64,
+    },
+    /// The handshake on a socket of the shard's has ended.
+    Adopt {
+        /// Which socket.
+        ticket: Ticket,
+        /// What it is now.
+        adoption: Adoption,
+    },
+    /// The peer of an adopted socket has reset it.
+    Broken {
+        /// Which socket.
+        ticket: Ticket,
+        /// Why.
+        errno: i32,
     },
     /// Run a task on the shard. It is dropped at once when 65,536 such tasks run already.
     Run(Run),
@@ -74,6 +89,8 @@ pub enum Report {
         /// What it did.
         why: Option<&'static str>,
     },
+    /// A peer speaks TLS where we do not; at most one a second is told.
+    Stranger,
     /// The span of a request that has ended; only where spans are made, and lost when this queue is
     /// full.
     Span(Box<SpanRecord>),
@@ -90,4 +107,6 @@ pub struct Lanes {
     pub commands: Receiver<Command>,
     /// What the shard tells.
     pub reports: Sender<Report>,
+    /// Sockets that wait for their handshake; unused without TLS.
+    pub insecure: Sender<Insecure>,
 }

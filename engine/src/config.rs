@@ -31,6 +31,10 @@ pub struct ShardConfig {
     pub message_bytes_max: u64,
     /// Bytes that may wait for one instance's socket before its requests are refused.
     pub upstream_queue_bytes: u32,
+    /// Accepted connections speak TLS, calls home too; see [`crate::adopt`].
+    pub secure_accepts: bool,
+    /// Dialled connections speak TLS.
+    pub secure_dials: bool,
 }
 
 /// The implementation of the ring.
@@ -66,6 +70,8 @@ impl ShardConfig {
             in_flight_max: 65_536,
             message_bytes_max: 33_554_432,
             upstream_queue_bytes: 64 << 20,
+            secure_accepts: false,
+            secure_dials: false,
         }
     }
 }

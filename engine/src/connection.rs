@@ -29,6 +29,10 @@ pub enum End {
     Link(u32),
     /// A worker calls us home; [`NONE`] until it has said for which call.
     Home(u32),
+    /// The responses of many requests of one caller leave here.
+    MuxLink(u32),
+    /// A worker calls us home with many responses.
+    MuxHome(u32),
     /// A worker called us home and is told that nobody waits; then the socket is closed.
     Goodbye,
 }

@@ -16,7 +16,7 @@ use crate::respond::{self, Refusal};
 use crate::ring::Ring;
 use crate::route::hash_hint;
 use crate::shard::Shard;
-use crate::{forward, lane, recv, tell, worker};
+use crate::{adopt, forward, lane, recv, tell, worker};
 
 /// Room for the longest prefix, and for the front of a payload behind it.
 pub(crate) const SCRATCH_BYTES: usize = REQUEST_PREFIX_BYTES_MAX + ENVELOPE_BYTES_MAX;
@@ -81,6 +81,12 @@ fn frame<R: Ring>(shard: &mut Shard<R>, slot: u32) -> bool {
             take(shard, slot, &prefix, route, hint)
         }
         Decoded::Need(bytes) if bytes <= incoming.bytes() => frame_in_copy(shard, slot),
+        Decoded::Need(_) if adopt::is_tls(front) => {
+            let front: [u8; 3] = [front[0], front[1], front[2]];
+            shard.note_stranger(&front);
+            shard.lost(slot, libc::EBADMSG);
+            false
+        }
         Decoded::Need(bytes) => {
             shard.connections[slot].need = bytes;
             false

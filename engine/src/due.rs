@@ -33,6 +33,8 @@ pub(crate) enum TimerKind {
     Shortage,
     /// Answers may lie unread at an upstream.
     Collect,
+    /// A shared connection to a caller.
+    Mux,
     /// A worker may not take what is posted on its lane.
     Lane = 40,
 }

@@ -16,7 +16,7 @@ use crate::handler::MakeHandler;
 use crate::ring::{Ring, Span};
 use crate::served::Tracing;
 use crate::shard::{Shard, TimerKind};
-use crate::{call_link, client, home, respond_stream, worker};
+use crate::{call_link, client, home, mux_home, mux_link, respond_stream, worker};
 
 /// What a shard is to be besides a router. The default is: nothing.
 #[derive(Default)]
@@ -96,7 +96,8 @@ pub(crate) fn connected<R: Ring>(shard: &mut Shard<R>, slot: u32, end: End) {
     match end {
         End::Response(response) => respond_stream::connected(shard, response),
         End::Link(link) => call_link::connected(shard, slot, link),
-        End::Home(_) | End::Goodbye => {}
+        End::MuxLink(link) => mux_link::connected(shard, slot, link),
+        End::Home(_) | End::MuxHome(_) | End::Goodbye => {}
     }
 }
 
@@ -104,13 +105,16 @@ pub(crate) fn connected<R: Ring>(shard: &mut Shard<R>, slot: u32, end: End) {
 pub(crate) fn sent<R: Ring>(shard: &mut Shard<R>, slot: u32, end: End, bytes: usize) {
     match end {
         End::Response(response) => respond_stream::sent(shard, response, bytes),
-        End::Link(_) | End::Home(_) | End::Goodbye => {
+        End::Link(_) | End::Home(_) | End::MuxLink(_) | End::MuxHome(_) | End::Goodbye => {
             let outgoing = &mut shard.connections[slot].outgoing;
             outgoing.sent(bytes);
             if end == End::Goodbye && outgoing.is_empty() {
                 return shard.forget(slot);
             }
             flush(shard, slot);
+            if let End::MuxLink(link) = end {
+                mux_link::sent(shard, link);
+            }
         }
     }
 }
@@ -121,6 +125,8 @@ pub(crate) fn arrived<R: Ring>(shard: &mut Shard<R>, slot: u32, end: End) {
         End::Response(response) => respond_stream::said(shard, slot, response),
         End::Link(link) => call_link::replies(shard, slot, link),
         End::Home(_) => home::arrived(shard, slot),
+        End::MuxLink(link) => mux_link::arrived(shard, slot, link),
+        End::MuxHome(home) => mux_home::arrived(shard, slot, home),
         End::Goodbye => {
             let incoming = &mut shard.connections[slot].incoming;
             shard.pieces.clear(incoming);
@@ -134,8 +140,8 @@ pub(crate) fn ended<R: Ring>(shard: &mut Shard<R>, slot: u32, end: End, errno: i
         End::Response(response) if errno == 0 => {
             respond_stream::half_closed(shard, slot, response);
         }
-        End::Response(_) | End::Link(_) | End::Goodbye => shard.lost(slot, errno),
         End::Home(_) => home::ended(shard, slot),
+        _ => shard.lost(slot, errno),
     }
 }
 
@@ -145,6 +151,8 @@ pub(crate) fn lost<R: Ring>(shard: &mut Shard<R>, slot: u32, end: End, errno: i3
         End::Response(response) => respond_stream::lost(shard, response, errno),
         End::Link(link) => call_link::lost(shard, link, errno),
         End::Home(_) => home::lost(shard, slot),
+        End::MuxLink(link) => mux_link::lost(shard, link),
+        End::MuxHome(home) => mux_home::lost(shard, home),
         End::Goodbye => {}
     }
 }
@@ -156,6 +164,7 @@ pub(crate) fn overdue<R: Ring>(shard: &mut Shard<R>, kind: u8, slot: u32, genera
     const CALL: u8 = TimerKind::Call as u8;
     const HOME: u8 = TimerKind::Home as u8;
     const HOME_ACCEPT: u8 = TimerKind::HomeAccept as u8;
+    const MUX: u8 = TimerKind::Mux as u8;
     match kind {
         RESPONSE if shard.worker.responses.is_current(slot, generation) => {
             respond_stream::overdue(shard, slot);
@@ -166,6 +175,9 @@ pub(crate) fn overdue<R: Ring>(shard: &mut Shard<R>, kind: u8, slot: u32, genera
         CALL if shard.client.calls.is_current(slot, generation) => client::overdue(shard, slot),
         HOME if shard.connections.is_current(slot, generation) => home::overdue(shard, slot),
         HOME_ACCEPT => home::arm(shard),
+        MUX if shard.worker.muxes.links.is_current(slot, generation) => {
+            mux_link::overdue(shard, slot);
+        }
         _ => {}
     }
 }
@@ -205,6 +217,7 @@ pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
     }
     shard.worker.touched = touched;
     worker::start_waiting(shard);
+    mux_link::flush(shard);
     client::settle(shard);
     let stats = &shard.stats.shard;
     stats.handling.set(shard.worker.busy() as u64);

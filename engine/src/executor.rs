@@ -22,6 +22,7 @@ use futures_task::LocalSpawn;
 use rustix::event::{PollFd, PollFlags, poll};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
+use crate::adopt::Insecure;
 use crate::buffers::Buffers;
 use crate::client::{CallEvent, Client};
 use crate::config::{ANY_CPU, RingKind, ShardConfig};
@@ -80,6 +81,8 @@ pub struct ShardHandle {
     pub reports: Receiver<Report>,
     /// What becomes of its calls; its descriptor is readable when there is something.
     pub events: Receiver<CallEvent>,
+    /// Its sockets that wait for a handshake; to be taken by who does these.
+    pub insecure: Option<Receiver<Insecure>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -182,6 +185,7 @@ pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartE
     let (event_sender, events) = mesh::lane().map_err(resources("eventfd"))?;
     let (commands, command_receiver) = mesh::lane().map_err(resources("eventfd"))?;
     let (report_sender, reports) = mesh::lane().map_err(resources("eventfd"))?;
+    let (insecure_sender, insecure) = mesh::lane().map_err(resources("eventfd"))?;
     let stats = Arc::new(Stats::default());
     let parts = Parts {
         config,
@@ -190,6 +194,7 @@ pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartE
         lanes: Lanes {
             commands: command_receiver,
             reports: report_sender,
+            insecure: insecure_sender,
         },
         ends,
         home,
@@ -206,6 +211,7 @@ pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartE
         commands,
         reports,
         events,
+        insecure: Some(insecure),
         thread: Some(thread),
     })
 }

@@ -144,6 +144,8 @@ impl Request {
 pub(crate) struct CallHome {
     pub(crate) address: SocketAddr,
     pub(crate) subject: String,
+    /// He offers a connection that many responses share.
+    pub(crate) offers_mux: bool,
 }
 
 /// A frame whose envelope cannot be understood, and where its caller can be told, if known.
@@ -231,6 +233,7 @@ pub(crate) fn of_control(control: &[u8]) -> Result<(String, PayloadCodec, CallHo
     let home = CallHome {
         address,
         subject: info.subject.to_cow().into_owned(),
+        offers_mux: info.offers_mux,
     };
     Ok((id.into_owned(), control.payload_codec, home))
 }
@@ -250,6 +253,7 @@ pub(crate) fn call_home_of(payload: &[u8]) -> Option<CallHome> {
             return Some(CallHome {
                 address: info.socket_addr().ok()?,
                 subject: info.subject.to_cow().into_owned(),
+                offers_mux: false,
             });
         }
     }

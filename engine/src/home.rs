@@ -8,15 +8,17 @@
 
 use std::os::fd::{AsRawFd, IntoRawFd};
 
-use corelane_codec::call_home::{self, Handshake, KILL_FRAME, Prologue, StreamMessage};
+use corelane_codec::call_home::{self, Handshake, KILL_FRAME, Prologue, STOP_FRAME, StreamMessage};
 use corelane_codec::control_message::{PayloadCodec, StreamType};
 use corelane_codec::error::{Class, DynamoError};
 use corelane_codec::limits::TWO_PART_PREFIX_BYTES;
 use corelane_codec::two_part::{self, Message, Shape};
-use corelane_codec::{Decoded, item};
+use corelane_codec::{Decoded, item, mux};
 
 use crate::client::{self, Phase, What};
 use crate::connection::{End, Intake, Role};
+use crate::ends;
+use crate::mux_home;
 use crate::operation::{Kind, Operation};
 use crate::ring::{Event, Handle, Ring};
 use crate::shard::{Shard, TimerKind};
@@ -65,7 +67,7 @@ pub(crate) fn accepted<R: Ring>(shard: &mut Shard<R>, event: Event) {
     let until_ns = shard.now_ns + HANDSHAKE_NS;
     let timer = shard.timer_to_cancel(TimerKind::Home, slot, generation, until_ns);
     shard.connections[slot].timer = timer;
-    shard.receive(slot);
+    shard.welcome(slot);
 }
 
 /// Nobody has said for which call, or nobody takes our last word.
@@ -79,6 +81,10 @@ pub(crate) fn overdue<R: Ring>(shard: &mut Shard<R>, slot: u32) {
 
 fn refuse<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     shard.stats.shard.homes_refused.add(1);
+    let mut front = [0; 3];
+    let incoming = &shard.connections[slot].incoming;
+    let copied = shard.pieces.copy_out(incoming, 0, &mut front);
+    shard.note_stranger(&front[..copied]);
     shard.reset(slot);
 }
 
@@ -113,13 +119,22 @@ pub(crate) fn arrived<R: Ring>(shard: &mut Shard<R>, slot: u32) {
                     return;
                 }
             }
+            (Got::Mux, NONE) => return share(shard, slot),
             (got, call) => take(shard, call, got),
         }
     }
 }
 
 /// Whoever called takes events again.
-pub(crate) fn go_on<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+pub(crate) fn go_on<R: Ring>(shard: &mut Shard<R>, call: u32) {
+    let entry = &shard.client.calls[call];
+    let slot = entry.home;
+    if entry.stream.is_some() {
+        return mux_home::go_on(shard, call);
+    }
+    if slot == NONE {
+        return;
+    }
     shard.resume(slot);
     arrived(shard, slot);
     finish_if_ended(shard, slot);
@@ -157,7 +172,7 @@ pub(crate) fn lost<R: Ring>(shard: &mut Shard<R>, slot: u32) {
 }
 
 /// The socket's end, and what it means for the call (§4.4).
-fn end_of_socket<R: Ring>(shard: &mut Shard<R>, call: u32) {
+pub(crate) fn end_of_socket<R: Ring>(shard: &mut Shard<R>, call: u32) {
     let entry = &shard.client.calls[call];
     let disconnected = |text| What::Failed(DynamoError::disconnected(text));
     let what = match entry.phase {
@@ -188,8 +203,9 @@ pub(crate) fn hang_up<R: Ring>(shard: &mut Shard<R>, slot: u32) {
 }
 
 /// What a message says, owned.
-enum Got {
+pub(crate) enum Got {
     Handshake(u128),
+    Mux,
     Begun,
     Refused(DynamoError),
     Item { data: Option<Vec<u8>>, last: bool },
@@ -269,14 +285,15 @@ fn collect<R: Ring>(shard: &mut Shard<R>, slot: u32, left: u64, stage: Stage) ->
 
 /// What may come now.
 #[derive(Clone, Copy)]
-enum Stage {
+pub(crate) enum Stage {
     Handshake,
     Prologue,
     Items(PayloadCodec),
 }
 
 impl Stage {
-    fn bytes_max(self) -> u64 {
+    /// The longest message that may.
+    pub(crate) fn bytes_max(self) -> u64 {
         match self {
             Stage::Handshake => HANDSHAKE_BYTES_MAX,
             Stage::Prologue | Stage::Items(_) => MESSAGE_BYTES_MAX,
@@ -285,14 +302,20 @@ impl Stage {
 }
 
 fn stage<R: Ring>(shard: &Shard<R>, slot: u32) -> Stage {
-    match shard.client.calls.get(call_of(shard, slot)) {
+    stage_of(shard, call_of(shard, slot))
+}
+
+/// What may come for a call now.
+pub(crate) fn stage_of<R: Ring>(shard: &Shard<R>, call: u32) -> Stage {
+    match shard.client.calls.get(call) {
         None => Stage::Handshake,
         Some(call) if call.phase == Phase::CalledHome => Stage::Prologue,
         Some(call) => Stage::Items(call.codec),
     }
 }
 
-fn read(bytes: &[u8], stage: Stage) -> Got {
+/// Reads one whole message.
+pub(crate) fn read(bytes: &[u8], stage: Stage) -> Got {
     let message = match two_part::decode(bytes, Some(stage.bytes_max())) {
         Decoded::Frame(message) => message,
         Decoded::Need(_) => return Got::Bad("message cut".into()),
@@ -309,6 +332,9 @@ fn read(bytes: &[u8], stage: Stage) -> Got {
 fn read_handshake(header: &[u8], message: &Message) -> Got {
     if message.shape() != Shape::Header {
         return Got::Bad("no handshake".into());
+    }
+    if header == mux::HELLO {
+        return Got::Mux;
     }
     match Handshake::decode(header) {
         Ok(handshake) if handshake.stream_type == StreamType::Response => {
@@ -375,14 +401,17 @@ fn read_item(bytes: &[u8], message: &Message, codec: PayloadCodec) -> Got {
     }
 }
 
-/// The socket says for which call it is. `false`: it is for none, and gone.
-fn shake<R: Ring>(shard: &mut Shard<R>, slot: u32, subject: u128) -> bool {
-    let call = shard.client.of_subject(subject);
-    let free = |call: &u32| {
+/// The call that waits for a worker with this subject, or has ended and owes him that word.
+pub(crate) fn expected<R: Ring>(shard: &Shard<R>, subject: u128) -> Option<u32> {
+    shard.client.of_subject(subject).filter(|call| {
         let call = &shard.client.calls[*call];
         call.phase == Phase::Waiting && (call.is_late() || !call.is_over())
-    };
-    let Some(call) = call.filter(free) else {
+    })
+}
+
+/// The socket says for which call it is. `false`: it is for none, and gone.
+fn shake<R: Ring>(shard: &mut Shard<R>, slot: u32, subject: u128) -> bool {
+    let Some(call) = expected(shard, subject) else {
         refuse(shard, slot);
         return false;
     };
@@ -390,18 +419,35 @@ fn shake<R: Ring>(shard: &mut Shard<R>, slot: u32, subject: u128) -> bool {
         shard.timers.cancel(timer);
     }
     if shard.client.calls[call].is_late() {
-        client::settle_late(shard, call, slot);
+        let kill = client::settle_late(shard, call);
+        say(shard, slot, if kill { &KILL_FRAME } else { &STOP_FRAME });
+        hang_up(shard, slot);
         return false;
     }
     shard.connections[slot].role = Role::End(End::Home(call));
-    let entry = &mut shard.client.calls[call];
-    entry.home = slot;
-    entry.phase = Phase::CalledHome;
+    client::called_home(shard, call, slot, None);
     true
 }
 
+/// The socket is to be shared by many responses.
+fn share<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    if let Some(timer) = shard.connections[slot].timer.take() {
+        shard.timers.cancel(timer);
+    }
+    if !mux_home::begin(shard, slot) {
+        refuse(shard, slot);
+    }
+}
+
+/// Writes a control frame to a worker.
+pub(crate) fn say<R: Ring>(shard: &mut Shard<R>, slot: u32, frame: &[u8]) {
+    let connection = &mut shard.connections[slot];
+    connection.outgoing.waiting().extend_from_slice(frame);
+    ends::flush(shard, slot);
+}
+
 /// A message of a call's response.
-fn take<R: Ring>(shard: &mut Shard<R>, call: u32, got: Got) {
+pub(crate) fn take<R: Ring>(shard: &mut Shard<R>, call: u32, got: Got) {
     let entry = &mut shard.client.calls[call];
     match got {
         Got::Nothing => {}
@@ -413,15 +459,14 @@ fn take<R: Ring>(shard: &mut Shard<R>, call: u32, got: Got) {
             client::tell(shard, call, What::BadItem(error));
         }
         Got::Sentinel => end_of_socket(shard, call),
-        Got::Handshake(_) => violated(shard, call, "a second handshake"),
+        Got::Handshake(_) | Got::Mux => violated(shard, call, "a second handshake"),
         Got::Bad(why) => violated(shard, call, &why),
     }
 }
 
 /// The worker does not keep to the protocol: he is told to end, and the call is broken off.
-fn violated<R: Ring>(shard: &mut Shard<R>, call: u32, why: &str) {
-    let home = shard.client.calls[call].home;
-    client::say(shard, home, &KILL_FRAME);
+pub(crate) fn violated<R: Ring>(shard: &mut Shard<R>, call: u32, why: &str) {
+    client::say(shard, call, &KILL_FRAME);
     let cause = DynamoError::backend_protocol(why);
     let error = DynamoError::disconnected("Stream ended before generation completed");
     client::end(shard, call, What::Failed(error.with_cause(cause)));

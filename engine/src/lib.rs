@@ -4,6 +4,7 @@
 //! directory, its counters. See ARCHITECTURE.md for the life of a request.
 
 mod accept;
+pub mod adopt;
 pub mod buffers;
 pub mod call;
 mod call_frame;
@@ -21,12 +22,16 @@ pub mod executor;
 mod forward;
 pub mod handler;
 mod home;
+pub mod host;
 pub mod in_flight;
 pub mod lane;
 pub mod ledger;
 mod link;
 pub mod local;
 pub mod mesh;
+mod mux;
+mod mux_home;
+mod mux_link;
 pub mod operation;
 pub mod outgoing;
 pub mod pieces;

@@ -29,7 +29,6 @@ use crate::home;
 use crate::responder::Host;
 use crate::ring::Ring;
 use crate::shard::Shard;
-use crate::table::NONE;
 
 /// Items of a reply that may wait for their reader before the worker's socket is left unread.
 const ITEMS_MAX: usize = 64;
@@ -498,9 +497,8 @@ fn hear_reader<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     };
     let wish = inbox.borrow_mut().seen();
     let has_room = inbox.borrow().has_room();
-    let home = call.home;
-    if has_room && std::mem::take(&mut call.held_up) && home != NONE {
-        home::go_on(shard, home);
+    if has_room && std::mem::take(&mut call.held_up) {
+        home::go_on(shard, slot);
     }
     // It may have ended just now, and its place may be another's.
     if let Some(kill) = wish

@@ -382,6 +382,7 @@ fn one_answer<R: Ring>(shard: &mut Shard<R>, slot: u32, upstream: u32) -> bool {
         Decoded::Need(_) => false,
         Decoded::Bad(_) => {
             shard.stats.shard.protocol_errors.add(1);
+            shard.note_stranger(&scratch[..copied]);
             shard.lost(slot, libc::EBADMSG);
             false
         }

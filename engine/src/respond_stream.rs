@@ -1,4 +1,5 @@
-//! The call-home socket of each request that a handler of this process answers.
+//! How the response of each request that a handler of this process answers leaves: on a call-home
+//! socket of its own, as below, or on a shared connection (`mux_link`).
 //!
 //! ```text
 //! Dialing --connected--> Open --all written--> Closing --caller's end, or 10 s--> (gone)
@@ -18,9 +19,11 @@ use corelane_codec::call_home::{self, StreamMessage};
 use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::{Decoded, two_part};
 
+use crate::call_frame;
 use crate::connection::{End, Role};
 use crate::ends;
 use crate::handler::CallHome;
+use crate::mux_link::{self, Lane};
 use crate::responder::{Shared, Stream};
 use crate::ring::Ring;
 use crate::served::{Busy, Outcome};
@@ -50,8 +53,10 @@ enum State {
 
 /// One response and its socket.
 pub(crate) struct Response {
-    stream: Shared,
+    pub(crate) stream: Shared,
     connection: u32,
+    /// Its place on a shared connection, in place of a socket of its own.
+    pub(crate) lane: Option<Lane>,
     address: SocketAddr,
     state: State,
     dial_until_ns: u64,
@@ -60,7 +65,14 @@ pub(crate) struct Response {
     /// Counts its request with its handler as long as the slot is held.
     busy: Option<Busy>,
     /// Why it ended before its end.
-    early: Option<Outcome>,
+    pub(crate) early: Option<Outcome>,
+}
+
+impl Response {
+    /// Where its caller is.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
 }
 
 /// Takes a slot for a response and dials its caller. `None` when the table is full.
@@ -69,11 +81,13 @@ pub(crate) fn open<R: Ring>(
     home: &CallHome,
     codec: PayloadCodec,
 ) -> Option<Shared> {
-    let stream = Stream::new(&home.subject, codec, &shard.worker.host);
+    let stream = Stream::new(codec, &shard.worker.host);
     let stream = Rc::new(RefCell::new(stream));
+    let ticket = home.offers_mux.then(|| mux_link::ticket(&home.subject));
     let response = Response {
         stream: Rc::clone(&stream),
         connection: NONE,
+        lane: None,
         address: home.address,
         state: State::Dialing,
         dial_until_ns: shard.now_ns + DIAL_NS,
@@ -86,8 +100,26 @@ pub(crate) fn open<R: Ring>(
     let generation = shard.worker.responses.generation(slot);
     stream.borrow_mut().set_place((slot, generation));
     shard.worker.take_slot();
-    dial(shard, slot);
+    let shares = ticket
+        .flatten()
+        .is_some_and(|ticket| mux_link::join(shard, slot, ticket));
+    if !shares {
+        stream.borrow_mut().shake(&home.subject);
+        dial(shard, slot);
+    }
     Some(stream)
+}
+
+/// The shared connection could not be made: the response gets a socket of its own.
+pub(crate) fn go_alone<R: Ring>(shard: &mut Shard<R>, slot: u32) {
+    let dial_until_ns = shard.now_ns + DIAL_NS;
+    let response = &mut shard.worker.responses[slot];
+    if let Some(lane) = response.lane.take() {
+        let subject = call_frame::uuid(lane.subject);
+        response.stream.borrow_mut().shake(&subject);
+        response.dial_until_ns = dial_until_ns;
+        dial(shard, slot);
+    }
 }
 
 /// The response is that of a handler, which has one request more until its slot is free.
@@ -141,6 +173,9 @@ pub(crate) fn advance<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     let response = &mut shard.worker.responses[slot];
     let connection = response.connection;
     response.stream.borrow_mut().seen();
+    if response.lane.is_some() && response.state != State::Dead {
+        return mux_link::advance(shard, slot);
+    }
     match response.state {
         State::Dialing | State::Pausing => return,
         State::Closing | State::Dead => return end_if_over(shard, slot),
@@ -187,7 +222,8 @@ fn written<R: Ring>(shard: &mut Shard<R>, slot: u32) {
 }
 
 /// The socket goes; the entry stays until the handler has ended.
-fn die<R: Ring>(shard: &mut Shard<R>, slot: u32, kill: bool) {
+pub(crate) fn die<R: Ring>(shard: &mut Shard<R>, slot: u32, kill: bool) {
+    mux_link::leave(shard, slot);
     let response = &mut shard.worker.responses[slot];
     response.state = State::Dead;
     response.stream.borrow_mut().stop(kill);

@@ -7,8 +7,7 @@
 //!
 //! Both sides live on one thread and never borrow the state across a wait.
 
-use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::cell::RefCell;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::rc::Rc;
@@ -21,13 +20,13 @@ use corelane_codec::error::DynamoError;
 use corelane_codec::item::{self, Annotated};
 use corelane_codec::two_part;
 
-use crate::local::Wishes;
+use crate::host::LaneJob;
+pub use crate::host::{Host, Sleep};
 use crate::outgoing::{Lent, Outgoing};
 use crate::ring::monotonic_ns;
 
 mod for_lane;
 
-pub(crate) use for_lane::LaneJob;
 use for_lane::wrapping;
 
 /// Items that may wait for the socket before a handler has to.
@@ -39,136 +38,6 @@ const BYTES_MAX: usize = 256 * 1024;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the caller of this request is gone")]
 pub struct Gone;
-
-/// What the handlers of one shard share: its timers, and the list of responses to look at.
-#[derive(Clone, Default)]
-pub struct Host(Rc<HostState>);
-
-#[derive(Default)]
-struct HostState {
-    /// Responses that a handler has touched, by slot and generation.
-    touched: RefCell<Vec<(u32, u32)>>,
-    /// By deadline and number. The shard's timer wheel counts milliseconds; pauses between items
-    /// are shorter.
-    sleepers: RefCell<BTreeMap<(u64, u64), Waker>>,
-    next_sleeper: Cell<u64>,
-    /// A task was spawned or woken since the executor's last turn.
-    woken: Cell<bool>,
-    tasks: Cell<usize>,
-    wishes: Wishes,
-    /// Requests of lanes whose caller wants no more, and whether he is gone.
-    stopped: RefCell<Vec<(LaneJob, bool)>>,
-    /// Blocks of lanes that nobody sends any more.
-    returned: RefCell<Vec<Lent>>,
-}
-
-impl Host {
-    /// Waits for so long, at least.
-    pub fn sleep(&self, time: Duration) -> Sleep {
-        let ns = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        Sleep {
-            host: self.clone(),
-            deadline_ns: monotonic_ns().saturating_add(ns),
-            number: None,
-        }
-    }
-
-    /// Whether the executor has something to do.
-    pub(crate) fn is_woken(&self) -> bool {
-        self.0.woken.get()
-    }
-
-    pub(crate) fn set_woken(&self, woken: bool) {
-        self.0.woken.set(woken);
-    }
-
-    /// Tasks that have not ended.
-    pub(crate) fn tasks(&self) -> usize {
-        self.0.tasks.get()
-    }
-
-    pub(crate) fn take_touched(&self, into: &mut Vec<(u32, u32)>) {
-        into.append(&mut self.0.touched.borrow_mut());
-    }
-
-    /// When the first sleeper is to be woken.
-    pub(crate) fn next_deadline(&self) -> Option<u64> {
-        let sleepers = self.0.sleepers.borrow();
-        sleepers
-            .first_key_value()
-            .map(|((deadline, _), _)| *deadline)
-    }
-
-    /// Wakes the sleepers whose time has come.
-    pub(crate) fn wake_sleepers(&self, now_ns: u64) {
-        loop {
-            let mut sleepers = self.0.sleepers.borrow_mut();
-            match sleepers.first_entry() {
-                Some(first) if first.key().0 <= now_ns => {
-                    let waker = first.remove();
-                    drop(sleepers);
-                    self.wake(waker);
-                }
-                _ => return,
-            }
-        }
-    }
-
-    pub(crate) fn wake(&self, waker: Waker) {
-        self.set_woken(true);
-        waker.wake();
-    }
-
-    pub(crate) fn task_began(&self) {
-        self.0.tasks.set(self.tasks() + 1);
-        self.set_woken(true);
-    }
-
-    pub(crate) fn task_ended(&self) {
-        self.0.tasks.set(self.tasks() - 1);
-    }
-
-    /// What tasks want of the shard.
-    pub(crate) fn wishes(&self) -> &Wishes {
-        &self.0.wishes
-    }
-}
-
-/// A pause of a handler.
-#[must_use = "a future does nothing unless it is awaited"]
-pub struct Sleep {
-    host: Host,
-    deadline_ns: u64,
-    number: Option<u64>,
-}
-
-impl Future for Sleep {
-    type Output = ();
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
-        if monotonic_ns() >= self.deadline_ns {
-            return Poll::Ready(());
-        }
-        let state = Rc::clone(&self.host.0);
-        let number = *self.number.get_or_insert_with(|| {
-            state.next_sleeper.set(state.next_sleeper.get() + 1);
-            state.next_sleeper.get()
-        });
-        let waker = context.waker().clone();
-        let mut sleepers = state.sleepers.borrow_mut();
-        sleepers.insert((self.deadline_ns, number), waker);
-        Poll::Pending
-    }
-}
-
-impl Drop for Sleep {
-    fn drop(&mut self) {
-        if let Some(number) = self.number {
-            let mut sleepers = self.host.0.sleepers.borrow_mut();
-            sleepers.remove(&(self.deadline_ns, number));
-        }
-    }
-}
 
 /// The state of one response.
 pub(crate) struct Stream {
@@ -221,13 +90,11 @@ pub(crate) struct SoFar {
 pub(crate) type Shared = Rc<RefCell<Stream>>;
 
 impl Stream {
-    /// A response that begins with the handshake of `subject`. It has no task yet.
-    pub(crate) fn new(subject: &str, codec: PayloadCodec, host: &Host) -> Stream {
-        let mut out = Vec::with_capacity(512);
-        call_home::write_handshake(subject, StreamType::Response, &mut out);
+    /// A response without a handshake. It has no task yet.
+    pub(crate) fn new(codec: PayloadCodec, host: &Host) -> Stream {
         Stream {
             codec,
-            out,
+            out: Vec::with_capacity(512),
             out_items: 0,
             lent: Vec::new(),
             job: None,
@@ -251,6 +118,34 @@ impl Stream {
     }
 
     // --- for the shard ---------------------------------------------------------------
+
+    /// It is to have a socket of its own, which begins with the handshake of `subject`.
+    pub(crate) fn shake(&mut self, subject: &str) {
+        let written = std::mem::take(&mut self.out);
+        let out = &mut self.out;
+        out.reserve(written.len() + 512);
+        call_home::write_handshake(subject, StreamType::Response, out);
+        out.extend_from_slice(&written);
+    }
+
+    /// What is written and not given to a connection, and whether nothing will follow it.
+    pub(crate) fn written(&self) -> (&[u8], bool) {
+        (&self.out, self.over)
+    }
+
+    /// A shared connection has taken so many bytes of that.
+    pub(crate) fn gave(&mut self, bytes: usize) {
+        let before = self.out.len().max(1);
+        self.out.drain(..bytes);
+        let left = self.out_items as usize * self.out.len();
+        self.out_items = left.div_ceil(before) as u32;
+        self.wake_all();
+    }
+
+    /// Asks the shard to look again in its next turn.
+    pub(crate) fn look_again(&mut self) {
+        self.touch();
+    }
 
     /// Where the shard keeps it: slot and generation.
     pub(crate) fn set_place(&mut self, place: (u32, u32)) {
@@ -376,7 +271,7 @@ impl Stream {
     fn touch(&mut self) {
         if !self.touched {
             self.touched = true;
-            self.host.0.touched.borrow_mut().push(self.place);
+            self.host.touched(self.place);
         }
     }
 

@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use corelane_gpu_mem::lane::layout::Wish;
 
+use crate::adopt::Insecure;
 use crate::buffers::Buffers;
 use crate::client::Client;
 use crate::config::{Idle, ShardConfig};
@@ -100,6 +101,9 @@ pub struct Shard<R: Ring> {
     pub(crate) client: Client,
     pub(crate) lanes: WorkerLanes,
     pub(crate) due: Vec<u64>,
+    pub(crate) insecure: Sender<Insecure>,
+    /// No peer that speaks TLS is reported before this time.
+    pub(crate) stranger_told_ns: u64,
     commands: Receiver<Command>,
     reports: Sender<Report>,
 }
@@ -169,6 +173,8 @@ impl<R: Ring> Shard<R> {
             client,
             lanes: WorkerLanes::new(),
             due: Vec::with_capacity(timers),
+            insecure: lanes.insecure,
+            stranger_told_ns: 0,
             commands: lanes.commands,
             reports: lanes.reports,
         }
@@ -363,6 +369,14 @@ impl<R: Ring> Shard<R> {
         if errno != 0 {
             return self.lost(slot, errno);
         }
+        match self.config.secure_dials {
+            true => self.hand_out(slot, true),
+            false => self.established(slot),
+        }
+    }
+
+    /// A dialled connection can be used.
+    pub(crate) fn established(&mut self, slot: u32) {
         self.receive(slot);
         match self.connections[slot].role {
             Role::Downstream => {}
@@ -498,6 +512,8 @@ impl<R: Ring> Shard<R> {
                 Command::EndLanes { worker } => lane::end(self, worker),
                 Command::Call(call) => client::begin(self, *call),
                 Command::EndCall { number, kill } => client::end_early(self, number, kill),
+                Command::Adopt { ticket, adoption } => self.adopt(ticket, adoption),
+                Command::Broken { ticket, errno } => self.broken(ticket, errno),
                 Command::Run(run) => run.begin(&self.worker.host),
                 // The listener stays open, so that who still dials is told by a refusal and not by
                 // a reset.

@@ -49,7 +49,7 @@ impl<R: Ring> Shard<R> {
         let operation = self.operation(Kind::Receive, slot);
         let connection = &mut self.connections[slot];
         let unwanted = connection.receiving || connection.paused || connection.end_of_stream;
-        if unwanted || connection.closing || connection.starved {
+        if unwanted || connection.closing || connection.starved || connection.connecting {
             return;
         }
         let room = lane::room(self, slot);

@@ -108,6 +108,10 @@ cells! {
         Counter connections_accepted,
         /// Connections refused because the table was full
         Counter connections_refused,
+        /// Connections closed because no handshake could be begun: too many wait already
+        Counter handshakes_refused,
+        /// Connections closed because the peer speaks TLS where we do not
+        Counter tls_strangers,
         /// Accepts that failed, for lack of descriptors for example
         Counter accept_failures,
         /// Connections closed, of all kinds
@@ -204,6 +208,16 @@ cells! {
         Gauge tells,
         /// 1 while new requests are refused because the process is to end
         Gauge draining,
+        /// Shared connections to callers that could be used
+        Counter mux_connected,
+        /// Shared connections to callers that could not be made; their responses get their own
+        Counter mux_refused,
+        /// Shared connections that broke off while responses were under way
+        Counter mux_lost,
+        /// Responses of our handlers that were given to a shared connection
+        Counter mux_sent,
+        /// Responses to our calls that came on a shared connection
+        Counter mux_received,
         /// Requests that handlers of this process run or that wait for one
         Gauge handling,
         /// Those of them that wait

@@ -21,6 +21,7 @@ use crate::executor::Spawner;
 use crate::handler::{
     self, CallHome, Handler, MakeHandler, NewHandler, Request, Task, Undecodable,
 };
+use crate::mux_link::Links;
 use crate::recv;
 use crate::respond::{self, Refusal};
 use crate::respond_stream::{self, Response};
@@ -63,6 +64,7 @@ pub(crate) struct Worker {
     /// Bytes of queued requests and of large frames that are arriving.
     held_bytes: usize,
     pub(crate) responses: Table<Response>,
+    pub(crate) muxes: Links,
     pub(crate) host: Host,
     pub(crate) spawner: Spawner,
     /// Slots may have become free since the queue was looked at.
@@ -96,6 +98,7 @@ impl Worker {
             running_max: ends.running_max as usize,
             held_bytes: 0,
             responses: Table::new(responses as usize),
+            muxes: Links::new(),
             host,
             spawner,
             may_start: false,

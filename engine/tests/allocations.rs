@@ -139,6 +139,7 @@ impl Bare {
             let lanes = Lanes {
                 commands: command_receiver,
                 reports: report_sender,
+                insecure: mesh::lane().unwrap().0,
             };
             let shard = Shard::router(config, ring, buffers, listener, shown, lanes);
             let mut shard = shard.unwrap();

@@ -74,7 +74,7 @@ fn one_item_and_a_hundred_come_intact_in_both_codecs() {
             }
             let stats = &client.handle.stats.shard;
             wait_until("all is given back", || {
-                stats.calls.get() == 0 && stats.connections.get() == 1
+                stats.calls.get() == 0 && stats.connections.get() == 2
             });
         }
     }

@@ -10,6 +10,10 @@ use crate::json::{Object, Text, TooLong, Value, escape};
 /// The transport that [`TcpConnectionInfo`] belongs to.
 pub const TCP_SERVER: &str = "tcp_server";
 
+/// The member of `info` by which we offer [`crate::mux`]; Dynamo ignores members that it does not
+/// know.
+pub(super) const MUX_MEMBER: &str = "corelane_mux";
+
 /// Which way the items on a call-home socket go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StreamType {
@@ -106,6 +110,9 @@ pub struct TcpConnectionInfo<'s> {
     pub context: Text<'s>,
     /// Must fit the use.
     pub stream_type: StreamType,
+    /// Whether the response may come on a connection that it shares with others
+    /// ([`crate::mux`]).
+    pub offers_mux: bool,
 }
 
 impl<'s> TcpConnectionInfo<'s> {
@@ -131,13 +138,14 @@ impl<'s> TcpConnectionInfo<'s> {
     /// See [`ControlError`].
     pub fn decode(json: &'s [u8]) -> Result<Self, ControlError> {
         let object = Object::open(json)?;
-        let names = ["address", "subject", "context", "stream_type"];
-        let [address, subject, context, stream_type] = collect(object, names)?;
+        let names = ["address", "subject", "context", "stream_type", MUX_MEMBER];
+        let [address, subject, context, stream_type, mux] = collect(object, names)?;
         Ok(Self {
             address: text("address", address)?,
             subject: text("subject", subject)?,
             context: text("context", context)?,
             stream_type: StreamType::from_value(stream_type)?,
+            offers_mux: mux.is_some_and(|value| value.raw() == b"1"),
         })
     }
 
@@ -182,7 +190,7 @@ impl TcpConnection<'_> {
 }
 
 /// Escapes for the inner JSON, and that for the string which holds it.
-fn escape_twice(text: &str, out: &mut Vec<u8>) {
+pub(super) fn escape_twice(text: &str, out: &mut Vec<u8>) {
     escape(text, &mut |piece| {
         escape(piece, &mut |piece| out.extend_from_slice(piece.as_bytes()));
     });

@@ -2,12 +2,14 @@
 //! (spec/request-plane.md §3.2).
 
 mod connection_info;
+mod template;
 
 use std::ops::Range;
 
 pub use connection_info::{
     ConnectionInfo, ConnectionInfoError, StreamType, TCP_SERVER, TcpConnection, TcpConnectionInfo,
 };
+pub use template::CallTemplate;
 
 use serde::{Deserialize, Serialize};
 

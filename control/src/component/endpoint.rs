@@ -10,12 +10,14 @@ use corelane_engine::handler::NewHandler;
 use corelane_engine::shard::Command;
 use serde::Serialize;
 
+use super::client::Client;
 use super::error::Error;
 use super::handler::{Handler, make};
 use super::names;
 use super::runtime::Runtime;
 use super::serving::{Served, Serving, StatsHandler};
 use super::shard::Shard;
+use super::tokio_handler::{Bridge, TokioHandler};
 use crate::health::State;
 
 /// A space of names, such as `production`.
@@ -130,6 +132,11 @@ impl Endpoint {
         self
     }
 
+    /// Calls it, wherever it is served. All clients of an endpoint share one watch in discovery.
+    pub fn client(&self) -> Client {
+        self.runtime.client_of(std::slice::from_ref(&self.id))
+    }
+
     /// Serves it from now on, on every shard, with a handler that each shard has a clone of.
     /// Requests are answered, and the first attempt to register has been made, when this returns;
     /// a store that is away delays the registration and is no error.
@@ -186,6 +193,26 @@ impl Endpoint {
         };
         served.settled().await;
         Ok(served)
+    }
+
+    /// Serves it with a handler that runs on `tokio`, a runtime of yours
+    /// (`tokio::runtime::Handle::current()` is the one that discovery runs on): for work that
+    /// needs tokio's world. Each request and each item takes a hop between threads.
+    ///
+    /// # Errors
+    /// As [`Endpoint::serve`].
+    pub async fn serve_on<H: TokioHandler>(
+        self,
+        tokio: tokio::runtime::Handle,
+        handler: H,
+    ) -> Result<Served, Error> {
+        let hub = Arc::clone(&self.runtime.inner().hub);
+        self.serve_with(move |shard| Bridge {
+            handler: handler.clone(),
+            tokio: tokio.clone(),
+            nudge: hub.nudge(shard.index()),
+        })
+        .await
     }
 
     fn serving(&self) -> Result<Serving, Error> {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use corelane_codec::control_message::PayloadCodec;
-use corelane_codec::error::DynamoError;
+use corelane_codec::error::{Class, DynamoError};
 use corelane_codec::item::{Annotated, CodecError, from_bytes, write_value};
 use corelane_codec::json::Text;
 use corelane_engine::handler::{self as engine, BadBody, MakeHandler};
@@ -27,10 +27,10 @@ use super::shard::Shard;
 /// [`Endpoint::serve_on`](super::Endpoint::serve_on).
 ///
 /// Returning `Ok` ends the response well; a [`Fault`] ends it with an error, which the caller gets
-/// in the prologue if there was no item, else as the last item. A panic becomes an error as well,
-/// and ends nothing but its request. When the caller kills the request or is gone, the handler's
-/// next write answers [`Gone`](corelane_engine::responder::Gone); a handler that goes on for 10 s
-/// after that is dropped at its next wait.
+/// with its reason: as the last item, or before any item if the request was to blame. A panic
+/// becomes an error as well, and ends nothing but its request. When the caller kills the request
+/// or is gone, the handler's next write fails; a handler that goes on for 10 s after that is
+/// dropped at its next wait.
 pub trait Handler: 'static {
     /// Answers one request.
     fn handle(&self, request: Request, stream: &mut Stream) -> impl Future<Output = Outcome>;
@@ -223,8 +223,8 @@ impl Stream {
     }
 
     /// The handler has returned.
-    fn end(mut self, outcome: Outcome) {
-        let Some(responder) = self.responder.take() else {
+    async fn end(mut self, outcome: Outcome) {
+        let Some(mut responder) = self.responder.take() else {
             return;
         };
         if responder.is_stopped() {
@@ -240,7 +240,14 @@ impl Stream {
                 if !responder.is_stopped() {
                     self.stats.failed.add(1);
                 }
-                responder.fail(&error);
+                // Of an error in the prologue callers keep the reason only if the request was to
+                // blame, and take the others for a broken instance (§4.3); of an item always.
+                if error.class() == Class::InvalidRequest {
+                    return responder.fail(&error);
+                }
+                if responder.error_item(&error).await.is_ok() {
+                    responder.finish();
+                }
             }
             // Only a caller who is gone, or a handler that says so.
             Err(None) => {}
@@ -284,7 +291,7 @@ impl<H: Handler> engine::Handler for Adapted<H> {
         Box::pin(async move {
             let request = Request { inner: request };
             let outcome = handler.handle(request, &mut stream).await;
-            stream.end(outcome);
+            stream.end(outcome).await;
         })
     }
 }

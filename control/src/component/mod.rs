@@ -53,18 +53,25 @@
 //! Requests come over TCP. A NATS service for each component would be made where
 //! [`Component::service_name`] names it, and would answer with [`Runtime::stats`].
 
+mod canary;
+mod client;
 mod endpoint;
 mod error;
 mod handler;
 mod hub;
+mod local_client;
 mod metrics;
 mod names;
 mod open;
 mod options;
 mod paths;
+mod registry;
+mod reply;
+mod routing;
 mod runtime;
 mod serving;
 mod shard;
+mod tokio_handler;
 
 pub use corelane_codec::control_message::PayloadCodec;
 pub use corelane_codec::error::{Class, DynamoError, Reason};
@@ -74,11 +81,19 @@ pub use corelane_codec::path::{EndpointId, Reference};
 pub use crate::discovery::MemoryStore;
 pub use crate::health::State;
 
+pub use corelane_engine::call::Deadlines;
+pub use corelane_engine::local::Ending;
+
+pub use client::{Call, Client, SeenInstance};
 pub use endpoint::{Component, Endpoint, Namespace};
 pub use error::{Error, Fault, Outcome};
 pub use handler::{Handler, Request, Stream};
+pub use local_client::{LocalClient, LocalReply};
 pub use names::BadName;
 pub use options::{Admission, Checks, Options};
+pub use reply::Reply;
+pub use routing::{Ratio, RoutingMode, UnknownMode};
 pub use runtime::Runtime;
 pub use serving::Served;
 pub use shard::Shard;
+pub use tokio_handler::{TokioHandler, TokioStream};

@@ -5,10 +5,13 @@ use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 use corelane_codec::control_message::PayloadCodec;
+use corelane_engine::call::Deadlines;
 use corelane_engine::config::{ANY_CPU, ShardConfig};
 use corelane_engine::preflight as host;
 
+use super::client::Settings;
 use super::error::Error;
+use super::routing::{Ratio, RoutingMode};
 use crate::cli::Stop;
 use crate::config::{self, Backend, Drain, Host, Inputs, Main, Problem, Purpose, Server};
 use crate::discovery::MemoryStore;
@@ -43,7 +46,7 @@ pub struct Options {
     pub(super) calls_max: u32,
     pub(super) codec: PayloadCodec,
     pub(super) checks: Checks,
-    pub(super) inhibited: Duration,
+    pub(super) calls: Settings,
     pub(super) env: Env,
     pub(super) signals: bool,
 }
@@ -148,6 +151,25 @@ fn seconds(env: &Env, name: &str, default: Duration) -> Result<Duration, Error> 
     Ok(seconds.map_or(default, |seconds| Duration::from_secs(seconds.into())))
 }
 
+/// How calls go, as Dynamo's variables say.
+fn settings(env: &Env) -> Result<Settings, Error> {
+    let default = Deadlines::default();
+    let pause = seconds(env, "DYN_HTTP_BACKEND_STREAM_TIMEOUT_SECS", Duration::ZERO)?;
+    let ratio = number(env, "DYN_ENCODER_CUDA_TO_CPU_RATIO")?;
+    let five = Duration::from_secs(5);
+    Ok(Settings {
+        mode: RoutingMode::default(),
+        ratio: ratio.map_or_else(Ratio::default, |ratio| Ratio(ratio.max(1).into())),
+        detects_faults: true,
+        inhibited: seconds(env, "DYN_RUNTIME_INHIBITED_DURATION_SECS", five)?,
+        deadlines: Deadlines {
+            ack: seconds(env, "DYN_TCP_REQUEST_TIMEOUT", default.ack)?,
+            ..default
+        },
+        inactivity: Some(pause).filter(|pause| !pause.is_zero()),
+    })
+}
+
 impl Options {
     /// As the environment of this process says: Dynamo's variables and ours, see `corelane env`
     /// and the README. Discovery is etcd unless they say otherwise.
@@ -207,7 +229,6 @@ impl Options {
         let wanted = ["CORELANE_SERVER_STATUS_PORT", "DYN_SYSTEM_PORT"];
         let wanted = wanted.iter().any(|name| env.get(name).is_some());
         let status = server.status_port.filter(|_| wanted);
-        let five = Duration::from_secs(5);
         let thirty = Duration::from_secs(30);
         Ok(Options {
             shards: 1,
@@ -223,7 +244,7 @@ impl Options {
             calls_max: 16_384,
             codec,
             checks: Checks::from_env(env)?,
-            inhibited: seconds(env, "DYN_RUNTIME_INHIBITED_DURATION_SECS", five)?,
+            calls: settings(env)?,
             env: env.clone(),
             signals: true,
         })
@@ -321,7 +342,7 @@ impl Options {
     /// How long an instance that failed is left out; zero never leaves one out.
     #[must_use]
     pub fn inhibited(mut self, time: Duration) -> Self {
-        self.inhibited = time;
+        self.calls.inhibited = time;
         self
     }
 
@@ -356,6 +377,7 @@ impl Options {
         Ok(Plan {
             control_cpu: ANY_CPU,
             shards: cpus.iter().enumerate().map(planned).collect(),
+            tls: self.server.tls.clone(),
         })
     }
 }

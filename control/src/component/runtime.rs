@@ -7,29 +7,33 @@
 //!        -> running and queued ones end (bounded) -> lease back -> shards stop -> status server
 //! ```
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use corelane_codec::path::{EndpointId, Reference, instance_path};
 use corelane_engine::ends::{Ends, HomeAddress};
 use corelane_engine::shard::Command;
+use corelane_engine::stats::Cell;
 use serde_json::json;
 use tokio::runtime::Builder;
 use tokio::sync::{Mutex, watch};
 use tokio::task::LocalSet;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::client::Client;
 use super::endpoint::{Endpoint, Namespace};
 use super::error::Error;
 use super::hub::Hub;
 use super::names;
 use super::options::Options;
 use super::paths::Paths;
+use super::registry::Registry;
 use super::serving::Serving;
 use super::{metrics, open};
 use crate::config::Backend;
@@ -49,7 +53,7 @@ pub struct Runtime(Rc<Inner>);
 pub(super) struct Inner {
     pub(super) options: Options,
     pub(super) cores: Rc<Cores>,
-    pub(super) hub: std::sync::Arc<Hub>,
+    pub(super) hub: Arc<Hub>,
     pub(super) discovery: Discovery,
     /// Where callers are told to dial.
     pub(super) address: SocketAddr,
@@ -58,8 +62,11 @@ pub(super) struct Inner {
     pub(super) serving: RefCell<Vec<Rc<Serving>>>,
     pub(super) serving_turn: Mutex<()>,
     /// Handlers that the shards have.
-    pub(super) handlers: Cell<u32>,
+    pub(super) handlers: std::cell::Cell<u32>,
     pub(super) stopping: watch::Sender<bool>,
+    /// The shards have ended.
+    stopped: watch::Sender<bool>,
+    registry: Registry,
     began: Instant,
     status: RefCell<Option<StatusServer>>,
 }
@@ -137,9 +144,10 @@ impl Runtime {
         for complaint in complaints {
             tracing::warn!("{complaint}");
         }
-        let stopping = watch::Sender::new(false);
+        let stopped = watch::Sender::new(false);
+        let registry = Registry::new(&discovery, shards);
         let runtime = Runtime(Rc::new(Inner {
-            hub: Hub::new(&cores),
+            hub: Hub::new(&cores, stopped.subscribe()),
             options,
             cores,
             discovery,
@@ -148,8 +156,10 @@ impl Runtime {
             paths,
             serving: RefCell::default(),
             serving_turn: Mutex::new(()),
-            handlers: Cell::new(0),
-            stopping,
+            handlers: std::cell::Cell::new(0),
+            stopping: watch::Sender::new(false),
+            stopped,
+            registry,
             began: Instant::now(),
             status: RefCell::default(),
         }));
@@ -188,6 +198,32 @@ impl Runtime {
         Ok(Endpoint::new(self, readings.swap_remove(0)))
     }
 
+    /// A client of the endpoint of any name, see [`Runtime::endpoint`]. Where a name has two
+    /// readings, instances under either are called.
+    ///
+    /// # Errors
+    /// As [`Runtime::endpoint`].
+    pub fn client(&self, reference: &str) -> Result<Client, Error> {
+        Ok(self.client_of(&Reference::parse(reference)?.endpoints()))
+    }
+
+    pub(super) fn client_of(&self, readings: &[EndpointId]) -> Client {
+        let inner = &self.0;
+        let watch = |id| inner.registry.watch(id);
+        let shards = inner.hub.shards();
+        Client {
+            hub: Arc::clone(&inner.hub),
+            readings: readings.iter().map(watch).collect(),
+            settings: Arc::new(inner.options.calls.clone()),
+            turns: (0..shards).map(|_| Cell::default()).collect(),
+        }
+    }
+
+    /// Endpoints that clients of this process watch in discovery, each once.
+    pub fn watches(&self) -> usize {
+        self.0.registry.count()
+    }
+
     /// Where requests come in, as callers are told.
     pub fn address(&self) -> SocketAddr {
         self.0.address
@@ -206,6 +242,15 @@ impl Runtime {
     /// The states of all endpoints, for whoever shows them.
     pub fn endpoints(&self) -> &Endpoints {
         &self.0.endpoints
+    }
+
+    /// Whether no request, response, call or task is left on any shard.
+    pub fn is_idle(&self) -> bool {
+        let left = |stats: &corelane_engine::stats::Stats| {
+            let shard = &stats.shard;
+            shard.handling.get() + shard.responses.get() + shard.calls.get()
+        };
+        self.0.cores.sum(left) == 0
     }
 
     /// Keeps the process not ready until what is returned is dropped: while a model is loaded,
@@ -276,6 +321,7 @@ impl Runtime {
             serving.entry.turn(State::Deregistered);
         }
         inner.cores.stop().await;
+        inner.stopped.send_replace(true);
         let status = inner.status.take();
         if let Some(status) = status {
             status.stop().await;

@@ -19,6 +19,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, spawn_local};
 use tokio::time::{Instant, sleep, timeout_at};
 
+use super::canary::keep_checking;
 use super::runtime::{Inner, Runtime};
 use crate::discovery::{Record, Registered};
 use crate::health::{self, State};
@@ -90,6 +91,10 @@ impl Serving {
         let mut tasks = self.tasks.borrow_mut();
         let keeper = keep(Rc::downgrade(inner), Rc::clone(self));
         tasks.push(spawn_local(keeper));
+        if self.canary.is_some() && inner.options.checks.enabled {
+            let checks = keep_checking(Rc::downgrade(inner), Rc::clone(self));
+            tasks.push(spawn_local(checks));
+        }
     }
 
     /// Steps 1 of the stop: out of discovery, and not ready.

@@ -3,7 +3,7 @@
 
 use super::value::Kind;
 use super::words::{
-    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, Policy, Response,
+    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, Policy, Response, Switch,
 };
 
 /// A table of `corelane.toml`.
@@ -21,6 +21,8 @@ pub enum Section {
     Core,
     /// `[control]`: the control core.
     Control,
+    /// `[tls]`: encryption of the request and response planes.
+    Tls,
     /// `[drain]`: how we stop.
     Drain,
     /// `[gpu]`: the GPU memory service.
@@ -29,13 +31,14 @@ pub enum Section {
 
 impl Section {
     /// All sections in the order in which they are documented.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Server,
         Self::Discovery,
         Self::Route,
         Self::Instance,
         Self::Core,
         Self::Control,
+        Self::Tls,
         Self::Drain,
         Self::Gpu,
     ];
@@ -49,6 +52,7 @@ impl Section {
             Self::Instance => "instance",
             Self::Core => "core",
             Self::Control => "control",
+            Self::Tls => "tls",
             Self::Drain => "drain",
             Self::Gpu => "gpu",
         }
@@ -91,6 +95,8 @@ pub enum Dialect {
     ShortBackend,
     /// Any negative number is our -1.
     NegativeIsOff,
+    /// 1, true, on and yes are our `on`, everything else is our `off`.
+    Truthy,
 }
 
 /// A variable of Dynamo's that sets one of our keys.
@@ -310,6 +316,35 @@ keys! {
 
     CONTROL_CPU = Control "cpu", Kind::CpuOrLast, Value("last"), [],
         "CPU of the control core; last is the last one, free of data cores where there is one";
+
+    TLS_CERT = Tls "cert", Kind::Path, Unset("accept connections without TLS"),
+        [same("DYN_TCP_TLS_CERT_PATH")],
+        "Certificate chain (PEM file) shown to those who connect to us; switches TLS on for them";
+    TLS_KEY = Tls "key", Kind::Path, Unset("accept connections without TLS"),
+        [same("DYN_TCP_TLS_KEY_PATH")],
+        "The key of cert (PEM file)";
+    TLS_CLIENT_CA = Tls "client_ca", Kind::Path, Unset("no client certificates are asked for"),
+        [same("DYN_TCP_TLS_CLIENT_CA_CERT_PATH")],
+        "Authorities (PEM file) of those who connect to us: demands a certificate of them";
+    TLS_CA = Tls "ca", Kind::Path, Unset("dial without TLS"), [same("DYN_TCP_TLS_CA_CERT_PATH")],
+        "Authorities (PEM file) of those whom we dial; switches TLS on for our connections";
+    TLS_INSECURE = Tls "insecure", Kind::Words(Switch::WORDS), Value("off"),
+        [Alias { name: "DYN_TCP_TLS_INSECURE", dialect: Dialect::Truthy }],
+        "on: dial with TLS and believe whoever answers; for trials only";
+    TLS_CLIENT_CERT = Tls "client_cert", Kind::Path, Unset("no client certificate"),
+        [same("DYN_TCP_TLS_CLIENT_CERT_PATH")],
+        "Certificate chain (PEM file) that we show to those whom we dial";
+    TLS_CLIENT_KEY = Tls "client_key", Kind::Path, Unset("no client certificate"),
+        [same("DYN_TCP_TLS_CLIENT_KEY_PATH")],
+        "The key of client_cert (PEM file)";
+    TLS_SERVER_NAME = Tls "server_name", Kind::Text { bytes_max: 253 },
+        Unset("the IP address that is dialled"), [same("DYN_TCP_TLS_SERVER_NAME")],
+        "Name that certificates of those whom we dial must bear";
+    TLS_HANDSHAKE_TIMEOUT_S = Tls "handshake_timeout_s", int(1, 600, "seconds"), Value("3"),
+        [same("DYN_TCP_TLS_HANDSHAKE_TIMEOUT_SECS")],
+        "How long a handshake may take";
+    TLS_THREADS = Tls "threads", int(1, 64, "threads"), Value("1"), [],
+        "Threads for handshakes and encryption, shared by the cores";
 
     DRAIN_GRACE_S = Drain "grace_s", int(0, 3_600, "seconds"), Value("5"),
         [same("DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS")],

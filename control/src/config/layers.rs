@@ -259,6 +259,14 @@ fn from_env(key: &Key, dialect: Dialect, text: &str) -> Result<Value, Fault> {
     let changed = match (dialect, number) {
         (Dialect::SecondsToMillis, Ok(seconds)) => Some(seconds.saturating_mul(1_000).to_string()),
         (Dialect::NegativeIsOff, Ok(number)) if number < 0 => Some("-1".to_owned()),
+        (Dialect::Truthy, _) => Some(
+            if crate::env::is_truthy(text) {
+                "on"
+            } else {
+                "off"
+            }
+            .into(),
+        ),
         (Dialect::ShortBackend, _) if text == "mem" => Some("memory".to_owned()),
         _ => None,
     };

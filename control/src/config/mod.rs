@@ -28,6 +28,7 @@ mod raw;
 mod resolve;
 mod routes;
 mod suggest;
+mod tls;
 mod value;
 mod words;
 
@@ -36,9 +37,10 @@ pub use host::Host;
 pub use keys::{Alias, Dialect, Fallback, Key, Section, find, keys};
 pub use layers::Setting;
 pub use problem::{Origin, Problem, Severity};
+pub use tls::{Tls, TlsClient, TlsServer};
 pub use value::{Kind, Value, address};
 pub use words::{
-    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, Policy, Response, Word,
+    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, Policy, Response, Switch, Word,
 };
 
 pub(crate) use host::cpu_list;
@@ -86,6 +88,8 @@ pub struct Server {
     pub status_port: Option<u16>,
     /// Largest whole request frame.
     pub message_bytes_max: u32,
+    /// `[tls]`: who speaks TLS, and how.
+    pub tls: Tls,
 }
 
 impl Server {
@@ -303,7 +307,7 @@ pub enum Purpose {
     Serve,
     /// A router with workers in the same process.
     Up,
-    /// A worker or a caller: only `[server]`, `[discovery]` and `[drain]` count.
+    /// A worker or a caller: only `[server]`, `[discovery]`, `[tls]` and `[drain]` count.
     Peer,
     /// The GPU memory service alone: only `[server]`, for its status port, and `[gpu]` count.
     Gms,
@@ -315,7 +319,7 @@ impl Purpose {
             Self::Serve | Self::Up => true,
             Self::Peer => matches!(
                 section,
-                Section::Server | Section::Discovery | Section::Drain
+                Section::Server | Section::Discovery | Section::Tls | Section::Drain
             ),
             Self::Gms => matches!(section, Section::Server | Section::Gpu),
         }

@@ -11,6 +11,7 @@ use super::value::{Value, ip};
 use super::words::{Backend, Idle, Io};
 use super::{
     Config, Control, Core, Discovery, Drain, Host, Inputs, Secret, Server, cpu_list, gpu, routes,
+    tls,
 };
 
 /// Sockets and files that are open besides connections: rings, listeners, stores.
@@ -85,6 +86,7 @@ fn server(layers: &mut Layers) -> Server {
         status_host,
         status_port,
         message_bytes_max,
+        tls: tls::tls(layers),
     }
 }
 
@@ -209,7 +211,7 @@ fn keepalive(layers: &mut Layers, discovery: &Discovery) {
 }
 
 /// Where the value came from that was used for a key.
-fn origin(layers: &Layers, key: &keys::Key) -> Origin {
+pub(super) fn origin(layers: &Layers, key: &keys::Key) -> Origin {
     let path = key.path();
     let found = layers
         .settings

@@ -54,6 +54,16 @@ macro_rules! words {
 }
 
 words! {
+    /// Whether something is done.
+    Switch {
+        /// It is not.
+        Off = "off",
+        /// It is.
+        On = "on",
+    }
+}
+
+words! {
     /// Where instances are found and our endpoints are offered.
     Backend {
         /// This process only, and the static instances.

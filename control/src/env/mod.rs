@@ -53,9 +53,7 @@ impl Env {
 
     /// Whether a switch is on: 1, true, on or yes (`spec/request-plane.md` §13).
     pub fn is_on(&self, name: &str) -> bool {
-        let on = |value: &str| matches!(value, "1" | "true" | "on" | "yes");
-        self.get(name)
-            .is_some_and(|value| on(&value.trim().to_ascii_lowercase()))
+        self.get(name).is_some_and(is_truthy)
     }
 
     fn set(&self) -> impl Iterator<Item = (&str, &str)> {
@@ -63,6 +61,12 @@ impl Env {
             .keys()
             .filter_map(|name| Some((name.as_str(), self.get(name)?)))
     }
+}
+
+/// Whether a word means yes, as Dynamo reads it (`spec/request-plane.md` §13).
+pub(crate) fn is_truthy(text: &str) -> bool {
+    let text = text.trim().to_ascii_lowercase();
+    matches!(text.as_str(), "1" | "true" | "on" | "yes")
 }
 
 /// How loud a line of the report is.
@@ -274,7 +278,7 @@ mod tests {
         assert!(refusals(&env(&[("DYN_REQUEST_PLANE", "tcp"), ("NATS_SERVER", "a")])).is_empty());
         let stops = refusals(&env(&[
             ("DYN_REQUEST_PLANE", "nats"),
-            ("DYN_TCP_TLS_CERT_PATH", "/x"),
+            ("DYN_RESPONSE_PLANE", "quic"),
         ]));
         assert_eq!(stops.len(), 2);
         assert_eq!(

@@ -99,6 +99,7 @@ fn key_rows(key: &'static config::Key) -> Vec<Row> {
                 row.unit.replace("memory", "mem"),
                 "mem, while Dynamo's is etcd".to_owned(),
             ),
+            Dialect::Truthy => ("switch".to_owned(), row.default),
             Dialect::NegativeIsOff => (row.unit, format!("{}, while Dynamo's is -1", row.default)),
         };
         Row {

@@ -4,15 +4,12 @@
 //! Names and Dynamo's defaults: `spec/request-plane.md` §13, `spec/events-discovery.md` §13,
 //! `spec/gpu-memory.md` §2.4.
 
-use super::table::Standing::{self, Elsewhere, Honoured, NotHonoured, Only, Refused};
+use super::table::Standing::{self, Elsewhere, Honoured, NotHonoured, Only};
 use super::table::Variable;
 
 // The parts that are not here, or not as Dynamo has them. `Honoured` in its place switches a
 // part's variables on.
 
-const TLS: Standing =
-    Refused("this version has no TLS on the request plane, and would serve in the clear");
-const TLS_DETAIL: Standing = NotHonoured("there is no TLS on the request plane in this version");
 const NATS_PLANE: Standing = Only("tcp", "the request plane is TCP in this version");
 const NATS: Standing = NotHonoured("there is no NATS in this version");
 const QUIC_PLANE: Standing = Only("tcp", "the response plane is TCP in this version");
@@ -114,21 +111,6 @@ pub const VARIABLES: &[Variable] = variables! {
             "bounds items of a QUIC response that wait";
         "DYN_HTTP_BACKEND_STREAM_TIMEOUT_SECS", "off", "seconds", FRONTEND,
             "ends a stream of the frontend that stands still";
-    }
-    "TLS" {
-        "DYN_TCP_TLS_CERT_PATH", "unset", "path", TLS, "names our certificate";
-        "DYN_TCP_TLS_KEY_PATH", "unset", "path", TLS, "names the key of that certificate";
-        "DYN_TCP_TLS_CLIENT_CA_CERT_PATH", "unset", "path", TLS,
-            "names the authority of callers, who must then show a certificate";
-        "DYN_TCP_TLS_CA_CERT_PATH", "unset", "path", TLS,
-            "names the authority of those whom we call";
-        "DYN_TCP_TLS_CLIENT_CERT_PATH", "unset", "path", TLS,
-            "names the certificate that we show to them";
-        "DYN_TCP_TLS_CLIENT_KEY_PATH", "unset", "path", TLS, "names the key of that certificate";
-        "DYN_TCP_TLS_INSECURE", "off", "switch", TLS_DETAIL, "trusts every certificate";
-        "DYN_TCP_TLS_SERVER_NAME", "the IP address", "name", TLS_DETAIL,
-            "is the name that certificates must carry";
-        "DYN_TCP_TLS_HANDSHAKE_TIMEOUT_SECS", "3", "seconds", TLS_DETAIL, "bounds a handshake";
     }
     "NATS" {
         "NATS_SERVER", "nats://localhost:4222", "URL", NATS, "is the NATS server";

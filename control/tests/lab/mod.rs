@@ -65,8 +65,13 @@ impl Program {
 
     /// Any other command of the program.
     pub fn command(args: &[&str]) -> Program {
+        Program::command_in(args, &[])
+    }
+
+    /// The same in an environment.
+    pub fn command_in(args: &[&str], env: &[(&str, &str)]) -> Program {
         let line = [&[PROGRAM], args].concat();
-        Program::start(&line, &[], tempfile::tempdir().unwrap(), 0)
+        Program::start(&line, env, tempfile::tempdir().unwrap(), 0)
     }
 
     fn start(

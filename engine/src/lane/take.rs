@@ -20,9 +20,9 @@ use super::{Job, Tried, View};
 use crate::connection::Intake;
 use crate::directory::Policy;
 use crate::handler::{self, CallHome, Undecodable};
+use crate::host::LaneJob;
 use crate::in_flight::TRIED_MAX;
 use crate::respond::{self, Refusal};
-use crate::responder::LaneJob;
 use crate::ring::{Ring, Room};
 use crate::shard::Shard;
 use crate::table::NONE;
@@ -110,7 +110,10 @@ fn read(
         .checked_sub(parts.header.end as u64)
         .and_then(|rest| rest.checked_sub(body_bytes))
         .ok_or_else(|| complain("the envelope is cut off".into()))?;
-    let (id, codec, home) = handler::of_control(&front[parts.header.clone()]).map_err(complain)?;
+    let (id, codec, mut home) =
+        handler::of_control(&front[parts.header.clone()]).map_err(complain)?;
+    // Blocks are sent from where they lie, which a shared connection cannot do.
+    home.offers_mux = false;
     if body_bytes == 0 {
         return Err(complain(handler::NO_BODY.into()));
     }

@@ -3,15 +3,9 @@
 use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::{item, two_part};
 
-use super::{Host, Stream};
+use super::Stream;
+use crate::host::LaneJob;
 use crate::outgoing::Lent;
-
-/// A request that the worker behind a lane answers: lane and job, each slot and generation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct LaneJob {
-    pub(crate) lane: (u32, u32),
-    pub(crate) job: (u32, u32),
-}
 
 /// What stands around a value that is the data of an `Annotated`.
 pub(super) fn wrapping(codec: PayloadCodec, annotated: bool) -> [&'static [u8]; 2] {
@@ -19,21 +13,6 @@ pub(super) fn wrapping(codec: PayloadCodec, annotated: bool) -> [&'static [u8]; 
         _ if !annotated => [b"", b""],
         PayloadCodec::Json => [b"{\"data\":", b"}"],
         PayloadCodec::MessagePack => [b"\x81\xa4data", b""],
-    }
-}
-
-impl Host {
-    pub(crate) fn take_stopped(&self, into: &mut Vec<(LaneJob, bool)>) {
-        into.append(&mut self.0.stopped.borrow_mut());
-    }
-
-    pub(crate) fn take_returned(&self, into: &mut Vec<Lent>) {
-        into.append(&mut self.0.returned.borrow_mut());
-    }
-
-    /// Blocks go back to their worker.
-    pub(crate) fn give_back(&self, lent: impl Iterator<Item = Lent>) {
-        self.0.returned.borrow_mut().extend(lent);
     }
 }
 
@@ -80,7 +59,7 @@ impl Stream {
         self.host.give_back(lent);
         if let Some(job) = self.job.take() {
             self.task_over = true;
-            self.host.0.stopped.borrow_mut().push((job, kill));
+            self.host.stopped(job, kill);
         }
     }
 }

@@ -212,6 +212,13 @@ pub trait Ring {
 
     /// Ends [`Ring::watch_wake`] of this operation. The descriptor may be closed after it.
     fn unwatch_wake(&mut self, operation: Operation, eventfd: RawFd);
+    /// Another descriptor of the same socket, for somebody else.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    fn duplicate(&self, handle: Handle) -> io::Result<OwnedFd> {
+        sockets::duplicate(handle.fd)
+    }
 
     /// Report each write to an eventfd, again and again.
     fn watch_wake(&mut self, operation: Operation, eventfd: RawFd);

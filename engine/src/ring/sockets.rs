@@ -43,6 +43,12 @@ pub(super) fn low_water(fd: RawFd, bytes: u32) {
     }
 }
 
+/// Another descriptor of the same socket.
+pub(super) fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: the caller owns the descriptor and has not closed it.
+    unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned()
+}
+
 /// Closes a descriptor.
 pub(super) fn close(fd: RawFd) {
     // SAFETY: the caller owns the descriptor and gives it up here.

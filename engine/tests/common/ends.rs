@@ -212,6 +212,13 @@ pub struct Called {
 }
 
 impl Called {
+    pub fn of(stream: TcpStream) -> Called {
+        stream.set_nonblocking(false).unwrap();
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        let bytes = Vec::new();
+        Called { stream, bytes }
+    }
+
     /// Header and body of the next message; `None` at the end of the stream or a reset.
     pub fn message(&mut self) -> Option<(Vec<u8>, Vec<u8>)> {
         loop {

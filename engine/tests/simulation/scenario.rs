@@ -88,6 +88,7 @@ impl World {
         let lanes = Lanes {
             commands: command_receiver,
             reports: report_sender,
+            insecure: mesh::lane().unwrap().0,
         };
         let (listener, shown) = (Some(listener), Arc::clone(&stats));
         let mut shard = Shard::router(config, ring, buffers, listener, shown, lanes).unwrap();

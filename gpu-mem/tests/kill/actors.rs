@@ -92,9 +92,20 @@ impl Service {
         before.max(self.descriptors())
     }
 
-    pub(crate) fn signal(&self, signal: i32) {
+    /// Stops the service in its tracks: it does nothing more when this returns.
+    pub(crate) fn stop(&self) {
+        let (pid, mut status) = (self.child.id() as i32, 0);
+        // SAFETY: the child is ours and was not waited for; the pointer is to a live value.
+        let answer = unsafe {
+            libc::kill(pid, libc::SIGSTOP);
+            libc::waitpid(pid, &raw mut status, libc::WUNTRACED)
+        };
+        assert!(answer == pid && libc::WIFSTOPPED(status), "it stops");
+    }
+
+    pub(crate) fn go_on(&self) {
         // SAFETY: the child is ours and was not waited for.
-        unsafe { libc::kill(self.child.id() as i32, signal) };
+        unsafe { libc::kill(self.child.id() as i32, libc::SIGCONT) };
     }
 
     /// Waits until nothing is open but these.
@@ -160,7 +171,7 @@ impl Client {
         Client { pid, orders }
     }
 
-    fn order(&mut self, letter: u8) {
+    pub(crate) fn order(&mut self, letter: u8) {
         self.orders.write_all(&[letter]).expect("it listens");
     }
 
@@ -171,9 +182,13 @@ impl Client {
     }
 
     pub(crate) fn report(&mut self) -> u8 {
+        self.try_report().expect("it reports")
+    }
+
+    pub(crate) fn try_report(&mut self) -> std::io::Result<u8> {
         let mut byte = [0];
-        self.orders.read_exact(&mut byte).expect("it reports");
-        byte[0]
+        self.orders.read_exact(&mut byte)?;
+        Ok(byte[0])
     }
 
     /// Kills it and waits until the kernel has closed all that it had.

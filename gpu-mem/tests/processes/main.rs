@@ -16,6 +16,8 @@ mod ipc;
 mod pinned;
 mod roles;
 mod share;
+#[cfg(feature = "cuda")]
+mod strict;
 
 use roles::Stage;
 
@@ -61,6 +63,8 @@ mod cuda {
         step("legacy memory is lent by handle");
         Stage::gpu().start("pin", &[]).finish();
         step("pinned memory is copied on a stream");
+        strict::refusals(&Stage::gpu());
+        step("the driver refuses what the stand-in refuses");
     }
 
     /// Hazard H6: a socket is named for the GPU that the ordinal means here, and NVML's index would

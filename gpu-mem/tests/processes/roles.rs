@@ -218,6 +218,8 @@ pub(crate) fn play() {
         #[cfg(feature = "cuda")]
         "identify" => identify(),
         #[cfg(feature = "cuda")]
+        "ask" => crate::strict::ask(),
+        #[cfg(feature = "cuda")]
         "lend" => crate::ipc::lend(&dial),
         #[cfg(feature = "cuda")]
         "borrow" => crate::ipc::borrow(dial),

@@ -240,6 +240,9 @@ fn trespassing(stage: &Stage) {
     };
     let mut trespasser = stage.start("trespass", by_hand);
     trespasser.hear("trespassing");
+    if !stage.has_files() {
+        println!("{}", trespasser.hear("a write through").trim_end());
+    }
     let ended = trespasser.end();
     match stage.has_files() {
         true => assert_eq!(ended.signal(), Some(libc::SIGSEGV), "the write faults"),

@@ -1,0 +1,399 @@
+//! Calls from a shard: chosen, made and read without leaving its thread.
+
+use std::cell::RefCell;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use corelane_codec::control_message::PayloadCodec;
+use corelane_codec::error::{DynamoError, Reason};
+use corelane_codec::item::{Annotated, from_bytes};
+use corelane_engine::call::NewCall;
+use corelane_engine::local::{self as engine, Ending};
+use corelane_engine::stats::Cell;
+use serde::Serialize;
+use serde::de::{DeserializeOwned, IgnoredAny};
+
+use super::client::{Call, Client, none};
+use super::registry::{Loaded, Member, Members, now_ns};
+use super::routing::{Candidate, Chance, Draw, RoutingMode, choose};
+use super::shard::Shard;
+
+/// How often a call looks whether the store has listed the instances for the first time.
+const LOOK_EVERY: Duration = Duration::from_millis(1);
+/// An item beyond this cannot be an error: their texts are bounded.
+const ERROR_BYTES_MAX: usize = 64 * 1024;
+
+/// A [`Client`] on one shard: for handlers that call others. Nothing here hops to another thread.
+#[derive(Clone)]
+pub struct LocalClient {
+    client: Client,
+    shard: Shard,
+    chance: Rc<RefCell<Chance>>,
+    /// By reading.
+    known: Rc<RefCell<Vec<Known>>>,
+}
+
+/// The members of a reading, with the version that they are of.
+type Known = Option<(u64, Members)>;
+
+impl LocalClient {
+    pub(super) fn new(client: &Client, shard: &Shard) -> LocalClient {
+        LocalClient {
+            client: client.clone(),
+            shard: shard.clone(),
+            chance: Rc::new(RefCell::new(Chance::new())),
+            known: Rc::new(RefCell::new(vec![None; client.readings.len()])),
+        }
+    }
+
+    /// A call with this value as its request; see [`Client::request`].
+    ///
+    /// # Errors
+    /// The value has no form in the codec of the instances.
+    pub fn request<T: Serialize + ?Sized>(&self, value: &T) -> Result<Call, DynamoError> {
+        self.client.request(value)
+    }
+
+    /// Calls with this value as the request, and waits until an instance has begun to respond.
+    ///
+    /// # Errors
+    /// No instance can take it, or what went wrong on the way, with its reason.
+    pub async fn call<T: Serialize + ?Sized>(&self, value: &T) -> Result<LocalReply, DynamoError> {
+        let call = self.client.request(value)?;
+        self.send(call).await
+    }
+
+    /// Sends a call, and waits until an instance has begun to respond.
+    ///
+    /// # Errors
+    /// As [`LocalClient::call`].
+    pub async fn send(&self, call: Call) -> Result<LocalReply, DynamoError> {
+        self.listed(call.deadlines.ack).await;
+        let (member, loaded) = self.select(call.instance)?;
+        let new = NewCall {
+            number: 0,
+            address: member.instance.address,
+            path: member.instance.path.clone(),
+            id: call.id,
+            headers: call.headers,
+            body: call.body,
+            codec: call.codec,
+            deadlines: call.deadlines,
+        };
+        let settings = &self.client.settings;
+        let inhibited = settings.detects_faults.then_some(settings.inhibited);
+        let mut reply = LocalReply {
+            reply: self.shard.host().caller().call(new),
+            codec: call.codec,
+            member,
+            loaded: Some(loaded),
+            inhibited,
+            inactivity: call.inactivity,
+            shard: self.shard.clone(),
+        };
+        match reply.reply.begun().await {
+            Ok(()) => Ok(reply),
+            Err(error) => {
+                reply.fault(&error);
+                Err(error)
+            }
+        }
+    }
+
+    /// Waits, a while at most, for the first list of the store.
+    async fn listed(&self, patience: Duration) {
+        let until_ns = now_ns().saturating_add(patience.as_nanos().min(1 << 62) as u64);
+        let readings = &self.client.readings;
+        while readings.iter().any(|one| !one.is_listed()) && now_ns() < until_ns {
+            if readings.iter().any(|one| !one.members().is_empty()) {
+                return;
+            }
+            self.shard.sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// Chooses an instance and counts the call there.
+    fn select(&self, exact: Option<u64>) -> Result<(Arc<Member>, Loaded), DynamoError> {
+        let members = self.members();
+        let endpoint = self.client.endpoint();
+        let settings = &self.client.settings;
+        let now_ns = now_ns();
+        if let Some(id) = exact {
+            let named = members.iter().find(|member| member.instance.id == id);
+            let member = named.ok_or_else(|| {
+                DynamoError::cannot_connect(format!("no instance {id:x} of {endpoint} is known"))
+            })?;
+            if settings.detects_faults && member.is_overloaded(now_ns) {
+                let text = format!("instance {id:x} of {endpoint} is overloaded; try again later");
+                return Err(DynamoError::worker_overloaded(text));
+            }
+            return Ok(self.begin(member));
+        }
+        if settings.mode.is_exact() {
+            let text = "this client sends only to the instance that a call names; see Call::to";
+            return Err(DynamoError::invalid_argument(text));
+        }
+        let routable = |member: &&Arc<Member>| !member.has_failed(now_ns);
+        let free: Vec<&Arc<Member>> = members
+            .iter()
+            .filter(|member| routable(member) && !member.is_overloaded(now_ns))
+            .collect();
+        match self.choose(settings.mode, &free) {
+            Some(index) => Ok(self.begin(free[index])),
+            None => Err(none(endpoint, members.iter().any(|one| routable(&one)))),
+        }
+    }
+
+    fn choose(&self, mode: RoutingMode, free: &[&Arc<Member>]) -> Option<usize> {
+        let candidate = |member: &&Arc<Member>| Candidate {
+            load: member.load(),
+            is_cpu: member.is_cpu(),
+        };
+        let candidates: Vec<Candidate> = free.iter().map(candidate).collect();
+        let mut draw = Turns {
+            turn: &self.client.turns[self.shard.index()],
+            chance: &mut self.chance.borrow_mut(),
+        };
+        choose(mode, self.client.settings.ratio, &candidates, &mut draw)
+    }
+
+    fn begin(&self, member: &Arc<Member>) -> (Arc<Member>, Loaded) {
+        (Arc::clone(member), member.begin(self.shard.index()))
+    }
+
+    /// The instances of the reading that has any, taken anew only when they have changed.
+    fn members(&self) -> Members {
+        let mut known = self.known.borrow_mut();
+        let mut first = None;
+        for (watched, known) in self.client.readings.iter().zip(known.iter_mut()) {
+            let version = watched.version();
+            let members = match known {
+                Some((of, members)) if *of == version => Arc::clone(members),
+                _ => {
+                    let members = watched.members();
+                    *known = Some((version, Arc::clone(&members)));
+                    members
+                }
+            };
+            if !members.is_empty() {
+                return members;
+            }
+            first.get_or_insert(members);
+        }
+        first.unwrap_or_else(|| Arc::new([]))
+    }
+}
+
+/// The turn is the client's on this shard; chance is anybody's.
+struct Turns<'a> {
+    turn: &'a Cell,
+    chance: &'a mut Chance,
+}
+
+impl Draw for Turns<'_> {
+    fn turn(&mut self) -> u64 {
+        let turn = self.turn.get();
+        self.turn.add(1);
+        turn
+    }
+
+    fn below(&mut self, bound: usize) -> usize {
+        self.chance.below(bound)
+    }
+}
+
+/// The response to a call of a [`LocalClient`], item by item. Dropped before its end it kills the
+/// call.
+pub struct LocalReply {
+    reply: engine::Reply,
+    codec: PayloadCodec,
+    member: Arc<Member>,
+    /// Dropped at the end, or with the first error.
+    loaded: Option<Loaded>,
+    /// How long an instance that fails is left out, if it is.
+    inhibited: Option<Duration>,
+    inactivity: Option<Duration>,
+    shard: Shard,
+}
+
+impl LocalReply {
+    /// The next item. An item that is an error, and what ends the response early, come as `Err`;
+    /// after the former more may come. `None` is the end.
+    pub async fn next<T: DeserializeOwned>(&mut self) -> Option<Result<Annotated<T>, DynamoError>> {
+        let item = self.next_item().await?;
+        Some(item.and_then(|item| typed(&item, self.codec)))
+    }
+
+    /// The data of the next item that has any.
+    pub async fn next_data<T: DeserializeOwned>(&mut self) -> Option<Result<T, DynamoError>> {
+        loop {
+            match self.next::<T>().await? {
+                Ok(item) => match item.data {
+                    Some(data) => return Some(Ok(data)),
+                    None => continue,
+                },
+                Err(error) => return Some(Err(error)),
+            }
+        }
+    }
+
+    /// The next item as it came: one encoded value. An error item is no `Err` here.
+    pub async fn next_item(&mut self) -> Option<Result<Vec<u8>, DynamoError>> {
+        let next = match self.inactivity {
+            None => self.reply.next().await,
+            Some(pause) => match self.next_within(pause).await {
+                Ok(next) => next,
+                Err(error) => {
+                    self.reply.kill();
+                    self.fault(&error);
+                    return Some(Err(error));
+                }
+            },
+        };
+        match next {
+            Some(Ok(item)) => {
+                let item = item.into_bytes();
+                if let Some(error) = error_of(&item, self.codec) {
+                    self.fault(&error);
+                }
+                Some(Ok(item))
+            }
+            Some(Err(error)) => {
+                self.fault(&error);
+                Some(Err(error))
+            }
+            None => {
+                self.loaded = None;
+                None
+            }
+        }
+    }
+
+    async fn next_within(
+        &mut self,
+        pause: Duration,
+    ) -> Result<Option<Result<engine::Item, DynamoError>>, DynamoError> {
+        let mut sleep = self.shard.sleep(pause);
+        poll_fn(|context| {
+            if let Poll::Ready(next) = self.reply.poll_next(context) {
+                return Poll::Ready(Ok(next));
+            }
+            Pin::new(&mut sleep).poll(context).map(|()| {
+                let text = "the instance sent nothing for longer than it may";
+                Err(DynamoError::response_timeout(text))
+            })
+        })
+        .await
+    }
+
+    /// How its items are encoded.
+    pub fn codec(&self) -> PayloadCodec {
+        self.codec
+    }
+
+    /// Who answers.
+    pub fn instance_id(&self) -> u64 {
+        self.member.instance.id
+    }
+
+    /// Asks the instance to stop; what it still sends is given.
+    pub fn stop(&self) {
+        self.reply.stop();
+    }
+
+    /// Tells the instance to end at once; nothing more is given.
+    pub fn kill(&self) {
+        self.reply.kill();
+    }
+
+    /// How it has ended, if it has.
+    pub fn ending(&self) -> Option<Ending> {
+        self.reply.ending()
+    }
+
+    /// The call counts no more, and its instance may be left out for a while.
+    fn fault(&mut self, error: &DynamoError) {
+        self.loaded = None;
+        let Some(inhibited) = self.inhibited else {
+            return;
+        };
+        if error.reason() == Reason::WorkerOverloaded {
+            self.member.overload();
+        } else if error.chain().any(|error| is_fault(error.reason())) {
+            let (id, why) = (self.member.instance.id, error.text());
+            tracing::warn!(instance = format!("{id:x}"), why, "an instance failed");
+            self.member.fail(inhibited);
+        }
+    }
+}
+
+/// Whether an error says that its instance is broken (`spec/request-plane.md` §11.4).
+fn is_fault(reason: Reason) -> bool {
+    matches!(
+        reason,
+        Reason::CannotConnect
+            | Reason::Disconnected
+            | Reason::ConnectionTimeout
+            | Reason::ResponseTimeout
+            | Reason::BackendResponseTimeout
+            | Reason::EngineShutdown
+            | Reason::StreamIncomplete
+            | Reason::WorkerUnavailable
+    )
+}
+
+/// The error that an item is, if it is one.
+pub(super) fn error_of(item: &[u8], codec: PayloadCodec) -> Option<DynamoError> {
+    let word = b"error";
+    let short = item.len() <= ERROR_BYTES_MAX;
+    if !short || !item.windows(word.len()).any(|window| window == word) {
+        return None;
+    }
+    let item: Annotated<IgnoredAny> = from_bytes(item, codec).ok()?;
+    item.to_error()
+}
+
+/// An item as a value; an error item as `Err`.
+pub(super) fn typed<T: DeserializeOwned>(
+    item: &[u8],
+    codec: PayloadCodec,
+) -> Result<Annotated<T>, DynamoError> {
+    let parsed: Annotated<T> = from_bytes(item, codec).map_err(|why| {
+        let text = format!("an item is not what was expected: {why}");
+        DynamoError::backend_protocol(text)
+    })?;
+    match parsed.to_error() {
+        Some(error) => Err(error),
+        None => Ok(parsed),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn error_items_are_told_from_items_about_errors() {
+        let error = DynamoError::disconnected("gone");
+        for codec in [PayloadCodec::Json, PayloadCodec::MessagePack] {
+            let bytes = |item: &Annotated<&str>| {
+                let mut out = Vec::new();
+                corelane_codec::item::write_value(item, codec, &mut out).unwrap();
+                out
+            };
+            let bad = bytes(&Annotated::from_error(error.clone()));
+            assert_eq!(error_of(&bad, codec), Some(error.clone()));
+            assert_eq!(typed::<String>(&bad, codec), Err(error.clone()));
+            let good = bytes(&Annotated::from_data("no error"));
+            assert_eq!(error_of(&good, codec), None);
+            let found = typed::<String>(&good, codec).unwrap();
+            assert_eq!(found.data.as_deref(), Some("no error"));
+            assert!(typed::<u32>(&good, codec).is_err());
+        }
+        assert!(is_fault(error.reason()) && !is_fault(Reason::InvalidArgument));
+    }
+}

@@ -1,0 +1,257 @@
+//! A call as another thread sees it: begun and read on a shard, its items handed over.
+
+use corelane_codec::control_message::PayloadCodec;
+use corelane_codec::error::DynamoError;
+use corelane_codec::item::Annotated;
+use corelane_engine::local::{Ending, Run};
+use corelane_engine::responder::Host;
+use serde::de::DeserializeOwned;
+use tokio::sync::{mpsc, watch};
+
+use super::client::{Call, Client};
+use super::hub::Nudge;
+use super::local_client::{LocalClient, LocalReply, typed};
+use super::shard::Shard;
+
+/// Items between a shard and a reply's reader; beyond them the instance is held back.
+const ITEMS_MAX: usize = 64;
+
+/// What a shard says of a call.
+enum Said {
+    /// Instance of that id has begun to respond.
+    Began(u64),
+    Item(Vec<u8>),
+    Failed(DynamoError),
+    Ended(Option<Ending>),
+}
+
+/// What the reader wants of a call.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+enum Wish {
+    #[default]
+    Nothing,
+    Stop,
+    Kill,
+}
+
+/// The response to a call, item by item. Dropped before its end it kills the call.
+pub struct Reply {
+    said: mpsc::Receiver<Said>,
+    wish: watch::Sender<Wish>,
+    nudge: Nudge,
+    stopped: watch::Receiver<bool>,
+    codec: PayloadCodec,
+    instance_id: u64,
+    ending: Option<Ending>,
+    over: bool,
+}
+
+/// Sends a call from any thread.
+pub(super) async fn send(client: &Client, call: Call) -> Result<Reply, DynamoError> {
+    let (out, said) = mpsc::channel(ITEMS_MAX);
+    let (wish, wishes) = watch::channel(Wish::default());
+    let codec = call.codec;
+    let own = client.clone();
+    let make = move |index: usize| {
+        Run::new(move |host| carry(own, index, host, call, Out { out, wishes }))
+    };
+    let nudge = client.hub.run(make).await?;
+    let mut reply = Reply {
+        said,
+        wish,
+        nudge,
+        stopped: client.hub.stopped(),
+        codec,
+        instance_id: 0,
+        ending: None,
+        over: false,
+    };
+    match reply.hear().await {
+        Said::Began(id) => {
+            reply.instance_id = id;
+            Ok(reply)
+        }
+        Said::Failed(error) => Err(error),
+        Said::Item(_) | Said::Ended(_) => Err(gone()),
+    }
+}
+
+fn gone() -> DynamoError {
+    DynamoError::disconnected("the runtime that made this call has stopped")
+}
+
+impl Reply {
+    /// The next item. An item that is an error, and what ends the response early, come as `Err`;
+    /// after the former more may come. `None` is the end.
+    pub async fn next<T: DeserializeOwned>(&mut self) -> Option<Result<Annotated<T>, DynamoError>> {
+        let item = self.next_item().await?;
+        Some(item.and_then(|item| typed(&item, self.codec)))
+    }
+
+    /// The data of the next item that has any.
+    pub async fn next_data<T: DeserializeOwned>(&mut self) -> Option<Result<T, DynamoError>> {
+        loop {
+            match self.next::<T>().await? {
+                Ok(item) => match item.data {
+                    Some(data) => return Some(Ok(data)),
+                    None => continue,
+                },
+                Err(error) => return Some(Err(error)),
+            }
+        }
+    }
+
+    /// The next item as it came: one encoded value. An error item is no `Err` here.
+    pub async fn next_item(&mut self) -> Option<Result<Vec<u8>, DynamoError>> {
+        if self.over {
+            return None;
+        }
+        match self.hear().await {
+            Said::Item(item) => Some(Ok(item)),
+            Said::Failed(error) => Some(Err(error)),
+            Said::Began(_) => None,
+            Said::Ended(ending) => {
+                self.over = true;
+                self.ending = ending;
+                None
+            }
+        }
+    }
+
+    /// How its items are encoded.
+    pub fn codec(&self) -> PayloadCodec {
+        self.codec
+    }
+
+    /// Who answers.
+    pub fn instance_id(&self) -> u64 {
+        self.instance_id
+    }
+
+    /// How it has ended, once [`Reply::next`] has answered `None`.
+    pub fn ending(&self) -> Option<Ending> {
+        self.ending
+    }
+
+    /// Asks the instance to stop; what it still sends is given.
+    pub fn stop(&self) {
+        self.wish(Wish::Stop);
+    }
+
+    /// Tells the instance to end at once; nothing more is given.
+    pub fn kill(&self) {
+        self.wish(Wish::Kill);
+    }
+
+    fn wish(&self, wish: Wish) {
+        self.wish.send_if_modified(|before| {
+            let stronger = *before != wish && *before != Wish::Kill;
+            if stronger {
+                *before = wish;
+            }
+            stronger
+        });
+        self.nudge.now();
+    }
+
+    async fn hear(&mut self) -> Said {
+        tokio::select! {
+            biased;
+            said = self.said.recv() => said.unwrap_or(Said::Ended(None)),
+            _ = self.stopped.wait_for(|stopped| *stopped) => Said::Failed(gone()),
+        }
+    }
+}
+
+impl Drop for Reply {
+    fn drop(&mut self) {
+        if !self.over {
+            // The shard sees that nobody listens, and drops the call, which kills it.
+            self.said.close();
+            self.wish(Wish::Kill);
+        }
+    }
+}
+
+/// The shard's end.
+struct Out {
+    out: mpsc::Sender<Said>,
+    wishes: watch::Receiver<Wish>,
+}
+
+/// Makes a call and hands its items over; runs on the shard.
+async fn carry(client: Client, index: usize, host: Host, call: Call, mut to: Out) {
+    let shard = Shard::new(index, &host);
+    let local = LocalClient::new(&client, &shard);
+    let begun = tokio::select! {
+        begun = local.send(call) => begun,
+        () = to.out.closed() => return,
+    };
+    let mut reply = match begun {
+        Ok(reply) => reply,
+        Err(error) => {
+            // Nothing else was said, so that there is room.
+            let _ = to.out.try_send(Said::Failed(error));
+            return;
+        }
+    };
+    if !to.say(Said::Began(reply.instance_id()), &reply).await {
+        return;
+    }
+    loop {
+        let item = tokio::select! {
+            item = reply.next_item() => item,
+            changed = to.wishes.changed() => match changed {
+                Ok(()) => {
+                    obey(*to.wishes.borrow_and_update(), &reply);
+                    continue;
+                }
+                Err(_) => return,
+            },
+        };
+        let said = match item {
+            Some(Ok(item)) => Said::Item(item),
+            Some(Err(error)) => Said::Failed(error),
+            None => {
+                let ending = reply.ending();
+                // It is over: the call must not wait for a reader who is slow.
+                drop(reply);
+                let _ = to.out.send(Said::Ended(ending)).await;
+                return;
+            }
+        };
+        if !to.say(said, &reply).await {
+            return;
+        }
+    }
+}
+
+fn obey(wish: Wish, reply: &LocalReply) {
+    match wish {
+        Wish::Nothing => {}
+        Wish::Stop => reply.stop(),
+        Wish::Kill => reply.kill(),
+    }
+}
+
+impl Out {
+    /// Waits for room; wishes are obeyed meanwhile. False when nobody listens.
+    async fn say(&mut self, said: Said, reply: &LocalReply) -> bool {
+        let room = loop {
+            tokio::select! {
+                room = self.out.reserve() => break room,
+                changed = self.wishes.changed() => match changed {
+                    Ok(()) => obey(*self.wishes.borrow_and_update(), reply),
+                    Err(_) => return false,
+                },
+            }
+        };
+        match room {
+            Ok(room) => {
+                room.send(said);
+                true
+            }
+            Err(_) => false,
+        }
+    }
+}

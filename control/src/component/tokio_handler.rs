@@ -1,0 +1,193 @@
+//! Handlers that run on tokio: for work that needs its timers, its sockets, or libraries built on
+//! them. Requests go over from the shard, items come back, both over bounded queues.
+
+use std::future::Future;
+use std::panic::AssertUnwindSafe;
+
+use corelane_codec::control_message::PayloadCodec;
+use corelane_codec::error::DynamoError;
+use corelane_codec::item::{Annotated, write_value};
+use corelane_engine::responder::Gone;
+use serde::Serialize;
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, watch};
+use tokio::task::AbortHandle;
+
+use super::error::{Fault, Outcome};
+use super::handler::{Handler, Request, Stream};
+use super::hub::Nudge;
+
+/// Items between tokio and the shard; a handler that writes more waits.
+const ITEMS_MAX: usize = 64;
+
+/// Answers requests on tokio. Functions and closures of `(Request, TokioStream)` whose future is
+/// `Send` are such handlers.
+pub trait TokioHandler: Clone + Send + Sync + 'static {
+    /// Answers one request. It is dropped at its next wait when the caller is gone.
+    fn handle(
+        &self,
+        request: Request,
+        stream: TokioStream,
+    ) -> impl Future<Output = Outcome> + Send + 'static;
+}
+
+impl<F, A> TokioHandler for F
+where
+    F: Fn(Request, TokioStream) -> A + Clone + Send + Sync + 'static,
+    A: Future<Output = Outcome> + Send + 'static,
+{
+    fn handle(
+        &self,
+        request: Request,
+        stream: TokioStream,
+    ) -> impl Future<Output = Outcome> + Send + 'static {
+        self(request, stream)
+    }
+}
+
+enum Said {
+    /// The data of an `Annotated`, encoded.
+    Data(Vec<u8>),
+    /// A whole item, encoded.
+    Item(Vec<u8>),
+    Error(DynamoError),
+    Ended(Outcome),
+}
+
+/// The response to one request, for a handler on tokio.
+pub struct TokioStream {
+    codec: PayloadCodec,
+    out: mpsc::Sender<Said>,
+    stopped: watch::Receiver<bool>,
+    nudge: Nudge,
+}
+
+impl TokioStream {
+    /// How items are encoded.
+    pub fn codec(&self) -> PayloadCodec {
+        self.codec
+    }
+
+    /// Writes a value as one item: `Annotated` with these data.
+    ///
+    /// # Errors
+    /// The caller is gone, or the value has no form in the request's codec.
+    pub async fn send<T: Serialize + Sync + ?Sized>(&mut self, value: &T) -> Outcome {
+        let mut data = Vec::new();
+        write_value(value, self.codec, &mut data).map_err(Fault::Unwritable)?;
+        self.say(Said::Data(data)).await
+    }
+
+    /// Writes an item with everything that an item can have.
+    ///
+    /// # Errors
+    /// As [`TokioStream::send`].
+    pub async fn send_annotated<T: Serialize + Sync>(&mut self, item: &Annotated<T>) -> Outcome {
+        let mut data = Vec::new();
+        write_value(item, self.codec, &mut data).map_err(Fault::Unwritable)?;
+        self.say(Said::Item(data)).await
+    }
+
+    /// Writes an item of an endpoint whose items are not `Annotated`: one encoded value.
+    ///
+    /// # Errors
+    /// The caller is gone.
+    pub async fn send_item(&mut self, item: Vec<u8>) -> Outcome {
+        self.say(Said::Item(item)).await
+    }
+
+    /// Writes an item that is an error; the response goes on.
+    ///
+    /// # Errors
+    /// The caller is gone.
+    pub async fn send_error(&mut self, error: DynamoError) -> Outcome {
+        self.say(Said::Error(error)).await
+    }
+
+    /// Whether the caller asked to stop, or is gone.
+    pub fn is_stopped(&self) -> bool {
+        *self.stopped.borrow() || self.out.is_closed()
+    }
+
+    /// Waits until [`TokioStream::is_stopped`].
+    pub async fn stopped(&mut self) {
+        tokio::select! {
+            _ = self.stopped.wait_for(|stopped| *stopped) => {}
+            () = self.out.closed() => {}
+        }
+    }
+
+    async fn say(&mut self, said: Said) -> Outcome {
+        let sent = self.out.send(said).await;
+        self.nudge.now();
+        Ok(sent.map_err(|_| Gone)?)
+    }
+}
+
+/// The shard's end of a handler on tokio.
+#[derive(Clone)]
+pub(super) struct Bridge<H> {
+    pub(super) handler: H,
+    pub(super) tokio: Handle,
+    pub(super) nudge: Nudge,
+}
+
+/// Ends the work on tokio when the shard's end of it goes.
+struct Work(AbortHandle);
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl<H: TokioHandler> Handler for Bridge<H> {
+    async fn handle(&self, request: Request, stream: &mut Stream) -> Outcome {
+        let (out, mut said) = mpsc::channel(ITEMS_MAX);
+        let (tell_stopped, stopped) = watch::channel(false);
+        let theirs = TokioStream {
+            codec: stream.codec(),
+            out: out.clone(),
+            stopped,
+            nudge: self.nudge.clone(),
+        };
+        let (handler, nudge) = (self.handler.clone(), self.nudge.clone());
+        let work = async move {
+            // Made inside, so that a panic of `handle` itself is one of the task.
+            let made =
+                std::panic::catch_unwind(AssertUnwindSafe(|| handler.handle(request, theirs)));
+            let outcome = match made {
+                Ok(work) => work.await,
+                Err(_) => Err(panicked()),
+            };
+            let _ = out.send(Said::Ended(outcome)).await;
+            nudge.now();
+        };
+        let task = self.tokio.spawn(work);
+        let _work = Work(task.abort_handle());
+        loop {
+            let next = tokio::select! {
+                next = said.recv() => next,
+                () = stream.stopped(), if !*tell_stopped.borrow() => {
+                    tell_stopped.send_replace(true);
+                    if stream.is_killed() {
+                        return Err(Gone.into());
+                    }
+                    continue;
+                }
+            };
+            match next {
+                Some(Said::Data(data)) => stream.send_encoded(&data).await?,
+                Some(Said::Item(item)) => stream.send_item(&item).await?,
+                Some(Said::Error(error)) => stream.send_error(&error).await?,
+                Some(Said::Ended(outcome)) => return outcome,
+                // Its task has gone without a word.
+                None => return Err(panicked()),
+            }
+        }
+    }
+}
+
+fn panicked() -> Fault {
+    Fault::new("the handler of this request panicked")
+}

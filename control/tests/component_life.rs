@@ -1,0 +1,314 @@
+//! The life of what the component model serves: each state forced and seen from outside, health
+//! checks, drains with their bounds, limits that mean what they say, and a store that fails.
+
+mod component_lab;
+mod lab;
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use component_lab::{echo, endpoint, options, settled, until, with_runtime};
+use corelane::component::{
+    Admission, Checks, Client, DynamoError, Options, Outcome, Reason, Request, Runtime, Served,
+    State, Stream,
+};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn with_status() -> Options {
+    let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
+    options().status(any)
+}
+
+async fn get(address: SocketAddr, path: &str) -> String {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
+/// What a probe and a scrape see of `production/worker/generate`.
+async fn seen(runtime: &Runtime) -> (bool, Value, String) {
+    let address = runtime.status_address().unwrap();
+    let answer = get(address, "/health").await;
+    let ready = answer.starts_with("HTTP/1.1 200 ");
+    let body = answer.split_once("\r\n\r\n").unwrap().1;
+    let health: Value = serde_json::from_str(body).unwrap();
+    let metrics = get(address, "/metrics").await;
+    let state = metrics
+        .lines()
+        .filter(|line| line.starts_with("corelane_endpoint_state{") && line.ends_with(" 1"))
+        .find_map(|line| line.split("state=\"").nth(1)?.split('"').next())
+        .unwrap_or_default();
+    let listed = health["endpoints"]["production/worker/generate"].clone();
+    (ready, listed, state.to_owned())
+}
+
+async fn client_of(runtime: &Runtime, served: &Served) -> Client {
+    let client = runtime.client(&served.id().to_string()).unwrap();
+    client.wait_for_instances(PATIENCE).await.unwrap();
+    client
+}
+
+async fn first(client: &Client) -> Result<Value, DynamoError> {
+    let mut reply = client.call(&1).await?;
+    let first = reply.next_data().await;
+    first.unwrap_or_else(|| Err(DynamoError::internal("no item")))
+}
+
+/// How often the endpoint became each state, in the order of [`State::ALL`].
+fn changes(runtime: &Runtime) -> [u64; 6] {
+    runtime.endpoints().seen()[0].changes
+}
+
+#[test]
+fn the_whole_life_is_seen_in_health_and_metrics() {
+    with_runtime(with_status(), async |runtime| {
+        let hold = runtime.hold_readiness();
+        let gate = Arc::new(AtomicBool::new(false));
+        let open = Arc::clone(&gate);
+        let handler = async move |_: Request, stream: &mut Stream| -> Outcome {
+            stream.send(&1).await?;
+            while !open.load(Ordering::Relaxed) {
+                stream.sleep(Duration::from_millis(1)).await?;
+            }
+            stream.send(&2).await
+        };
+        let served = endpoint(runtime, "generate").serve(handler).await.unwrap();
+        assert_eq!(changes(runtime), [1, 1, 1, 1, 0, 0]);
+        assert_eq!(
+            seen(runtime).await,
+            (false, json!("ready"), "healthy".into())
+        );
+        drop(hold);
+        assert_eq!(
+            seen(runtime).await,
+            (true, json!("ready"), "healthy".into())
+        );
+        let client = client_of(runtime, &served).await;
+        let mut reply = client.call(&1).await.unwrap();
+        assert_eq!(reply.next_data::<u32>().await.unwrap().unwrap(), 1);
+        let leaving = Rc::new(served);
+        let stop = Rc::clone(&leaving);
+        let stop = tokio::task::spawn_local(async move { stop.stop().await });
+        until("it is leaving", || leaving.state() == State::Stopping).await;
+        until("it is out of discovery", || client.instances().is_empty()).await;
+        assert_eq!(seen(runtime).await.1, json!("notready"));
+        // The running request goes on to its end, and new ones are not taken.
+        assert_eq!(
+            first(&client).await.unwrap_err().reason(),
+            Reason::Unavailable
+        );
+        assert_eq!((leaving.state(), leaving.busy()), (State::Stopping, 1));
+        assert!(seen(runtime).await.2.contains("stopping"));
+        gate.store(true, Ordering::Relaxed);
+        assert_eq!(reply.next_data::<u32>().await.unwrap().unwrap(), 2);
+        stop.await.unwrap();
+        assert_eq!(leaving.state(), State::Deregistered);
+        assert_eq!(changes(runtime), [1, 1, 1, 1, 1, 1]);
+    });
+}
+
+#[test]
+fn a_drain_cuts_off_what_does_not_end() {
+    let options = options().drain(Duration::ZERO, Duration::from_secs(1));
+    let runtime = std::cell::RefCell::new(None);
+    with_runtime(options, async |running| {
+        let endless = async |_: Request, stream: &mut Stream| -> Outcome {
+            stream.send(&1).await?;
+            stream.stopped().await;
+            Ok(())
+        };
+        let served = endpoint(running, "generate").serve(endless).await.unwrap();
+        let client = client_of(running, &served).await;
+        let mut reply = client.call(&1).await.unwrap();
+        assert_eq!(reply.next_data::<u32>().await.unwrap().unwrap(), 1);
+        running.stop().await;
+        let cut = reply.next_data::<u32>().await.unwrap().unwrap_err();
+        assert_eq!(cut.reason(), Reason::Disconnected);
+        assert_eq!(served.state(), State::Deregistered);
+        runtime.replace(Some(running.clone()));
+    });
+    assert!(runtime.take().is_some());
+}
+
+#[test]
+fn a_health_check_decides_whether_a_process_is_ready() {
+    let checks = Checks {
+        enabled: true,
+        wait: Duration::from_millis(100),
+        timeout: Duration::from_secs(20),
+    };
+    with_runtime(with_status().checks(checks), async |runtime| {
+        let sick = Arc::new(AtomicBool::new(true));
+        let asked = Arc::new(AtomicU64::new(0));
+        let (state, counted) = (Arc::clone(&sick), Arc::clone(&asked));
+        let handler = async move |request: Request, stream: &mut Stream| -> Outcome {
+            let payload: String = request.parse()?;
+            assert!(payload == "are you there" || payload == "hello");
+            counted.fetch_add(1, Ordering::Relaxed);
+            if state.load(Ordering::Relaxed) {
+                return Err(DynamoError::engine_shutdown("sick").into());
+            }
+            stream.send("yes").await
+        };
+        let served = endpoint(runtime, "generate").health_check(&"are you there");
+        let served = served.unwrap().serve(handler).await.unwrap();
+        until("it has been asked", || asked.load(Ordering::Relaxed) >= 2).await;
+        assert_eq!(
+            seen(runtime).await,
+            (false, json!("notready"), "running".into())
+        );
+        sick.store(false, Ordering::Relaxed);
+        assert!(served.reached(State::Healthy, PATIENCE).await);
+        assert_eq!(
+            seen(runtime).await,
+            (true, json!("ready"), "healthy".into())
+        );
+        sick.store(true, Ordering::Relaxed);
+        until("it is found sick", || served.state() == State::Running).await;
+        assert!(!seen(runtime).await.0);
+        sick.store(false, Ordering::Relaxed);
+        assert!(served.reached(State::Healthy, PATIENCE).await);
+    });
+}
+
+/// One shard, a handler that waits for the gate, and so many calls that begin one after the other.
+async fn taken(runtime: &Runtime, calls: usize) -> (usize, usize) {
+    let gate = Arc::new(AtomicBool::new(false));
+    let open = Arc::clone(&gate);
+    let handler = async move |_: Request, stream: &mut Stream| -> Outcome {
+        while !open.load(Ordering::Relaxed) {
+            stream.sleep(Duration::from_millis(1)).await?;
+        }
+        stream.send(&1).await
+    };
+    let served = endpoint(runtime, "generate").serve(handler).await.unwrap();
+    let client = client_of(runtime, &served).await.detect_faults(false);
+    let calls: Vec<_> = (0..calls)
+        .map(|_| {
+            let client = client.clone();
+            tokio::task::spawn_local(async move { first(&client).await })
+        })
+        .collect();
+    let total = calls.len() as u64;
+    let told = || served.count(|stats| stats.requests.get() + stats.refused.get());
+    until("every call was taken or refused", || told() == total).await;
+    gate.store(true, Ordering::Relaxed);
+    let (mut answered, mut refused) = (0, 0);
+    for call in calls {
+        match call.await.unwrap() {
+            Ok(_) => answered += 1,
+            Err(error) => {
+                assert_eq!(error.reason(), Reason::WorkerOverloaded);
+                refused += 1;
+            }
+        }
+    }
+    settled(&[&served], &client).await;
+    (answered, refused)
+}
+
+#[test]
+fn limits_mean_what_they_say() {
+    for (running_max, queue_max) in [(1, 0), (1, 1), (2, 3)] {
+        let admission = Admission {
+            running_max,
+            queue_max,
+        };
+        with_runtime(options().admission(admission), async |runtime| {
+            let want = (running_max + queue_max) as usize;
+            assert_eq!(taken(runtime, 10).await, (want, 10 - want), "{admission:?}");
+        });
+    }
+}
+
+fn on_etcd(etcd: &lab::Etcd) -> Options {
+    let options = with_status().etcd([etcd.endpoint()]).lease_ttl_s(10);
+    options.drain(Duration::ZERO, Duration::from_secs(30))
+}
+
+#[test]
+fn a_lost_lease_is_followed_by_a_new_identity_and_former_paths_are_served() {
+    let Some(etcd) = lab::Etcd::start() else {
+        return;
+    };
+    with_runtime(on_etcd(&etcd), async |runtime| {
+        let served = endpoint(runtime, "generate").serve(echo).await.unwrap();
+        let client = client_of(runtime, &served).await;
+        let before = served.instance_id().unwrap();
+        let mut store = etcd_client::Client::connect([etcd.endpoint()], None)
+            .await
+            .unwrap();
+        store.lease_revoke(before as i64).await.unwrap();
+        until("it is somebody else", || {
+            served.instance_id() != Some(before)
+        })
+        .await;
+        assert!(served.reached(State::Healthy, PATIENCE).await);
+        let after = served.instance_id().unwrap();
+        until("clients see it", || {
+            client.instances().iter().any(|seen| seen.id == after)
+        })
+        .await;
+        // Created, registered, running and healthy twice.
+        assert_eq!(changes(runtime), [2, 2, 2, 2, 0, 0]);
+        assert_eq!(first(&client).await.unwrap(), json!(1));
+        let key = format!("v1/instances/production/worker/generate/{after:x}");
+        assert_eq!(store.get(key.clone(), None).await.unwrap().count(), 1);
+        served.stop().await;
+        assert_eq!(store.get(key, None).await.unwrap().count(), 0);
+    });
+}
+
+/// Watches that etcd has open.
+async fn watchers(etcd: &lab::Etcd) -> u64 {
+    let address = etcd.endpoint().replace("http://", "").parse().unwrap();
+    let metrics = get(address, "/metrics").await;
+    let line = metrics
+        .lines()
+        .find(|line| line.starts_with("etcd_debugging_mvcc_watcher_total "));
+    let count: f64 = line.unwrap().rsplit(' ').next().unwrap().parse().unwrap();
+    count as u64
+}
+
+#[test]
+fn etcd_sees_one_watch_for_each_endpoint_however_many_clients() {
+    let Some(etcd) = lab::Etcd::start() else {
+        return;
+    };
+    with_runtime(on_etcd(&etcd), async |runtime| {
+        let served = endpoint(runtime, "generate").serve(echo).await.unwrap();
+        let before = watchers(&etcd).await;
+        let mut clients = Vec::new();
+        for name in ["generate", "generate", "other"] {
+            for _ in 0..20 {
+                let reference = format!("production.worker.{name}");
+                clients.push(runtime.client(&reference).unwrap());
+            }
+        }
+        clients[0].wait_for_instances(PATIENCE).await.unwrap();
+        for client in &clients[..40] {
+            assert_eq!(first(client).await.unwrap(), json!(1));
+        }
+        let mut now = watchers(&etcd).await;
+        while now < before + 2 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            now = watchers(&etcd).await;
+        }
+        assert_eq!(now, before + 2);
+        drop(clients);
+        while watchers(&etcd).await != before {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert!(served.reached(State::Healthy, PATIENCE).await);
+    });
+}

@@ -1,0 +1,176 @@
+//! Sockets that must speak TLS before they are of use here.
+//!
+//! A shard moves plain bytes only. Where TLS is wanted, a socket that was accepted, or dialled and
+//! connected, is handed to whoever does handshakes (a duplicate goes over a lane of its own, so
+//! that the shard can still shut it down), and comes back by [`Command::Adopt`]:
+//!
+//! ```text
+//! accept, connect --Insecure--> handshake --Adopt: the same socket, now encrypted by the kernel
+//!                                         |-Adopt: one end of a pair whose other end is pumped
+//!                                         '-Adopt: failed
+//! ```
+//!
+//! Until then the connection counts as connecting: nothing is received or sent on it. Without TLS
+//! nothing here runs.
+//!
+//! [`Command::Adopt`]: crate::command::Command::Adopt
+
+use std::os::fd::{IntoRawFd, OwnedFd};
+
+use crate::command::Report;
+use crate::connection::{End, Role};
+use crate::ring::Ring;
+use crate::shard::Shard;
+
+/// Which connection of a shard is meant. It means nothing any more once that is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ticket {
+    slot: u32,
+    generation: u32,
+    dialled: bool,
+}
+
+/// A connected socket that waits for its handshake.
+#[derive(Debug)]
+pub struct Insecure {
+    /// A duplicate of the shard's; its flags are shared with it.
+    pub socket: OwnedFd,
+    /// To be given back.
+    pub ticket: Ticket,
+    /// We dialled, so we begin the handshake; otherwise the peer did.
+    pub dialled: bool,
+}
+
+/// What came of a handshake.
+#[derive(Debug)]
+pub enum Adoption {
+    /// The kernel encrypts: the shard goes on with its own socket, whose flags are as they were.
+    Same,
+    /// This one, a blocking stream socket, carries the plain bytes.
+    Socket(OwnedFd),
+    /// There is no connection: an errno.
+    Failed(i32),
+}
+
+/// Strangers are reported this often at most; all are counted.
+const REPORT_PAUSE_NS: u64 = 1_000_000_000;
+
+/// Whether the front of what a peer has sent is a record of TLS: none of our units can begin so.
+/// (A request frame could by its lengths, but its path would begin with a control character.)
+pub(crate) fn is_tls(front: &[u8]) -> bool {
+    matches!(front, [0x14..=0x17, 3, 0..=4, ..])
+}
+
+impl<R: Ring> Shard<R> {
+    /// A connection is about to be closed for what it has brought: if that is TLS, it is counted
+    /// and said.
+    pub(crate) fn note_stranger(&mut self, front: &[u8]) {
+        if !is_tls(front) {
+            return;
+        }
+        self.stats.shard.tls_strangers.add(1);
+        if self.now_ns >= self.stranger_told_ns {
+            self.stranger_told_ns = self.now_ns + REPORT_PAUSE_NS;
+            self.report(Report::Stranger);
+        }
+    }
+
+    /// A connection was accepted: receive, or see to it that it can be.
+    pub(crate) fn welcome(&mut self, slot: u32) {
+        match self.config.secure_accepts {
+            true => self.hand_out(slot, false),
+            false => self.receive(slot),
+        }
+    }
+
+    /// Gives a duplicate of the socket away for its handshake.
+    pub(crate) fn hand_out(&mut self, slot: u32, dialled: bool) {
+        let ticket = Ticket {
+            slot,
+            generation: self.connections.generation(slot),
+            dialled,
+        };
+        self.connections[slot].connecting = true;
+        let duplicate = self.ring.duplicate(self.connections[slot].handle);
+        let errno = match duplicate {
+            Ok(socket) => {
+                let insecure = Insecure {
+                    socket,
+                    ticket,
+                    dialled,
+                };
+                match self.insecure.send(insecure) {
+                    Ok(()) => return,
+                    Err(_) => libc::ENOBUFS,
+                }
+            }
+            Err(error) => error.raw_os_error().unwrap_or(libc::EMFILE),
+        };
+        self.stats.shard.handshakes_refused.add(1);
+        self.adopt(ticket, Adoption::Failed(errno));
+    }
+
+    /// A handshake has come to its end.
+    pub(crate) fn adopt(&mut self, ticket: Ticket, adoption: Adoption) {
+        let slot = ticket.slot;
+        if !self.connections.is_current(slot, ticket.generation) {
+            return;
+        }
+        let connection = &mut self.connections[slot];
+        connection.connecting = false;
+        if connection.closing {
+            return self.retire_if_quiet(slot);
+        }
+        match adoption {
+            Adoption::Failed(errno) => return self.lost(slot, errno),
+            Adoption::Same => {}
+            Adoption::Socket(socket) => {
+                self.ring.detach(connection.handle);
+                self.ring.close(connection.handle);
+                connection.handle.fd = socket.into_raw_fd();
+                self.ring.attach(connection.handle);
+            }
+        }
+        match ticket.dialled {
+            true => self.established(slot),
+            false => self.receive(slot),
+        }
+    }
+
+    /// The peer of an adopted connection has reset it. What it had sent before may be lost, as
+    /// with any reset, except for a response: that counts up to its last byte, so its end is
+    /// read from the socket itself.
+    pub(crate) fn broken(&mut self, ticket: Ticket, errno: i32) {
+        if self.connections.is_current(ticket.slot, ticket.generation)
+            && !matches!(self.connections[ticket.slot].role, Role::End(End::Home(_)))
+        {
+            self.lost(ticket.slot, errno);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_of_tls_are_told_from_our_units() {
+        for tls in [
+            &b"\x16\x03\x01\x02\x00\x01"[..],
+            b"\x15\x03\x03\x00\x02\x02\x28",
+        ] {
+            assert!(is_tls(tls));
+        }
+        // A request frame, a two-part message, an acknowledgement, a refusal, and too little.
+        let ours: [&[u8]; 5] = [
+            b"\x00\x181/dynamo/backend/generate",
+            b"\x00\x00\x00\x00\x00\x00\x00\x4b",
+            b"\x00\x00\x00\x00",
+            b"\x00\x00\x00\x26Server",
+            b"\x16\x03",
+        ];
+        assert!(ours.iter().all(|bytes| !is_tls(bytes)));
+        // A path of 5,635 bytes.
+        assert!(!is_tls(b"\x16\x031/a/b/c"));
+    }
+}
