@@ -262,5 +262,6 @@ fn instance(worker: u64, path: &Path, codec: PayloadCodec) -> Instance {
         address: ([0, 0, 0, 0], 0).into(),
         path: path.as_os_str().as_encoded_bytes().to_vec(),
         codec,
+        device: None,
     }
 }

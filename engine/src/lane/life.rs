@@ -101,16 +101,22 @@ pub(crate) fn overdue<R: Ring>(shard: &mut Shard<R>, lane: u32, generation: u32)
     }
     let entry = &mut shard.lanes.lanes[lane];
     entry.timer = false;
-    match entry.queues.waiting() {
-        Ok(0) => {}
-        Ok(waiting) if entry.queues.posted().wrapping_sub(waiting) != entry.taken_then => {
+    let Some(news) = entry.last_news else {
+        return;
+    };
+    let (waiting, taken) = (entry.queues.waiting(), entry.queues.was_taken(news));
+    match (waiting, taken) {
+        (Ok(_), Ok(true)) => {}
+        (Ok(waiting), Ok(false))
+            if entry.queues.posted().wrapping_sub(waiting) != entry.taken_then =>
+        {
             watch(shard, lane);
         }
-        Ok(_) => {
+        (Ok(_), Ok(false)) => {
             shard.stats.shard.ack_timeouts.add(1);
             fault(shard, lane, "it does not take what is posted in time");
         }
-        Err(_) => fault(shard, lane, "it took more than was posted"),
+        _ => fault(shard, lane, "it took more than was posted"),
     }
 }
 

@@ -107,6 +107,9 @@ pub(crate) struct Lane {
     timer: bool,
     /// What it had taken when the timer was set.
     taken_then: u32,
+    /// The number of the last descriptor that it has to take soon. That blocks are free it may
+    /// hear when it likes: nobody wakes it for that.
+    last_news: Option<u32>,
 }
 
 /// A request that a lane has.
@@ -187,11 +190,15 @@ impl Lane {
             gone: false,
             timer: false,
             taken_then: 0,
+            last_news: None,
         }
     }
 
     /// Posts a descriptor, or keeps it until there is room.
     fn post(&mut self, descriptor: &Descriptor, kind: Kind) -> Result<(), &'static str> {
+        if kind != Kind::Released {
+            self.last_news = Some(self.queues.posted());
+        }
         if self.news != Some(Kind::Request) {
             self.news = Some(match kind {
                 Kind::Released => Kind::Released,
