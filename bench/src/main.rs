@@ -5,6 +5,10 @@ mod arrivals;
 mod cpu;
 mod export;
 mod frames;
+mod gms;
+mod gms_client;
+mod gms_report;
+mod gms_scene;
 mod hiccup;
 mod hop;
 mod hop_report;
@@ -37,6 +41,7 @@ use clap::Parser;
 Examples:
   corelane-bench hop --rounds 6 --seconds 2
   corelane-bench stock --dyn-worker PATH --dyn-client PATH
+  corelane-bench gms --python run/venv/bin/python
 
 Exit status: 0 done, 1 failed (also when requests were refused), 2 bad usage."
 )]
@@ -56,6 +61,11 @@ enum Job {
     /// The worker behind every arm of `lane`
     #[command(hide = true)]
     LaneWorker(lane_worker::WorkerArgs),
+    /// The GPU memory service, and the same protocol on an asyncio loop
+    Gms(Box<gms::GmsArgs>),
+    /// The writer that `gms` kills
+    #[command(hide = true)]
+    GmsWriter(gms_client::WriterArgs),
     /// The worker behind every arm of `hop`
     #[command(hide = true)]
     Sink(sink::SinkArgs),
@@ -84,6 +94,8 @@ fn main() -> ExitCode {
         Job::Stock(args) => stock::run(&args),
         Job::Lane(args) => lane::run(&args),
         Job::LaneWorker(args) => lane_worker::run(&args),
+        Job::Gms(args) => gms::run(&args),
+        Job::GmsWriter(args) => gms_client::hold(&args),
         Job::Sink(args) => sink::run(&args),
     };
     match done {

@@ -9,6 +9,7 @@
 use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -18,9 +19,10 @@ use corelane_codec::item::write_value;
 use corelane_codec::path::{EndpointId, instance_hex, instance_path};
 use corelane_engine::command::LocalPath;
 use corelane_engine::ends::Ends;
-use corelane_engine::handler::{Handler, MakeHandler, Request};
+use corelane_engine::handler::{Handler, MakeHandler, NewHandler, Request};
 use corelane_engine::responder::{Gone, Responder};
 use corelane_engine::shard::Command;
+use corelane_engine::stats::HandlerStats;
 use serde_json::json;
 use tokio::runtime::Builder;
 use tokio::task::{AbortHandle, LocalSet, spawn_local};
@@ -32,7 +34,11 @@ use crate::discovery::{
     BeforeRegister, Discovery, EtcdDiscovery, EtcdOptions, FileDiscovery, FileOptions,
     MemoryDiscovery, MemoryStore, Record, Registered,
 };
+use crate::env::Env;
+use crate::health::{self, Endpoints, Settings, State};
+use crate::metrics::{ProcessNumbers, ServedNumbers, Snapshot, WorkerNumbers};
 use crate::peer::Peer;
+use crate::status_server::{Health, StatusOptions, StatusServer};
 use crate::supervise::Signals;
 
 /// Identities whose paths are served at the same time: callers may hold the one from before a
@@ -67,12 +73,17 @@ async fn serve(args: EchoArgs) -> Result<Exit> {
             return Ok(Exit::Done);
         }
     };
-    let ready = json!({
+    let started = Rc::new(started);
+    let status = status(&args.server, &started).await?;
+    let mut ready = json!({
         "ready": true,
         "address": started.called_at(),
         "instance": instance_hex(started.instance_id()),
         "endpoint": args.endpoint.to_string(),
     });
+    if let Some(status) = &status {
+        ready["status"] = status.address().to_string().into();
+    }
     print(&format!("{ready}\n"))?;
     let exit = tokio::select! {
         name = signals.next() => {
@@ -84,13 +95,36 @@ async fn serve(args: EchoArgs) -> Result<Exit> {
             Exit::Failed
         }
     };
+    let stop = async {
+        started.stop(&args.drain).await;
+        if let Some(status) = status {
+            status.stop().await;
+        }
+    };
     tokio::select! {
-        () = started.stop(&args.drain) => Ok(exit),
+        () = stop => Ok(exit),
         name = signals.next() => {
             tracing::warn!("{name} again: ending at once");
             Ok(Exit::Failed)
         }
     }
+}
+
+/// The status server, where one was asked for.
+async fn status(server: &Server, worker: &Rc<EchoWorker>) -> Result<Option<StatusServer>> {
+    let Some(port) = server.status_port else {
+        return Ok(None);
+    };
+    let address = SocketAddr::new(server.status_host, port);
+    let (health, metrics) = (Rc::clone(worker), Rc::clone(worker));
+    let options = StatusOptions::read(address, &Env::current());
+    let started =
+        StatusServer::start(options, move || health.health(), move || metrics.metrics()).await;
+    let status = started.with_context(|| {
+        format!("cannot serve /health at {address}; set DYN_SYSTEM_PORT to another port, or to -1")
+    })?;
+    tracing::info!(address = %status.address(), "status server: /live /health /metrics");
+    Ok(Some(status))
 }
 
 /// What an echo worker is.
@@ -137,6 +171,8 @@ pub struct EchoWorker {
     follower: AbortHandle,
     /// Whether callers learn from a store when it leaves.
     is_watched: bool,
+    endpoints: Endpoints,
+    began: Instant,
 }
 
 impl EchoWorker {
@@ -147,14 +183,30 @@ impl EchoWorker {
     pub async fn start(options: &Options, store: Store<'_>) -> Result<EchoWorker> {
         let server = &options.server;
         let listen = SocketAddr::new(server.host, server.port);
-        let ends = || Ends::worker(vec![handler(options.answer.clone())]);
+        let ends = || Ends::worker(Vec::new());
         let peer = Rc::new(Peer::start(server, Some(listen), ends).await?);
+        let stats = HandlerStats::default();
+        let _ = stats.id.set(options.endpoint.clone());
+        let stats = Arc::new(stats);
+        let new = NewHandler {
+            make: handler(options.answer.clone()),
+            stats: Arc::clone(&stats),
+        };
+        peer.command(Command::Handler(new)).await?;
+        let (settings, complaints) = Settings::read(&Env::current());
+        for complaint in complaints {
+            tracing::warn!("{complaint}");
+        }
+        let endpoints = Endpoints::new(settings);
+        let entry = endpoints.add(options.endpoint.clone());
         let port = peer.address().map_or(server.port, |address| address.port());
         let address = SocketAddr::new(server.advertised(), port);
         let paths = Rc::new(Paths {
             peer: Rc::clone(&peer),
             endpoint: options.endpoint.clone(),
             identities: RefCell::default(),
+            stats,
+            entry: entry.clone(),
         });
         let is_watched = matches!(&store, Store::Configured(args)
             if args.discovery.backend != Backend::Memory);
@@ -165,6 +217,10 @@ impl EchoWorker {
         if discovery.register(record).await? == Registered::Deferred {
             tracing::warn!("the store is away; the worker will be registered when it is back");
         }
+        // Nothing checks an echo: who serves is healthy.
+        for state in [State::Registered, State::Running, State::Healthy] {
+            entry.turn(state);
+        }
         let worker = EchoWorker {
             peer,
             paths,
@@ -172,6 +228,8 @@ impl EchoWorker {
             address,
             follower: follower.abort_handle(),
             is_watched,
+            endpoints,
+            began: Instant::now(),
         };
         tracing::info!(endpoint = %options.endpoint, at = worker.called_at(), "echo worker ready");
         Ok(worker)
@@ -198,6 +256,37 @@ impl EchoWorker {
         format!("{}/{path}", self.address)
     }
 
+    fn health(&self) -> Health {
+        let path = (self.paths.endpoint.to_string(), self.called_at());
+        Health {
+            paths: vec![path],
+            ..Health::of(&self.endpoints)
+        }
+    }
+
+    fn metrics(&self) -> String {
+        let process = ProcessNumbers {
+            uptime: self.began.elapsed(),
+            directories: 0,
+            draining: self.peer.stats().shard.draining.get() == 1,
+        };
+        let discovery = Some(&**self.discovery.stats());
+        let text = Snapshot::take(&[self.peer.view()], Vec::new(), process, discovery).render();
+        let served = ServedNumbers {
+            id: self.paths.endpoint.clone(),
+            stats: vec![Arc::clone(&self.paths.stats)],
+        };
+        let bounds = Ends::worker(Vec::new());
+        let numbers = WorkerNumbers {
+            instance_id: self.instance_id(),
+            uptime: process.uptime,
+            served: vec![served],
+            shards: vec![self.peer.stats()],
+            bounds: Some((bounds.running_max, bounds.queue_max)),
+        };
+        numbers.join(text)
+    }
+
     /// Requests that run or wait.
     pub fn busy(&self) -> u64 {
         self.peer.stats().shard.handling.get()
@@ -205,6 +294,8 @@ impl EchoWorker {
 
     /// Leaves discovery, then refuses new requests, then waits for those that run.
     pub async fn drain(&self, drain: &Drain) {
+        self.endpoints.leave();
+        self.paths.entry.turn(State::Stopping);
         self.discovery.unregister_all().await;
         tracing::info!("drain: out of discovery");
         if self.is_watched {
@@ -231,6 +322,7 @@ impl EchoWorker {
         self.follower.abort();
         self.discovery.close().await;
         self.peer.stop().await;
+        self.paths.entry.turn(State::Deregistered);
         let handled = self.peer.stats().shard.handled.get();
         tracing::info!(handled, "stopped");
     }
@@ -263,11 +355,15 @@ struct Paths {
     peer: Rc<Peer>,
     endpoint: EndpointId,
     identities: RefCell<Vec<u64>>,
+    stats: Arc<HandlerStats>,
+    entry: health::Endpoint,
 }
 
 impl Paths {
     /// Serves the path of `id` from now on; the shard takes it in before requests that follow.
     async fn be(&self, id: u64) {
+        self.stats.instance.set(id);
+        self.entry.is_instance(id);
         let paths = {
             let mut identities = self.identities.borrow_mut();
             if identities.contains(&id) {

@@ -6,6 +6,7 @@
 //! corelane_hop_seconds{core,cpu}   corelane_answer_seconds{core,cpu}   histograms
 //! corelane_ring_info{core,cpu,ring,cause}   corelane_build_info{version}
 //! corelane_route_*{listen,target}   corelane_discovery_*               control's own
+//! dynamo_*                                                             see `dynamo`
 //! ```
 //! A scrape copies numbers and asks nobody: shards write their cells whether they are read or not.
 
@@ -13,6 +14,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::time::Duration;
 
+use corelane_engine::config::ANY_CPU;
 use corelane_engine::stats::{CellKind, Latency};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet, text};
@@ -21,6 +23,10 @@ use prometheus_client::registry::Registry;
 
 use crate::cores::CoreView;
 use crate::discovery::DiscoveryStats;
+
+mod dynamo;
+
+pub use dynamo::{ServedNumbers, WorkerNumbers};
 
 /// Buckets of latency histograms: two for each doubling, from 1.5 us to 8.6 s.
 const BUCKETS: usize = 46;
@@ -153,10 +159,7 @@ fn number(name: &'static str, kind: CellKind, help: &'static str, value: u64) ->
 fn core_numbers(core: &CoreView) -> CoreNumbers {
     let cells = core.stats.shard.each().into_iter();
     CoreNumbers {
-        labels: [
-            ("core", core.shard.to_string()),
-            ("cpu", core.cpu.to_string()),
-        ],
+        labels: [("core", core.shard.to_string()), ("cpu", cpu(core.cpu))],
         ring: core.ring,
         cause: core.cause,
         cells: cells
@@ -164,6 +167,13 @@ fn core_numbers(core: &CoreView) -> CoreNumbers {
             .collect(),
         hop: histogram(&core.stats.hop),
         answer: histogram(&core.stats.answer),
+    }
+}
+
+fn cpu(cpu: usize) -> String {
+    match cpu {
+        ANY_CPU => "any".to_owned(),
+        cpu => cpu.to_string(),
     }
 }
 

@@ -21,8 +21,9 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::cli::Stop;
 use crate::config::Server;
-use crate::cores::register;
+use crate::cores::{CoreView, register};
 use crate::env::Env;
+use crate::preflight::ring_word;
 use crate::tls::{self, Tls};
 use crate::trace;
 
@@ -40,6 +41,8 @@ pub struct Peer {
     handle: RefCell<ShardHandle>,
     reports: AsyncFd<OwnedFd>,
     events: AsyncFd<OwnedFd>,
+    ring: RingKind,
+    cause: &'static str,
     tls: Option<Rc<Tls>>,
 }
 
@@ -55,23 +58,29 @@ impl Peer {
         ends: impl Fn() -> Ends,
     ) -> Result<Peer> {
         host::raise_limits();
-        let (ring, required) = ring()?;
+        let (ring, cause, required) = ring()?;
         let mut config = ShardConfig::new(0, ANY_CPU, ring, listen);
         config.buffers = BUFFERS;
         config.message_bytes_max = u64::from(server.message_bytes_max);
         tls::ask(&mut config, &server.tls);
         let tls = Tls::start(&server.tls)?;
-        match Peer::on_ring(config.clone(), ends(), tls.clone()).await {
+        match Peer::on_ring(config.clone(), cause, ends(), tls.clone()).await {
             Err(error) if ring == RingKind::Uring && !required => {
                 tracing::warn!("ring epoll: io_uring did not start here: {error:#}");
                 config.ring = RingKind::Epoll;
-                Peer::on_ring(config, ends(), tls).await
+                Peer::on_ring(config, "start_failed", ends(), tls).await
             }
             other => other,
         }
     }
 
-    async fn on_ring(config: ShardConfig, ends: Ends, tls: Option<Rc<Tls>>) -> Result<Peer> {
+    async fn on_ring(
+        config: ShardConfig,
+        cause: &'static str,
+        ends: Ends,
+        tls: Option<Rc<Tls>>,
+    ) -> Result<Peer> {
+        let ring = config.ring;
         let tracing = trace::tracing();
         let ends = Ends { tracing, ..ends };
         let mut handle = spawn_with(config, ends)?;
@@ -81,6 +90,8 @@ impl Peer {
             reports: watch(handle.reports.as_fd()).context("cannot watch the shard")?,
             events: watch(handle.events.as_fd()).context("cannot watch the shard")?,
             handle: RefCell::new(handle),
+            ring,
+            cause,
             tls,
         };
         let deadline = Instant::now() + START_MAX;
@@ -110,6 +121,17 @@ impl Peer {
     /// Its counters.
     pub fn stats(&self) -> Arc<Stats> {
         Arc::clone(&self.handle.borrow().stats)
+    }
+
+    /// The shard as metrics show it.
+    pub fn view(&self) -> CoreView {
+        CoreView {
+            shard: 0,
+            cpu: ANY_CPU,
+            ring: ring_word(self.ring),
+            cause: self.cause,
+            stats: self.stats(),
+        }
     }
 
     /// Hands a command over; waits a little while its queue is full.
@@ -198,8 +220,8 @@ impl Peer {
     }
 }
 
-/// The ring that `CORELANE_IO` and this host allow, and whether it must be that one.
-fn ring() -> Result<(RingKind, bool), Stop> {
+/// The ring that `CORELANE_IO` and this host allow, why, and whether it must be that one.
+fn ring() -> Result<(RingKind, &'static str, bool), Stop> {
     let env = Env::current();
     let io = match env.get("CORELANE_IO") {
         Some(text) => text
@@ -210,5 +232,6 @@ fn ring() -> Result<(RingKind, bool), Stop> {
     let choice = host::choose(io, &host::probe());
     let choice = choice.map_err(|refused| Stop::HostCannot(refused.to_string()))?;
     tracing::info!("ring {}", choice.explain);
-    Ok((choice.ring, io == host::Io::Uring))
+    let required = io == host::Io::Uring;
+    Ok((choice.ring, choice.cause.word(), required))
 }

@@ -4,9 +4,13 @@
 //! | route | answer |
 //! |---|---|
 //! | `/live` | 200 while this process runs at all (unlike Dynamo's, which repeats `/health`) |
-//! | `/health` | 200 or 503, `{"status":..,"uptime":{..},"endpoints":{..},"paths":{..}}` |
+//! | `/health` | 200 or 503, an object of `status`, `uptime`, `endpoints`, `paths`, `states` |
 //! | `/metrics` | 200, text |
+//! | `/engine/{path}` | what a worker's callback answers, 400, 404 or 500 with JSON |
+//! | `/metadata`, `/v1/metadata/..` | 404 in Dynamo's words: nothing is published here |
 //! | else | 404 `Route not found` |
+//!
+//! The first two may have other paths ([`StatusOptions::read`]).
 //!
 //! A probe must be answered even when somebody holds connections open: there are at most
 //! [`CONNECTIONS_MAX`], each lives for a bounded time, and the oldest makes room for a new one.
@@ -33,6 +37,10 @@ use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinHandle, spawn_local};
 use tokio::time::timeout;
 
+use crate::engine_routes::EngineRoutes;
+use crate::env::Env;
+use crate::health::{Endpoints, Seen, State};
+
 /// Most connections at a time.
 pub const CONNECTIONS_MAX: usize = 64;
 /// Longest wait for a request's head.
@@ -48,6 +56,9 @@ const PLAIN: &str = "text/plain; charset=utf-8";
 /// What the text encoder of `prometheus-client` writes.
 pub const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
+const METRICS: &str = "/metrics";
+const ENGINE: &str = "/engine/";
+
 /// How the process is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Health {
@@ -57,6 +68,22 @@ pub struct Health {
     pub endpoints: Vec<(String, bool)>,
     /// Each endpoint that we listen for, and the address that reaches it: `IP:PORT/PATH`.
     pub paths: Vec<(String, String)>,
+    /// Each endpoint, and how far its life has come.
+    pub states: Vec<(String, State)>,
+}
+
+impl Health {
+    /// What a process says whose endpoints are these.
+    pub fn of(endpoints: &Endpoints) -> Self {
+        let seen = endpoints.seen();
+        let named = |seen: &Seen| seen.id.to_string();
+        Self {
+            ready: endpoints.is_ready(),
+            endpoints: seen.iter().map(|seen| (named(seen), seen.ready)).collect(),
+            paths: Vec::new(),
+            states: seen.iter().map(|seen| (named(seen), seen.state)).collect(),
+        }
+    }
 }
 
 /// Decides what `/health` says; asked at each request, so it must be cheap.
@@ -81,6 +108,8 @@ pub struct StatusOptions {
     pub live_path: String,
     /// The content type of what the metrics closure writes.
     pub metrics_content_type: &'static str,
+    /// What answers below `/engine/`.
+    pub engine: EngineRoutes,
 }
 
 impl StatusOptions {
@@ -91,7 +120,31 @@ impl StatusOptions {
             health_path: "/health".to_owned(),
             live_path: "/live".to_owned(),
             metrics_content_type: OPENMETRICS,
+            engine: EngineRoutes::default(),
         }
+    }
+
+    /// The same with the paths that the environment names; a name that cannot be one is said in
+    /// the log and not used.
+    pub fn read(address: SocketAddr, env: &Env) -> Self {
+        let mut options = Self::new(address);
+        let paths = [
+            ("DYN_SYSTEM_HEALTH_PATH", &mut options.health_path),
+            ("DYN_SYSTEM_LIVE_PATH", &mut options.live_path),
+        ];
+        for (name, path) in paths {
+            let Some(wanted) = env.get(name).map(str::trim) else {
+                continue;
+            };
+            let plain = |c: char| c.is_ascii_graphic() && !matches!(c, '?' | '#');
+            let taken = wanted == METRICS || wanted.starts_with(ENGINE);
+            if wanted.starts_with('/') && wanted.chars().all(plain) && !taken {
+                wanted.clone_into(path);
+            } else {
+                tracing::warn!("environment {name}: not a free path; going on with {path}");
+            }
+        }
+        options
     }
 }
 
@@ -211,8 +264,8 @@ async fn accept(
 
 async fn serve(stream: TcpStream, routes: Rc<Routes>, mut stopping: watch::Receiver<bool>) {
     let service = service_fn(move |request: Request<Incoming>| {
-        let response = routes.answer(&request);
-        async move { Ok::<_, Infallible>(response) }
+        let routes = routes.clone();
+        async move { Ok::<_, Infallible>(routes.answer(request).await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -232,12 +285,27 @@ async fn serve(stream: TcpStream, routes: Rc<Routes>, mut stopping: watch::Recei
 }
 
 impl Routes {
-    fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+    async fn answer(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+        if let Some(path) = request.uri().path().strip_prefix(ENGINE) {
+            let path = path.to_owned();
+            let (status, answer) = self.options.engine.answer(&path, request.into_body()).await;
+            return respond(status, PLAIN, answer.to_string());
+        }
+        self.answer_of_ours(&request)
+    }
+
+    fn answer_of_ours(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
         let path = request.uri().path();
         let is_live = path == self.options.live_path;
         let is_health = path == self.options.health_path;
-        if !is_live && !is_health && path != "/metrics" {
-            return respond(StatusCode::NOT_FOUND, PLAIN, "Route not found");
+        if !is_live && !is_health && path != METRICS {
+            let text = match path {
+                // Of Kubernetes discovery, and of files of models that are published.
+                "/metadata" => "Discovery metadata not available",
+                path if path.starts_with("/v1/metadata/") => "Not found",
+                _ => "Route not found",
+            };
+            return respond(StatusCode::NOT_FOUND, PLAIN, text);
         }
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
             let mut response = respond(StatusCode::METHOD_NOT_ALLOWED, PLAIN, "");
@@ -277,6 +345,7 @@ impl Routes {
             uptime,
             endpoints: Words(&health.endpoints),
             paths: Pairs(&health.paths),
+            states: States(&health.states),
         };
         // A struct of strings and numbers always has a JSON form.
         serde_json::to_string(&body).unwrap_or_default()
@@ -290,6 +359,8 @@ struct Body<'a> {
     endpoints: Words<'a>,
     #[serde(skip_serializing_if = "Pairs::is_empty")]
     paths: Pairs<'a>,
+    #[serde(skip_serializing_if = "States::is_empty")]
+    states: States<'a>,
 }
 
 #[derive(serde::Serialize)]
@@ -323,6 +394,21 @@ impl Pairs<'_> {
 impl Serialize for Pairs<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_map(self.0.iter().map(|(name, address)| (name, address)))
+    }
+}
+
+/// Endpoint names and how far their life has come, likewise.
+struct States<'a>(&'a [(String, State)]);
+
+impl States<'_> {
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl Serialize for States<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(name, state)| (name, state.word())))
     }
 }
 
@@ -360,11 +446,21 @@ mod tests {
                 ("a\"b".to_owned(), ready.get()),
             ],
             paths: vec![("generate".to_owned(), "127.0.0.1:1/0/a/b/c".to_owned())],
+            states: vec![("generate".to_owned(), State::Running)],
         };
-        let options = StatusOptions {
-            live_path: "/alive".to_owned(),
-            ..StatusOptions::new("127.0.0.1:0".parse().unwrap())
-        };
+        let set = [
+            ("DYN_SYSTEM_LIVE_PATH", "/alive"),
+            ("DYN_SYSTEM_HEALTH_PATH", "/metrics"),
+        ];
+        let own = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
+        let env = Env::of(set.into_iter().map(own));
+        let options = StatusOptions::read("127.0.0.1:0".parse().unwrap(), &env);
+        options
+            .engine
+            .set("sleep/deep", async |body| match body["level"].as_u64() {
+                Some(level) => Ok(serde_json::json!({ "slept": level })),
+                None => Err("no level".to_owned()),
+            });
         StatusServer::start(options, health, || "x_total 1\n# EOF\n".to_owned())
             .await
             .unwrap()
@@ -398,6 +494,7 @@ mod tests {
             assert_eq!(health["endpoints"]["generate"], "ready");
             assert_eq!(health["endpoints"]["a\"b"], "notready");
             assert_eq!(health["paths"]["generate"], "127.0.0.1:1/0/a/b/c");
+            assert_eq!(health["states"]["generate"], "running");
             ready.set(true);
             assert!(
                 ask(address, "GET /health?x=1")
@@ -421,6 +518,66 @@ mod tests {
             assert_eq!(body(&ask(address, "HEAD /health").await), "");
             server.stop().await;
             assert!(TcpStream::connect(address).await.is_err());
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    /// Answers of a stock worker, but for their date (`http-*.txt` of the description).
+    #[tokio::test(flavor = "current_thread")]
+    async fn what_is_not_there_is_answered_as_dynamo_does() {
+        let test = async {
+            let server = start(Rc::new(Cell::new(true))).await;
+            let engine = r#"{"error":"Route not found","message":"Route /engine/foo not found"}"#;
+            for (path, text) in [
+                ("/engine/foo", engine),
+                ("/metadata", "Discovery metadata not available"),
+                ("/nosuch", "Route not found"),
+                ("/v1/loras", "Route not found"),
+                ("/v1/metadata/a/b/c/d/e/f", "Not found"),
+            ] {
+                let answer = ask(server.address(), &format!("GET {path}")).await;
+                assert!(answer.starts_with("HTTP/1.1 404 Not Found\r\n"), "{answer}");
+                assert!(answer.contains("content-type: text/plain; charset=utf-8\r\n"));
+                let length = format!("content-length: {}\r\n", text.len());
+                assert!(answer.contains(&length), "{answer}");
+                assert_eq!(body(&answer), text, "{path}");
+            }
+            server.stop().await;
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn an_engine_is_asked() {
+        let post = async |address, text: &str| {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            let head = "POST /engine/sleep/deep HTTP/1.1\r\nhost: x\r\nconnection: close\r\n";
+            let request = format!("{head}content-length: {}\r\n\r\n{text}", text.len());
+            stream.write_all(request.as_bytes()).await.unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.unwrap();
+            let status = answer[9..12].to_owned();
+            (
+                status,
+                serde_json::from_str::<serde_json::Value>(body(&answer)).unwrap(),
+            )
+        };
+        let test = async {
+            let server = start(Rc::new(Cell::new(true))).await;
+            let (status, answer) = post(server.address(), r#"{"level":2}"#).await;
+            assert_eq!((&*status, &answer["slept"]), ("200", &2.into()));
+            let (status, answer) = post(server.address(), "").await;
+            assert_eq!(
+                (&*status, &answer["error"]),
+                ("500", &"Handler error".into())
+            );
+            assert_eq!(answer["message"], "no level");
+            let (status, answer) = post(server.address(), "{").await;
+            assert_eq!(
+                (&*status, &answer["error"]),
+                ("400", &"Invalid JSON".into())
+            );
+            server.stop().await;
         };
         LocalSet::new().run_until(test).await;
     }

@@ -31,8 +31,10 @@ use crate::discovery::{
     BeforeRegister, Discovery, DiscoveryError, DiscoveryStats, EtcdDiscovery, EtcdOptions,
     FileDiscovery, FileOptions, MemoryDiscovery, MemoryStore,
 };
+use crate::env::Env;
+use crate::health::State;
 use crate::lanes::LaneSockets;
-use crate::metrics::{ProcessNumbers, RouteNumbers, Snapshot};
+use crate::metrics::{ProcessNumbers, RouteNumbers, Snapshot, WorkerNumbers};
 use crate::offer::Offer;
 use crate::preflight::Plan;
 use crate::publish::{Board, Listed};
@@ -359,7 +361,7 @@ async fn status(server: &config::Server, pulse: &Rc<Pulse>) -> Result<Option<Sta
     };
     let address = SocketAddr::new(server.status_host, port);
     let (health, metrics) = (Rc::clone(pulse), Rc::clone(pulse));
-    let options = StatusOptions::new(address);
+    let options = StatusOptions::read(address, &Env::current());
     let started =
         StatusServer::start(options, move || health.health(), move || metrics.metrics()).await;
     let status = started.with_context(|| {
@@ -379,15 +381,25 @@ impl Pulse {
         let draining = self.draining.get();
         // The engine counts instances that can be reached for each core, not for each route.
         let reached = self.cores.sum(|stats| stats.shard.instances_ready.get()) > 0;
+        let served = |listed: &Listed| reached && !listed.instances().is_empty();
         let endpoint = |listed: &Listed| {
-            let served = reached && !listed.instances().is_empty();
-            let ready = listed.is_registered() && served && !draining;
+            let ready = listed.is_registered() && served(listed) && !draining;
             (listed.route.listen.to_string(), ready)
+        };
+        let state = |listed: &Listed| {
+            let state = match (draining, listed.is_registered(), served(listed)) {
+                (true, ..) => State::Stopping,
+                (false, false, _) => State::Created,
+                (false, true, false) => State::Registered,
+                (false, true, true) => State::Running,
+            };
+            (listed.route.listen.to_string(), state)
         };
         Health {
             ready: !draining && opened && registered && self.cores.all_run(),
             endpoints: routes.iter().map(endpoint).collect(),
             paths: self.paths(),
+            states: routes.iter().map(state).collect(),
         }
     }
 
@@ -418,12 +430,18 @@ impl Pulse {
         let routes = self.board.routes().iter().map(route).collect();
         let discovery = self.discovery.borrow();
         let own = Snapshot::take(&self.cores.view(), routes, process, discovery.as_deref());
-        own.render_with(|out| {
+        let text = own.render_with(|out| {
             if let Some(tls) = self.cores.tls() {
                 tls.stats().write(out);
             }
             self.more.borrow().iter().for_each(|more| more(out));
-        })
+        });
+        let numbers = WorkerNumbers {
+            instance_id: self.board.identity().unwrap_or_default(),
+            uptime: self.began.elapsed(),
+            ..WorkerNumbers::default()
+        };
+        numbers.join(text)
     }
 
     /// Requests between arrival and end, and callers being told of failures.

@@ -6,10 +6,10 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use super::args::{Answer, CallArgs, Codec, Early, EchoArgs, Target, UpArgs};
-use super::{Stop, check::CheckOptions, gms::GmsOptions};
+use super::{Stop, check::CheckOptions, extract::TraceOptions, gms::GmsOptions};
 use crate::config::{
-    Backend, Config, EndpointId, Host, Inputs, Key, Main, Override, Purpose, Section, address,
-    find, keys, nearest, quoted,
+    Backend, Config, EndpointId, Host, Inputs, Key, Main, Origin, Override, Purpose, Section,
+    Server, address, find, keys, nearest, quoted,
 };
 use crate::env::Env;
 
@@ -54,6 +54,7 @@ pub(super) enum Command {
     Worker(WorkerOptions),
     Call(CallOptions),
     Gms(Box<GmsOptions>),
+    Trace(TraceOptions),
 }
 
 /// Where settings come from.
@@ -324,11 +325,19 @@ impl EchoOptions {
                 return Err(Stop::Usage(text));
             }
         };
+        // A worker has a status server only where somebody asks for one, as Dynamo's.
+        let asked = config.settings.iter().any(|setting| {
+            setting.path == "server.status_port" && setting.origin != Origin::Default
+        });
+        let server = Server {
+            status_port: config.server.status_port.filter(|_| asked),
+            ..config.server
+        };
         Ok(EchoArgs {
             endpoint: self.endpoint,
             answer: self.answer.answer(),
             codec: self.codec.unwrap_or(from_env),
-            server: config.server,
+            server,
             discovery: config.discovery,
             drain: config.drain,
         })

@@ -39,8 +39,9 @@ use super::{metrics, open};
 use crate::config::Backend;
 use crate::cores::Cores;
 use crate::discovery::Discovery;
+use crate::engine_routes::EngineRoutes;
 use crate::health::{Endpoints, Hold, Settings, State};
-use crate::metrics::{ProcessNumbers, Snapshot};
+use crate::metrics::{ProcessNumbers, ServedNumbers, Snapshot, WorkerNumbers};
 use crate::status_server::{Health, StatusOptions, StatusServer};
 use crate::supervise::Signals;
 use crate::trace;
@@ -68,6 +69,7 @@ pub(super) struct Inner {
     stopped: watch::Sender<bool>,
     registry: Registry,
     began: Instant,
+    engine: EngineRoutes,
     status: RefCell<Option<StatusServer>>,
 }
 
@@ -161,6 +163,7 @@ impl Runtime {
             stopped,
             registry,
             began: Instant::now(),
+            engine: EngineRoutes::default(),
             status: RefCell::default(),
         }));
         if let Err(error) = runtime.serve_status().await {
@@ -242,6 +245,11 @@ impl Runtime {
     /// The states of all endpoints, for whoever shows them.
     pub fn endpoints(&self) -> &Endpoints {
         &self.0.endpoints
+    }
+
+    /// What answers at `/engine/{path}` of the status server.
+    pub fn engine_routes(&self) -> &EngineRoutes {
+        &self.0.engine
     }
 
     /// Whether no request, response, call or task is left on any shard.
@@ -343,7 +351,10 @@ impl Runtime {
         let health = move || health.upgrade().map(|inner| inner.health());
         let numbers = move || numbers.upgrade().map(|inner| inner.metrics());
         let started = StatusServer::start(
-            StatusOptions::new(address),
+            StatusOptions {
+                engine: self.0.engine.clone(),
+                ..StatusOptions::read(address, &self.0.options.env)
+            },
             move || health().unwrap_or_default(),
             move || numbers().unwrap_or_default(),
         );
@@ -363,16 +374,14 @@ impl Inner {
             let path = instance_path(instance, id);
             (id.to_string(), format!("{}/{path}", self.address))
         };
+        let health = Health::of(&self.endpoints);
         Health {
-            ready: self.endpoints.is_ready() && self.cores.all_run(),
-            endpoints: seen
-                .iter()
-                .map(|seen| (seen.id.to_string(), seen.ready))
-                .collect(),
+            ready: health.ready && self.cores.all_run(),
             paths: seen
                 .iter()
                 .filter_map(|seen| Some(path(&seen.id, seen.instance_id?)))
                 .collect(),
+            ..health
         }
     }
 
@@ -385,7 +394,21 @@ impl Inner {
         let stats = Some(&**self.discovery.stats());
         let cores = Snapshot::take(&self.cores.view(), Vec::new(), process, stats).render();
         let serving = self.serving.borrow();
-        metrics::with_endpoints(cores, &self.endpoints.seen(), &serving)
+        let text = metrics::with_endpoints(cores, &self.endpoints.seen(), &serving);
+        let served = |serving: &Rc<Serving>| ServedNumbers {
+            id: serving.id.clone(),
+            stats: serving.stats.clone(),
+        };
+        let admission = self.options.admission;
+        let views = self.cores.view().into_iter();
+        let numbers = WorkerNumbers {
+            instance_id: self.discovery.instance_id(),
+            uptime: self.began.elapsed(),
+            served: serving.iter().map(served).collect(),
+            shards: views.map(|core| core.stats).collect(),
+            bounds: Some((admission.running_max, admission.queue_max)),
+        };
+        numbers.join(text)
     }
 }
 

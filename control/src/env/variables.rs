@@ -24,8 +24,6 @@ const ADMISSION: Standing =
     NotHonoured("[core] in_flight_max bounds the requests of a core; nothing is queued");
 const ADMISSION_POOL: Standing = NotHonoured(NO_THREADS);
 const CANARY: Standing = NotHonoured("no health checks are sent in this version");
-const READINESS: Standing = NotHonoured("a router is ready when all its routes are registered");
-const STATUS_PATHS: Standing = NotHonoured("the paths are /health and /live");
 const HOME: Standing =
     NotHonoured("responses do not pass through the router: the worker dials the caller");
 const POOL: Standing =
@@ -157,13 +155,13 @@ pub const VARIABLES: &[Variable] = variables! {
             "makes a prefix of namespaces match one generation of workers";
     }
     "health" {
-        "DYN_SYSTEM_HEALTH_PATH", "/health", "path of a URL", STATUS_PATHS,
+        "DYN_SYSTEM_HEALTH_PATH", "/health", "path of a URL", Honoured,
             "is the path of /health";
-        "DYN_SYSTEM_LIVE_PATH", "/live", "path of a URL", STATUS_PATHS, "is the path of /live";
-        "DYN_SYSTEM_STARTING_HEALTH_STATUS", "notready", "ready or notready", READINESS,
-            "is what a process without endpoints says of itself";
-        "DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS", "[]", "JSON list of names", READINESS,
-            "names the endpoints that decide, as [\"generate\"]";
+        "DYN_SYSTEM_LIVE_PATH", "/live", "path of a URL", Honoured, "is the path of /live";
+        "DYN_SYSTEM_STARTING_HEALTH_STATUS", "notready", "ready or notready", Honoured,
+            "is what a worker without endpoints says of itself; a router has its routes";
+        "DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS", "[]", "JSON list of names", Honoured,
+            "names the endpoints of a worker that decide, as [\"generate\"]";
         "DYN_SYSTEM_ENABLED", "ignored", "switch",
             NotHonoured("[server] status_port = -1 switches the status server off"),
             "does nothing";
