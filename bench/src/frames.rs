@@ -34,6 +34,11 @@ pub(crate) struct RequestFrame {
 impl RequestFrame {
     /// The frame for `path` with a body of `body_bytes` (at least 1).
     pub(crate) fn new(path: &str, body_bytes: usize) -> Result<Self> {
+        Self::calling(path, body_bytes, CALL_HOME)
+    }
+
+    /// The same for a caller who waits for the response at `home`, `IP:PORT`.
+    pub(crate) fn calling(path: &str, body_bytes: usize, home: &str) -> Result<Self> {
         let id = format!("5eed0000-0000-4000-8000-{STAMP_ID}");
         let mut headers = Vec::new();
         let members = [
@@ -44,7 +49,7 @@ impl RequestFrame {
         headers::write(&members, &mut headers);
         let mut payload = Vec::new();
         two_part::write(
-            &control_message(&id)?,
+            &control_message(&id, home)?,
             &msgpack_string(body_bytes),
             &mut payload,
         );
@@ -92,14 +97,14 @@ impl RequestFrame {
 }
 
 /// The control message of a unary request.
-fn control_message(id: &str) -> Result<Vec<u8>> {
+fn control_message(id: &str, home: &str) -> Result<Vec<u8>> {
     let mut out = Vec::new();
     let message = NewControlMessage {
         id,
         request_type: RequestType::SingleIn,
         payload_codec: PayloadCodec::MessagePack,
         connection_info: TcpConnection {
-            address: CALL_HOME,
+            address: home,
             subject: &format!("5eed0001-0000-4000-8000-{STAMP_ID}"),
             context: id,
             stream_type: StreamType::Response,

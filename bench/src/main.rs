@@ -14,6 +14,10 @@ mod hop;
 mod hop_report;
 mod hop_scene;
 mod interrupt;
+mod lane;
+mod lane_handoff;
+mod lane_path;
+mod lane_worker;
 mod load;
 mod middle;
 mod pair;
@@ -57,6 +61,11 @@ enum Job {
     Stock(Box<stock::StockArgs>),
     /// Clients and workers, Dynamo's and corelane's, in pairs
     Pair(Box<pair::PairArgs>),
+    /// Requests to a worker process of this host: a shared-memory lane, Unix socket, TCP loopback
+    Lane(Box<lane::LaneArgs>),
+    /// The worker behind every arm of `lane`
+    #[command(hide = true)]
+    LaneWorker(lane_worker::WorkerArgs),
     /// The GPU memory service, and the same protocol on an asyncio loop
     Gms(Box<gms::GmsArgs>),
     /// The writer that `gms` kills
@@ -93,6 +102,8 @@ fn main() -> ExitCode {
         Job::Stock(args) => stock::run(&args),
         Job::Pair(args) => pair::run(&args),
         Job::PairClient(args) => pair_client::run(&args),
+        Job::Lane(args) => lane::run(&args),
+        Job::LaneWorker(args) => lane_worker::run(&args),
         Job::Gms(args) => gms::run(&args),
         Job::GmsWriter(args) => gms_client::hold(&args),
         Job::Sink(args) => sink::run(&args),

@@ -101,6 +101,8 @@ pub(crate) struct Route<'a> {
 pub(crate) enum Discovery<'a> {
     /// One fixed instance at this address (`IP:PORT/PATH`).
     Memory(&'a str),
+    /// Workers that attach at this socket.
+    Lane(&'a Path),
     /// An etcd, whose address is in the environment.
     Etcd,
 }
@@ -111,6 +113,8 @@ pub(crate) struct Corelane {
     pub(crate) server: Server,
     /// Its request plane.
     pub(crate) address: SocketAddr,
+    /// Its status server.
+    pub(crate) status: SocketAddr,
     /// The path of the endpoint it offers.
     pub(crate) path: String,
 }
@@ -128,7 +132,11 @@ impl Corelane {
         variables: &[(String, String)],
     ) -> Result<Self> {
         let (address, status) = (free_address()?, free_address()?);
-        let name = format!("corelane-{}", route.ack);
+        let kind = match discovery {
+            Discovery::Lane(_) => "lane",
+            _ => "tcp",
+        };
+        let name = format!("corelane-{kind}-{}", route.ack);
         let file = dir.join(format!("{name}.toml"));
         let config = corelane_config(args, address, status, discovery, route, cpus);
         fs::write(&file, config).with_context(|| format!("cannot write {}", file.display()))?;
@@ -148,6 +156,7 @@ impl Corelane {
         Ok(Self {
             server,
             address,
+            status,
             path,
         })
     }
@@ -175,13 +184,19 @@ fn corelane_config(
             "memory",
             format!("[[instance]]\nendpoint = \"{target}\"\naddress = \"{address}\"\n\n"),
         ),
+        Discovery::Lane(_) => ("memory", String::new()),
         Discovery::Etcd => ("etcd", String::new()),
+    };
+    let lane = match discovery {
+        Discovery::Lane(socket) => format!("lane = \"{}\"\n", socket.display()),
+        _ => String::new(),
     };
     let mut config = format!(
         "[server]\nhost = \"127.0.0.1\"\nport = {port}\nstatus_port = {status_port}\n\n\
          [discovery]\nbackend = \"{backend}\"\n\n{instance}\
          [[route]]\nlisten = \"{listen}\"\ntarget = \"{target}\"\npolicy = \"round_robin\"\n\
-         ack = \"{ack}\"\n\n[drain]\ngrace_s = 0\ntimeout_s = 2\n\n[core]\ncpus = \"{cpus}\"\n"
+         ack = \"{ack}\"\n{lane}\n[drain]\ngrace_s = 0\ntimeout_s = 2\n\n\
+         [core]\ncpus = \"{cpus}\"\n"
     );
     for line in &args.corelane_core {
         config.push_str(line);

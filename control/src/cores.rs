@@ -21,7 +21,7 @@ use corelane_engine::stats::Stats;
 use thiserror::Error;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::watch;
+use tokio::sync::{broadcast, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::preflight::{Plan, Planned, ring_word};
@@ -35,6 +35,8 @@ const START_MAX: Duration = Duration::from_secs(30);
 const COMMAND_MAX: Duration = Duration::from_secs(5);
 /// Longest wait for the end of a shard that was told to stop.
 const STOP_MAX: Duration = Duration::from_secs(5);
+/// Reports of lost lanes that one who follows them may be behind.
+const LANE_FAULTS: usize = 1024;
 /// A thread that ended without a report is noticed this late at most.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -128,6 +130,8 @@ pub struct Cores {
     /// Counts changes of state.
     changes: watch::Sender<u64>,
     stopping: Cell<bool>,
+    /// Workers that have lost a lane, and why.
+    lane_faults: broadcast::Sender<(u64, &'static str)>,
     tls: Option<Rc<Tls>>,
     quic: Rc<Quic>,
 }
@@ -183,6 +187,7 @@ impl Cores {
             address,
             changes: watch::Sender::new(0),
             stopping: Cell::new(false),
+            lane_faults: broadcast::Sender::new(LANE_FAULTS),
             tls,
             quic,
         });
@@ -282,6 +287,12 @@ impl Cores {
                     let core = handle.shard;
                     tracing::warn!(core, why, "a request cannot be decoded");
                 }
+                Report::LaneEnded { worker, why } => {
+                    // Nobody listens when the worker has gone by himself.
+                    let _ = self
+                        .lane_faults
+                        .send((worker, why.unwrap_or("it has ended")));
+                }
                 Report::Stranger => {
                     tracing::warn!(core = handle.shard, "{}", tls::STRANGER);
                 }
@@ -363,6 +374,16 @@ impl Cores {
     pub fn commands(&self) -> Vec<mesh::Sender<Command>> {
         let of = |core: &Core| core.handle.borrow().commands();
         self.list.iter().map(of).collect()
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.list.len()
+    }
+
+    /// Tells of workers that have lost a lane, from now on.
+    pub fn lane_faults(&self) -> broadcast::Receiver<(u64, &'static str)> {
+        self.lane_faults.subscribe()
     }
 
     /// What metrics show of each.

@@ -17,6 +17,7 @@ pub mod env;
 pub mod gpu_memory;
 pub mod gpu_metrics;
 pub mod health;
+pub mod lanes;
 pub mod lease;
 pub mod logging;
 pub mod metrics;

@@ -116,7 +116,12 @@ impl Peer {
                     failure.unwrap_or_else(|| "the shard ended at once".into())
                 )
             }
-            Ok(Report::Undecodable { .. } | Report::Stranger | Report::Span(_)) => Ok(peer),
+            Ok(
+                Report::Undecodable { .. }
+                | Report::LaneEnded { .. }
+                | Report::Stranger
+                | Report::Span(_),
+            ) => Ok(peer),
             Err(_) => bail!("the shard does not run after {START_MAX:?}"),
         }
     }
@@ -178,7 +183,7 @@ impl Peer {
     pub async fn ended(&self) -> String {
         loop {
             match self.report().await {
-                Report::Started { .. } => {}
+                Report::Started { .. } | Report::LaneEnded { .. } => {}
                 Report::Undecodable { why } => {
                     tracing::warn!(why, "a request cannot be decoded");
                 }

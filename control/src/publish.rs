@@ -43,6 +43,8 @@ pub struct Listed {
     statics: Vec<Instance>,
     /// Known now.
     instances: watch::Sender<Instances>,
+    /// Workers that are attached over lanes.
+    attached: RefCell<Vec<Instance>>,
     /// Whether our record stands in discovery under the present identity.
     registered: Cell<bool>,
     /// Whether the list is what the store says now, and not the last known one.
@@ -109,6 +111,7 @@ impl Board {
                 route: route.clone(),
                 instances: watch::Sender::new(merged(&statics, Vec::new()).into()),
                 statics,
+                attached: RefCell::default(),
                 registered: Cell::new(false),
                 fresh: watch::Sender::new(false),
             }
@@ -203,6 +206,11 @@ impl Board {
         let Some(listed) = self.routes.get(index) else {
             return;
         };
+        if listed.route.lane.is_some() {
+            // Its workers come to us.
+            listed.fresh.send_replace(true);
+            return std::future::pending().await;
+        }
         let mut watch = InstanceWatch::new(discovery, &listed.route.target);
         loop {
             watch.changed().await;
@@ -210,6 +218,25 @@ impl Board {
             self.found(listed, found);
             let fresh = watch.freshness() == Freshness::Fresh;
             listed.fresh.send_replace(fresh);
+        }
+    }
+
+    /// A worker of a route has attached its lanes.
+    pub fn lane_attached(&self, index: usize, worker: Instance) {
+        if let Some(listed) = self.routes.get(index) {
+            listed.attached.borrow_mut().push(worker);
+            self.found(listed, merged(&[], listed.attached.borrow().clone()));
+        }
+    }
+
+    /// It is gone.
+    pub fn lane_detached(&self, index: usize, worker: u64) {
+        if let Some(listed) = self.routes.get(index) {
+            listed
+                .attached
+                .borrow_mut()
+                .retain(|other| other.id != worker);
+            self.found(listed, merged(&[], listed.attached.borrow().clone()));
         }
     }
 
@@ -268,7 +295,12 @@ fn route(route: &config::Route, paths: Vec<Vec<u8>>, instances: &[Instance]) -> 
         retries_max: route.retries_max,
         hold_bytes: route.hold_bytes,
         relay: (route.response == config::Response::Relay).then(|| relay_times(&route.relay)),
-        instances: instances.iter().map(instance).collect(),
+        lane: route.lane.is_some(),
+        // Workers with lanes are not dialled.
+        instances: match route.lane {
+            Some(_) => Vec::new(),
+            None => instances.iter().map(instance).collect(),
+        },
     }
 }
 
@@ -335,6 +367,7 @@ mod tests {
                 first_item_timeout_ms: 250,
                 ..config::RelayTimes::default()
             },
+            lane: None,
         };
         let handed = route(
             &configured,

@@ -16,6 +16,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use corelane_codec::path::instance_path;
+use corelane_engine::ends::Ends;
+use corelane_engine::lane::RESPONSES_MAX;
 use corelane_engine::shard::Command;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
@@ -31,6 +33,7 @@ use crate::discovery::{
 };
 use crate::env::Env;
 use crate::health::State;
+use crate::lanes::LaneSockets;
 use crate::metrics::{ProcessNumbers, RouteNumbers, Snapshot, WorkerNumbers};
 use crate::offer::Offer;
 use crate::preflight::Plan;
@@ -103,6 +106,7 @@ pub struct Router {
     drain: config::Drain,
     discovery: Discovery,
     status: Option<StatusServer>,
+    _lanes: LaneSockets,
     stop_offers: watch::Sender<bool>,
     offers: Vec<JoinHandle<()>>,
     followers: Vec<AbortHandle>,
@@ -115,7 +119,12 @@ impl Router {
     /// # Errors
     /// A port is taken, a core cannot run, or the store cannot be reached in time.
     pub async fn start(config: &Config, plan: &Plan, store: Store) -> Result<Self> {
-        let cores = Cores::spawn(plan)?;
+        let lanes = config.routes.iter().any(|route| route.lane.is_some());
+        let cores = Cores::spawn_with(plan, move |_| Ends {
+            // Who calls callers home for workers that share memory with us.
+            running_max: if lanes { RESPONSES_MAX } else { 0 },
+            ..Ends::default()
+        })?;
         let board = Board::new(&config.routes, &config.instances, &cores);
         let advertised = config.server.advertised();
         let pulse = Rc::new(Pulse {
@@ -132,6 +141,7 @@ impl Router {
             address = %cores.address(), advertised = %pulse.address,
             cores = plan.shards.len(), "listening"
         );
+        let lanes = LaneSockets::listen(&config.routes, &cores, &board)?;
         let status = status(&config.server, &pulse).await?;
         let discovery = open(config, store, &board).await?;
         pulse.discovery.replace(Some(Rc::clone(discovery.stats())));
@@ -140,6 +150,7 @@ impl Router {
             drain: config.drain.clone(),
             discovery,
             status,
+            _lanes: lanes,
             stop_offers: watch::Sender::new(false),
             offers: Vec::new(),
             followers: Vec::new(),
@@ -437,7 +448,8 @@ impl Pulse {
     fn in_flight(&self) -> u64 {
         let busy = |stats: &corelane_engine::stats::Stats| {
             let shard = &stats.shard;
-            shard.in_flight.get() + shard.tells.get() + shard.relays.get()
+            let lanes = shard.lane_jobs.get().max(shard.handling.get());
+            shard.in_flight.get() + shard.tells.get() + shard.relays.get() + lanes
         };
         self.cores.sum(busy)
     }

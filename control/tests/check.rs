@@ -506,6 +506,27 @@ const IN_ROUTE: &[(&str, &[&str])] = &[
          did you mean \"on_forward\"? possible are \"on_forward\" | \"on_accept\""],
     ),
     (
+        "ack = \"on_accept\"\nlane = \"/run/x.sock\"",
+        &[
+            "c.toml:6:7: ack = \"on_accept\" does not go with a lane: its workers do not answer; \
+         write ack = \"on_forward\", or take it out",
+        ],
+    ),
+    (
+        "lane = \"/run/x.sock\"\nlane_uids = \"1000,me\"",
+        &[
+            "c.toml:7:13: lane_uids is \"1000,me\", no list of users' numbers; \
+         write lane_uids = \"1000,1001\"",
+        ],
+    ),
+    (
+        "lane_bytes = 4096",
+        &[
+            "c.toml:6:14: lane_bytes is 4096, outside 1048576 to 1073741824 (bytes); \
+         write 1048576",
+        ],
+    ),
+    (
         "ack_timeout_ms = 0",
         &["c.toml:6:18: ack_timeout_ms is 0, outside 1 to 600000 (milliseconds); write 1"],
     ),

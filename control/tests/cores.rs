@@ -74,6 +74,7 @@ fn route() -> Route {
         retries_max: 1,
         hold_bytes: 1 << 16,
         relay: corelane::config::RelayTimes::default(),
+        lane: None,
     }
 }
 

@@ -54,6 +54,7 @@ fn admit<R: Ring>(shard: &mut Shard<R>, fd: std::os::fd::RawFd) {
     if let Some(slot) = shard.open(fd, Role::Downstream) {
         shard.stats.shard.connections_accepted.add(1);
         shard.connections[slot].paused = shard.throttled;
+        shard.connections[slot].careful = shard.lanes.expected;
         shard.welcome(slot);
     }
 }

@@ -7,6 +7,7 @@ use crate::adopt::{Adoption, Insecure, Ticket};
 use crate::client::NewCall;
 use crate::directory::Directory;
 use crate::handler::NewHandler;
+use crate::lane::NewLane;
 use crate::local::Run;
 use crate::mesh::{Receiver, Sender};
 use crate::quic::Outbound;
@@ -29,6 +30,13 @@ pub enum Command {
         number: u64,
         /// Do not even take what the worker still sends.
         kill: bool,
+    },
+    /// A worker shares memory with this shard.
+    Lane(Box<NewLane>),
+    /// A worker with lanes is gone.
+    EndLanes {
+        /// Which.
+        worker: u64,
     },
     /// The handshake on a socket of the shard's has ended.
     Adopt {
@@ -74,6 +82,13 @@ pub enum Report {
     Undecodable {
         /// What was wrong.
         why: String,
+    },
+    /// A worker has lost its lane to this shard and should lose the others.
+    LaneEnded {
+        /// Which worker.
+        worker: u64,
+        /// What it did.
+        why: Option<&'static str>,
     },
     /// A peer speaks TLS where we do not; at most one a second is told.
     Stranger,

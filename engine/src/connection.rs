@@ -63,6 +63,15 @@ pub enum Intake {
         /// Bytes still to come.
         left: u64,
     },
+    /// Into the slab of a worker behind a lane.
+    Lane {
+        /// The lane.
+        lane: u32,
+        /// The request that takes them.
+        job: u32,
+        /// Bytes still to come.
+        left: u32,
+    },
     /// Nowhere: the rest of a refused frame.
     Discard {
         /// Bytes still to come.
@@ -115,6 +124,8 @@ pub struct Connection {
     pub dirty: bool,
     /// The peer has sent its end of stream.
     pub end_of_stream: bool,
+    /// Its frames go to lanes: little is received at once, as what follows may belong into a slab.
+    pub careful: bool,
     /// A timer looks at its unfinished frame.
     pub frame_timer: bool,
     /// Received bytes that no frame has taken.
@@ -162,6 +173,7 @@ impl Connection {
             crowded: false,
             dirty: false,
             end_of_stream: false,
+            careful: false,
             frame_timer: false,
             incoming: PieceList::EMPTY,
             need: 0,

@@ -16,7 +16,7 @@ use crate::respond::{self, Refusal};
 use crate::ring::Ring;
 use crate::route::hash_hint;
 use crate::shard::Shard;
-use crate::{adopt, forward, recv, relay_admit, tell, worker};
+use crate::{adopt, forward, lane, recv, relay_admit, tell, worker};
 
 /// Room for the longest prefix, and for the front of a payload behind it.
 pub(crate) const SCRATCH_BYTES: usize = REQUEST_PREFIX_BYTES_MAX + ENVELOPE_BYTES_MAX;
@@ -42,6 +42,7 @@ pub(crate) fn requests<R: Ring>(shard: &mut Shard<R>, slot: u32) {
                 connection.streamed += taken;
                 forward::extend(shard, slot, request, taken as usize)
             }
+            Intake::Lane { lane, job, left } => lane::fill(shard, slot, lane, job, left),
             Intake::Collect { handler, left } => worker::collect(shard, slot, handler, left),
             Intake::Frames => there >= connection.need && frame(shard, slot),
         };
@@ -167,6 +168,11 @@ fn take<R: Ring>(
     if let Err(error) = request_frame::check_size(prefix, shard.config.message_bytes_max) {
         return refuse_size(shard, slot, prefix, error);
     }
+    let is_lane = route & worker::LOCAL == 0 && shard.directory.routes[route as usize].lane;
+    shard.connections[slot].careful = is_lane;
+    if is_lane {
+        return lane::take(shard, slot, prefix, route, hint);
+    }
     if route & worker::LOCAL != 0 {
         return worker::take(shard, slot, prefix, route & !worker::LOCAL);
     }
@@ -251,6 +257,7 @@ fn refuse_size<R: Ring>(shard: &mut Shard<R>, slot: u32, prefix: &Prefix, error:
     refuse(shard, slot, prefix, Refusal::TooLarge(error))
 }
 
+/// Lets the bytes of a frame pass by.
 pub(crate) fn skip<R: Ring>(shard: &mut Shard<R>, slot: u32, frame_bytes: u64) {
     let connection = &mut shard.connections[slot];
     connection.need = 0;

@@ -37,6 +37,8 @@ pub struct Route {
     pub hold_bytes: u32,
     /// How responses travel: `None`, the worker dials the caller himself.
     pub relay: Option<RelayTimes>,
+    /// Its requests go to workers behind lanes, and not to instances.
+    pub lane: bool,
     /// Sorted by id.
     pub instances: Vec<Instance>,
 }

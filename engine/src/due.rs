@@ -3,7 +3,7 @@
 use crate::ring::Ring;
 use crate::shard::Shard;
 use crate::timer_wheel::TimerId;
-use crate::{accept, collect, ends, link, recv, relay_home, relay_time, tell};
+use crate::{accept, collect, ends, lane, link, recv, relay_home, relay_time, tell};
 
 /// What a timer is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +41,8 @@ pub(crate) enum TimerKind {
     RelayAccept,
     /// A shared connection to a caller.
     Mux,
+    /// A worker may not take what is posted on its lane.
+    Lane = 40,
 }
 
 impl<R: Ring> Shard<R> {
@@ -91,6 +93,7 @@ impl<R: Ring> Shard<R> {
                     relay_home::overdue(self, slot);
                 }
                 RELAY_ACCEPT => relay_home::arm(self),
+                40 => lane::overdue(self, slot, generation),
                 kind => ends::overdue(self, kind, slot, generation),
             }
         }

@@ -11,6 +11,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::config::Idle;
 use crate::connection::End;
 use crate::handler::MakeHandler;
 use crate::mesh::budget::Budget;
@@ -79,6 +80,14 @@ pub(crate) fn flush<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     let connection = &mut shard.connections[slot];
     if connection.sending || connection.closing || connection.connecting {
         return;
+    }
+    if connection.outgoing.has_lent() {
+        let mut spans = [Span::of(&[]); 64];
+        let count = connection.outgoing.unsent_spans(&mut spans);
+        return match count {
+            0 => {}
+            count => shard.send(slot, &spans[..count]),
+        };
     }
     let span = Span::of(connection.outgoing.unsent_bytes());
     if !span.is_empty() {
@@ -244,7 +253,12 @@ impl<R: Ring> Shard<R> {
 
     /// Whether nothing happens here that the ring does not know of.
     pub fn may_sleep(&self) -> bool {
-        !self.has_tasks() && !self.client.is_held_up() && !self.worker.waits_for_others()
+        let spins = self.config.idle == Idle::Spin;
+        !spins
+            && !self.has_tasks()
+            && !self.client.is_held_up()
+            && !self.worker.waits_for_others()
+            && !self.lanes.is_ready()
     }
 
     /// Brackets a turn of the executor: the tasks that were woken before it have run after it.

@@ -273,7 +273,7 @@ fn envelope(payload: &[u8], takes: RequestType) -> Result<Envelope, String> {
             return Err("this endpoint takes a stream of requests, not one".into());
         }
         (RequestType::SingleIn, RequestType::SingleIn) if parts.body.is_empty() => {
-            return Err("the request has no body".into());
+            return Err(NO_BODY.into());
         }
         (RequestType::SingleIn, RequestType::SingleIn) => None,
         (RequestType::ManyIn, RequestType::ManyIn) if !parts.body.is_empty() => {
@@ -292,6 +292,20 @@ fn envelope(payload: &[u8], takes: RequestType) -> Result<Envelope, String> {
         home,
         input,
     })
+}
+
+/// Said of a request without a body.
+pub(crate) const NO_BODY: &str = "the request has no body";
+
+/// What the control message of a request that comes alone says: id, codec, and its caller.
+pub(crate) fn of_control(control: &[u8]) -> Result<(String, PayloadCodec, CallHome), String> {
+    let control = control_message::decode(control).map_err(|error| error.to_string())?;
+    let id = control.id.to_cow();
+    let home = place(&control.connection_info, StreamType::Response, &id)?;
+    if control.request_type == RequestType::ManyIn {
+        return Err("this endpoint takes one request, not a stream of them".into());
+    }
+    Ok((id.into_owned(), control.payload_codec, home))
 }
 
 /// Where the caller waits for one of the streams of the request `id`.
@@ -353,7 +367,7 @@ fn quic_home(info: &QuicConnectionInfo<'_>) -> Result<CallHome, String> {
 
 /// Where the caller is, if at least that can be read: his connection info must be whole, whatever
 /// is wrong around it.
-fn call_home_of(payload: &[u8]) -> Option<CallHome> {
+pub(crate) fn call_home_of(payload: &[u8]) -> Option<CallHome> {
     let Decoded::Frame(parts) = two_part::decode_prefix(payload, None) else {
         return None;
     };

@@ -10,6 +10,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use crate::local::Wishes;
+use crate::outgoing::Lent;
 use crate::ring::monotonic_ns;
 
 /// What the handlers of one shard share: its timers, and the list of responses to look at.
@@ -28,6 +29,17 @@ struct HostState {
     woken: Cell<bool>,
     tasks: Cell<usize>,
     wishes: Wishes,
+    /// Requests of lanes whose caller wants no more, and whether he is gone.
+    stopped: RefCell<Vec<(LaneJob, bool)>>,
+    /// Blocks of lanes that nobody sends any more.
+    returned: RefCell<Vec<Lent>>,
+}
+
+/// A request that the worker behind a lane answers: lane and job, each slot and generation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LaneJob {
+    pub(crate) lane: (u32, u32),
+    pub(crate) job: (u32, u32),
 }
 
 impl Host {
@@ -62,6 +74,24 @@ impl Host {
 
     pub(crate) fn take_touched(&self, into: &mut Vec<(u32, u32)>) {
         into.append(&mut self.0.touched.borrow_mut());
+    }
+
+    /// The caller of a lane's request wants no more.
+    pub(crate) fn stopped(&self, job: LaneJob, kill: bool) {
+        self.0.stopped.borrow_mut().push((job, kill));
+    }
+
+    pub(crate) fn take_stopped(&self, into: &mut Vec<(LaneJob, bool)>) {
+        into.append(&mut self.0.stopped.borrow_mut());
+    }
+
+    pub(crate) fn take_returned(&self, into: &mut Vec<Lent>) {
+        into.append(&mut self.0.returned.borrow_mut());
+    }
+
+    /// Blocks go back to their worker.
+    pub(crate) fn give_back(&self, lent: impl Iterator<Item = Lent>) {
+        self.0.returned.borrow_mut().extend(lent);
     }
 
     /// When the first sleeper is to be woken.

@@ -26,6 +26,7 @@ mod home;
 pub mod host;
 pub mod in_flight;
 pub mod input;
+pub mod lane;
 pub mod ledger;
 mod link;
 pub mod local;

@@ -56,6 +56,7 @@ pub(crate) fn publish<R: Ring>(shard: &mut Shard<R>, directory: Arc<Directory>) 
         .map(|route| route.instances.len() as u64)
         .sum();
     shard.stats.shard.instances.set(listed);
+    shard.lanes.expected = directory.routes.iter().any(|route| route.lane);
     shard.directory = directory;
     let upstreams: Vec<u32> = shard.upstreams.slots().collect();
     for upstream in upstreams {

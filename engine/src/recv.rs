@@ -4,7 +4,7 @@ use crate::buffers::BufferId;
 use crate::connection::{Intake, Role};
 use crate::ring::Ring;
 use crate::shard::{Shard, TimerKind};
-use crate::{decode, ends, forward, relay_flow, relay_life, relay_time, respond};
+use crate::{decode, ends, forward, lane, relay_flow, relay_life, relay_time, respond};
 
 /// A frame whose bytes stop coming for so long ends its connection.
 pub(crate) const FRAME_PAUSE_NS: u64 = 30_000_000_000;
@@ -36,6 +36,23 @@ pub(crate) fn received<R: Ring>(
         None => return shard.lost(slot, libc::ENOBUFS),
     }
     consume(shard, slot);
+    if shard.connections.get(slot).is_some() {
+        shard.receive(slot);
+    }
+}
+
+/// So many bytes of a body were received into a worker's slab.
+pub(crate) fn landed<R: Ring>(shard: &mut Shard<R>, slot: u32, bytes: u32) {
+    let connection = &mut shard.connections[slot];
+    connection.receiving = false;
+    if connection.closing {
+        return;
+    }
+    shard.stats.shard.received_bytes.add(u64::from(bytes));
+    if lane::landed(shard, slot, bytes) {
+        decode::requests(shard, slot);
+    }
+    watch_frame(shard, slot);
     if shard.connections.get(slot).is_some() {
         shard.receive(slot);
     }

@@ -316,6 +316,8 @@ pub(crate) fn downstream_half_closed<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     if let Intake::Stream { request, .. } = connection.intake {
         connection.intake = Intake::Frames;
         settle::abort(shard, request);
+    } else if let Intake::Lane { .. } = connection.intake {
+        return shard.lost(slot, libc::ECONNABORTED);
     }
     close_if_over(shard, slot);
 }
@@ -335,6 +337,9 @@ pub(crate) fn downstream_lost<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     }
     if let Intake::Stream { request, .. } = intake {
         settle::abort(shard, request);
+    } else if let Intake::Lane { .. } = intake {
+        // The kernel may still write there: it is undone when the connection is retired.
+        shard.connections[slot].intake = intake;
     }
 }
 

@@ -215,7 +215,7 @@ pub(crate) fn advance<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     if !outgoing.is_empty() {
         return;
     }
-    if response.stream.borrow_mut().give(outgoing.waiting()) {
+    if response.stream.borrow_mut().give(outgoing) {
         return ends::flush(shard, connection);
     }
     if response.stream.borrow().is_written() {
@@ -231,6 +231,7 @@ pub(crate) fn sent<R: Ring>(shard: &mut Shard<R>, slot: u32, bytes: usize) {
     if !outgoing.is_empty() {
         return ends::flush(shard, connection);
     }
+    shard.worker.host.give_back(outgoing.returned(false));
     shard.worker.responses[slot].stream.borrow_mut().taken();
     advance(shard, slot);
 }

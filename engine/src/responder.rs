@@ -20,8 +20,14 @@ use corelane_codec::error::DynamoError;
 use corelane_codec::item::{self, Annotated};
 use corelane_codec::two_part;
 
+use crate::host::LaneJob;
 pub use crate::host::{Host, Sleep};
+use crate::outgoing::{Lent, Outgoing};
 use crate::ring::monotonic_ns;
+
+mod for_lane;
+
+use for_lane::wrapping;
 
 /// Items that may wait for the socket before a handler has to.
 const ITEMS_MAX: u32 = 64;
@@ -39,6 +45,10 @@ pub(crate) struct Stream {
     /// Encoded, and not given to the socket.
     out: Vec<u8>,
     out_items: u32,
+    /// Blocks of a lane between the bytes of `out`, see [`Outgoing::lend`].
+    lent: Vec<(usize, Lent)>,
+    /// Who writes it instead of a task.
+    job: Option<LaneJob>,
     /// Given to the socket, and not taken by it.
     sending_bytes: usize,
     sending_items: u32,
@@ -86,6 +96,8 @@ impl Stream {
             codec,
             out: Vec::with_capacity(512),
             out_items: 0,
+            lent: Vec::new(),
+            job: None,
             sending_bytes: 0,
             sending_items: 0,
             began: false,
@@ -182,12 +194,13 @@ impl Stream {
     }
 
     /// Gives what there is to the socket; false when there is nothing.
-    pub(crate) fn give(&mut self, to: &mut Vec<u8>) -> bool {
+    pub(crate) fn give(&mut self, to: &mut Outgoing) -> bool {
         debug_assert!(to.is_empty());
-        std::mem::swap(to, &mut self.out);
-        self.sending_bytes = to.len();
+        std::mem::swap(to.waiting(), &mut self.out);
+        to.lend(&mut self.lent);
+        self.sending_bytes = to.unsent();
         self.sending_items = std::mem::take(&mut self.out_items);
-        !to.is_empty()
+        self.sending_bytes > 0
     }
 
     /// The socket has taken all that it was given.
@@ -205,6 +218,7 @@ impl Stream {
         self.complete = false;
         self.out.clear();
         self.out_items = 0;
+        self.stop_lane(kill);
         self.wake_all();
     }
 
@@ -261,7 +275,7 @@ impl Stream {
         }
     }
 
-    fn is_full(&self) -> bool {
+    pub(crate) fn is_full(&self) -> bool {
         self.out_items + self.sending_items >= ITEMS_MAX
             || self.out.len() + self.sending_bytes >= BYTES_MAX
     }
@@ -321,7 +335,7 @@ impl Stream {
         }
     }
 
-    fn finish(&mut self) {
+    pub(crate) fn finish(&mut self) {
         if self.over {
             return;
         }
@@ -394,10 +408,8 @@ impl Responder {
     pub async fn annotated(&mut self, value: &[u8]) -> Result<(), Gone> {
         self.room().await?;
         let mut stream = self.stream.borrow_mut();
-        match stream.codec {
-            PayloadCodec::Json => stream.write_item([b"{\"data\":", value, b"}"]),
-            PayloadCodec::MessagePack => stream.write_item([b"\x81\xa4data", value, b""]),
-        }
+        let [before, after] = wrapping(stream.codec, true);
+        stream.write_item([before, value, after]);
         Ok(())
     }
 

@@ -17,6 +17,8 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use corelane_gpu_mem::lane::layout::Wish;
+
 use crate::adopt::Insecure;
 use crate::buffers::Buffers;
 use crate::client::Client;
@@ -26,6 +28,7 @@ use crate::directory::Directory;
 use crate::ends::Ends;
 use crate::executor::Spawner;
 use crate::in_flight::Request;
+use crate::lane::Lanes as WorkerLanes;
 use crate::ledger::{ENVELOPE_BYTES_MAX, Ledger};
 use crate::mesh::{self, Receiver, Sender};
 use crate::operation::{Kind, Operation};
@@ -42,7 +45,7 @@ use crate::timer_wheel::TimerWheel;
 use crate::upstream::{InstanceState, Upstream};
 use crate::worker::Worker;
 use crate::{
-    accept, client, collect, decode, ends, forward, home, link, local, recv, relay_flow,
+    accept, client, collect, decode, ends, forward, home, lane, link, local, recv, relay_flow,
     relay_home, respond, tell,
 };
 
@@ -100,6 +103,7 @@ pub struct Shard<R: Ring> {
     pub(crate) scratch: Vec<u8>,
     pub(crate) worker: Worker,
     pub(crate) client: Client,
+    pub(crate) lanes: WorkerLanes,
     pub(crate) due: Vec<u64>,
     pub(crate) insecure: Sender<Insecure>,
     pub(crate) outbound: Sender<Outbound>,
@@ -179,6 +183,7 @@ impl<R: Ring> Shard<R> {
             scratch: vec![0; decode::SCRATCH_BYTES],
             worker,
             client,
+            lanes: WorkerLanes::new(),
             due: Vec::with_capacity(timers),
             insecure: lanes.insecure,
             outbound: lanes.outbound,
@@ -252,22 +257,27 @@ impl<R: Ring> Shard<R> {
     pub fn tick(&mut self, longest: Duration) -> io::Result<bool> {
         self.ring.wait(self.patience(longest))?;
         self.now_ns = self.ring.now_ns();
+        self.lanes.wish(Wish::Never);
         let mut completions = 0u32;
         while let Some(completion) = self.ring.next_completion() {
             completions += 1;
             self.complete(completion);
         }
+        let lanes = lane::poll(self);
         let timers = self.expire();
         self.relieve();
         self.send_all();
         self.return_buffers();
         self.show(completions);
-        Ok(completions > 0 || timers)
+        if self.config.idle == Idle::Block {
+            self.lanes.wish(Wish::News);
+        }
+        Ok(completions > 0 || lanes || timers)
     }
 
     /// How long the wait may last: until the next timer, or not at all when the core spins.
     fn patience(&self, longest: Duration) -> Duration {
-        if self.config.idle == Idle::Spin {
+        if self.config.idle == Idle::Spin || self.lanes.is_ready() {
             return Duration::ZERO;
         }
         let longest = ends::patience(self, longest.min(IDLE_WAIT));
@@ -301,6 +311,12 @@ impl<R: Ring> Shard<R> {
                 return relay_home::accepted(self, event);
             }
             Kind::Accept => return accept::completed(self, event),
+            Kind::Wake if operation.slot > 0 => {
+                if let Event::Woken { more } = event {
+                    lane::woken(self, operation.slot - 1, operation.generation, more);
+                }
+                return;
+            }
             Kind::Wake => {
                 if let Event::Woken { more: false } = event {
                     self.watch_wake();
@@ -329,6 +345,7 @@ impl<R: Ring> Shard<R> {
                 let more = more && (!beside || self.connections[slot].receiving);
                 recv::received(self, slot, buffer, bytes, more);
             }
+            Event::Landed { bytes } => recv::landed(self, slot, bytes),
             Event::EndOfStream => recv::ended(self, slot, 0),
             Event::ReceiveFailed { errno } => recv::ended(self, slot, errno),
             Event::NoBuffers => recv::starved(self, slot),
@@ -445,6 +462,7 @@ impl<R: Ring> Shard<R> {
         }
         self.dirty_connections = connections;
         ends::settle(self);
+        lane::settle(self);
         collect::ask(self);
     }
 
@@ -520,6 +538,8 @@ impl<R: Ring> Shard<R> {
                     self.worker.serve(paths);
                     self.stats.shard.path_updates.add(1);
                 }
+                Command::Lane(new) => lane::attach(self, *new),
+                Command::EndLanes { worker } => lane::end(self, worker),
                 Command::Call(call) => client::begin(self, *call),
                 Command::EndCall { number, kill } => client::end_early(self, number, kill),
                 Command::Adopt { ticket, adoption } => self.adopt(ticket, adoption),

@@ -3,11 +3,15 @@
 
 use std::net::SocketAddr;
 
-use crate::connection::{Connection, Role};
+use crate::connection::{Connection, Intake, Role};
+use crate::lane;
 use crate::operation::Kind;
 use crate::ring::{Handle, Ring, Span};
 use crate::shard::Shard;
 use crate::table::NONE;
+
+/// Received at once of frames whose bodies may belong into a slab.
+const CAREFUL_BYTES: u32 = 4096;
 
 impl<R: Ring> Shard<R> {
     /// Puts a socket into the table. `None`, and the socket is closed, when the table is full.
@@ -48,8 +52,27 @@ impl<R: Ring> Shard<R> {
         if unwanted || connection.closing || connection.starved || connection.connecting {
             return;
         }
+        let room = lane::room(self, slot);
+        let connection = &mut self.connections[slot];
         connection.receiving = true;
-        self.ring.receive(operation, connection.handle);
+        match room {
+            Some(room) => self.ring.receive_into(operation, connection.handle, room),
+            None if connection.careful => {
+                let bytes = CAREFUL_BYTES;
+                self.ring.receive_once(operation, connection.handle, bytes);
+            }
+            None => self.ring.receive(operation, connection.handle),
+        }
+    }
+
+    /// Ends a receive that is under way; what is wanted then is asked for anew.
+    pub(crate) fn end_receive(&mut self, slot: u32) {
+        let operation = self.operation(Kind::Receive, slot);
+        if let Some(connection) = self.connections.get(slot)
+            && connection.receiving
+        {
+            self.ring.cancel_receive(operation, connection.handle);
+        }
     }
 
     /// Stops receiving until [`Shard::resume`].
@@ -115,6 +138,11 @@ impl<R: Ring> Shard<R> {
         };
         self.pieces.clear(&mut connection.incoming);
         self.pool.clear(&mut connection.out);
+        let lent = connection.outgoing.returned(true);
+        self.worker.host.give_back(lent);
+        if let Intake::Lane { lane, job, .. } = connection.intake {
+            lane::undo(self, lane, job);
+        }
         if connection.role == Role::Downstream {
             self.worker.let_go(connection.collected.len());
         }

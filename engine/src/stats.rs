@@ -178,6 +178,32 @@ cells! {
         Counter relay_timeouts,
         /// Requests no longer kept for another try because buffers were short
         Counter relays_let_go,
+        /// Requests that went to workers behind lanes
+        Counter lane_requests,
+        /// Bytes of requests copied in user space on their way into a slab, their fronts included
+        Counter lane_copied_bytes,
+        /// Bytes of bodies that the kernel wrote into a slab
+        Counter lane_landed_bytes,
+        /// Times no lane of a route had room for a request
+        Counter lane_full,
+        /// Items that workers sent over lanes
+        Counter lane_items,
+        /// Bytes of those items
+        Counter lane_item_bytes,
+        /// Bytes of small items copied in user space, each twice
+        Counter lane_item_copied_bytes,
+        /// Requests that workers behind lanes ended with a failure
+        Counter lane_failures,
+        /// Requests whose worker behind a lane died with them
+        Counter lane_abandoned,
+        /// Times a sleeping worker was woken over its lane
+        Counter lane_wakes,
+        /// Lanes that workers attached
+        Counter lanes_attached,
+        /// Lanes that have ended
+        Counter lanes_lost,
+        /// Lanes ended because their worker broke the rules or took nothing
+        Counter lane_faults,
         /// Connections open now
         Gauge connections,
         /// Connections to instances open now
@@ -224,6 +250,10 @@ cells! {
         Gauge relay_strangers,
         /// Chunks that hold the fronts of relayed requests
         Gauge relay_heads,
+        /// Lanes to workers
+        Gauge lanes,
+        /// Requests of lanes between arrival and end
+        Gauge lane_jobs,
         /// Instances in the directory
         Gauge instances,
         /// Instances that can be reached

@@ -350,7 +350,7 @@ fn mismatched<R: Ring>(shard: &mut Shard<R>, home: &CallHome) {
 }
 
 /// Nothing can be run, but the caller may be told.
-fn complain<R: Ring>(shard: &mut Shard<R>, undecodable: Undecodable) {
+pub(crate) fn complain<R: Ring>(shard: &mut Shard<R>, undecodable: Undecodable) {
     let Undecodable { home, why } = undecodable;
     shard.stats.shard.undecodable.add(1);
     let told = home.is_some_and(|home| {

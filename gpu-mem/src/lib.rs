@@ -21,6 +21,7 @@ pub mod failover_lock;
 pub mod failover_metrics;
 pub mod history;
 pub mod ipc;
+pub mod lane;
 pub mod lock;
 pub mod paths;
 pub mod pinned;

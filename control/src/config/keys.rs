@@ -292,6 +292,13 @@ keys! {
         "Further instances to try after the first refused or went away";
     ROUTE_HOLD_BYTES = Route "hold_bytes", int(0, 1 << 30, "bytes"), Value("1048576"), [],
         "Largest request that is kept until it is acknowledged, so that it can be sent again";
+    ROUTE_LANE = Route "lane", Kind::Path, Unset("requests go to instances over TCP"), [],
+        "Unix socket at which workers of this host attach for shared memory, instead of instances";
+    ROUTE_LANE_BYTES = Route "lane_bytes", int(1 << 20, 1 << 30, "bytes"), Value("134217728"), [],
+        "Shared memory of each core with each worker: half for requests, half for items";
+    ROUTE_LANE_UIDS = Route "lane_uids", Kind::Text { bytes_max: 256 },
+        Unset("only this process's user and root"), [],
+        "Numbers of further users whose workers may attach: \"1000,1001\"";
 
     ROUTE_HOME_TIMEOUT_MS = Route "home_timeout_ms", int(0, 86_400_000, "milliseconds"),
         Value("30000"), [],

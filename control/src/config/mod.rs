@@ -235,6 +235,8 @@ pub struct Route {
     pub hold_bytes: u32,
     /// How long the steps of a relayed response may take; for [`Response::Relay`] only.
     pub relay: RelayTimes,
+    /// Workers that share memory take the place of instances.
+    pub lane: Option<RouteLane>,
 }
 
 /// The deadlines of a relayed route; 0 is for ever.
@@ -246,6 +248,17 @@ pub struct RelayTimes {
     pub first_item_timeout_ms: u32,
     /// From one item to the next.
     pub inactivity_timeout_ms: u32,
+}
+
+/// Where the workers of a route attach.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct RouteLane {
+    /// The Unix socket.
+    pub socket: PathBuf,
+    /// Shared memory of each core with each worker.
+    pub bytes: u64,
+    /// Users that may attach besides root and ourselves.
+    pub uids: Vec<u32>,
 }
 
 /// `[[instance]]`.

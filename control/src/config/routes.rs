@@ -5,7 +5,7 @@ use super::keys::{self, Section};
 use super::layers::{Layers, Of};
 use super::problem::{Origin, Problem, quoted};
 use super::words::{Ack, Backend, Policy, Response};
-use super::{EndpointId, Purpose, RelayTimes, Route, StaticInstance, address, endpoint};
+use super::{EndpointId, Purpose, RelayTimes, Route, RouteLane, StaticInstance, address, endpoint};
 
 /// Header that names the instance when `policy = "direct"` says nothing else.
 const DIRECT_HEADER: &str = "x-corelane-instance";
@@ -66,6 +66,7 @@ fn route(layers: &mut Layers, index: usize) -> Option<Placed> {
     if response == Response::Direct {
         useless(layers, index, &relay);
     }
+    let lane = lane(layers, index, ack);
     if let Some((text, at)) = &listen {
         offered(layers, text, at);
     }
@@ -92,11 +93,45 @@ fn route(layers: &mut Layers, index: usize) -> Option<Placed> {
         retries_max,
         hold_bytes,
         relay,
+        lane,
     };
     Some(Placed {
         route,
         listen_at,
         target_at,
+    })
+}
+
+/// The keys of a route whose workers share memory with us.
+fn lane(layers: &mut Layers, index: usize, ack: Ack) -> Option<RouteLane> {
+    let of = Of::Item(index);
+    let socket = layers.text(&keys::ROUTE_LANE, of);
+    let bytes: u64 = layers.int(&keys::ROUTE_LANE_BYTES, of);
+    let uids = layers.text(&keys::ROUTE_LANE_UIDS, of);
+    let uids = uids.map_or_else(Vec::new, |(text, at)| {
+        let numbers = text.split(',').map(|number| number.trim().parse());
+        numbers
+            .collect::<Result<Vec<u32>, _>>()
+            .unwrap_or_else(|_| {
+                let what = format!("lane_uids is {}, no list of users' numbers", quoted(&text));
+                layers.error(&at, what, r#"write lane_uids = "1000,1001""#);
+                Vec::new()
+            })
+    });
+    let (socket, _) = socket?;
+    if ack == Ack::OnAccept {
+        let at = entry(layers, index, &keys::ROUTE_ACK);
+        layers.error(
+            &at,
+            "ack = \"on_accept\" does not go with a lane: its workers do not answer".to_owned(),
+            r#"write ack = "on_forward", or take it out"#,
+        );
+    }
+    Some(RouteLane {
+        socket: socket.into(),
+        // Half of it begins at a page, too.
+        bytes: bytes / 8192 * 8192,
+        uids,
     })
 }
 
@@ -350,7 +385,9 @@ fn orphans(layers: &mut Layers, placed: &[Placed], instances: &[StaticInstance])
             .any(|instance| instance.endpoint == *target)
             || placed.iter().any(|other| other.route.listen == *target)
     };
-    for this in placed.iter().filter(|this| !provided(&this.route.target)) {
+    let by_lane = |this: &&Placed| this.route.lane.is_some();
+    let rest = placed.iter().filter(|this| !by_lane(this));
+    for this in rest.filter(|this| !provided(&this.route.target)) {
         layers.warn(
             &this.target_at,
             format!(

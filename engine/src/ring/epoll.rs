@@ -21,9 +21,11 @@ use std::time::Duration;
 use socket2::SockRef;
 
 use super::sockets::{self, connect_result, errno, send_now};
-use super::{Completion, Event, Handle, Ring, SPANS_MAX, Span};
+use super::{Completion, Event, Handle, Ring, Room, SPANS_MAX, Span};
 use crate::buffers::{BufferId, Buffers};
 use crate::operation::{Kind, Operation};
+
+mod intake;
 
 /// An epoll descriptor that behaves like a ring.
 pub struct Epoll {
@@ -32,7 +34,8 @@ pub struct Epoll {
     memory: Memory,
     slots: Vec<Slot>,
     listeners: Vec<Listener>,
-    wake: Option<(RawFd, Operation)>,
+    /// Watched eventfds; the places of those that are not watched any more are taken again.
+    wakes: Vec<Option<(RawFd, Operation)>>,
     /// Slots that are readable and have a receive, in the order of their turn.
     ready: VecDeque<u32>,
     reaped: VecDeque<Completion>,
@@ -61,6 +64,10 @@ struct Slot {
     /// In the `ready` list; survives a detach, as the list entry does.
     queued: bool,
     receive: Option<Operation>,
+    /// The receive is one of so many bytes at most; 0: it goes on and on.
+    once_bytes: u32,
+    /// Where the receive goes if not into a buffer.
+    room: Option<Room>,
     send: Option<Operation>,
     connect: Option<Operation>,
     fd: RawFd,
@@ -116,7 +123,7 @@ impl Epoll {
             },
             slots: Vec::new(),
             listeners: Vec::new(),
-            wake: None,
+            wakes: Vec::new(),
             ready: VecDeque::with_capacity(EVENTS_MAX),
             reaped: VecDeque::with_capacity(2 * EVENTS_MAX),
             nanosecond_waits: true,
@@ -205,7 +212,7 @@ impl Epoll {
             match data & !u64::from(u32::MAX) {
                 ON_SLOT => self.slot_ready(index, events),
                 ON_LISTENER => self.listeners[index as usize].ready = true,
-                _ => self.woken(),
+                _ => self.woken(index as usize),
             }
         }
     }
@@ -243,8 +250,8 @@ impl Epoll {
         }
     }
 
-    fn woken(&mut self) {
-        let Some((fd, operation)) = self.wake else {
+    fn woken(&mut self, index: usize) {
+        let Some((fd, operation)) = self.wakes[index] else {
             return;
         };
         let mut count = 0u64;
@@ -280,20 +287,30 @@ impl Epoll {
         let (Some(operation), true) = (slot.receive, slot.readable) else {
             return;
         };
+        if let Some(room) = slot.room {
+            return self.land(index, operation, room);
+        }
         let Some(buffer) = self.memory.free.pop() else {
             slot.receive = None;
             return self.complete(operation, Event::NoBuffers);
         };
         self.system_calls += 1;
-        match self.memory.fill(slot.fd, buffer) {
+        let limit = match slot.once_bytes {
+            0 => self.memory.buffer_bytes,
+            bytes => self.memory.buffer_bytes.min(bytes as usize),
+        };
+        match self.memory.fill(slot.fd, buffer, limit) {
             Ok(0) => {
                 self.memory.free.push(buffer);
                 slot.receive = None;
                 self.complete(operation, Event::EndOfStream);
             }
             Ok(bytes) => {
-                slot.readable = slot.ending || bytes == self.memory.buffer_bytes;
-                let (bytes, more) = (bytes as u32, true);
+                slot.readable = slot.ending || bytes == limit;
+                let (bytes, more) = (bytes as u32, slot.once_bytes == 0);
+                if !more {
+                    slot.receive = None;
+                }
                 self.complete(
                     operation,
                     Event::Received {
@@ -317,44 +334,39 @@ impl Epoll {
         }
     }
 
-    fn accept_round(&mut self) {
-        for index in 0..self.listeners.len() {
-            for _ in 0..ACCEPTS_PER_ROUND {
-                let listener = &self.listeners[index];
-                let (Some(operation), true) = (listener.accept, listener.ready) else {
-                    break;
-                };
-                self.accept_once(index, operation);
+    /// A receive into `room`.
+    fn land(&mut self, index: u32, operation: Operation, room: Room) {
+        let slot = &mut self.slots[index as usize];
+        self.system_calls += 1;
+        let received = sockets::receive_now(slot.fd, room);
+        let event = match received {
+            Ok(0) => Event::EndOfStream,
+            Ok(bytes) => {
+                slot.readable = slot.ending || bytes == room.bytes;
+                Event::Landed { bytes }
             }
-        }
+            Err(libc::EAGAIN) => {
+                slot.readable = false;
+                return;
+            }
+            Err(libc::EINTR) => return,
+            Err(errno) => Event::ReceiveFailed { errno },
+        };
+        (slot.receive, slot.room) = (None, None);
+        self.complete(operation, event);
     }
 
-    fn accept_once(&mut self, index: usize, operation: Operation) {
-        let listener = &mut self.listeners[index];
-        self.system_calls += 1;
-        // SAFETY: the peer's address is not asked for, so nothing is written.
-        let fd = unsafe {
-            libc::accept4(
-                listener.fd,
-                std::ptr::null_mut(),
-                std::ptr::null_mut(),
-                libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC,
-            )
-        };
-        if fd >= 0 {
-            // SAFETY: the kernel has just made this descriptor for us.
-            let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-            return self.complete(operation, Event::Accepted { socket, more: true });
+    /// Notes a receive.
+    fn want(&mut self, operation: Operation, handle: Handle, once: u32, room: Option<Room>) {
+        let slot = &mut self.slots[handle.slot as usize];
+        debug_assert!(slot.receive.is_none(), "one receive per socket at a time");
+        if slot.refused != 0 {
+            let errno = slot.refused;
+            return self.complete(operation, Event::ReceiveFailed { errno });
         }
-        match errno() {
-            libc::EAGAIN => listener.ready = false,
-            // The peer went away while it waited in line; the next one may be there.
-            libc::ECONNABORTED | libc::EINTR => {}
-            errno => {
-                listener.accept = None;
-                self.complete(operation, Event::AcceptFailed { errno });
-            }
-        }
+        slot.receive = Some(operation);
+        (slot.once_bytes, slot.room) = (once, room);
+        self.queue(handle.slot);
     }
 
     fn idle(&self) -> bool {
@@ -436,14 +448,15 @@ impl Ring for Epoll {
     }
 
     fn receive(&mut self, operation: Operation, handle: Handle) {
-        let slot = &mut self.slots[handle.slot as usize];
-        debug_assert!(slot.receive.is_none(), "one receive per socket at a time");
-        if slot.refused != 0 {
-            let errno = slot.refused;
-            return self.complete(operation, Event::ReceiveFailed { errno });
-        }
-        slot.receive = Some(operation);
-        self.queue(handle.slot);
+        self.want(operation, handle, 0, None);
+    }
+
+    fn receive_once(&mut self, operation: Operation, handle: Handle, bytes: u32) {
+        self.want(operation, handle, bytes, None);
+    }
+
+    fn receive_into(&mut self, operation: Operation, handle: Handle, room: Room) {
+        self.want(operation, handle, 0, Some(room));
     }
 
     fn collect(&mut self, _operation: Operation, handle: Handle) {
@@ -473,7 +486,7 @@ impl Ring for Epoll {
         }
         let slot = &mut self.slots[handle.slot as usize];
         if slot.receive == Some(operation) {
-            slot.receive = None;
+            (slot.receive, slot.room) = (None, None);
             self.complete(operation, Event::ReceiveFailed { errno });
         }
     }
@@ -522,9 +535,27 @@ impl Ring for Epoll {
     }
 
     fn watch_wake(&mut self, operation: Operation, eventfd: RawFd) {
-        let errno = self.watch(eventfd, libc::EPOLLIN | libc::EPOLLET, ON_WAKE);
+        let same = |wake: &Option<_>| wake.is_none_or(|(fd, _)| fd == eventfd);
+        let index = self.wakes.iter().position(same);
+        let index = index.unwrap_or(self.wakes.len());
+        self.wakes.resize(self.wakes.len().max(index + 1), None);
+        self.wakes[index] = Some((eventfd, operation));
+        let data = ON_WAKE | index as u64;
+        let errno = self.watch(eventfd, libc::EPOLLIN | libc::EPOLLET, data);
         debug_assert_eq!(errno, 0, "an eventfd can be watched");
-        self.wake = Some((eventfd, operation));
+    }
+
+    fn unwatch_wake(&mut self, operation: Operation, eventfd: RawFd) {
+        let watched = Some((eventfd, operation));
+        if let Some(wake) = self.wakes.iter_mut().find(|wake| **wake == watched) {
+            *wake = None;
+            self.system_calls += 1;
+            // SAFETY: no event is read for a removal.
+            unsafe {
+                let (epoll, nothing) = (self.epoll.as_raw_fd(), std::ptr::null_mut());
+                libc::epoll_ctl(epoll, libc::EPOLL_CTL_DEL, eventfd, nothing);
+            }
+        }
     }
 
     fn register_fixed(&mut self, _memory: &'static [u8]) -> bool {
@@ -563,19 +594,5 @@ impl Ring for Epoll {
     /// Counts receives, sends and accepts too: here each is a system call of its own.
     fn system_calls(&self) -> u64 {
         self.system_calls
-    }
-}
-
-impl Memory {
-    /// Receives into a free buffer: bytes, or errno.
-    fn fill(&self, fd: RawFd, buffer: BufferId) -> Result<usize, i32> {
-        let at = usize::from(buffer) * self.buffer_bytes;
-        // SAFETY: `buffer` was in the free list, so it is one of `Buffers` and nobody else's; the
-        // memory outlives the ring.
-        let bytes = unsafe {
-            let start = self.base.add(at).cast();
-            libc::recv(fd, start, self.buffer_bytes, libc::MSG_DONTWAIT)
-        };
-        usize::try_from(bytes).map_err(|_| errno())
     }
 }

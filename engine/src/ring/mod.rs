@@ -13,6 +13,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{OwnedFd, RawFd};
+use std::ptr::NonNull;
 use std::time::Duration;
 
 use crate::buffers::BufferId;
@@ -55,6 +56,11 @@ pub enum Event {
         bytes: u32,
         /// Whether the receive goes on by itself.
         more: bool,
+    },
+    /// So many bytes arrived in the room given to [`Ring::receive_into`].
+    Landed {
+        /// How many, at least 1.
+        bytes: u32,
     },
     /// The peer sent its end of stream. No further completion comes.
     EndOfStream,
@@ -110,6 +116,15 @@ impl Span {
         })
     }
 
+    /// The span of memory that other processes may write to meanwhile: it is sent as it is then.
+    /// The caller keeps it mapped until the send has completed.
+    pub fn of_shared(start: NonNull<u8>, bytes: usize) -> Span {
+        Span(libc::iovec {
+            iov_base: start.as_ptr().cast(),
+            iov_len: bytes,
+        })
+    }
+
     /// Length in bytes.
     pub fn len(&self) -> usize {
         self.0.iov_len
@@ -118,6 +133,21 @@ impl Span {
     /// Whether there is nothing in it.
     pub fn is_empty(&self) -> bool {
         self.0.iov_len == 0
+    }
+}
+
+/// Memory outside of the shard's buffers that a receive fills.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    pub(crate) start: NonNull<u8>,
+    pub(crate) bytes: u32,
+}
+
+impl Room {
+    /// `bytes` bytes from `start` on. The caller keeps them mapped, and for the kernel to write,
+    /// until the receive has completed.
+    pub fn of_shared(start: NonNull<u8>, bytes: u32) -> Room {
+        Room { start, bytes }
     }
 }
 
@@ -143,6 +173,14 @@ pub trait Ring {
 
     /// Receive into buffers of the ring, again and again.
     fn receive(&mut self, operation: Operation, handle: Handle);
+
+    /// Receive once into a buffer of the ring, at most `bytes` bytes: so that what follows them can
+    /// be received elsewhere.
+    fn receive_once(&mut self, operation: Operation, handle: Handle, bytes: u32);
+
+    /// Receive once, not into a buffer of the ring but into `room`: `Landed`, with part of it
+    /// filled or all.
+    fn receive_into(&mut self, operation: Operation, handle: Handle, room: Room);
 
     /// Have a look at what is there now, beside a receive that goes on: `Received` if there is
     /// something, nothing otherwise.
@@ -180,6 +218,8 @@ pub trait Ring {
     /// Closes a socket that is detached, or never was attached (the slot is not looked at).
     fn close(&mut self, handle: Handle);
 
+    /// Ends [`Ring::watch_wake`] of this operation. The descriptor may be closed after it.
+    fn unwatch_wake(&mut self, operation: Operation, eventfd: RawFd);
     /// Another descriptor of the same socket, for somebody else.
     ///
     /// # Errors

@@ -20,7 +20,7 @@ use std::time::Duration;
 pub use net::{Faults, ListenerId, Net, PeerId, PeerState};
 
 use self::net::{Place, World, stand_in};
-use super::{Completion, Event, Handle, Ring, SPANS_MAX, Span, sockets};
+use super::{Completion, Event, Handle, Ring, Room, SPANS_MAX, Span, sockets};
 use crate::buffers::{BufferId, Buffers};
 use crate::operation::{Kind, Operation};
 
@@ -30,7 +30,7 @@ pub struct Sim {
     memory: Memory,
     slots: Vec<Slot>,
     accepts: Vec<(usize, Pending)>,
-    wake: Option<(RawFd, Operation)>,
+    wakes: Vec<(RawFd, Operation)>,
     reaped: VecDeque<Completion>,
     system_calls: u64,
 }
@@ -48,6 +48,10 @@ struct Slot {
     /// The end that is attached.
     end: Option<usize>,
     receive: Option<Pending>,
+    /// The receive is one of so many bytes at most; 0: it goes on and on.
+    once_bytes: u32,
+    /// Where the receive goes if not into a buffer.
+    room: Option<Room>,
     send: Option<(Pending, Vec<libc::iovec>)>,
     connect: Option<(Pending, SocketAddr)>,
 }
@@ -83,7 +87,7 @@ impl Sim {
             },
             slots: Vec::new(),
             accepts: Vec::new(),
-            wake: None,
+            wakes: Vec::new(),
             reaped: VecDeque::new(),
             system_calls: 0,
         }
@@ -129,11 +133,14 @@ impl Sim {
                 slot.connect = None;
             }
             if let Some(pending) = &mut slot.receive
-                && let Some((event, more)) = receive(world, end, &mut self.memory, pending)
+                && let Some((event, more)) = match slot.room {
+                    Some(room) => land(world, end, room, pending),
+                    None => receive(world, end, &mut self.memory, pending, slot.once_bytes),
+                }
             {
                 push(pending.operation, event);
                 if !more {
-                    slot.receive = None;
+                    (slot.receive, slot.room) = (None, None);
                 }
             }
             if let Some((pending, spans)) = &mut slot.send
@@ -157,8 +164,8 @@ impl Sim {
                 break;
             }
         }
-        if let Some((_, operation)) = self.wake.filter(|(fd, _)| take_wake(*fd)) {
-            let event = Event::Woken { more: true };
+        for (_, operation) in self.wakes.iter().filter(|(fd, _)| take_wake(*fd)) {
+            let (operation, event) = (*operation, Event::Woken { more: true });
             self.reaped.push_back(Completion { operation, event });
         }
     }
@@ -253,6 +260,7 @@ fn receive(
     end: usize,
     memory: &mut Memory,
     pending: &mut Pending,
+    once_bytes: u32,
 ) -> Option<(Event, bool)> {
     if let Some(event) = pending.early.take() {
         return Some((event, false));
@@ -274,14 +282,17 @@ fn receive(
     if memory.free.is_empty() || world.happens(world.faults.no_buffers) {
         return Some((Event::NoBuffers, false));
     }
-    let mut bytes = bytes.min(memory.buffer_bytes);
+    let mut bytes = match once_bytes {
+        0 => bytes.min(memory.buffer_bytes),
+        limit => bytes.min(memory.buffer_bytes).min(limit as usize),
+    };
     if world.happens(world.faults.short_receive) {
         bytes = 1 + world.chance.below(bytes as u64) as usize;
     }
     let buffer = memory.free.pop_front()?;
     memory.held[usize::from(buffer)] = true;
     world.read(end, &mut memory.bytes(buffer)[..bytes]);
-    let more = !world.happens(world.faults.ends);
+    let more = once_bytes == 0 && !world.happens(world.faults.ends);
     let bytes = bytes as u32;
     let received = Event::Received {
         buffer,
@@ -289,6 +300,36 @@ fn receive(
         more,
     };
     Some((received, more))
+}
+
+/// A receive into `room`.
+fn land(world: &mut World, end: usize, room: Room, pending: &mut Pending) -> Option<(Event, bool)> {
+    if let Some(event) = pending.early.take() {
+        return Some((event, false));
+    }
+    if world.readable(end).is_none() || !pending.is_due(world) {
+        return None;
+    }
+    if world.happens(world.faults.reset) {
+        world.reset(end);
+    }
+    let bytes = match world.readable(end)? {
+        Ok(0) => return Some((Event::EndOfStream, false)),
+        Ok(bytes) => bytes,
+        Err(errno) => {
+            world.take_error(end);
+            return Some((Event::ReceiveFailed { errno }, false));
+        }
+    };
+    let mut bytes = bytes.min(room.bytes as usize);
+    if world.happens(world.faults.short_receive) {
+        bytes = 1 + world.chance.below(bytes as u64) as usize;
+    }
+    // SAFETY: the room may be written until the receive completes, which is now.
+    let to = unsafe { std::slice::from_raw_parts_mut(room.start.as_ptr(), bytes) };
+    world.read(end, to);
+    let bytes = bytes as u32;
+    Some((Event::Landed { bytes }, false))
 }
 
 fn send(
@@ -411,6 +452,19 @@ impl Ring for Sim {
         let slot = self.slot(handle);
         assert!(slot.receive.is_none(), "{handle:?}: two receives");
         slot.receive = Some(pending);
+        slot.once_bytes = 0;
+    }
+
+    fn receive_once(&mut self, operation: Operation, handle: Handle, bytes: u32) {
+        self.receive(operation, handle);
+        self.slot(handle).once_bytes = bytes;
+    }
+
+    fn receive_into(&mut self, operation: Operation, handle: Handle, room: Room) {
+        let slot = self.slot(handle);
+        assert!(slot.receive.is_none(), "{handle:?}: two receives");
+        slot.receive = Some(Pending::new(operation));
+        slot.room = Some(room);
     }
 
     fn collect(&mut self, _operation: Operation, _handle: Handle) {
@@ -481,7 +535,12 @@ impl Ring for Sim {
     }
 
     fn watch_wake(&mut self, operation: Operation, eventfd: RawFd) {
-        self.wake = Some((eventfd, operation));
+        self.wakes.retain(|(fd, _)| *fd != eventfd);
+        self.wakes.push((eventfd, operation));
+    }
+
+    fn unwatch_wake(&mut self, operation: Operation, eventfd: RawFd) {
+        self.wakes.retain(|wake| *wake != (eventfd, operation));
     }
 
     fn register_fixed(&mut self, _memory: &'static [u8]) -> bool {
@@ -677,7 +736,9 @@ mod tests {
                     self.ring.shutdown(connection.handle);
                     self.retire(slot);
                 }
-                Event::Connected { .. } | Event::Woken { .. } => unreachable!(),
+                Event::Landed { .. } | Event::Connected { .. } | Event::Woken { .. } => {
+                    unreachable!()
+                }
             }
         }
 

@@ -7,7 +7,7 @@ use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use super::Event;
+use super::{Event, Room};
 
 /// A TCP socket without Nagle's delay, to be connected to `address`. io_uring wants it blocking:
 /// on a non-blocking one an operation that has to wait fails with EAGAIN instead.
@@ -91,6 +91,17 @@ pub(super) fn send_now(fd: RawFd, spans: *const libc::iovec, count: usize) -> Op
         (Err(_), libc::EAGAIN) => None,
         (Err(_), errno) => Some(Event::SendFailed { errno }),
     }
+}
+
+/// Receives into `room` without blocking: bytes, or errno.
+pub(super) fn receive_now(fd: RawFd, room: Room) -> Result<u32, i32> {
+    // SAFETY: the room may be written until the receive has completed, which is the promise of
+    // who made it.
+    let bytes = unsafe {
+        let start = room.start.as_ptr().cast();
+        libc::recv(fd, start, room.bytes as usize, libc::MSG_DONTWAIT)
+    };
+    u32::try_from(bytes).map_err(|_| errno())
 }
 
 /// How a connect that was under way has ended: 0 or errno.

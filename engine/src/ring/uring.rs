@@ -16,7 +16,7 @@ use std::time::Duration;
 use io_uring::types::{self, BufRingEntry};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 
-use super::{Completion, Event, Handle, Ring, SPANS_MAX, Span, sockets};
+use super::{Completion, Event, Handle, Ring, Room, SPANS_MAX, Span, sockets};
 use crate::buffers::{BufferId, Buffers};
 use crate::operation::{Kind, Operation};
 
@@ -68,6 +68,16 @@ const BUFFER_GROUP: u16 = 0;
 const MESSAGES_MAX: usize = 1024;
 const SPANS_ARENA: usize = 16 * 1024;
 const ADDRESSES_MAX: usize = 256;
+
+/// The same entry on either kind of target.
+macro_rules! on {
+    ($target:expr, $file:ident => $entry:expr) => {
+        match $target {
+            Target::Fixed($file) => $entry,
+            Target::Fd($file) => $entry,
+        }
+    };
+}
 
 impl Uring {
     /// Makes the ring for `buffers`, which must outlive it.
@@ -143,6 +153,24 @@ impl Uring {
         }
     }
 
+    fn cancel(&mut self, operation: Operation) {
+        let cancel = Operation::new(Kind::Cancel, operation.slot, operation.generation);
+        let entry = opcode::AsyncCancel::new(operation.to_bits()).build();
+        self.push(entry.user_data(cancel.to_bits()));
+    }
+
+    /// One receive into a buffer; 0 bytes stand for all of it.
+    fn receive_one(&mut self, operation: Operation, handle: Handle, bytes: u32, flags: i32) {
+        let entry = on!(self.target(handle), file => {
+            opcode::Recv::new(file, std::ptr::null_mut(), bytes)
+                .buf_group(BUFFER_GROUP)
+                .flags(flags)
+                .build()
+                .flags(squeue::Flags::BUFFER_SELECT)
+        });
+        self.push(entry.user_data(operation.to_bits()));
+    }
+
     /// Counts an operation that completes while it is submitted, as a rule.
     fn quiet(&mut self, kind: Kind) {
         if is_quiet(kind) {
@@ -200,16 +228,6 @@ enum Target {
     Fd(types::Fd),
 }
 
-/// The same entry on either kind of target.
-macro_rules! on {
-    ($target:expr, $file:ident => $entry:expr) => {
-        match $target {
-            Target::Fixed($file) => $entry,
-            Target::Fd($file) => $entry,
-        }
-    };
-}
-
 impl Ring for Uring {
     fn name(&self) -> &'static str {
         "uring"
@@ -261,16 +279,23 @@ impl Ring for Uring {
         self.push(entry.user_data(operation.to_bits()));
     }
 
-    fn collect(&mut self, operation: Operation, handle: Handle) {
-        self.quiet(operation.kind);
+    fn receive_once(&mut self, operation: Operation, handle: Handle, bytes: u32) {
+        self.receive_one(operation, handle, bytes, 0);
+    }
+
+    fn receive_into(&mut self, operation: Operation, handle: Handle, room: Room) {
+        // All of it or what comes before an end: fewer completions for a large body.
         let entry = on!(self.target(handle), file => {
-            opcode::Recv::new(file, std::ptr::null_mut(), 0)
-                .buf_group(BUFFER_GROUP)
-                .flags(libc::MSG_DONTWAIT)
+            opcode::Recv::new(file, room.start.as_ptr(), room.bytes)
+                .flags(libc::MSG_WAITALL)
                 .build()
-                .flags(squeue::Flags::BUFFER_SELECT)
         });
         self.push(entry.user_data(operation.to_bits()));
+    }
+
+    fn collect(&mut self, operation: Operation, handle: Handle) {
+        self.quiet(operation.kind);
+        self.receive_one(operation, handle, 0, libc::MSG_DONTWAIT);
     }
 
     fn low_water(&mut self, handle: Handle, bytes: u32) {
@@ -284,12 +309,7 @@ impl Ring for Uring {
     }
 
     fn cancel_receive(&mut self, operation: Operation, _handle: Handle) {
-        let cancel = Operation {
-            kind: Kind::Cancel,
-            ..operation
-        };
-        let entry = opcode::AsyncCancel::new(operation.to_bits()).build();
-        self.push(entry.user_data(cancel.to_bits()));
+        self.cancel(operation);
     }
 
     fn send(&mut self, operation: Operation, handle: Handle, spans: &[Span]) {
@@ -340,6 +360,10 @@ impl Ring for Uring {
     fn close(&mut self, handle: Handle) {
         self.system_calls += 1;
         sockets::close(handle.fd);
+    }
+
+    fn unwatch_wake(&mut self, operation: Operation, _eventfd: RawFd) {
+        self.cancel(operation);
     }
 
     fn watch_wake(&mut self, operation: Operation, eventfd: RawFd) {
@@ -448,7 +472,10 @@ fn event_of(kind: Kind, entry: &cqueue::Entry) -> Option<Event> {
                 bytes: result as u32,
                 more,
             },
-            None => Event::ReceiveFailed { errno: libc::EIO },
+            // Not into a buffer of ours: into the room that was named.
+            None => Event::Landed {
+                bytes: result as u32,
+            },
         },
         Kind::Receive if result == 0 => Event::EndOfStream,
         Kind::Receive if result == -libc::ENOBUFS => Event::NoBuffers,

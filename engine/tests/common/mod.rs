@@ -111,6 +111,7 @@ pub fn route(policy: Policy, ack: Ack, workers: &[&Worker]) -> Route {
         retries_max: 3,
         hold_bytes: 1 << 20,
         relay: None,
+        lane: false,
         instances: workers
             .iter()
             .map(|worker| worker.instance.clone())

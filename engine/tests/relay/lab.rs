@@ -249,6 +249,7 @@ impl TwoWay {
             headers: String::new(),
             address: self.request_address,
             subject: self.request_subject.clone(),
+            input: None,
             body: Vec::new(),
         };
         let mut called = dialled.dial();
@@ -288,6 +289,7 @@ impl HandWorker {
                 headers: String::new(),
                 address,
                 subject,
+                input: None,
                 body: Vec::new(),
             },
             request_subject,

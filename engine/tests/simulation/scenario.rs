@@ -127,6 +127,7 @@ impl World {
             retries_max: 3,
             hold_bytes: 1 << 20,
             relay: None,
+            lane: false,
             instances: Vec::new(),
         });
         self.directory.routes.last_mut().unwrap()

@@ -13,16 +13,23 @@ use super::ServerError;
 use crate::history::Peer;
 use crate::paths::PATH_BYTES_MAX;
 
-pub(super) struct Listener {
-    pub(super) socket: OwnedFd,
+/// A socket that listens, and its file.
+#[derive(Debug)]
+pub struct Listener {
+    /// The socket; it does not block.
+    pub socket: OwnedFd,
     path: PathBuf,
     /// Device and inode of what we bound: nothing else is removed in its name.
     bound: (u64, u64),
 }
 
 impl Listener {
-    /// Binds for the owner only, or for everybody where who connects is asked for afterwards.
-    pub(super) fn bind(path: &Path, everybody: bool) -> Result<Listener, ServerError> {
+    /// Listens at `path`, for the owner only, or for everybody where who connects is asked for
+    /// afterwards. A file that nobody listens behind is replaced.
+    ///
+    /// # Errors
+    /// The path is too long, cannot be written, or belongs to something that lives.
+    pub fn bind(path: &Path, everybody: bool) -> Result<Listener, ServerError> {
         let failed = |source: io::Error| ServerError::Bind {
             path: path.to_owned(),
             source,

@@ -11,7 +11,7 @@
 
 mod config;
 mod connection;
-mod listener;
+pub mod listener;
 mod running;
 
 pub use config::{DeviceConfig, PoolConfig, ServerConfig, ServerError};

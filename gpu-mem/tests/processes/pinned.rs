@@ -4,6 +4,9 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use corelane_gpu_mem::ipc::LegacyCuda;
+use corelane_gpu_mem::lane::attach::{LaneFds, LaneSize};
+use corelane_gpu_mem::lane::memory::Mapping;
+use corelane_gpu_mem::lane::worker::{LaneWorker, Options};
 use corelane_gpu_mem::pinned::{CopyError, PinError, Pinned, Pinner, Slab, SlabConfig};
 use rustix::mm::{MapFlags, ProtFlags};
 
@@ -61,6 +64,7 @@ pub(crate) fn pin() {
         .expect("it was unpinned");
     drop(again);
     foreign(&pinner);
+    lane(&pinner);
     say("pinned and copied");
 }
 
@@ -164,6 +168,39 @@ fn foreign(pinner: &Pinner) {
             other => panic!("{other:?}"),
         }
     }
+}
+
+/// A body in a lane's slab is copied to the GPU from where it lies.
+fn lane(pinner: &Pinner) {
+    let size = LaneSize {
+        entries: 8,
+        slab_bytes: BYTES as u64,
+    };
+    let head = size.head(0, 1, 1);
+    let fds = LaneFds::create(&head).expect("a lane");
+    let (router, worker) = std::os::unix::net::UnixStream::pair().expect("a pair of sockets");
+    fds.offer(&router, &head).expect("offered");
+    let worker = LaneWorker::over(worker.into(), &Options::default()).expect("attached");
+    // SAFETY: the worker is dropped last.
+    let pinned = unsafe { worker.pin(pinner) }.expect("its slab is pinned");
+    let slab = Mapping::new(&fds.slab, BYTES as u64).expect("the router's mapping");
+    let body: Vec<u8> = (0..HALF).map(pattern).collect();
+    assert!(slab.write(4096, &body), "the body fits");
+    let cuda = LegacyCuda::new(0).expect("there is a GPU");
+    let device = cuda.allocate(HALF as u64).expect("memory");
+    let mut stream = pinner.stream().expect("a stream");
+    // SAFETY: the device's memory outlives the stream's work; nobody writes to the slab.
+    unsafe {
+        let up = stream.upload(&pinned[0], 4096, HALF, device.address());
+        up.expect("begun");
+        stream.finish().expect("done");
+        let down = stream.download(device.address(), HALF, &pinned[0], HALF);
+        down.expect("begun");
+    }
+    stream.finish().expect("done");
+    let mut back = Vec::new();
+    assert!(slab.read(HALF as u64, HALF, &mut back) && back == body);
+    drop((stream, pinned));
 }
 
 #[test]

@@ -1,0 +1,285 @@
+//! `corelane-bench lane`: requests to a worker process of this host over a shared-memory lane, a
+//! Unix socket and TCP loopback, arms interleaved in one run.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use serde_json::{Value, json};
+
+use crate::cpu::Pins;
+use crate::interrupt;
+use crate::lane_handoff::{BODY_BYTES_MAX, Handoff};
+use crate::lane_path::PathArm;
+use crate::lane_worker::Way;
+use crate::middle::CorelaneArgs;
+use crate::report::{
+    OutputArgs, Quantiles, Spread, Table, figure, host, median, now_utc, order, progress,
+    ratio_text, round,
+};
+use crate::usage_error;
+
+/// Arguments of `lane`.
+#[derive(clap::Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  corelane-bench lane                                  all sizes, both parts
+  corelane-bench lane --bodies 128,1048576 --rounds 9 --json lane.json
+  corelane-bench lane --pin client=0,middle=1,sink=1
+
+Hand-off: a body from this process's memory into the worker's, and word back; spinning and blocking.
+Path: whole requests of Dynamo's wire, to the worker's memory, and the response to the caller.
+Ratios are medians over rounds, each round against tcp of the same round, [least..greatest].")]
+pub(crate) struct LaneArgs {
+    #[command(flatten)]
+    corelane: CorelaneArgs,
+    /// Bytes of the bodies.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "128,65536,1048576,16777216"
+    )]
+    bodies: Vec<usize>,
+    /// Rounds; each runs every arm once, the direction alternates.
+    #[arg(long, default_value_t = 6)]
+    rounds: usize,
+    /// Measured seconds of each arm in each round.
+    #[arg(long, default_value_t = 1.0)]
+    seconds: f64,
+    /// Seconds before, not counted.
+    #[arg(long, default_value_t = 0.2)]
+    warmup: f64,
+    /// CPUs of the parts, such as client=0,middle=1,sink=1 [default: none is bound, and corelane
+    /// binds itself to CPU 0].
+    #[arg(long)]
+    pin: Option<Pins>,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+const WAYS: [Way; 3] = [Way::Lane, Way::Unix, Way::Tcp];
+const PATHS: [&str; 4] = ["lane", "tcp", "unix-direct", "tcp-direct"];
+
+/// What one arm has shown with one size, a value for each round.
+#[derive(Default)]
+struct Record {
+    p50_us: Vec<f64>,
+    p99_us: Vec<f64>,
+    whole_p50_us: Vec<f64>,
+    cpu_us: Vec<f64>,
+    router_us: Vec<f64>,
+    worker_us: Vec<f64>,
+    copied: Vec<f64>,
+}
+
+/// All arms of one size and mode, the one that others are divided by named `tcp`.
+struct Group {
+    title: String,
+    body_bytes: usize,
+    arms: Vec<(String, Record)>,
+}
+
+/// Runs the whole comparison.
+pub(crate) fn run(args: &LaneArgs) -> Result<()> {
+    let too_long = args
+        .bodies
+        .iter()
+        .any(|bytes| !(64..=BODY_BYTES_MAX / 2).contains(bytes));
+    if args.bodies.is_empty() || too_long || args.rounds == 0 {
+        return Err(usage_error(
+            "--bodies must be 64 bytes to 32 MiB, --rounds at least 1",
+        ));
+    }
+    interrupt::install();
+    let program = args.corelane.find()?;
+    let program =
+        program.context("corelane is not beside this program nor on PATH (--corelane)")?;
+    let dir = tempfile::Builder::new()
+        .prefix("corelane-bench-")
+        .tempdir()?;
+    let pins = args.pin.unwrap_or_default();
+    let mut groups = Vec::new();
+    for spin in [true, false] {
+        let start = |way| Handoff::start(way, spin, dir.path(), pins);
+        let mut arms = WAYS.into_iter().map(start).collect::<Result<Vec<_>>>()?;
+        bind(pins)?;
+        for body_bytes in args.bodies.iter().copied() {
+            groups.push(handoff(args, spin, body_bytes, &mut arms)?);
+        }
+    }
+    let start = |name| PathArm::start(name, &args.corelane, &program, dir.path(), pins);
+    let mut arms = PATHS.into_iter().map(start).collect::<Result<Vec<_>>>()?;
+    bind(pins)?;
+    for body_bytes in args.bodies.iter().copied() {
+        groups.push(path(args, body_bytes, &mut arms)?);
+    }
+    progress("");
+    args.output.print_table(&text(&groups))?;
+    args.output.write_json("lane", &report(args, &groups))
+}
+
+/// Only after the children were started: they take over the CPUs of the thread that starts them.
+fn bind(pins: Pins) -> Result<()> {
+    match pins.client {
+        Some(cpus) => cpus
+            .bind_this_thread()
+            .with_context(|| format!("no CPU {cpus}")),
+        None => Ok(()),
+    }
+}
+
+fn times(args: &LaneArgs) -> (Duration, Duration) {
+    let of = Duration::from_secs_f64;
+    (of(args.warmup), of(args.seconds))
+}
+
+fn handoff(args: &LaneArgs, spin: bool, body_bytes: usize, arms: &mut [Handoff]) -> Result<Group> {
+    let mode = if spin { "spinning" } else { "blocking" };
+    let title = format!("hand-off of {body_bytes} bytes, {mode}");
+    let named = |way: &Way| (way.name().to_owned(), Record::default());
+    let mut records: Vec<_> = WAYS.iter().map(named).collect();
+    let (warmup, seconds) = times(args);
+    for number in 0..args.rounds {
+        for index in order(arms.len(), number) {
+            progress(&format!(
+                "{title}: round {}, {}",
+                number + 1,
+                records[index].0
+            ));
+            let found = arms[index].slice(body_bytes, warmup, seconds)?;
+            let latency = Quantiles::of_ns(&found.latency_ns);
+            let record = &mut records[index].1;
+            record.p50_us.push(latency.p50);
+            record.p99_us.push(latency.p99);
+            if !spin {
+                record.cpu_us.push(found.cpu_us);
+            }
+        }
+    }
+    Ok(Group {
+        title,
+        body_bytes,
+        arms: records,
+    })
+}
+
+fn path(args: &LaneArgs, body_bytes: usize, arms: &mut [PathArm]) -> Result<Group> {
+    let title = format!("path of {body_bytes} bytes");
+    let named = |arm: &PathArm| (arm.name.to_owned(), Record::default());
+    let mut records: Vec<_> = arms.iter().map(named).collect();
+    let (warmup, seconds) = times(args);
+    for number in 0..args.rounds {
+        for index in order(arms.len(), number) {
+            progress(&format!(
+                "{title}: round {}, {}",
+                number + 1,
+                records[index].0
+            ));
+            let found = arms[index].slice(body_bytes, warmup, seconds)?;
+            let latency = Quantiles::of_ns(&found.request_ns);
+            let record = &mut records[index].1;
+            record.p50_us.push(latency.p50);
+            record.p99_us.push(latency.p99);
+            record
+                .whole_p50_us
+                .push(Quantiles::of_ns(&found.whole_ns).p50);
+            record.cpu_us.push(found.cpu_us.iter().sum());
+            record.router_us.push(found.cpu_us[0]);
+            record.worker_us.push(found.cpu_us[1]);
+            record.copied.extend(found.copied);
+        }
+    }
+    Ok(Group {
+        title,
+        body_bytes,
+        arms: records,
+    })
+}
+
+impl Group {
+    /// What the others are compared with.
+    fn tcp(&self) -> &Record {
+        let tcp = self.arms.iter().find(|(name, _)| name == "tcp");
+        &tcp.expect("every group has it").1
+    }
+}
+
+fn text(groups: &[Group]) -> String {
+    let mut out = String::new();
+    for group in groups {
+        let tcp = group.tcp();
+        let head = [
+            "",
+            "p50 us",
+            "/tcp",
+            "p99 us",
+            "to the end",
+            "CPU us",
+            "/tcp",
+            "copied",
+        ];
+        let mut table = Table::new(&head);
+        for (name, record) in &group.arms {
+            let value = |values: &[f64]| match values {
+                [] => "-".to_owned(),
+                values => figure(median(values.iter().copied())),
+            };
+            let copied = match record.copied.as_slice() {
+                [] => "-".to_owned(),
+                values => format!("{:.4}", median(values.iter().copied())),
+            };
+            table.row(vec![
+                name.clone(),
+                value(&record.p50_us),
+                ratio_text(Spread::of_ratios(&record.p50_us, &tcp.p50_us)),
+                value(&record.p99_us),
+                value(&record.whole_p50_us),
+                value(&record.cpu_us),
+                ratio_text(Spread::of_ratios(&record.cpu_us, &tcp.cpu_us)),
+                copied,
+            ]);
+        }
+        out.push_str(&format!("{}\n{}\n", group.title, table.text()));
+    }
+    out
+}
+
+fn report(args: &LaneArgs, groups: &[Group]) -> Value {
+    let arm = |group: &Group, name: &str, record: &Record| {
+        let spread = |values: &[f64]| Spread::of(values.iter().copied());
+        let tcp = group.tcp();
+        json!({
+            "arm": name,
+            "p50_us": spread(&record.p50_us),
+            "p99_us": spread(&record.p99_us),
+            "whole_p50_us": spread(&record.whole_p50_us),
+            "cpu_us_per_request": spread(&record.cpu_us),
+            "router_cpu_us": spread(&record.router_us),
+            "worker_cpu_us": spread(&record.worker_us),
+            "copied_per_byte": spread(&record.copied),
+            "ratio_to_tcp": {
+                "p50": Spread::of_ratios(&record.p50_us, &tcp.p50_us),
+                "cpu_us": Spread::of_ratios(&record.cpu_us, &tcp.cpu_us),
+                "router_cpu_us": Spread::of_ratios(&record.router_us, &tcp.router_us),
+            },
+        })
+    };
+    let group = |group: &Group| {
+        let arms = group.arms.iter();
+        json!({
+            "group": group.title,
+            "body_bytes": group.body_bytes,
+            "arms": arms.map(|(name, record)| arm(group, name, record)).collect::<Vec<_>>(),
+        })
+    };
+    json!({
+        "schema": "corelane-bench/lane/1",
+        "when": now_utc(),
+        "host": host(),
+        "settings": {
+            "rounds": args.rounds,
+            "seconds": round(args.seconds),
+            "warmup_s": round(args.warmup),
+        },
+        "groups": groups.iter().map(group).collect::<Vec<_>>(),
+    })
+}
