@@ -115,6 +115,7 @@ impl Runtime {
     /// in time.
     pub async fn start(options: Options) -> Result<Runtime> {
         trace::start(&options.env);
+        trace::export();
         let plan = options.plan()?;
         let home = HomeAddress {
             bind: SocketAddr::new(options.server.host, 0),

@@ -17,7 +17,10 @@ const QUIC: Standing = NotHonoured("there is no QUIC response plane in this vers
 const EVENTS: Standing = NotHonoured("there is no event plane in this version");
 const BROKER: Standing = Elsewhere("the ZMQ broker");
 const KUBERNETES: Standing = NotHonoured("Kubernetes discovery is not in this version");
-const OTEL: Standing = NotHonoured("nothing is exported over OpenTelemetry in this version");
+const OTEL: Standing = match cfg!(feature = "otel") {
+    true => Honoured,
+    false => NotHonoured("this program was built without the feature otel"),
+};
 const OTEL_METRICS: Standing = NotHonoured("metrics are not pushed; scrape /metrics");
 const LIFECYCLE: Standing = NotHonoured("the spans of a request's life cycle are not made here");
 // Programs written against `corelane::component` are workers and clients, and honour what a router
