@@ -5,6 +5,10 @@ mod arrivals;
 mod cpu;
 mod export;
 mod frames;
+mod gms;
+mod gms_client;
+mod gms_report;
+mod gms_scene;
 mod hiccup;
 mod hop;
 mod hop_report;
@@ -33,6 +37,7 @@ use clap::Parser;
 Examples:
   corelane-bench hop --rounds 6 --seconds 2
   corelane-bench stock --dyn-worker PATH --dyn-client PATH
+  corelane-bench gms --python run/venv/bin/python
 
 Exit status: 0 done, 1 failed (also when requests were refused), 2 bad usage."
 )]
@@ -47,6 +52,11 @@ enum Job {
     Hop(Box<hop::HopArgs>),
     /// An unmodified Dynamo client and worker: directly, and through corelane
     Stock(Box<stock::StockArgs>),
+    /// The GPU memory service, and the same protocol on an asyncio loop
+    Gms(Box<gms::GmsArgs>),
+    /// The writer that `gms` kills
+    #[command(hide = true)]
+    GmsWriter(gms_client::WriterArgs),
     /// The worker behind every arm of `hop`
     #[command(hide = true)]
     Sink(sink::SinkArgs),
@@ -73,6 +83,8 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Job::Hop(args) => hop::run(&args),
         Job::Stock(args) => stock::run(&args),
+        Job::Gms(args) => gms::run(&args),
+        Job::GmsWriter(args) => gms_client::hold(&args),
         Job::Sink(args) => sink::run(&args),
     };
     match done {

@@ -22,6 +22,7 @@ pub mod logging;
 pub mod metrics;
 pub mod offer;
 pub mod peer;
+pub mod planner;
 pub mod preflight;
 pub mod publish;
 pub mod status_server;

@@ -159,6 +159,15 @@ const AFTER_ROUTE: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "[planner]\nnames = \"seeds\"\n",
+        &[
+            "c.toml:7:2: [planner] has no socket, so no planner is listened to; \
+         write socket = \"/run/corelane/planner.sock\"",
+            "c.toml:8:9: unknown names \"seeds\"; \
+         did you mean \"seed\"? possible are \"seed\" | \"1.6.1\" | \"both\"",
+        ],
+    ),
+    (
         "[gpu]\ndevices = [0, \"x\"]\n",
         &[
             "c.toml:8:11: devices has \"x\", which is no number up to 63, nor a range of them; \
@@ -203,7 +212,7 @@ const AFTER_ROUTE: &[(&str, &[&str])] = &[
         "[zebra]\n",
         &[
             "c.toml:7:2: unknown table \"zebra\"; known are [server], [discovery], [[route]], \
-         [[instance]], [core], [control], [tls], [drain], [gpu]",
+         [[instance]], [core], [control], [tls], [drain], [gpu], [planner]",
         ],
     ),
     (

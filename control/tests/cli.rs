@@ -37,7 +37,7 @@ fn file(text: &str) -> (tempfile::TempDir, String) {
 
 #[test]
 fn every_command_helps_with_examples() {
-    let commands: [&[&str]; 9] = [
+    let commands: [&[&str]; 10] = [
         &[],
         &["up"],
         &["serve"],
@@ -47,6 +47,7 @@ fn every_command_helps_with_examples() {
         &["call"],
         &["gms"],
         &["gms", "probe"],
+        &["trace", "extract"],
     ];
     for command in commands {
         let output = corelane(&[command, &["--help"]].concat(), &[]);

@@ -88,3 +88,16 @@ impl What {
         !matches!(self, What::Acked | What::Item(_) | What::BadItem(_))
     }
 }
+
+/// How far the response of a call has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// The worker has not called home.
+    Waiting,
+    /// It has, and owes the prologue.
+    CalledHome,
+    /// Items may come.
+    Items,
+    /// The final marker has come; the socket's end is missing.
+    Final,
+}

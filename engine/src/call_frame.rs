@@ -2,13 +2,16 @@
 
 use std::borrow::Cow;
 
-use corelane_codec::control_message::{CallTemplate, PayloadCodec};
+use corelane_codec::control_message::{
+    CallTemplate, NewControlMessage, PayloadCodec, RequestType, StreamType, TcpConnection,
+};
 use corelane_codec::{EncodeError, headers, request_frame, two_part};
 
 use crate::call::NewCall;
 
 /// Writes frames; what is the same in all of them is written once, and its memory is used again.
 pub(crate) struct FrameWriter {
+    address: String,
     json: CallTemplate,
     packed: CallTemplate,
     control: Vec<u8>,
@@ -19,6 +22,7 @@ impl FrameWriter {
     /// For calls whose workers call home at `address`.
     pub(crate) fn new(address: &str) -> FrameWriter {
         FrameWriter {
+            address: address.to_owned(),
             json: CallTemplate::new(address, PayloadCodec::Json, true),
             packed: CallTemplate::new(address, PayloadCodec::MessagePack, true),
             control: Vec::with_capacity(512),
@@ -48,12 +52,59 @@ impl FrameWriter {
         };
         self.control.clear();
         template.write(id, &subject, &mut self.control)?;
+        self.assemble(new, id, &new.body, out)
+    }
+
+    /// Appends the frame of a bidirectional call: `subjects` are those of the response and of the
+    /// request stream.
+    ///
+    /// # Errors
+    /// As [`FrameWriter::write`].
+    pub(crate) fn write_many(
+        &mut self,
+        new: &NewCall,
+        subjects: [u128; 2],
+        fresh: u128,
+        out: &mut Vec<u8>,
+    ) -> Result<(), EncodeError> {
+        let (fresh, [response, request]) = (uuid(fresh), subjects.map(uuid));
+        let id = match new.id.is_empty() {
+            true => &fresh,
+            false => &new.id,
+        };
+        let to = |subject, stream_type| TcpConnection {
+            address: &self.address,
+            subject,
+            context: id,
+            stream_type,
+        };
+        let message = NewControlMessage {
+            id,
+            request_type: RequestType::ManyIn,
+            payload_codec: new.codec,
+            connection_info: to(&response, StreamType::Response),
+            metadata: &[],
+            frontend_send_ts_ns: None,
+            request_stream_connection_info: Some(to(&request, StreamType::Request)),
+        };
+        self.control.clear();
+        message.write(&mut self.control)?;
+        self.assemble(new, id, &[], out)
+    }
+
+    fn assemble(
+        &mut self,
+        new: &NewCall,
+        id: &str,
+        body: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<(), EncodeError> {
         self.map.clear();
         write_map(new, id, &mut self.map);
-        let prefix = two_part::prefix(self.control.len(), new.body.len());
-        let payload_bytes = prefix.len() + self.control.len() + new.body.len();
+        let prefix = two_part::prefix(self.control.len(), body.len());
+        let payload_bytes = prefix.len() + self.control.len() + body.len();
         request_frame::write_prefix(&new.path, &self.map, payload_bytes, out)?;
-        for part in [&prefix[..], &self.control, &new.body] {
+        for part in [&prefix[..], &self.control, body] {
             out.extend_from_slice(part);
         }
         Ok(())

@@ -19,10 +19,12 @@ use corelane_codec::call_home::{KILL_FRAME, STOP_FRAME};
 use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::error::DynamoError;
 
+pub(crate) use crate::call::Phase;
 pub use crate::call::{CallEvent, Deadlines, NewCall, What};
 use crate::call_frame::FrameWriter;
 use crate::call_link::{self, Link};
 use crate::ends::Ends;
+use crate::feed;
 use crate::home;
 use crate::local;
 use crate::mesh::Sender;
@@ -41,19 +43,6 @@ const FRAME_KEPT_BYTES_MAX: usize = 64 * 1024;
 /// A worker that calls home within this time after its call was ended is told so.
 const LATE_NS: u64 = 10_000_000_000;
 
-/// How far the response of a call has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Phase {
-    /// The worker has not called home.
-    Waiting,
-    /// It has, and owes the prologue.
-    CalledHome,
-    /// Items may come.
-    Items,
-    /// The final marker has come; the socket's end is missing.
-    Final,
-}
-
 /// Who hears of a call.
 pub(crate) enum Hearer {
     /// Control, by the number that it gave the call.
@@ -67,7 +56,9 @@ pub(crate) struct Call {
     pub(crate) hearer: Hearer,
     began_ns: u64,
     pub(crate) codec: PayloadCodec,
-    subject: u128,
+    pub(crate) subject: u128,
+    /// Its request stream, if it has one.
+    pub(crate) feed: Option<feed::Shared>,
     pub(crate) acked: bool,
     pub(crate) phase: Phase,
     /// The socket that the worker called home on.
@@ -109,7 +100,7 @@ pub(crate) struct Client {
     /// Calls that wait for control to take events.
     held_up: Vec<(u32, u32)>,
     /// Scratch for what tasks want.
-    pub(crate) begun: Vec<(NewCall, local::Shared)>,
+    pub(crate) begun: Vec<local::Wished>,
     pub(crate) touched: Vec<(u32, u32)>,
     /// Commands wait for the same.
     clogged: bool,
@@ -210,7 +201,7 @@ impl Client {
 /// Begins a call for control.
 pub(crate) fn begin<R: Ring>(shard: &mut Shard<R>, new: NewCall) {
     let (number, began_ns) = (new.number, shard.now_ns);
-    if let Err(error) = begin_for(shard, new, Hearer::Control(number)) {
+    if let Err(error) = begin_for(shard, new, Hearer::Control(number), None) {
         shard.client.push(CallEvent {
             call: number,
             began_ns,
@@ -225,6 +216,7 @@ pub(crate) fn begin_for<R: Ring>(
     shard: &mut Shard<R>,
     new: NewCall,
     hearer: Hearer,
+    feed: Option<feed::Shared>,
 ) -> Result<(), DynamoError> {
     let began_ns = shard.now_ns;
     shard.stats.shard.calls_made.add(1);
@@ -232,24 +224,11 @@ pub(crate) fn begin_for<R: Ring>(
         return Err(local::too_many());
     }
     let subject = shard.client.draw();
-    let fresh = shard.client.draw();
-    let mut frame = std::mem::take(&mut shard.client.frame);
-    frame.clear();
-    let written = shard.client.writer.write(&new, subject, fresh, &mut frame);
-    if let Err(error) = written {
-        return Err(DynamoError::invalid_argument(error.to_string()));
-    }
-    let bytes_max = shard.config.message_bytes_max;
-    if frame.len() as u64 > bytes_max {
-        let text = format!(
-            "the request has {} bytes of at most {bytes_max}",
-            frame.len()
-        );
-        return Err(DynamoError::invalid_argument(text));
-    }
+    let frame = frame(shard, &new, subject, feed.as_ref())?;
     let after = |time: Duration| began_ns.saturating_add(time.as_nanos().min(1 << 62) as u64);
     let call = Call {
         hearer,
+        feed,
         began_ns,
         codec: new.codec,
         subject,
@@ -271,6 +250,10 @@ pub(crate) fn begin_for<R: Ring>(
     let slot = slot.map_err(|_| local::too_many())?;
     shard.client.subjects.insert(subject, slot);
     let place = (slot, shard.client.calls.generation(slot));
+    if let Some(feed) = &shard.client.calls[slot].feed {
+        feed.borrow_mut().begin(place);
+        shard.client.subjects.insert(feed.borrow().subject, slot);
+    }
     match &shard.client.calls[slot].hearer {
         Hearer::Control(number) => {
             shard.client.numbers.insert(*number, slot);
@@ -283,6 +266,41 @@ pub(crate) fn begin_for<R: Ring>(
         shard.client.frame = frame;
     }
     Ok(())
+}
+
+/// The frame of a call, in memory that is used again.
+fn frame<R: Ring>(
+    shard: &mut Shard<R>,
+    new: &NewCall,
+    subject: u128,
+    feed: Option<&feed::Shared>,
+) -> Result<Vec<u8>, DynamoError> {
+    let fresh = shard.client.draw();
+    if let Some(feed) = feed {
+        feed.borrow_mut().subject = shard.client.draw();
+    }
+    let mut frame = std::mem::take(&mut shard.client.frame);
+    frame.clear();
+    let writer = &mut shard.client.writer;
+    let written = match feed {
+        None => writer.write(new, subject, fresh, &mut frame),
+        Some(feed) => {
+            let input = feed.borrow().subject;
+            writer.write_many(new, [subject, input], fresh, &mut frame)
+        }
+    };
+    if let Err(error) = written {
+        return Err(DynamoError::invalid_argument(error.to_string()));
+    }
+    let bytes_max = shard.config.message_bytes_max;
+    if frame.len() as u64 > bytes_max {
+        let text = format!(
+            "the request has {} bytes of at most {bytes_max}",
+            frame.len()
+        );
+        return Err(DynamoError::invalid_argument(text));
+    }
+    Ok(frame)
 }
 
 /// Tells of something that is not an end. The caller has made sure of room, except for the
@@ -357,7 +375,11 @@ pub(crate) fn end<R: Ring>(shard: &mut Shard<R>, slot: u32, what: What) {
     }
     call.end = Some((shard.now_ns, what));
     let home = std::mem::replace(&mut call.home, NONE);
-    match call.stream.take() {
+    if let Some(feed) = call.feed.take() {
+        shard.client.subjects.remove(&feed.borrow().subject);
+        feed::end(shard, &feed);
+    }
+    match shard.client.calls[slot].stream.take() {
         Some(stream) => mux_home::leave(shard, &stream),
         None if home != NONE => home::hang_up(shard, home),
         None => {}
@@ -438,7 +460,9 @@ pub(crate) fn end_one_early<R: Ring>(shard: &mut Shard<R>, slot: u32, kill: bool
         return;
     }
     call.early = Some(kill);
-    match call.phase {
+    let phase = call.phase;
+    feed::stop(shard, slot, kill);
+    match phase {
         Phase::Waiting | Phase::CalledHome => say_end(shard, slot),
         Phase::Items | Phase::Final if kill => say_end(shard, slot),
         // What still comes is taken, until the worker closes.

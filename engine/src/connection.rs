@@ -32,6 +32,10 @@ pub enum End {
     Link(u32),
     /// A worker calls us home; [`NONE`] until it has said for which call.
     Home(u32),
+    /// We take the request stream of a bidirectional call.
+    Input(u32),
+    /// A worker takes the request stream of a call of ours.
+    Feed(u32),
     /// The responses of many requests of one caller leave here.
     MuxLink(u32),
     /// A worker calls us home with many responses.

@@ -15,7 +15,7 @@ use crate::handler::MakeHandler;
 use crate::ring::{Ring, Span};
 use crate::served::Tracing;
 use crate::shard::{Shard, TimerKind};
-use crate::{call_link, client, home, mux_home, mux_link, respond_stream, worker};
+use crate::{call_link, client, feed, home, input, mux_home, mux_link, respond_stream, worker};
 
 /// What a shard is to be besides a router. The default is: nothing.
 #[derive(Default)]
@@ -88,7 +88,8 @@ pub(crate) fn connected<R: Ring>(shard: &mut Shard<R>, slot: u32, end: End) {
         End::Response(response) => respond_stream::connected(shard, response),
         End::Link(link) => call_link::connected(shard, slot, link),
         End::MuxLink(link) => mux_link::connected(shard, slot, link),
-        End::Home(_) | End::MuxHome(_) | End::Goodbye => {}
+        End::Input(source) => input::connected(shard, slot, source),
+        End::Feed(_) | End::Home(_) | End::MuxHome(_) | End::Goodbye => {}
     }
 }
 
@@ -96,15 +97,18 @@ pub(crate) fn connected<R: Ring>(shard: &mut Shard<R>, slot: u32, end: End) {
 pub(crate) fn sent<R: Ring>(shard: &mut Shard<R>, slot: u32, end: End, bytes: usize) {
     match end {
         End::Response(response) => respond_stream::sent(shard, response, bytes),
-        End::Link(_) | End::Home(_) | End::MuxLink(_) | End::MuxHome(_) | End::Goodbye => {
+        _ => {
             let outgoing = &mut shard.connections[slot].outgoing;
             outgoing.sent(bytes);
             if end == End::Goodbye && outgoing.is_empty() {
                 return shard.forget(slot);
             }
             flush(shard, slot);
-            if let End::MuxLink(link) = end {
-                mux_link::sent(shard, link);
+            match end {
+                End::MuxLink(link) => mux_link::sent(shard, link),
+                End::Input(source) => input::sent(shard, slot, source),
+                End::Feed(call) => feed::sent(shard, slot, call),
+                _ => {}
             }
         }
     }
@@ -118,7 +122,8 @@ pub(crate) fn arrived<R: Ring>(shard: &mut Shard<R>, slot: u32, end: End) {
         End::Home(_) => home::arrived(shard, slot),
         End::MuxLink(link) => mux_link::arrived(shard, slot, link),
         End::MuxHome(home) => mux_home::arrived(shard, slot, home),
-        End::Goodbye => {
+        End::Input(source) => input::arrived(shard, slot, source),
+        End::Feed(_) | End::Goodbye => {
             let incoming = &mut shard.connections[slot].incoming;
             shard.pieces.clear(incoming);
         }
@@ -132,6 +137,9 @@ pub(crate) fn ended<R: Ring>(shard: &mut Shard<R>, slot: u32, end: End, errno: i
             respond_stream::half_closed(shard, slot, response);
         }
         End::Home(_) => home::ended(shard, slot),
+        End::Input(source) => input::ended(shard, slot, source),
+        // A worker shuts his direction as soon as he has said for which call he reads.
+        End::Feed(_) if errno == 0 => shard.connections[slot].end_of_stream = true,
         _ => shard.lost(slot, errno),
     }
 }
@@ -144,6 +152,8 @@ pub(crate) fn lost<R: Ring>(shard: &mut Shard<R>, slot: u32, end: End, errno: i3
         End::Home(_) => home::lost(shard, slot),
         End::MuxLink(link) => mux_link::lost(shard, link),
         End::MuxHome(home) => mux_home::lost(shard, home),
+        End::Input(source) => input::lost(shard, source),
+        End::Feed(call) => feed::lost(shard, slot, call),
         End::Goodbye => {}
     }
 }

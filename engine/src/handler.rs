@@ -21,6 +21,7 @@ use corelane_codec::json::{Object, Text};
 use corelane_codec::trace_context::TraceContext;
 use corelane_codec::{Decoded, headers, item, two_part};
 
+use crate::input::Input;
 use crate::responder::{Host, Responder, Shared};
 use crate::ring::monotonic_ns;
 use crate::stats::HandlerStats;
@@ -30,6 +31,29 @@ pub trait Handler {
     /// Answers one request. Dropping the future must be harmless: a handler that goes on long
     /// after its caller has gone is dropped.
     fn handle(&self, request: Request, responder: Responder) -> Pin<Box<dyn Future<Output = ()>>>;
+
+    /// What it takes: one value in the request's body, or a stream of them
+    /// ([`Request::take_input`]). Requests of the other kind are refused.
+    fn takes(&self) -> RequestType {
+        RequestType::SingleIn
+    }
+}
+
+/// A function that takes streams of requests (spec/request-plane.md §5).
+pub struct ManyIn<F>(pub F);
+
+impl<F, A> Handler for ManyIn<F>
+where
+    F: Fn(Request, Responder) -> A,
+    A: Future<Output = ()> + 'static,
+{
+    fn handle(&self, request: Request, responder: Responder) -> Pin<Box<dyn Future<Output = ()>>> {
+        Box::pin((self.0)(request, responder))
+    }
+
+    fn takes(&self) -> RequestType {
+        RequestType::ManyIn
+    }
 }
 
 impl<F, A> Handler for F
@@ -69,6 +93,7 @@ pub struct Request {
     id: String,
     codec: PayloadCodec,
     trace: Option<TraceContext>,
+    input: Option<Input>,
 }
 
 /// Why a body is not one value of its codec.
@@ -104,6 +129,16 @@ impl Request {
             codec: self.codec.name(),
             why: error.to_string(),
         })
+    }
+
+    /// The stream of the request's values, once, where the endpoint takes one
+    /// ([`Handler::takes`]).
+    pub fn take_input(&mut self) -> Option<Input> {
+        self.input.take()
+    }
+
+    pub(crate) fn set_input(&mut self, input: Input) {
+        self.input = Some(input);
     }
 
     /// The value of a header of the frame.
@@ -155,12 +190,20 @@ pub(crate) struct Undecodable {
     pub(crate) why: String,
 }
 
-/// Reads a frame without its path.
-pub(crate) fn read(bytes: Vec<u8>) -> Result<(Request, CallHome), Undecodable> {
+/// A request, where its response goes, and where its values come from if not in its body.
+#[derive(Debug)]
+pub(crate) struct Arrived {
+    pub(crate) request: Request,
+    pub(crate) home: CallHome,
+    pub(crate) input: Option<CallHome>,
+}
+
+/// Reads a frame without its path, for an endpoint that takes such requests.
+pub(crate) fn read(bytes: Vec<u8>, takes: RequestType) -> Result<Arrived, Undecodable> {
     let headers_bytes = usize::from(u16::from_be_bytes([bytes[0], bytes[1]]));
     let headers = 2..2 + headers_bytes;
     let payload = headers.end + 4;
-    match envelope(&bytes[payload..]) {
+    match envelope(&bytes[payload..], takes) {
         Ok(envelope) => {
             let body = payload + envelope.body.start..payload + envelope.body.end;
             let request = Request {
@@ -170,8 +213,13 @@ pub(crate) fn read(bytes: Vec<u8>) -> Result<(Request, CallHome), Undecodable> {
                 id: envelope.id,
                 codec: envelope.codec,
                 trace: None,
+                input: None,
             };
-            Ok((request, envelope.home))
+            Ok(Arrived {
+                request,
+                home: envelope.home,
+                input: envelope.input,
+            })
         }
         Err(why) => {
             let home = call_home_of(&bytes[payload..]);
@@ -185,10 +233,11 @@ struct Envelope {
     id: String,
     codec: PayloadCodec,
     home: CallHome,
+    input: Option<CallHome>,
 }
 
 /// All that Dynamo's worker asks of an envelope (spec/request-plane.md §10.2).
-fn envelope(payload: &[u8]) -> Result<Envelope, String> {
+fn envelope(payload: &[u8], takes: RequestType) -> Result<Envelope, String> {
     let parts = match two_part::decode(payload, None) {
         Decoded::Frame(parts) => parts,
         Decoded::Need(bytes) => {
@@ -199,32 +248,54 @@ fn envelope(payload: &[u8]) -> Result<Envelope, String> {
     };
     let control = control_message::decode(&payload[parts.header.clone()]);
     let control = control.map_err(|error| error.to_string())?;
-    let mut scratch = scratch(&control.connection_info);
-    let info = TcpConnectionInfo::parse(&control.connection_info, &mut scratch);
-    let info = info.map_err(|error| error.to_string())?;
-    if info.stream_type != StreamType::Response {
-        return Err("the connection info is not one for a response".into());
-    }
-    let (id, context) = (control.id.to_cow(), info.context.to_cow());
-    if id != context {
-        return Err("the connection info's context is not the request's id".into());
-    }
-    if control.request_type == RequestType::ManyIn {
-        return Err("this endpoint takes one request, not a stream of them".into());
-    }
-    if parts.body.is_empty() {
-        return Err("the request has no body".into());
-    }
-    let address = info.socket_addr().map_err(|error| error.to_string())?;
+    let id = control.id.to_cow();
+    let home = place(&control.connection_info, StreamType::Response, &id)?;
+    let input = match (takes, control.request_type) {
+        (RequestType::SingleIn, RequestType::ManyIn) => {
+            return Err("this endpoint takes one request, not a stream of them".into());
+        }
+        (RequestType::ManyIn, RequestType::SingleIn) => {
+            return Err("this endpoint takes a stream of requests, not one".into());
+        }
+        (RequestType::SingleIn, RequestType::SingleIn) if parts.body.is_empty() => {
+            return Err("the request has no body".into());
+        }
+        (RequestType::SingleIn, RequestType::SingleIn) => None,
+        (RequestType::ManyIn, RequestType::ManyIn) if !parts.body.is_empty() => {
+            return Err("a stream of requests comes with a body".into());
+        }
+        (RequestType::ManyIn, RequestType::ManyIn) => {
+            let info = control.request_stream_connection_info;
+            let info = info.ok_or("where to dial for the requests is not said")?;
+            Some(place(&info, StreamType::Request, &id)?)
+        }
+    };
     Ok(Envelope {
         body: parts.body,
-        id: id.into_owned(),
         codec: control.payload_codec,
-        home: CallHome {
-            address,
-            subject: info.subject.to_cow().into_owned(),
-            offers_mux: info.offers_mux,
-        },
+        id: id.into_owned(),
+        home,
+        input,
+    })
+}
+
+/// Where the caller waits for one of the streams of the request `id`.
+fn place(info: &ConnectionInfo<'_>, stream: StreamType, id: &str) -> Result<CallHome, String> {
+    let mut scratch = scratch(info);
+    let info = TcpConnectionInfo::parse(info, &mut scratch).map_err(|error| error.to_string())?;
+    if info.stream_type != stream {
+        return Err(format!(
+            "the connection info is not one for a {}",
+            stream.name()
+        ));
+    }
+    if info.context.to_cow() != id {
+        return Err("the connection info's context is not the request's id".into());
+    }
+    Ok(CallHome {
+        address: info.socket_addr().map_err(|error| error.to_string())?,
+        subject: info.subject.to_cow().into_owned(),
+        offers_mux: info.offers_mux,
     })
 }
 
@@ -363,7 +434,7 @@ mod tests {
     #[test]
     fn a_good_frame_becomes_a_request() {
         let bytes = frame(control("id-1").as_bytes(), b" {\"a\":1} ");
-        let (request, home) = read(bytes).unwrap();
+        let Arrived { request, home, .. } = read(bytes, RequestType::SingleIn).unwrap();
         assert_eq!(
             (request.id(), request.codec()),
             ("id-1", PayloadCodec::Json)
@@ -390,16 +461,21 @@ mod tests {
             (good.replace("\"id\":\"id-1\",", ""), "1", "`id`"),
             (good.clone(), "", "no body"),
         ] {
-            let undecodable = read(frame(control.as_bytes(), body.as_bytes())).unwrap_err();
+            let undecodable = read(
+                frame(control.as_bytes(), body.as_bytes()),
+                RequestType::SingleIn,
+            )
+            .unwrap_err();
             assert!(undecodable.why.contains(why), "{}", undecodable.why);
             let home = undecodable.home.expect("the address was there");
             assert_eq!(home.subject, "s");
         }
         let mut cut = frame(good.as_bytes(), b"body");
         cut.truncate(cut.len() - 2);
-        assert!(read(cut).unwrap_err().home.is_some());
+        assert!(read(cut, RequestType::SingleIn).unwrap_err().home.is_some());
         for control in ["", "{}", "[]", &good.replace("tcp_server", "zmq")] {
-            let undecodable = read(frame(control.as_bytes(), b"1")).unwrap_err();
+            let undecodable =
+                read(frame(control.as_bytes(), b"1"), RequestType::SingleIn).unwrap_err();
             assert_eq!(undecodable.home, None, "{control}");
         }
     }
@@ -407,7 +483,8 @@ mod tests {
     #[test]
     fn a_body_must_be_one_value() {
         for body in ["{", "1 2", "nope"] {
-            let (request, _) = read(frame(control("id-1").as_bytes(), body.as_bytes())).unwrap();
+            let frame = frame(control("id-1").as_bytes(), body.as_bytes());
+            let Arrived { request, .. } = read(frame, RequestType::SingleIn).unwrap();
             let error = request.value().unwrap_err();
             assert!(
                 error

@@ -18,6 +18,7 @@ use corelane_codec::{Decoded, item, mux};
 use crate::client::{self, Phase, What};
 use crate::connection::{End, Intake, Role};
 use crate::ends;
+use crate::feed;
 use crate::mux_home;
 use crate::operation::{Kind, Operation};
 use crate::ring::{Event, Handle, Ring};
@@ -120,6 +121,7 @@ pub(crate) fn arrived<R: Ring>(shard: &mut Shard<R>, slot: u32) {
                 }
             }
             (Got::Mux, NONE) => return share(shard, slot),
+            (Got::Reader(subject), NONE) => return reads(shard, slot, subject),
             (got, call) => take(shard, call, got),
         }
     }
@@ -206,6 +208,7 @@ pub(crate) fn hang_up<R: Ring>(shard: &mut Shard<R>, slot: u32) {
 pub(crate) enum Got {
     Handshake(u128),
     Mux,
+    Reader(u128),
     Begun,
     Refused(DynamoError),
     Item { data: Option<Vec<u8>>, last: bool },
@@ -337,14 +340,15 @@ fn read_handshake(header: &[u8], message: &Message) -> Got {
         return Got::Mux;
     }
     match Handshake::decode(header) {
-        Ok(handshake) if handshake.stream_type == StreamType::Response => {
+        Ok(handshake) => {
             let digits = handshake.subject.to_cow().replace('-', "");
-            match u128::from_str_radix(&digits, 16) {
-                Ok(subject) if digits.len() == 32 => Got::Handshake(subject),
-                _ => Got::Bad("the subject is none of ours".into()),
+            match (u128::from_str_radix(&digits, 16), handshake.stream_type) {
+                _ if digits.len() != 32 => Got::Bad("the subject is none of ours".into()),
+                (Ok(subject), StreamType::Response) => Got::Handshake(subject),
+                (Ok(subject), StreamType::Request) => Got::Reader(subject),
+                (Err(_), _) => Got::Bad("the subject is none of ours".into()),
             }
         }
-        Ok(_) => Got::Bad("the handshake is for a request stream".into()),
         Err(error) => Got::Bad(error.to_string()),
     }
 }
@@ -405,7 +409,9 @@ fn read_item(bytes: &[u8], message: &Message, codec: PayloadCodec) -> Got {
 pub(crate) fn expected<R: Ring>(shard: &Shard<R>, subject: u128) -> Option<u32> {
     shard.client.of_subject(subject).filter(|call| {
         let call = &shard.client.calls[*call];
-        call.phase == Phase::Waiting && (call.is_late() || !call.is_over())
+        call.subject == subject
+            && call.phase == Phase::Waiting
+            && (call.is_late() || !call.is_over())
     })
 }
 
@@ -427,6 +433,16 @@ fn shake<R: Ring>(shard: &mut Shard<R>, slot: u32, subject: u128) -> bool {
     shard.connections[slot].role = Role::End(End::Home(call));
     client::called_home(shard, call, slot, None);
     true
+}
+
+/// The worker reads the request stream of a call there.
+fn reads<R: Ring>(shard: &mut Shard<R>, slot: u32, subject: u128) {
+    if let Some(timer) = shard.connections[slot].timer.take() {
+        shard.timers.cancel(timer);
+    }
+    if !feed::begin(shard, slot, subject) {
+        refuse(shard, slot);
+    }
 }
 
 /// The socket is to be shared by many responses.
@@ -459,7 +475,9 @@ pub(crate) fn take<R: Ring>(shard: &mut Shard<R>, call: u32, got: Got) {
             client::tell(shard, call, What::BadItem(error));
         }
         Got::Sentinel => end_of_socket(shard, call),
-        Got::Handshake(_) | Got::Mux => violated(shard, call, "a second handshake"),
+        Got::Handshake(_) | Got::Mux | Got::Reader(_) => {
+            violated(shard, call, "a second handshake")
+        }
         Got::Bad(why) => violated(shard, call, &why),
     }
 }

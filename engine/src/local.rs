@@ -1,5 +1,4 @@
-//! Tasks of a shard that are no handlers, and the calls that tasks and handlers make without
-//! leaving their core.
+//! The calls that tasks and handlers make without leaving their core.
 //!
 //! ```text
 //! Command::Run, Host::spawn ---> task
@@ -12,11 +11,8 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::fmt;
-use std::future::{Future, poll_fn};
+use std::future::poll_fn;
 use std::ops::Deref;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
@@ -25,55 +21,38 @@ use corelane_codec::reply_frame;
 
 use crate::call::{NewCall, What};
 use crate::client::{self, Hearer};
+use crate::feed::{self, Feed};
 use crate::home;
+use crate::input;
 use crate::responder::Host;
 use crate::ring::Ring;
 use crate::shard::Shard;
+use crate::tasks::Job;
+pub use crate::tasks::Run;
 
 /// Items of a reply that may wait for their reader before the worker's socket is left unread.
 const ITEMS_MAX: usize = 64;
 /// Bytes that may.
 const BYTES_MAX: usize = 256 * 1024;
-/// Tasks of one shard that are no handlers, at most.
-const JOBS_MAX: usize = 64 * 1024;
 
-type Work = Pin<Box<dyn Future<Output = ()>>>;
-
-/// What [`crate::command::Command::Run`] carries: makes a task on the thread of its shard.
-pub struct Run(Box<dyn FnOnce(Host) -> Work + Send>);
-
-impl Run {
-    /// A task that `make` makes there.
-    pub fn new<F, A>(make: F) -> Run
-    where
-        F: FnOnce(Host) -> A + Send + 'static,
-        A: Future<Output = ()> + 'static,
-    {
-        Run(Box::new(move |host| Box::pin(make(host))))
-    }
-
-    /// Makes the task inside itself, so that a panic of `make` ends no more than the task.
-    pub(crate) fn begin(self, host: &Host) {
-        let (Run(make), own) = (self, host.clone());
-        host.spawn(async move { make(own).await });
-    }
-}
-
-impl fmt::Debug for Run {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("Run")
-    }
+/// A call that a task wants to make.
+pub(crate) struct Wished {
+    new: NewCall,
+    inbox: Shared,
+    feed: Option<feed::Shared>,
 }
 
 /// What the tasks of a shard have asked for since the shard looked last.
 #[derive(Default)]
 pub(crate) struct Wishes {
-    calls: RefCell<Vec<(NewCall, Shared)>>,
+    calls: RefCell<Vec<Wished>>,
     /// Calls that their reader has touched, by slot and generation.
     touched: RefCell<Vec<(u32, u32)>>,
-    jobs: RefCell<Vec<Job>>,
+    /// The same for request streams that handlers read.
+    inputs: RefCell<Vec<(u32, u32)>>,
+    pub(crate) jobs: RefCell<Vec<Job>>,
     /// Jobs that have not ended.
-    running: Cell<usize>,
+    pub(crate) running: Cell<usize>,
     /// Calls that there are places for; `None` on a shard that makes no calls.
     places: Cell<Option<usize>>,
 }
@@ -83,12 +62,21 @@ impl Wishes {
         self.places.set(places);
     }
 
-    pub(crate) fn take_calls(&self, into: &mut Vec<(NewCall, Shared)>) {
+    pub(crate) fn take_calls(&self, into: &mut Vec<Wished>) {
         into.append(&mut self.calls.borrow_mut());
     }
 
     pub(crate) fn take_touched(&self, into: &mut Vec<(u32, u32)>) {
         into.append(&mut self.touched.borrow_mut());
+    }
+
+    /// A call is to be looked at.
+    pub(crate) fn touch(&self, place: (u32, u32)) {
+        self.touched.borrow_mut().push(place);
+    }
+
+    fn take_inputs(&self) -> Vec<(u32, u32)> {
+        std::mem::take(&mut *self.inputs.borrow_mut())
     }
 
     pub(crate) fn take_jobs(&self) -> Vec<Job> {
@@ -99,66 +87,14 @@ impl Wishes {
         self.calls.borrow().is_empty()
             && self.touched.borrow().is_empty()
             && self.jobs.borrow().is_empty()
+            && self.inputs.borrow().is_empty()
     }
 }
 
 impl Host {
-    /// Runs `work` on this shard, beside all else. A panic ends it and nothing more. Answers
-    /// whether there was room: 65,536 such tasks can run at the same time.
-    pub fn spawn(&self, work: impl Future<Output = ()> + 'static) -> bool {
-        let wishes = self.wishes();
-        if wishes.running.get() >= JOBS_MAX {
-            return false;
-        }
-        wishes.running.set(wishes.running.get() + 1);
-        self.task_began();
-        wishes.jobs.borrow_mut().push(Job {
-            work: Some(Box::pin(work)),
-            host: self.clone(),
-        });
-        true
-    }
-
     /// What makes calls from this shard.
     pub fn caller(&self) -> Caller {
         Caller { host: self.clone() }
-    }
-}
-
-/// A task that is no handler.
-pub(crate) struct Job {
-    work: Option<Work>,
-    host: Host,
-}
-
-impl Job {
-    fn put_down(&mut self) {
-        let work = self.work.take();
-        let _ = catch_unwind(AssertUnwindSafe(|| drop(work)));
-    }
-}
-
-impl Future for Job {
-    type Output = ();
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
-        if let Some(work) = &mut self.work {
-            let poll = catch_unwind(AssertUnwindSafe(|| work.as_mut().poll(context)));
-            if matches!(poll, Ok(Poll::Pending)) {
-                return Poll::Pending;
-            }
-        }
-        self.put_down();
-        Poll::Ready(())
-    }
-}
-
-impl Drop for Job {
-    fn drop(&mut self) {
-        self.put_down();
-        let wishes = self.host.wishes();
-        wishes.running.set(wishes.running.get() - 1);
-        self.host.task_ended();
     }
 }
 
@@ -172,9 +108,27 @@ impl Caller {
     /// Begins a call. [`NewCall::number`] means nothing here. What goes wrong, from the beginning
     /// on, comes out of the reply.
     pub fn call(&self, new: NewCall) -> Reply {
-        let inbox = Rc::new(RefCell::new(Inbox::new(&self.host)));
+        self.begin(new, None)
+    }
+
+    /// Begins a bidirectional call: its values are written to the [`Feed`], and
+    /// [`NewCall::body`] means nothing.
+    pub fn call_many(&self, new: NewCall) -> (Feed, Reply) {
+        let feed = Feed::new(&self.host);
+        let reply = self.begin(new, Some(feed.state()));
+        (feed, reply)
+    }
+
+    fn begin(&self, new: NewCall, feed: Option<feed::Shared>) -> Reply {
+        let inbox = Rc::new(RefCell::new(Inbox::new(&self.host, Kind::Reply)));
         let wishes = self.host.wishes();
-        match wishes.places.get() {
+        let places = wishes.places.get();
+        if let Some(feed) = &feed
+            && matches!(places, None | Some(0))
+        {
+            feed.borrow_mut().give_up();
+        }
+        match places {
             None => {
                 let text = "this shard has no call-home listener, so it cannot call";
                 inbox.borrow_mut().fail(DynamoError::invalid_argument(text));
@@ -182,8 +136,8 @@ impl Caller {
             Some(0) => inbox.borrow_mut().fail(too_many()),
             Some(places) => {
                 wishes.places.set(Some(places - 1));
-                let entry = (new, Rc::clone(&inbox));
-                wishes.calls.borrow_mut().push(entry);
+                let inbox = Rc::clone(&inbox);
+                wishes.calls.borrow_mut().push(Wished { new, inbox, feed });
             }
         }
         Reply { inbox }
@@ -240,6 +194,10 @@ pub struct Reply {
 }
 
 impl Reply {
+    pub(crate) fn of(inbox: Shared) -> Reply {
+        Reply { inbox }
+    }
+
     /// The next item, or an error; `None` at the end. An error is the last thing that comes,
     /// unless it is an item that could not be understood.
     pub async fn next(&mut self) -> Option<Result<Item, DynamoError>> {
@@ -309,8 +267,18 @@ impl Drop for Reply {
     }
 }
 
-/// What a call and its reader share.
+/// Whose an inbox is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// A call's.
+    Reply,
+    /// A request stream's.
+    Input,
+}
+
+/// What a call, or a request stream, and its reader share.
 pub(crate) struct Inbox {
+    kind: Kind,
     items: VecDeque<Result<Vec<u8>, DynamoError>>,
     bytes: usize,
     begun: bool,
@@ -330,8 +298,9 @@ pub(crate) struct Inbox {
 pub(crate) type Shared = Rc<RefCell<Inbox>>;
 
 impl Inbox {
-    fn new(host: &Host) -> Inbox {
+    pub(crate) fn new(host: &Host, kind: Kind) -> Inbox {
         Inbox {
+            kind,
             items: VecDeque::new(),
             bytes: 0,
             begun: false,
@@ -383,7 +352,12 @@ impl Inbox {
             && !self.touched
         {
             self.touched = true;
-            self.host.wishes().touched.borrow_mut().push(place);
+            let wishes = self.host.wishes();
+            let list = match self.kind {
+                Kind::Reply => &wishes.touched,
+                Kind::Input => &wishes.inputs,
+            };
+            list.borrow_mut().push(place);
         }
     }
 
@@ -398,6 +372,11 @@ impl Inbox {
     pub(crate) fn seen(&mut self) -> Option<bool> {
         self.touched = false;
         self.wish
+    }
+
+    /// How it has ended, if it has.
+    pub(crate) fn ending(&self) -> Option<Ending> {
+        self.ending
     }
 
     /// Whether another item can be taken.
@@ -464,8 +443,8 @@ pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
         }
         let mut begun = std::mem::take(&mut shard.client.begun);
         host.wishes().take_calls(&mut begun);
-        for (new, inbox) in begun.drain(..) {
-            begin_local(shard, new, inbox);
+        for wished in begun.drain(..) {
+            begin_local(shard, wished);
         }
         shard.client.begun = begun;
         let mut touched = std::mem::take(&mut shard.client.touched);
@@ -476,6 +455,11 @@ pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
             }
         }
         shard.client.touched = touched;
+        for (slot, generation) in host.wishes().take_inputs() {
+            if shard.worker.inputs.is_current(slot, generation) {
+                input::touched(shard, slot);
+            }
+        }
     }
     show_places(shard);
 }
@@ -500,7 +484,10 @@ fn hear_reader<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     if has_room && std::mem::take(&mut call.held_up) {
         home::go_on(shard, slot);
     }
-    // It may have ended just now, and its place may be another's.
+    if shard.client.calls.get(slot).is_some() {
+        feed::advance(shard, slot);
+    }
+    // It may have ended just now.
     if let Some(kill) = wish
         && shard.client.calls.get(slot).is_some()
     {
@@ -509,12 +496,22 @@ fn hear_reader<R: Ring>(shard: &mut Shard<R>, slot: u32) {
 }
 
 /// Begins a call for a task.
-fn begin_local<R: Ring>(shard: &mut Shard<R>, new: NewCall, inbox: Shared) {
+fn begin_local<R: Ring>(shard: &mut Shard<R>, wished: Wished) {
+    let Wished { new, inbox, feed } = wished;
+    let unused = feed.clone();
     if inbox.borrow_mut().seen().is_some() {
+        give_up(unused);
         return inbox.borrow_mut().tell(What::Stopped);
     }
     let hearer = Hearer::Task(Rc::clone(&inbox));
-    if let Err(error) = client::begin_for(shard, new, hearer) {
+    if let Err(error) = client::begin_for(shard, new, hearer, feed) {
+        give_up(unused);
         inbox.borrow_mut().fail(error);
+    }
+}
+
+fn give_up(feed: Option<feed::Shared>) {
+    if let Some(feed) = feed {
+        feed.borrow_mut().give_up();
     }
 }

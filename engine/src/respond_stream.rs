@@ -23,6 +23,7 @@ use crate::call_frame;
 use crate::connection::{End, Role};
 use crate::ends;
 use crate::handler::CallHome;
+use crate::input;
 use crate::mux_link::{self, Lane};
 use crate::responder::{Shared, Stream};
 use crate::ring::Ring;
@@ -64,6 +65,8 @@ pub(crate) struct Response {
     holds_slot: bool,
     /// Counts its request with its handler as long as the slot is held.
     busy: Option<Busy>,
+    /// Where the request's values come from, if not out of its body.
+    input: Option<(u32, u32)>,
     /// Why it ended before its end.
     pub(crate) early: Option<Outcome>,
 }
@@ -94,6 +97,7 @@ pub(crate) fn open<R: Ring>(
         timer: None,
         holds_slot: true,
         busy: None,
+        input: None,
         early: None,
     };
     let slot = shard.worker.responses.insert(response).ok()?;
@@ -128,6 +132,13 @@ pub(crate) fn count<R: Ring>(shard: &mut Shard<R>, stream: &Shared, busy: Busy) 
     // A dial that failed at once has left nothing to count.
     if shard.worker.responses.is_current(slot, generation) {
         shard.worker.responses[slot].busy = Some(busy);
+    }
+}
+
+/// The values of its request come from there.
+pub(crate) fn feeds<R: Ring>(shard: &mut Shard<R>, response: (u32, u32), input: (u32, u32)) {
+    if shard.worker.responses.is_current(response.0, response.1) {
+        shard.worker.responses[response.0].input = Some(input);
     }
 }
 
@@ -226,10 +237,16 @@ pub(crate) fn die<R: Ring>(shard: &mut Shard<R>, slot: u32, kill: bool) {
     let response = &mut shard.worker.responses[slot];
     response.state = State::Dead;
     response.stream.borrow_mut().stop(kill);
+    let input = response.input.take();
     let connection = std::mem::replace(&mut response.connection, NONE);
     if connection != NONE {
         shard.connections[connection].outgoing.drop_waiting();
         shard.forget(connection);
+    }
+    if let Some((source, generation)) = input
+        && shard.worker.inputs.is_current(source, generation)
+    {
+        input::close(shard, source);
     }
     let until_ns = shard.now_ns + END_NS;
     set_timer(shard, slot, until_ns);

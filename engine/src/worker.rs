@@ -19,8 +19,9 @@ use crate::decode::{self, WHOLE_BYTES_MAX};
 use crate::ends::Ends;
 use crate::executor::Spawner;
 use crate::handler::{
-    self, CallHome, Handler, MakeHandler, NewHandler, Request, Task, Undecodable,
+    self, Arrived, CallHome, Handler, MakeHandler, NewHandler, Request, Task, Undecodable,
 };
+use crate::input::{self, Source};
 use crate::mux_link::Links;
 use crate::recv;
 use crate::respond::{self, Refusal};
@@ -51,6 +52,7 @@ struct Waiting {
     busy: Busy,
     request: Request,
     home: CallHome,
+    input: Option<CallHome>,
 }
 
 /// The handlers of one shard and the requests that they have.
@@ -65,6 +67,7 @@ pub(crate) struct Worker {
     held_bytes: usize,
     pub(crate) responses: Table<Response>,
     pub(crate) muxes: Links,
+    pub(crate) inputs: Table<Source>,
     pub(crate) host: Host,
     pub(crate) spawner: Spawner,
     /// Slots may have become free since the queue was looked at.
@@ -99,6 +102,7 @@ impl Worker {
             held_bytes: 0,
             responses: Table::new(responses as usize),
             muxes: Links::new(),
+            inputs: Table::new(ends.running_max as usize),
             host,
             spawner,
             may_start: false,
@@ -267,14 +271,20 @@ fn give_up<R: Ring>(shard: &mut Shard<R>, slot: u32, left: u64) -> bool {
 fn begin<R: Ring>(shard: &mut Shard<R>, handler: u32, frame: Vec<u8>) {
     let stats = shard.worker.count(handler);
     stats.requests.add(1);
-    match handler::read(frame) {
-        Ok((request, home)) => {
+    let takes = shard.worker.handlers[handler as usize].handler.takes();
+    match handler::read(frame, takes) {
+        Ok(Arrived {
+            request,
+            home,
+            input,
+        }) => {
             stats.request_bytes.add(request.payload_bytes() as u64);
             let waiting = Waiting {
                 handler,
                 busy: Busy::new(stats, &shard.worker.spans),
                 request,
                 home,
+                input,
             };
             if shard.worker.queue.is_empty() && shard.worker.has_slot() {
                 start(shard, waiting);
@@ -317,12 +327,24 @@ fn start<R: Ring>(shard: &mut Shard<R>, waiting: Waiting) {
         mut busy,
         mut request,
         home,
+        input,
     } = waiting;
     let Some(stream) = respond_stream::open(shard, &home, request.codec()) else {
         shard.stats.shard.callers_untold.add(1);
         return;
     };
     shard.stats.shard.handled.add(1);
+    if let Some(input) = input {
+        let place = stream.borrow().place();
+        match input::open(shard, input, request.codec(), place) {
+            Some(input) => request.set_input(input),
+            None => {
+                let text = "the worker cannot dial for the request stream";
+                let error = DynamoError::cannot_connect(text);
+                return stream.borrow_mut().fail(&error);
+            }
+        }
+    }
     busy.begin(&mut request, &stream);
     respond_stream::count(shard, &stream, busy);
     let handler = Rc::clone(&shard.worker.handlers[handler as usize].handler);

@@ -17,6 +17,7 @@ use crate::{logging, trace};
 
 mod args;
 mod check;
+mod extract;
 mod gms;
 mod options;
 
@@ -25,6 +26,7 @@ pub use args::{
 };
 pub use check::{Report, SCHEMA};
 
+use extract::TraceCommand;
 use gms::GmsTask;
 use options::{Command, EnvOptions, Options, WorkerCommand};
 
@@ -155,6 +157,10 @@ fn dispatch(command: Command, env: &Env, host: &Host) -> anyhow::Result<Exit> {
             }
             GmsTask::Probe(probe) => commands::probe(probe.args(env)),
         },
+        Command::Trace(trace) => {
+            let TraceCommand::Extract(extract) = trace.command;
+            commands::extract(&extract.args())
+        }
     }
 }
 

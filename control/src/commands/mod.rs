@@ -20,6 +20,16 @@ pub fn echo(args: EchoArgs) -> Result<Exit> {
     crate::echo::run(args)
 }
 
+/// `corelane trace extract`: a trace added up by interval, as one JSON list.
+///
+/// # Errors
+/// See [`crate::planner::trace::TraceError`]; or standard output cannot be written.
+pub fn extract(wanted: &crate::planner::trace::Extract) -> Result<Exit> {
+    let intervals = crate::planner::trace::extract(wanted)?;
+    crate::cli::print(&(serde_json::to_string(&intervals)? + "\n"))?;
+    Ok(Exit::Done)
+}
+
 /// `corelane call`: one call, or some.
 ///
 /// # Errors

@@ -10,6 +10,7 @@ use crate::cli::{Exit, ServeArgs};
 use crate::config::Config;
 use crate::gpu_memory::{GpuMemory, Names};
 use crate::gpu_metrics;
+use crate::planner::Feed;
 use crate::preflight;
 use crate::supervise::{Router, Signals, Store};
 
@@ -24,6 +25,7 @@ pub fn serve(args: ServeArgs) -> Result<Exit> {
     on_this_thread(async move {
         let mut signals = Signals::catch().context("cannot catch signals")?;
         let gpu = gpu_memory(&config)?;
+        let planner = config.planner.as_ref().map(Feed::start).transpose()?;
         let started = tokio::select! {
             router = Router::start(&config, &plan, Store::Configured) => Some(router?),
             name = signals.next() => {
@@ -34,6 +36,9 @@ pub fn serve(args: ServeArgs) -> Result<Exit> {
         match started {
             Some(mut router) => {
                 router.offer();
+                if let Some(planner) = planner {
+                    router.add_metrics(Box::new(move |out| planner.write(out)));
+                }
                 if let Some(gpu) = gpu.clone() {
                     router.add_metrics(Box::new(move |out| gpu_metrics::write(&gpu, out)));
                 }

@@ -3,7 +3,8 @@
 
 use super::value::Kind;
 use super::words::{
-    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, Policy, Response, Switch,
+    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, PlannerNames, Policy, Response,
+    Switch,
 };
 
 /// A table of `corelane.toml`.
@@ -27,11 +28,13 @@ pub enum Section {
     Drain,
     /// `[gpu]`: the GPU memory service.
     Gpu,
+    /// `[planner]`: where a planner tells what it exports.
+    Planner,
 }
 
 impl Section {
     /// All sections in the order in which they are documented.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Server,
         Self::Discovery,
         Self::Route,
@@ -41,6 +44,7 @@ impl Section {
         Self::Tls,
         Self::Drain,
         Self::Gpu,
+        Self::Planner,
     ];
 
     /// The table's name, without brackets.
@@ -55,6 +59,7 @@ impl Section {
             Self::Tls => "tls",
             Self::Drain => "drain",
             Self::Gpu => "gpu",
+            Self::Planner => "planner",
         }
     }
 
@@ -401,6 +406,11 @@ keys! {
     GPU_DURABLE_LAYOUT = Gpu "durable_layout", Kind::Words(DurableLayout::WORDS),
         Value("replace"), [],
         "What rw_or_ro does to a durable layout: replace as upstream, or keep and wait";
+
+    PLANNER_SOCKET = Planner "socket", Kind::Path, Unset("no planner is listened to"), [],
+        "Unix socket that takes a planner's intervals as lines of JSON";
+    PLANNER_NAMES = Planner "names", Kind::Words(PlannerNames::WORDS), Value("both"), [],
+        "Names of its metrics: planner:* (seed), dynamo_planner_* (1.6.1), or both";
 }
 
 #[cfg(test)]

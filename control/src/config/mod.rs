@@ -23,6 +23,7 @@ mod host;
 mod keys;
 mod layers;
 mod lists;
+mod planner;
 mod problem;
 mod raw;
 mod resolve;
@@ -40,7 +41,8 @@ pub use problem::{Origin, Problem, Severity};
 pub use tls::{Tls, TlsClient, TlsServer};
 pub use value::{Kind, Value, address};
 pub use words::{
-    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, Policy, Response, Switch, Word,
+    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, PlannerNames, Policy, Response,
+    Switch, Word,
 };
 
 pub(crate) use host::cpu_list;
@@ -69,6 +71,8 @@ pub struct Config {
     pub drain: Drain,
     /// The GPU memory service, if there is one.
     pub gpu: Option<Gpu>,
+    /// Where a planner is listened to, if it is.
+    pub planner: Option<Planner>,
     /// Every value that was used, with the place it came from.
     pub settings: Vec<Setting>,
 }
@@ -311,6 +315,15 @@ pub struct Gpu {
     pub alloc_retry_timeout_ms: u32,
     /// What `rw_or_ro` does to a durable layout.
     pub durable_layout: DurableLayout,
+}
+
+/// `[planner]`.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Planner {
+    /// The Unix socket.
+    pub socket: PathBuf,
+    /// Names of the metrics.
+    pub names: PlannerNames,
 }
 
 /// What the configuration is read for.

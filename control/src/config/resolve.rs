@@ -10,8 +10,8 @@ use super::problem::Origin;
 use super::value::{Value, ip};
 use super::words::{Backend, Idle, Io};
 use super::{
-    Config, Control, Core, Discovery, Drain, Host, Inputs, Secret, Server, cpu_list, gpu, routes,
-    tls,
+    Config, Control, Core, Discovery, Drain, Host, Inputs, Secret, Server, cpu_list, gpu, planner,
+    routes, tls,
 };
 
 /// Sockets and files that are open besides connections: rings, listeners, stores.
@@ -36,6 +36,7 @@ pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
         timeout_s: layers.int(&keys::DRAIN_TIMEOUT_S, Of::Once),
     };
     let gpu = gpu::gpu(layers, inputs.purpose);
+    let planner = planner::planner(layers, inputs.purpose);
     let settings = Vec::new();
     Some(Config {
         server,
@@ -46,6 +47,7 @@ pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
         control: control?,
         drain,
         gpu,
+        planner,
         settings,
     })
 }

@@ -170,6 +170,18 @@ words! {
     }
 }
 
+words! {
+    /// Under which names a planner's metrics are served (`spec/gpu-memory.md` §7.1).
+    PlannerNames {
+        /// Those of the first generation, `planner:...`.
+        Seed = "seed",
+        /// Those of 1.6.1, `dynamo_planner_...`.
+        Current = "1.6.1",
+        /// Both.
+        Both = "both",
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -172,6 +172,11 @@ pub trait Ring {
     /// complete soon after. Harmless when the peer has gone already.
     fn shutdown(&mut self, handle: Handle);
 
+    /// Shuts our direction of a socket down; the peer sees an end of stream.
+    fn shutdown_write(&mut self, handle: Handle) {
+        sockets::shutdown_write(handle.fd);
+    }
+
     /// Closes a socket that is detached, or never was attached (the slot is not looked at).
     fn close(&mut self, handle: Handle);
 

@@ -467,6 +467,9 @@ impl Ring for Sim {
         }
     }
 
+    /// No scenario has a peer that waits for it.
+    fn shutdown_write(&mut self, _handle: Handle) {}
+
     fn close(&mut self, handle: Handle) {
         let world = &mut *self.net.0.borrow_mut();
         if let Some(Place::End(end)) = world.place(handle.fd) {

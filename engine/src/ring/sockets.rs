@@ -28,6 +28,13 @@ pub(super) fn shutdown(fd: RawFd) {
     let _ = SockRef::from(&fd).shutdown(Shutdown::Both);
 }
 
+/// Shuts our direction down.
+pub(super) fn shutdown_write(fd: RawFd) {
+    // SAFETY: the caller owns the descriptor and has not closed it.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    let _ = SockRef::from(&fd).shutdown(Shutdown::Write);
+}
+
 /// Sets SO_RCVLOWAT. A socket that refuses it is woken more often, no more.
 pub(super) fn low_water(fd: RawFd, bytes: u32) {
     let value = bytes as libc::c_int;

@@ -328,6 +328,8 @@ pub struct Asked {
     pub headers: String,
     pub address: SocketAddr,
     pub subject: String,
+    /// The subject of the request stream, if there is one.
+    pub input: Option<String>,
     pub body: Vec<u8>,
 }
 
@@ -404,7 +406,14 @@ impl HandWorker {
                 let info = TcpConnectionInfo::parse(&control.connection_info, &mut scratch);
                 let info = info.unwrap();
                 assert!(info.context == *control.id.to_cow());
+                let input = control.request_stream_connection_info.map(|info| {
+                    let mut scratch = [0; 1024];
+                    let info = TcpConnectionInfo::parse(&info, &mut scratch).unwrap();
+                    assert_eq!(info.stream_type, StreamType::Request);
+                    info.subject.to_cow().into_owned()
+                });
                 let asked = Asked {
+                    input,
                     path: frame.path.into(),
                     headers: String::from_utf8(frame.headers.to_vec()).unwrap(),
                     address: info.socket_addr().unwrap(),

@@ -250,6 +250,7 @@ impl TwoWay {
             address: self.request_address,
             subject: self.request_subject.clone(),
             body: Vec::new(),
+            input: None,
         };
         let mut called = dialled.dial();
         let mut out = Vec::new();
@@ -289,6 +290,7 @@ impl HandWorker {
                 address,
                 subject,
                 body: Vec::new(),
+                input: None,
             },
             request_subject,
             request_address,

