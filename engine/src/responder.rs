@@ -21,6 +21,7 @@ use corelane_codec::item::{self, Annotated};
 use corelane_codec::two_part;
 
 pub use crate::host::{Host, Sleep};
+use crate::input::Input;
 use crate::ring::monotonic_ns;
 
 /// Items that may wait for the socket before a handler has to.
@@ -360,6 +361,7 @@ impl Stream {
 pub struct Responder {
     stream: Shared,
     host: Host,
+    input: Option<Input>,
 }
 
 impl Responder {
@@ -368,7 +370,18 @@ impl Responder {
         Responder {
             stream: Rc::clone(stream),
             host,
+            input: None,
         }
+    }
+
+    pub(crate) fn set_input(&mut self, input: Input) {
+        self.input = Some(input);
+    }
+
+    /// The stream of the request's values, once, where the endpoint takes one
+    /// ([`crate::handler::Handler::takes`]).
+    pub fn take_input(&mut self) -> Option<Input> {
+        self.input.take()
     }
 
     /// How items are to be encoded.
