@@ -21,8 +21,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use corelane_codec::control_message::PayloadCodec;
+use corelane_codec::headers::TRACEPARENT;
 use corelane_codec::item::write_value;
 use corelane_codec::path::parse_instance_path;
+use corelane_codec::trace_context::TraceContext;
 use corelane_engine::client::{CallEvent, Deadlines, NewCall, What};
 use corelane_engine::ends::{Ends, HomeAddress};
 use corelane_engine::shard::Command;
@@ -39,6 +41,7 @@ use crate::cli::{CallArgs, Early, Exit, Target};
 use crate::config::{Backend, EndpointId};
 use crate::discovery::{Discovery, EtcdDiscovery, EtcdOptions, FileDiscovery, FileOptions};
 use crate::peer::Peer;
+use crate::trace::{self, CallSpan};
 use crate::watch::{Instance, InstanceWatch};
 
 /// Longest wait for an instance to appear in discovery.
@@ -54,6 +57,7 @@ const SLOWEST_US: u64 = 86_400_000_000;
 /// No instance is there, or this host cannot run a shard. A failed call is no error but
 /// [`Exit::Failed`].
 pub fn run(args: CallArgs) -> Result<Exit> {
+    trace::export();
     let runtime = Builder::new_current_thread().enable_all().build();
     let runtime = runtime.context("cannot make the control runtime")?;
     let local = LocalSet::new();
@@ -183,6 +187,12 @@ async fn open(args: &CallArgs) -> Result<Discovery> {
     })
 }
 
+/// Takes out the trace that the user has named: a span of ours comes between.
+fn take_trace(headers: &mut Vec<(String, String)>) -> Option<TraceContext> {
+    let at = headers.iter().position(|(name, _)| name == TRACEPARENT)?;
+    TraceContext::parse(&headers.remove(at).1)
+}
+
 /// The body in both codecs.
 struct Bodies {
     json: Vec<u8>,
@@ -209,6 +219,7 @@ impl Bodies {
 /// A call under way.
 struct Running {
     instance: Instance,
+    span: Option<CallSpan>,
     items: u64,
     ack_us: Option<f64>,
     first_us: Option<f64>,
@@ -279,12 +290,19 @@ impl Caller<'_> {
 
     async fn begin(&mut self, number: u64, instance: Instance) -> Result<()> {
         let total = self.args.timeout;
+        let mut headers = self.args.headers.clone();
+        let span = CallSpan::begin(take_trace(&mut headers));
+        if let Some(span) = &span {
+            headers.push((TRACEPARENT.to_owned(), span.context().to_string()));
+        } else {
+            headers.clone_from(&self.args.headers);
+        }
         let call = NewCall {
             number,
             address: instance.address,
             path: instance.path.clone(),
             id: String::new(),
-            headers: self.args.headers.clone(),
+            headers,
             body: self.bodies.in_codec(instance.codec),
             codec: instance.codec,
             deadlines: Deadlines {
@@ -295,6 +313,7 @@ impl Caller<'_> {
         };
         let running = Running {
             instance,
+            span,
             items: 0,
             ack_us: None,
             first_us: None,
@@ -353,6 +372,10 @@ impl Caller<'_> {
             (Outcome::Ok, Some(error)) => (Outcome::Failed, Some(error)),
             _ => (outcome, error),
         };
+        if let Some(span) = running.span {
+            let failed = !matches!(outcome, Outcome::Ok | Outcome::Stopped);
+            span.end(outcome.word(), failed, running.instance.id);
+        }
         let error = error.as_deref();
         self.tally.count(outcome, error, &running, at_us);
         self.printer.end(number, &running, at_us, outcome, error)?;

@@ -439,12 +439,6 @@ impl Cores {
         }
     }
 
-    /// Whether all have ended.
-    pub fn are_stopped(&self) -> bool {
-        let ended = |core: &Core| matches!(&*core.state.borrow(), State::Ended { .. });
-        self.list.iter().all(ended)
-    }
-
     /// Stops all shards and waits for their threads, a few seconds at most.
     pub async fn stop(&self) {
         self.stopping.set(true);

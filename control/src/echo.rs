@@ -40,6 +40,7 @@ use crate::metrics::{ProcessNumbers, ServedNumbers, Snapshot, WorkerNumbers};
 use crate::peer::Peer;
 use crate::status_server::{Health, StatusOptions, StatusServer};
 use crate::supervise::Signals;
+use crate::trace;
 
 /// Identities whose paths are served at the same time: callers may hold the one from before a
 /// lost lease.
@@ -54,6 +55,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// # Errors
 /// The address is taken, or the store cannot be reached.
 pub fn run(args: EchoArgs) -> Result<Exit> {
+    trace::export();
     let runtime = Builder::new_current_thread().enable_all().build();
     let runtime = runtime.context("cannot make the control runtime")?;
     let local = LocalSet::new();

@@ -8,7 +8,7 @@ use std::time::Duration;
 use component_lab::{echo, endpoint, options, settled, with_runtime};
 use corelane::component::{
     Call, Client, Deadlines, DynamoError, Ending, EndpointId, Fault, MemoryStore, Outcome,
-    PayloadCodec, Reason, Request, RoutingMode, Runtime, Served, Stream, TokioStream,
+    PayloadCodec, Reason, Request, RoutingMode, Runtime, Served, Stream, TokioRequest, TokioStream,
 };
 use serde_json::{Value, json};
 
@@ -314,7 +314,7 @@ fn the_older_yaml_reference_resolves() {
 fn handlers_run_on_tokio_as_well() {
     with_runtime(options(), async |runtime| {
         let tokio = tokio::runtime::Handle::current();
-        let slow = |request: Request, mut stream: TokioStream| async move {
+        let slow = |request: TokioRequest, mut stream: TokioStream| async move {
             let count: u32 = request.parse()?;
             assert!(count != 7, "a number that this handler cannot stand");
             for number in 0..count {

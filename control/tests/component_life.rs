@@ -181,7 +181,7 @@ fn a_health_check_decides_whether_a_process_is_ready() {
     });
 }
 
-/// One shard, a handler that waits for the gate, and so many calls that begin one after the other.
+/// A handler that waits for the gate, and so many calls that begin one after the other.
 async fn taken(runtime: &Runtime, calls: usize) -> (usize, usize) {
     let gate = Arc::new(AtomicBool::new(false));
     let open = Arc::clone(&gate);
@@ -229,6 +229,22 @@ fn limits_mean_what_they_say() {
             assert_eq!(taken(runtime, 10).await, (want, 10 - want), "{admission:?}");
         });
     }
+}
+
+#[test]
+fn shards_keep_a_limit_together() {
+    let admission = Admission {
+        running_max: 2,
+        queue_max: 3,
+    };
+    with_runtime(options().shards(3).admission(admission), async |runtime| {
+        let (answered, refused) = taken(runtime, 12).await;
+        // Shards that look at the same instant may each take the last place.
+        assert!(
+            (5..=5 + 4).contains(&answered) && answered + refused == 12,
+            "{answered}"
+        );
+    });
 }
 
 fn on_etcd(etcd: &lab::Etcd) -> Options {

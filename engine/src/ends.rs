@@ -8,11 +8,13 @@
 //! ```
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::Idle;
 use crate::connection::End;
 use crate::handler::MakeHandler;
+use crate::mesh::budget::Budget;
 use crate::ring::{Ring, Span};
 use crate::served::Tracing;
 use crate::shard::{Shard, TimerKind};
@@ -27,6 +29,8 @@ pub struct Ends {
     pub running_max: u32,
     /// Acknowledged requests that wait for a handler, at most.
     pub queue_max: u32,
+    /// In place of both for all shards that have it.
+    pub budget: Option<Arc<Budget>>,
     /// Where workers call home; without it no call can be made.
     pub home: Option<HomeAddress>,
     /// Calls at the same time, at most.
@@ -202,7 +206,7 @@ pub(crate) fn patience<R: Ring>(shard: &Shard<R>, longest: Duration) -> Duration
     if host.tasks() > 0 {
         longest = longest.min(TURN_EVERY);
     }
-    if shard.client.is_held_up() {
+    if shard.client.is_held_up() || shard.worker.waits_for_others() {
         longest = longest.min(FULL_PAUSE);
     }
     match host.next_deadline() {
@@ -250,7 +254,8 @@ impl<R: Ring> Shard<R> {
     /// Whether nothing happens here that the ring does not know of.
     pub fn may_sleep(&self) -> bool {
         let spins = self.config.idle == Idle::Spin;
-        !spins && !self.has_tasks() && !self.client.is_held_up() && !self.lanes.is_ready()
+        let waits = self.client.is_held_up() || self.worker.waits_for_others();
+        !spins && !waits && !self.has_tasks() && !self.lanes.is_ready()
     }
 
     /// Brackets a turn of the executor: the tasks that were woken before it have run after it.

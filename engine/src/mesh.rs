@@ -7,6 +7,8 @@
 //!
 //! Neither side waits for the other: a full queue is an answer, not a pause.
 
+pub mod budget;
+
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;

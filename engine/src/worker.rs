@@ -22,6 +22,7 @@ use crate::handler::{
     self, Arrived, CallHome, Handler, MakeHandler, NewHandler, Request, Task, Undecodable,
 };
 use crate::input::{self, Source};
+use crate::mesh::budget::Budget;
 use crate::mux_link::Links;
 use crate::recv;
 use crate::respond::{self, Refusal};
@@ -61,6 +62,8 @@ pub(crate) struct Worker {
     at: HashMap<Vec<u8>, u32>,
     queue: VecDeque<Waiting>,
     queue_max: usize,
+    /// Limits that are kept with other shards, in place of those here.
+    budget: Option<Arc<Budget>>,
     running: usize,
     running_max: usize,
     /// Bytes of queued requests and of large frames that are arriving.
@@ -97,6 +100,7 @@ impl Worker {
             at: HashMap::new(),
             queue: VecDeque::new(),
             queue_max: ends.queue_max as usize,
+            budget: ends.budget,
             running: 0,
             running_max: ends.running_max as usize,
             held_bytes: 0,
@@ -149,12 +153,30 @@ impl Worker {
     }
 
     fn admits(&self, bytes: usize) -> bool {
-        let slot = self.queue.is_empty() && self.has_slot();
-        (slot || self.queue.len() < self.queue_max) && self.held_bytes + bytes <= HELD_BYTES_MAX
+        let may_wait = match &self.budget {
+            Some(budget) => budget.may_wait(),
+            None => self.queue.len() < self.queue_max,
+        };
+        (self.may_run_at_once() || may_wait) && self.held_bytes + bytes <= HELD_BYTES_MAX
+    }
+
+    /// Whether there is a slot that nobody waits for.
+    fn may_run_at_once(&self) -> bool {
+        let clear = self.budget.as_ref().is_none_or(|budget| budget.is_clear());
+        clear && self.queue.is_empty() && self.has_slot()
+    }
+
+    /// Whether requests wait for slots that other shards may free.
+    pub(crate) fn waits_for_others(&self) -> bool {
+        self.budget.is_some() && !self.queue.is_empty()
     }
 
     fn has_slot(&self) -> bool {
-        self.running < self.running_max && !self.responses.is_full()
+        let free = match &self.budget {
+            Some(budget) => budget.may_run(),
+            None => self.running < self.running_max,
+        };
+        free && !self.responses.is_full()
     }
 
     /// A large frame will not be completed.
@@ -164,10 +186,16 @@ impl Worker {
 
     pub(crate) fn take_slot(&mut self) {
         self.running += 1;
+        if let Some(budget) = &self.budget {
+            budget.run();
+        }
     }
 
     pub(crate) fn free_slot(&mut self) {
         self.running -= 1;
+        if let Some(budget) = &self.budget {
+            budget.ran();
+        }
         self.may_start = true;
     }
 }
@@ -286,11 +314,14 @@ fn begin<R: Ring>(shard: &mut Shard<R>, handler: u32, frame: Vec<u8>) {
                 home,
                 input,
             };
-            if shard.worker.queue.is_empty() && shard.worker.has_slot() {
+            if shard.worker.may_run_at_once() {
                 start(shard, waiting);
             } else {
                 shard.worker.held_bytes += waiting.request.held_bytes();
                 shard.worker.queue.push_back(waiting);
+                if let Some(budget) = &shard.worker.budget {
+                    budget.wait();
+                }
             }
         }
         Err(undecodable) => {
@@ -364,7 +395,7 @@ fn tell_spans<R: Ring>(shard: &mut Shard<R>) {
 
 /// Gives free slots to those who wait.
 pub(crate) fn start_waiting<R: Ring>(shard: &mut Shard<R>) {
-    if !std::mem::take(&mut shard.worker.may_start) {
+    if !std::mem::take(&mut shard.worker.may_start) && !shard.worker.waits_for_others() {
         return;
     }
     tell_spans(shard);
@@ -373,6 +404,9 @@ pub(crate) fn start_waiting<R: Ring>(shard: &mut Shard<R>) {
             return;
         };
         shard.worker.let_go(waiting.request.held_bytes());
+        if let Some(budget) = &shard.worker.budget {
+            budget.waited();
+        }
         start(shard, waiting);
     }
 }

@@ -111,7 +111,9 @@ pub fn run(args: impl IntoIterator<Item = OsString>, env: &Env, host: &Host) -> 
     };
     logging::start(env);
     trace::start(env);
-    match dispatch(options.command, env, host) {
+    let outcome = dispatch(options.command, env, host);
+    trace::finish();
+    match outcome {
         Ok(exit) => exit,
         Err(error) => {
             complain(&format!("{error:#}"));

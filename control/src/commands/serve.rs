@@ -13,6 +13,7 @@ use crate::gpu_metrics;
 use crate::planner::Feed;
 use crate::preflight;
 use crate::supervise::{Router, Signals, Store};
+use crate::trace;
 
 /// Runs the router.
 ///
@@ -70,6 +71,7 @@ fn gpu_memory(config: &Config) -> Result<Option<Rc<GpuMemory>>> {
 
 /// Runs `work` on a runtime of this thread.
 pub(super) fn on_this_thread<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    trace::export();
     let runtime = Builder::new_current_thread().enable_all().build();
     let runtime = runtime.context("cannot make the control runtime")?;
     let local = LocalSet::new();

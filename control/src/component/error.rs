@@ -64,6 +64,12 @@ impl Fault {
         Fault::Failed(DynamoError::backend_unknown(text))
     }
 
+    /// A body that is not what the endpoint takes.
+    pub(super) fn unreadable(why: &CodecError) -> Fault {
+        let text = format!("the request's body is not what this endpoint takes: {why}");
+        Fault::Failed(DynamoError::invalid_argument(text))
+    }
+
     /// The same as the caller sees it; `None` if there is nobody to be told.
     pub(super) fn told(&self) -> Option<DynamoError> {
         match self {

@@ -80,10 +80,7 @@ impl Request {
     /// # Errors
     /// It is not one; returned from a handler this tells the caller so.
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T, Fault> {
-        from_bytes(self.body(), self.codec()).map_err(|why| {
-            let text = format!("the request's body is not what this endpoint takes: {why}");
-            Fault::Failed(DynamoError::invalid_argument(text))
-        })
+        from_bytes(self.body(), self.codec()).map_err(|why| Fault::unreadable(&why))
     }
 
     /// The value of a header of the frame, such as `traceparent`.

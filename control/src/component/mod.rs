@@ -53,6 +53,7 @@
 //! Requests come over TCP. A NATS service for each component would be made where
 //! [`Component::service_name`] names it, and would answer with [`Runtime::stats`].
 
+pub mod busy;
 mod canary;
 mod client;
 mod endpoint;
@@ -96,4 +97,4 @@ pub use routing::{Ratio, RoutingMode, UnknownMode};
 pub use runtime::Runtime;
 pub use serving::Served;
 pub use shard::Shard;
-pub use tokio_handler::{TokioHandler, TokioStream};
+pub use tokio_handler::{TokioHandler, TokioRequest, TokioStream};

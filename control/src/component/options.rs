@@ -53,6 +53,8 @@ pub struct Options {
 
 /// How many requests a process takes on (`spec/request-plane.md` §10.1). Beyond both numbers a
 /// request is refused at once, with `Server overloaded`, which callers understand.
+///
+/// The default is divided among the shards; any other is kept by all of them together.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Admission {
     /// Requests in handlers at the same time, at least 1. A slot is held until the response has
@@ -88,6 +90,12 @@ impl Admission {
             running_max: slots.max(1),
             queue_max: number("DYN_DYNAMO_REQUEST_QUEUE_LIMIT")?.unwrap_or(16),
         })
+    }
+
+    /// Whether it is too little to be divided among shards: one connection, which one of them has,
+    /// is to get all of it.
+    pub(super) fn is_shared(self, shards: usize) -> bool {
+        shards > 1 && self != Admission::default()
     }
 
     /// The part of one shard, such that the parts of all add up. Each gets one slot at least.

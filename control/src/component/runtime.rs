@@ -18,6 +18,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use corelane_codec::path::{EndpointId, Reference, instance_path};
 use corelane_engine::ends::{Ends, HomeAddress};
+use corelane_engine::mesh::budget::Budget;
 use corelane_engine::shard::Command;
 use corelane_engine::stats::Cell;
 use serde_json::json;
@@ -114,6 +115,7 @@ impl Runtime {
     /// in time.
     pub async fn start(options: Options) -> Result<Runtime> {
         trace::start(&options.env);
+        trace::export();
         let plan = options.plan()?;
         let home = HomeAddress {
             bind: SocketAddr::new(options.server.host, 0),
@@ -121,9 +123,15 @@ impl Runtime {
         };
         let (admission, shards) = (options.admission, plan.shards.len());
         let calls_max = options.calls_max;
+        let budget = Budget::new(admission.running_max, admission.queue_max);
+        let budget = admission.is_shared(shards).then(|| Arc::new(budget));
         let ends = move |index| {
-            let part = admission.part(index, shards);
+            let part = match &budget {
+                Some(_) => admission,
+                None => admission.part(index, shards),
+            };
             Ends {
+                budget: budget.clone(),
                 running_max: part.running_max,
                 queue_max: part.queue_max,
                 home: Some(home),
@@ -296,7 +304,7 @@ impl Runtime {
     pub async fn stop(&self) {
         let inner = &self.0;
         if inner.stopping.send_replace(true) {
-            return;
+            return self.drained().await;
         }
         let began = Instant::now();
         inner.endpoints.leave();
@@ -469,17 +477,12 @@ async fn after<T>(
     patience: Duration,
 ) -> Result<Option<T>> {
     let mut work = pin!(work);
-    let drained = async {
-        while !runtime.0.cores.are_stopped() {
-            sleep(Duration::from_millis(10)).await;
-        }
-    };
     tokio::select! {
         outcome = &mut work => {
             runtime.drained().await;
             return outcome.map(Some);
         }
-        () = drained => {}
+        () = runtime.drained() => {}
     }
     match timeout(patience, work).await {
         Ok(outcome) => outcome.map(Some),
@@ -490,9 +493,13 @@ async fn after<T>(
 impl Runtime {
     /// Waits until a stop that somebody else has begun is over.
     async fn drained(&self) {
-        while !self.0.cores.are_stopped() {
-            sleep(Duration::from_millis(10)).await;
-        }
+        // The sender is ours.
+        let _ = self
+            .0
+            .stopped
+            .subscribe()
+            .wait_for(|stopped| *stopped)
+            .await;
     }
 }
 

@@ -6,9 +6,11 @@ use std::panic::AssertUnwindSafe;
 
 use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::error::DynamoError;
-use corelane_codec::item::{Annotated, write_value};
+use corelane_codec::headers::TRACEPARENT;
+use corelane_codec::item::{Annotated, from_bytes, write_value};
 use corelane_engine::responder::Gone;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
@@ -20,25 +22,74 @@ use super::hub::Nudge;
 /// Items between tokio and the shard; a handler that writes more waits.
 const ITEMS_MAX: usize = 64;
 
-/// Answers requests on tokio. Functions and closures of `(Request, TokioStream)` whose future is
-/// `Send` are such handlers.
+/// One request as it goes over to tokio: a copy that belongs to no shard.
+#[derive(Clone, Debug)]
+pub struct TokioRequest {
+    id: String,
+    codec: PayloadCodec,
+    body: Vec<u8>,
+    traceparent: Option<String>,
+}
+
+impl TokioRequest {
+    fn of(request: &Request) -> TokioRequest {
+        let traceparent = request.header(TRACEPARENT);
+        TokioRequest {
+            id: request.id().to_owned(),
+            codec: request.codec(),
+            body: request.body().to_vec(),
+            traceparent: traceparent.map(|text| text.to_cow().into_owned()),
+        }
+    }
+
+    /// Its identity, the same at every hop.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// How the body is encoded, and each item of the response is to be.
+    pub fn codec(&self) -> PayloadCodec {
+        self.codec
+    }
+
+    /// The body as it came, not looked at.
+    pub fn body(&self) -> &[u8] {
+        &self.body
+    }
+
+    /// The span of its caller, if he sent one.
+    pub fn traceparent(&self) -> Option<&str> {
+        self.traceparent.as_deref()
+    }
+
+    /// The body as a value of your type.
+    ///
+    /// # Errors
+    /// It is not one; returned from a handler this tells the caller so.
+    pub fn parse<T: DeserializeOwned>(&self) -> Result<T, Fault> {
+        from_bytes(&self.body, self.codec).map_err(|why| Fault::unreadable(&why))
+    }
+}
+
+/// Answers requests on tokio. Functions and closures of `(TokioRequest, TokioStream)` whose future
+/// is `Send` are such handlers.
 pub trait TokioHandler: Clone + Send + Sync + 'static {
     /// Answers one request. It is dropped at its next wait when the caller is gone.
     fn handle(
         &self,
-        request: Request,
+        request: TokioRequest,
         stream: TokioStream,
     ) -> impl Future<Output = Outcome> + Send + 'static;
 }
 
 impl<F, A> TokioHandler for F
 where
-    F: Fn(Request, TokioStream) -> A + Clone + Send + Sync + 'static,
+    F: Fn(TokioRequest, TokioStream) -> A + Clone + Send + Sync + 'static,
     A: Future<Output = Outcome> + Send + 'static,
 {
     fn handle(
         &self,
-        request: Request,
+        request: TokioRequest,
         stream: TokioStream,
     ) -> impl Future<Output = Outcome> + Send + 'static {
         self(request, stream)
@@ -151,6 +202,7 @@ impl<H: TokioHandler> Handler for Bridge<H> {
             stopped,
             nudge: self.nudge.clone(),
         };
+        let request = TokioRequest::of(&request);
         let (handler, nudge) = (self.handler.clone(), self.nudge.clone());
         let work = async move {
             // Made inside, so that a panic of `handle` itself is one of the task.

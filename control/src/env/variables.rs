@@ -17,13 +17,24 @@ const QUIC: Standing = NotHonoured("there is no QUIC response plane in this vers
 const EVENTS: Standing = NotHonoured("there is no event plane in this version");
 const BROKER: Standing = Elsewhere("the ZMQ broker");
 const KUBERNETES: Standing = NotHonoured("Kubernetes discovery is not in this version");
-const OTEL: Standing = NotHonoured("nothing is exported over OpenTelemetry in this version");
+const OTEL: Standing = match cfg!(feature = "otel") {
+    true => Honoured,
+    false => NotHonoured("this program was built without the feature otel"),
+};
 const OTEL_METRICS: Standing = NotHonoured("metrics are not pushed; scrape /metrics");
 const LIFECYCLE: Standing = NotHonoured("the spans of a request's life cycle are not made here");
-const ADMISSION: Standing =
-    NotHonoured("[core] in_flight_max bounds the requests of a core; nothing is queued");
-const ADMISSION_POOL: Standing = NotHonoured(NO_THREADS);
-const CANARY: Standing = NotHonoured("no health checks are sent in this version");
+// Programs written against `corelane::component` are workers and clients, and honour what a router
+// has no use for.
+const ADMISSION: Standing = NotHonoured(
+    "a router queues nothing, [core] in_flight_max bounds its requests; workers written against \
+     corelane::component honour it",
+);
+const CANARY: Standing = NotHonoured(
+    "a router has no engine to check; workers written against corelane::component honour it",
+);
+const CALLS: Standing = NotHonoured(
+    "a router has times of its own; clients written against corelane::component honour it",
+);
 const HOME: Standing =
     NotHonoured("responses do not pass through the router: the worker dials the caller");
 const POOL: Standing =
@@ -79,14 +90,12 @@ pub const VARIABLES: &[Variable] = variables! {
             NotHonoured("receive buffers have one size, [core] buffer_bytes"),
             "shrinks read buffers above this";
         "DYN_RUNTIME_INHIBITED_DURATION_SECS", "5", "seconds",
-            NotHonoured("an instance that failed is tried again after a time of its own"),
-            "keeps an instance that failed out of use so long";
+            CALLS, "keeps an instance that failed out of use so long";
         "DYN_ENCODER_CUDA_TO_CPU_RATIO", "8", "ratio",
-            NotHonoured("there is no policy by device in this version"),
-            "weighs instances with a GPU against those without";
+            CALLS, "weighs instances with a GPU against those without";
     }
     "admission" {
-        "DYN_TCP_WORKER_POOL_SIZE", "10000", "requests", ADMISSION_POOL,
+        "DYN_TCP_WORKER_POOL_SIZE", "10000", "requests", ADMISSION,
             "bounds requests in handlers at the same time";
         "DYN_TCP_WORK_QUEUE_SIZE", "40000", "requests", ADMISSION,
             "bounds requests that wait for a handler";
@@ -175,7 +184,10 @@ pub const VARIABLES: &[Variable] = variables! {
     }
     "runtime" {
         "DYN_WORKER_GRACEFUL_SHUTDOWN_TIMEOUT", "30", "seconds",
-            NotHonoured("[drain] holds the times of a stop"),
+            NotHonoured(
+                "[drain] holds the times of a stop; programs written against corelane::component \
+                 honour it",
+            ),
             "is how long the application may take to end";
         "DYN_RUNTIME_NUM_WORKER_THREADS", "cores", "threads", THREADS, "sizes a thread pool";
         "DYN_RUNTIME_MAX_BLOCKING_THREADS", "cores", "threads", THREADS, "sizes a thread pool";

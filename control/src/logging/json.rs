@@ -64,12 +64,18 @@ fn embedded(value: &str) -> Value {
 
 /// The fields of an event.
 #[derive(Default)]
-struct Fields {
+pub(crate) struct Fields {
     message: String,
     others: Map<String, Value>,
 }
 
 impl Fields {
+    /// Its message, and everything else by name.
+    #[cfg(feature = "otel")]
+    pub(crate) fn into_parts(self) -> (String, Map<String, Value>) {
+        (self.message, self.others)
+    }
+
     fn put(&mut self, field: &Field, value: Value) {
         // These names are the line's own.
         const TAKEN: [&str; 6] = ["time", "level", "file", "line", "target", "message"];

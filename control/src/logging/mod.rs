@@ -5,13 +5,18 @@ use std::io::IsTerminal;
 
 use serde::Deserialize;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::env::Env;
+use crate::trace;
 
 mod clock;
 mod json;
 
 use clock::Clock;
+#[cfg(feature = "otel")]
+pub(crate) use json::Fields;
 use json::JsonLines;
 
 /// Libraries that are heard only when something is wrong, and the lines of
@@ -152,13 +157,20 @@ pub fn start(env: &Env) {
     let filter = EnvFilter::try_new(format!("{QUIET},{}", options.filter))
         .unwrap_or_else(|_| EnvFilter::new(DEFAULT));
     let (clock, complaint) = Clock::new(options.local);
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let registry = tracing_subscriber::registry()
+        .with(filter)
+        .with(trace::lines(env));
     // Failing means that a log is there already.
     let _ = match options.form {
-        Form::Readable { colour } => builder.with_timer(clock).with_ansi(colour).try_init(),
-        Form::JsonLines => builder.event_format(JsonLines(clock)).try_init(),
+        Form::Readable { colour } => {
+            let lines = builder.with_timer(clock).with_ansi(colour);
+            registry.with(lines).try_init()
+        }
+        Form::JsonLines => {
+            let lines = builder.event_format(JsonLines(clock));
+            registry.with(lines).try_init()
+        }
     };
     for complaint in options.complaints.into_iter().chain(complaint) {
         tracing::warn!("{complaint}");

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! shard: a request ends --SpanRecord, by its queue--> tell -> a log line, if those are wanted
+//!                                                       '---> `otlp`, if it is exported
 //! ```
 //!
 //! One decision for the whole process, taken once at its start, like the log itself. The router
@@ -18,10 +19,16 @@ use corelane_engine::served::{Outcome, SpanRecord, Tracing};
 use crate::env::Env;
 use crate::logging;
 
+mod call;
+#[cfg(feature = "otel")]
+mod otlp;
+
+pub use call::CallSpan;
+
 /// What the environment says about spans.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
-    /// Whether requests make spans: with JSON log lines.
+    /// Whether requests make spans: with JSON log lines, or with the export.
     pub on: bool,
     /// Whether the end of a span is a line of the log.
     pub lines: bool,
@@ -46,7 +53,7 @@ impl Settings {
                 1.0
             }
         };
-        let on = logging::is_json(env);
+        let on = logging::is_json(env) || exports(env);
         Self {
             on,
             lines: on && env.is_on("DYN_LOGGING_SPAN_EVENTS"),
@@ -56,17 +63,54 @@ impl Settings {
     }
 }
 
+/// Whether spans and log lines leave this process. Without the feature `otel` they cannot.
+fn exports(env: &Env) -> bool {
+    cfg!(feature = "otel") && env.is_on("OTEL_EXPORT_ENABLED")
+}
+
 static SETTINGS: OnceLock<Settings> = OnceLock::new();
 
 /// Decides for this process; a second call changes nothing.
 pub fn start(env: &Env) {
     let settings = Settings::read(env);
-    let complaints = settings.complaints.clone();
+    #[cfg_attr(
+        not(feature = "otel"),
+        expect(unused_mut, reason = "the export adds its own")
+    )]
+    let mut complaints = settings.complaints.clone();
+    #[cfg(feature = "otel")]
+    if exports(env) {
+        complaints.extend(otlp::gather(env));
+    }
     if SETTINGS.set(settings).is_ok() {
         for complaint in complaints {
             tracing::warn!("{complaint}");
         }
     }
+}
+
+/// Begins the export, if there is one, on the CPU of this thread: to be called once it is pinned.
+pub fn export() {
+    #[cfg(feature = "otel")]
+    otlp::send();
+}
+
+/// Ends the export, if there is one: what has ended leaves, in bounded time.
+pub fn finish() {
+    #[cfg(feature = "otel")]
+    otlp::finish();
+}
+
+/// What hands lines of the log to the export.
+#[cfg(feature = "otel")]
+pub(crate) fn lines(env: &Env) -> Option<otlp::Lines> {
+    exports(env).then_some(otlp::Lines)
+}
+
+/// There is no export in this program.
+#[cfg(not(feature = "otel"))]
+pub(crate) fn lines(_: &Env) -> Option<tracing_subscriber::layer::Identity> {
+    None
 }
 
 /// What shards are told.
@@ -199,6 +243,8 @@ pub fn tell(span: impl Into<Span>) {
     if SETTINGS.get().is_some_and(|settings| settings.lines) {
         span.log();
     }
+    #[cfg(feature = "otel")]
+    otlp::span(span);
 }
 
 #[cfg(test)]
@@ -221,6 +267,8 @@ mod tests {
             ("DYN_LOGGING_CONSOLE_FORMAT", "readable"),
         ];
         assert!(!settings(&wins).on);
+        let exports = [("OTEL_EXPORT_ENABLED", "true")];
+        assert_eq!(settings(&exports).on, cfg!(feature = "otel"));
     }
 
     #[test]
