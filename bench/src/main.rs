@@ -20,6 +20,8 @@ mod lane_path;
 mod lane_worker;
 mod load;
 mod middle;
+mod pair;
+mod pair_client;
 mod poll;
 mod report;
 mod servers;
@@ -41,6 +43,7 @@ use clap::Parser;
 Examples:
   corelane-bench hop --rounds 6 --seconds 2
   corelane-bench stock --dyn-worker PATH --dyn-client PATH
+  corelane-bench pair --dyn-worker PATH --dyn-client PATH --loads unary:128:64
   corelane-bench gms --python run/venv/bin/python
 
 Exit status: 0 done, 1 failed (also when requests were refused), 2 bad usage."
@@ -61,11 +64,16 @@ enum Job {
     /// The worker behind every arm of `lane`
     #[command(hide = true)]
     LaneWorker(lane_worker::WorkerArgs),
+    /// Clients and workers, Dynamo's and corelane's, in pairs
+    Pair(Box<pair::PairArgs>),
     /// The GPU memory service, and the same protocol on an asyncio loop
     Gms(Box<gms::GmsArgs>),
     /// The writer that `gms` kills
     #[command(hide = true)]
     GmsWriter(gms_client::WriterArgs),
+    /// The corelane client of `pair`
+    #[command(hide = true)]
+    PairClient(pair_client::ClientArgs),
     /// The worker behind every arm of `hop`
     #[command(hide = true)]
     Sink(sink::SinkArgs),
@@ -94,6 +102,8 @@ fn main() -> ExitCode {
         Job::Stock(args) => stock::run(&args),
         Job::Lane(args) => lane::run(&args),
         Job::LaneWorker(args) => lane_worker::run(&args),
+        Job::Pair(args) => pair::run(&args),
+        Job::PairClient(args) => pair_client::run(&args),
         Job::Gms(args) => gms::run(&args),
         Job::GmsWriter(args) => gms_client::hold(&args),
         Job::Sink(args) => sink::run(&args),

@@ -403,15 +403,16 @@ impl Scene {
 }
 
 /// What is read before and after each run of the client.
-struct Counters {
-    at: Instant,
-    worker: Usage,
-    corelane: Option<Usage>,
-    etcd: Usage,
-    machine: Machine,
+pub(crate) struct Counters {
+    pub(crate) at: Instant,
+    pub(crate) worker: Usage,
+    pub(crate) corelane: Option<Usage>,
+    pub(crate) etcd: Usage,
+    pub(crate) machine: Machine,
 }
 
-fn round_of(
+/// One round out of the client's report and what was read around it.
+pub(crate) fn round_of(
     number: usize,
     found: &Value,
     before: &Counters,
@@ -469,7 +470,8 @@ fn quantiles(summary: &Value) -> Option<Quantiles> {
     })
 }
 
-fn start_etcd(program: &Path, dir: &Path) -> Result<(Server, String)> {
+/// An etcd of our own, and its URL.
+pub(crate) fn start_etcd(program: &Path, dir: &Path) -> Result<(Server, String)> {
     let (clients, peers) = (free_address()?, free_address()?);
     let (client_url, peer_url) = (format!("http://{clients}"), format!("http://{peers}"));
     let mut command = Command::new(program);
@@ -496,7 +498,7 @@ fn start_etcd(program: &Path, dir: &Path) -> Result<(Server, String)> {
 }
 
 /// Loopback only: left alone, Dynamo takes the first address that is not.
-fn loopback_variables(etcd_url: &str) -> Vec<(String, String)> {
+pub(crate) fn loopback_variables(etcd_url: &str) -> Vec<(String, String)> {
     [
         ("ETCD_ENDPOINTS", etcd_url),
         ("DYN_REQUEST_PLANE", "tcp"),

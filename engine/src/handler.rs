@@ -21,7 +21,6 @@ use corelane_codec::json::{Object, Text};
 use corelane_codec::trace_context::TraceContext;
 use corelane_codec::{Decoded, headers, item, two_part};
 
-use crate::input::Input;
 use crate::responder::{Host, Responder, Shared};
 use crate::ring::monotonic_ns;
 use crate::stats::HandlerStats;
@@ -33,7 +32,7 @@ pub trait Handler {
     fn handle(&self, request: Request, responder: Responder) -> Pin<Box<dyn Future<Output = ()>>>;
 
     /// What it takes: one value in the request's body, or a stream of them
-    /// ([`Request::take_input`]). Requests of the other kind are refused.
+    /// ([`Responder::take_input`]). Requests of the other kind are refused.
     fn takes(&self) -> RequestType {
         RequestType::SingleIn
     }
@@ -93,7 +92,6 @@ pub struct Request {
     id: String,
     codec: PayloadCodec,
     trace: Option<TraceContext>,
-    input: Option<Input>,
 }
 
 /// Why a body is not one value of its codec.
@@ -129,16 +127,6 @@ impl Request {
             codec: self.codec.name(),
             why: error.to_string(),
         })
-    }
-
-    /// The stream of the request's values, once, where the endpoint takes one
-    /// ([`Handler::takes`]).
-    pub fn take_input(&mut self) -> Option<Input> {
-        self.input.take()
-    }
-
-    pub(crate) fn set_input(&mut self, input: Input) {
-        self.input = Some(input);
     }
 
     /// The value of a header of the frame.
@@ -213,7 +201,6 @@ pub(crate) fn read(bytes: Vec<u8>, takes: RequestType) -> Result<Arrived, Undeco
                 id: envelope.id,
                 codec: envelope.codec,
                 trace: None,
-                input: None,
             };
             Ok(Arrived {
                 request,
@@ -506,5 +493,11 @@ mod tests {
                     .starts_with("the request's body is not json: ")
             );
         }
+    }
+
+    #[test]
+    fn a_request_may_leave_its_core() {
+        fn may_leave<T: Send>() {}
+        may_leave::<Request>();
     }
 }

@@ -22,6 +22,7 @@ use corelane_codec::two_part;
 
 use crate::host::LaneJob;
 pub use crate::host::{Host, Sleep};
+use crate::input::Input;
 use crate::outgoing::{Lent, Outgoing};
 use crate::ring::monotonic_ns;
 
@@ -374,6 +375,7 @@ impl Stream {
 pub struct Responder {
     stream: Shared,
     host: Host,
+    input: Option<Input>,
 }
 
 impl Responder {
@@ -382,7 +384,18 @@ impl Responder {
         Responder {
             stream: Rc::clone(stream),
             host,
+            input: None,
         }
+    }
+
+    pub(crate) fn set_input(&mut self, input: Input) {
+        self.input = Some(input);
+    }
+
+    /// The stream of the request's values, once, where the endpoint takes one
+    /// ([`crate::handler::Handler::takes`]).
+    pub fn take_input(&mut self) -> Option<Input> {
+        self.input.take()
     }
 
     /// How items are to be encoded.

@@ -365,10 +365,11 @@ fn start<R: Ring>(shard: &mut Shard<R>, waiting: Waiting) {
         return;
     };
     shard.stats.shard.handled.add(1);
+    let mut responder = Responder::new(&stream);
     if let Some(input) = input {
         let place = stream.borrow().place();
         match input::open(shard, input, request.codec(), place) {
-            Some(input) => request.set_input(input),
+            Some(input) => responder.set_input(input),
             None => {
                 let text = "the worker cannot dial for the request stream";
                 let error = DynamoError::cannot_connect(text);
@@ -379,7 +380,6 @@ fn start<R: Ring>(shard: &mut Shard<R>, waiting: Waiting) {
     busy.begin(&mut request, &stream);
     respond_stream::count(shard, &stream, busy);
     let handler = Rc::clone(&shard.worker.handlers[handler as usize].handler);
-    let responder = Responder::new(&stream);
     let task = Task::new(handler, request, responder, stream);
     shard.worker.spawner.spawn(task);
 }

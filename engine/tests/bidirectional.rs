@@ -23,9 +23,9 @@ use ends::*;
 
 /// Answers each item of the input with the same.
 fn echo() -> MakeHandler {
-    let serve = |mut request: Request, mut responder: Responder| async move {
-        let mut input = request.take_input().expect("a stream");
-        assert!(request.take_input().is_none());
+    let serve = |_: Request, mut responder: Responder| async move {
+        let mut input = responder.take_input().expect("a stream");
+        assert!(responder.take_input().is_none());
         while let Some(item) = input.next().await {
             if responder.item(&item).await.is_err() {
                 return;
@@ -377,8 +377,8 @@ fn what_does_not_fit_the_endpoint_is_told() {
 #[test]
 fn a_caller_is_not_read_from_while_the_handler_takes_nothing() {
     for ring in rings() {
-        let serve = |mut request: Request, mut responder: Responder| async move {
-            let mut input = request.take_input().expect("a stream");
+        let serve = |_: Request, mut responder: Responder| async move {
+            let mut input = responder.take_input().expect("a stream");
             let first = input.next().await.expect("an item");
             responder.item(&first).await.unwrap();
             // Until it has waited for a while it reads no more.

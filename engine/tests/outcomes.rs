@@ -1,5 +1,6 @@
-//! What a caller sees of every way in which a worker can answer: rows of spec/request-plane.md §4.3,
-//! §4.4, §4.6 and §4.7 that the other tests do not have, and all of them over a shared connection.
+//! What a caller sees of every way in which a worker can answer: rows of spec/request-plane.md
+//! §4.3, §4.4, §4.6 and §4.7 that the other tests do not have, and all of them over a shared
+//! connection.
 
 mod common;
 #[path = "common/ends.rs"]

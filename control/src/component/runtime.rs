@@ -105,6 +105,7 @@ impl Runtime {
         // Tasks may hold what others wait for: they go first, and nobody waits for file work.
         drop(local);
         tokio.shutdown_background();
+        trace::finish();
         outcome
     }
 
