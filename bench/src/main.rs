@@ -59,13 +59,13 @@ enum Job {
     Hop(Box<hop::HopArgs>),
     /// An unmodified Dynamo client and worker: directly, and through corelane
     Stock(Box<stock::StockArgs>),
-    /// Clients and workers, Dynamo's and corelane's, in pairs
-    Pair(Box<pair::PairArgs>),
     /// Requests to a worker process of this host: a shared-memory lane, Unix socket, TCP loopback
     Lane(Box<lane::LaneArgs>),
     /// The worker behind every arm of `lane`
     #[command(hide = true)]
     LaneWorker(lane_worker::WorkerArgs),
+    /// Clients and workers, Dynamo's and corelane's, in pairs
+    Pair(Box<pair::PairArgs>),
     /// The GPU memory service, and the same protocol on an asyncio loop
     Gms(Box<gms::GmsArgs>),
     /// The writer that `gms` kills
@@ -100,10 +100,10 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Job::Hop(args) => hop::run(&args),
         Job::Stock(args) => stock::run(&args),
-        Job::Pair(args) => pair::run(&args),
-        Job::PairClient(args) => pair_client::run(&args),
         Job::Lane(args) => lane::run(&args),
         Job::LaneWorker(args) => lane_worker::run(&args),
+        Job::Pair(args) => pair::run(&args),
+        Job::PairClient(args) => pair_client::run(&args),
         Job::Gms(args) => gms::run(&args),
         Job::GmsWriter(args) => gms_client::hold(&args),
         Job::Sink(args) => sink::run(&args),

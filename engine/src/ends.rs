@@ -254,11 +254,8 @@ impl<R: Ring> Shard<R> {
     /// Whether nothing happens here that the ring does not know of.
     pub fn may_sleep(&self) -> bool {
         let spins = self.config.idle == Idle::Spin;
-        !spins
-            && !self.has_tasks()
-            && !self.client.is_held_up()
-            && !self.worker.waits_for_others()
-            && !self.lanes.is_ready()
+        let waits = self.client.is_held_up() || self.worker.waits_for_others();
+        !spins && !waits && !self.has_tasks() && !self.lanes.is_ready()
     }
 
     /// Brackets a turn of the executor: the tasks that were woken before it have run after it.
