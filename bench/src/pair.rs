@@ -275,7 +275,8 @@ impl Scene {
             let component = format!("corelane-{shape}");
             let mut command = Command::new(&corelane);
             let endpoint = format!("{NAMESPACE}/{component}/{ENDPOINT}");
-            command.args(["worker", "echo", "--endpoint", &endpoint]);
+            command.args(["worker", "echo", "--discovery", "etcd"]);
+            command.args(["--endpoint", &endpoint]);
             if stream == 1 {
                 command.args(["--items", &STREAM.0.to_string()]);
                 command.args(["--item-bytes", &STREAM.1.to_string()]);
