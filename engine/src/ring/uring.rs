@@ -1,9 +1,8 @@
-//! The io_uring ring: one `io_uring_enter` per tick carries all submissions, the wait and its
-//! time-out.
+//! The io_uring ring: one `io_uring_enter` per tick carries all submissions, wait and time-out.
 //!
-//! Used: SINGLE_ISSUER and DEFER_TASKRUN (completions run on our thread, when we ask), COOP
-//! fall-backs for older kernels, registered files (connections are addressed by slot), a buffer
-//! ring with multishot receive, multishot accept, multishot poll for the wake-up.
+//! Used: SINGLE_ISSUER and DEFER_TASKRUN (completions run on our thread, when we ask), registered
+//! files (connections are addressed by slot), a buffer ring with multishot receive, multishot
+//! accept, multishot poll for the wake-up.
 
 use std::collections::VecDeque;
 use std::io;
@@ -13,8 +12,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
-use io_uring::types::{self, BufRingEntry};
-use io_uring::{IoUring, cqueue, opcode, squeue};
+use io_uring::{IoUring, cqueue, opcode, squeue, types, types::BufRingEntry};
 
 use super::{Completion, Event, Handle, Ring, Room, SPANS_MAX, Span, sockets};
 use crate::buffers::{BufferId, Buffers};

@@ -251,7 +251,6 @@ impl TwoWay {
             subject: self.request_subject.clone(),
             input: None,
             body: Vec::new(),
-            input: None,
         };
         let mut called = dialled.dial();
         let mut out = Vec::new();
@@ -292,7 +291,6 @@ impl HandWorker {
                 subject,
                 input: None,
                 body: Vec::new(),
-                input: None,
             },
             request_subject,
             request_address,
