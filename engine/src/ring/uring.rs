@@ -1,8 +1,7 @@
 //! The io_uring ring: one `io_uring_enter` per tick carries all submissions, wait and time-out.
 //!
 //! Used: SINGLE_ISSUER and DEFER_TASKRUN (completions run on our thread, when we ask), registered
-//! files (connections are addressed by slot), a buffer ring with multishot receive, multishot
-//! accept, multishot poll for the wake-up.
+//! files (connections by slot), a buffer ring; multishot receive, accept and poll.
 
 use std::collections::VecDeque;
 use std::io;
@@ -153,8 +152,8 @@ impl Uring {
 
     fn cancel(&mut self, operation: Operation) {
         let cancel = Operation::new(Kind::Cancel, operation.slot, operation.generation);
-        let entry = opcode::AsyncCancel::new(operation.to_bits()).build();
-        self.push(entry.user_data(cancel.to_bits()));
+        let entry = opcode::AsyncCancel::new(operation.to_bits());
+        self.push(entry.build().user_data(cancel.to_bits()));
     }
 
     /// One receive into a buffer; 0 bytes stand for all of it.
