@@ -10,7 +10,7 @@ use serde_json::Value;
 use tokio::task::LocalSet;
 
 /// The longest that anything here may take.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(300);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(1200);
 
 /// One process alone, which leaves signals to the test.
 pub(crate) fn options() -> Options {
