@@ -7,8 +7,8 @@
 use std::io::{self, Read as _, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
@@ -78,7 +78,9 @@ pub(crate) fn run(args: &WorkerArgs) -> Result<()> {
                 let (stream, _) = listener.accept()?;
                 stream.set_nodelay(true)?;
                 stream.set_nonblocking(args.spin)?;
-                serve(args, stream)?;
+                // A router has a second connection for large frames.
+                let speech = args.speech;
+                std::thread::spawn(move || serve(speech, stream));
             }
         }
         Way::Unix => {
@@ -87,7 +89,7 @@ pub(crate) fn run(args: &WorkerArgs) -> Result<()> {
             loop {
                 let (stream, _) = listener.accept()?;
                 stream.set_nonblocking(args.spin)?;
-                serve(args, stream)?;
+                serve(args.speech, stream)?;
             }
         }
     }
@@ -108,7 +110,7 @@ fn lane(args: &WorkerArgs) -> Result<()> {
             Duration::ZERO
         },
     };
-    let mut worker = LaneWorker::attach(&args.socket, &options)?;
+    let mut worker = attach(&args.socket, &options)?;
     say("ready")?;
     loop {
         let request = match worker.next(None) {
@@ -121,6 +123,18 @@ fn lane(args: &WorkerArgs) -> Result<()> {
         match args.speech {
             Speech::Handoff => worker.finish(&request)?,
             Speech::Path => worker.item(&request, &answer(now_ns()), LAST)?,
+        }
+    }
+}
+
+/// The router makes its socket a little after it listens for callers.
+fn attach(socket: &Path, options: &Options) -> Result<LaneWorker> {
+    let end = Instant::now() + Duration::from_secs(10);
+    loop {
+        match LaneWorker::attach(socket, options) {
+            Ok(worker) => return Ok(worker),
+            Err(error) if Instant::now() > end => return Err(error.into()),
+            Err(_) => std::thread::sleep(Duration::from_millis(10)),
         }
     }
 }
@@ -145,10 +159,10 @@ pub(crate) fn now_ns() -> u64 {
 }
 
 /// Serves one connection to its end. The buffer is used again and again, as a pinned one would be.
-fn serve(args: &WorkerArgs, mut stream: impl io::Read + Write) -> Result<()> {
+fn serve(speech: Speech, mut stream: impl io::Read + Write) -> Result<()> {
     let mut body = Vec::new();
     loop {
-        let done = match args.speech {
+        let done = match speech {
             Speech::Handoff => handoff(&mut stream, &mut body),
             Speech::Path => frame(&mut stream, &mut body),
         };
@@ -241,5 +255,6 @@ pub(crate) fn read_response(stream: &mut TcpStream) -> Result<u64> {
         }
         at += message.frame_bytes();
     }
-    bail!("the response says no time")
+    let text = String::from_utf8_lossy(&bytes);
+    bail!("the response says no time: {text}")
 }

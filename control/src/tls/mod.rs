@@ -8,7 +8,7 @@
 //!
 //! Handshakes and encryption have threads of their own: a shard never computes a cipher. Files are
 //! looked at every other second, and new handshakes use what they hold; a file of no use changes
-//! nothing. What is bounded: handshakes by [`HANDSHAKES_MAX`] and by their time, connections by
+//! nothing. What is bounded: handshakes by `HANDSHAKES_MAX` and by their time, connections by
 //! the tables of the shards.
 
 pub mod material;
