@@ -19,7 +19,7 @@ use corelane_engine::shard::Command;
 
 pub const LISTEN: &str = "test/router/generate";
 pub const LISTEN_PATH: &str = "0/test/router/generate";
-pub const DEADLINE: Duration = Duration::from_secs(20);
+pub const DEADLINE: Duration = Duration::from_secs(60);
 
 /// The rings that this host allows.
 pub fn rings() -> Vec<RingKind> {
