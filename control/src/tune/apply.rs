@@ -43,7 +43,8 @@ pub enum RecordError {
     Parse(String, serde_json::Error),
     /// It cannot be written.
     #[error(
-        "cannot write the record {0}: {1}; nothing was changed. Run as root, or name another --record"
+        "cannot write the record {0}: {1}; nothing was changed. Run as root, or name another \
+         --record"
     )]
     Write(String, io::Error),
 }

@@ -8,6 +8,7 @@
 //! A plan changes nothing. What is applied is recorded before it is changed, so that an
 //! interrupted run can be undone as well.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -137,7 +138,7 @@ fn chosen(text: &str) -> String {
 #[derive(Clone, Debug)]
 enum Want {
     /// Exactly so.
-    Is(String),
+    Is(Cow<'static, str>),
     /// One of these; the first is written.
     OneOf(&'static [&'static str]),
     /// A number that is no smaller.
@@ -156,7 +157,7 @@ impl Want {
             .filter_map(|word| word.parse().ok())
             .collect();
         let (fine, wanted) = match self {
-            Self::Is(text) => (now == text, text.clone()),
+            Self::Is(text) => (now == text, text.to_string()),
             Self::OneOf(words) => (words.contains(&now), words[0].to_owned()),
             Self::AtLeast(least) => (
                 numbers.first().is_some_and(|now| now >= least),

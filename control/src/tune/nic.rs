@@ -1,5 +1,5 @@
-//! What network devices should be: as many queues as data cores, each queue's interrupt, RPS and XPS
-//! on its core, and rings and coalescing that neither drop nor delay.
+//! What network devices should be: as many queues as data cores, each queue's interrupt, RPS and
+//! XPS on its core, and rings and coalescing that neither drop nor delay.
 
 use std::io;
 
@@ -96,7 +96,7 @@ pub(super) fn current(view: &View, device: &str, name: &str) -> Option<String> {
 /// `ethtool` cannot be started; that a device has none of an option is no error.
 fn hardware(view: &View, goal: &Goal, device: &str, plan: &mut Plan) -> io::Result<()> {
     let cores = goal.cpus.len() as u64;
-    let is = |text: &str| Want::Is(text.to_owned());
+    let is = |text: String| Want::Is(text.into());
     for (flag, name, _) in OPTIONS {
         let Some((now, most)) = option(view, device, name)? else {
             continue;
@@ -105,7 +105,7 @@ fn hardware(view: &View, goal: &Goal, device: &str, plan: &mut Plan) -> io::Resu
         let (shown, want, why) = match (name, most, number) {
             ("combined", Some(most), _) => (
                 "queues",
-                is(&cores.min(most).to_string()),
+                is(cores.min(most).to_string()),
                 "with fewer queues than data cores some cores get their packets from another, \
                  with more some queues have no core of their own",
             ),
@@ -116,12 +116,12 @@ fn hardware(view: &View, goal: &Goal, device: &str, plan: &mut Plan) -> io::Resu
             ),
             ("adaptive-rx", ..) => (
                 "adaptive coalescing",
-                is("off"),
+                Want::Is("off".into()),
                 "the device changes how long it holds interrupts back: latency wanders",
             ),
             ("rx-usecs", _, Some(now)) => (
                 "coalescing in us",
-                is(&now.min(COALESCE_US).to_string()),
+                is(now.min(COALESCE_US).to_string()),
                 "each request that comes alone waits so many microseconds for its interrupt",
             ),
             _ => continue,
@@ -156,7 +156,7 @@ fn interrupts(view: &View, goal: &Goal, device: &str, plan: &mut Plan) {
             view,
             &format!("proc/irq/{irq}/smp_affinity_list"),
             &format!("irq {irq} ({device} queue {queue})"),
-            Want::Is(cpu.to_string()),
+            Want::Is(cpu.to_string().into()),
             "packets of a queue are handled on another core than the shard that waits for them",
         );
     }
@@ -214,7 +214,7 @@ fn steering(view: &View, goal: &Goal, device: &str, plan: &mut Plan) {
                 view,
                 &path,
                 &format!("{device} {queue} RPS"),
-                Want::Is(zeros(&now)),
+                Want::Is(zeros(&now).into()),
                 "the kernel hands packets to other cores after the device has chosen one",
             );
         } else if let Some(number) = queue
@@ -234,7 +234,7 @@ fn steering(view: &View, goal: &Goal, device: &str, plan: &mut Plan) {
                 view,
                 &path,
                 &format!("{device} {queue} XPS"),
-                Want::Is(mask(&now, own)),
+                Want::Is(mask(&now, own).into()),
                 "cores share a transmit queue and its lock while others are idle",
             );
         }

@@ -85,12 +85,24 @@ pub fn script(plan: &Plan) -> String {
         undo.push(format!("    {}\n", command(&item.place, &item.now)));
     }
     let undo: String = undo.into_iter().rev().collect();
-    format!(
-        "#!/bin/sh\n# Made by corelane tune for one host. To be run as root.\n#   apply   make the \
-         changes (the default)\n#   undo    what was before\napply() {{\n    :\n{apply}}}\nundo() \
-         {{\n    :\n{undo}}}\ncase ${{1:-apply}} in\n    apply) apply ;;\n    undo) undo ;;\n    *) \
-         echo \"usage: $0 [apply|undo]\" >&2; exit 2 ;;\nesac\n"
-    )
+    [
+        "#!/bin/sh",
+        "# Made by corelane tune for one host. To be run as root.",
+        "#   apply   make the changes (the default)",
+        "#   undo    what was before",
+        "apply() {",
+        "    :",
+        &format!("{apply}}}"),
+        "undo() {",
+        "    :",
+        &format!("{undo}}}"),
+        "case ${1:-apply} in",
+        "    apply) apply ;;",
+        "    undo) undo ;;",
+        "    *) echo \"usage: $0 [apply|undo]\" >&2; exit 2 ;;",
+        "esac\n",
+    ]
+    .join("\n")
 }
 
 /// A drop-in of systemd for the unit: limits of the process, and where it may run.

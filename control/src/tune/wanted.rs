@@ -1,5 +1,6 @@
 //! What the kernel, the CPUs and the limits of the process should be.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use super::{Goal, Item, Place, Plan, Standing, View, Want};
@@ -9,81 +10,82 @@ const SLEEP_MAX_US: u64 = 10;
 /// Files that are open beside connections: stores, rings, logs.
 const FILES_BESIDE: u64 = 1_024;
 
+/// Settings of the kernel: name, what it should be, and what it costs otherwise.
+const SYSCTLS: [(&str, Want, &str); 13] = [
+    (
+        "kernel.io_uring_disabled",
+        Want::Is(Cow::Borrowed("0")),
+        "io_uring is refused and corelane falls back to epoll, with more system calls for each \
+             request",
+    ),
+    (
+        "kernel.numa_balancing",
+        Want::Is(Cow::Borrowed("0")),
+        "pages of pinned threads are unmapped to see who uses them: faults of tens of \
+             microseconds on the request path",
+    ),
+    (
+        "net.core.somaxconn",
+        Want::AtLeast(4_096),
+        "connections that arrive together overflow the accept queue and come again a second \
+             later",
+    ),
+    (
+        "net.ipv4.tcp_max_syn_backlog",
+        Want::AtLeast(8_192),
+        "handshakes that arrive together are dropped and come again a second later",
+    ),
+    (
+        "net.core.netdev_max_backlog",
+        Want::AtLeast(16_384),
+        "packets that wait for a CPU are dropped in bursts",
+    ),
+    (
+        "net.core.rmem_max",
+        Want::AtLeast(16 << 20),
+        "a socket may not ask for a receive buffer that holds a large request",
+    ),
+    (
+        "net.core.wmem_max",
+        Want::AtLeast(16 << 20),
+        "a socket may not ask for a send buffer that holds a large request",
+    ),
+    (
+        "net.ipv4.tcp_rmem",
+        Want::LargestAtLeast(16 << 20),
+        "the window of a connection stops growing below what the network could carry",
+    ),
+    (
+        "net.ipv4.tcp_wmem",
+        Want::LargestAtLeast(16 << 20),
+        "the send buffer of a connection stops growing below what the network could carry",
+    ),
+    (
+        "net.ipv4.ip_local_port_range",
+        Want::Range(10_240, 65_535),
+        "one connection for each response: the ports towards one address run out",
+    ),
+    (
+        "net.ipv4.tcp_tw_reuse",
+        Want::OneOf(&["1", "2"]),
+        "ports of connections that have ended cannot be used for a minute",
+    ),
+    (
+        "net.ipv4.tcp_slow_start_after_idle",
+        Want::Is(Cow::Borrowed("0")),
+        "a connection that was quiet starts slowly again: a large request takes more round \
+             trips",
+    ),
+    (
+        "net.ipv4.tcp_autocorking",
+        Want::Is(Cow::Borrowed("0")),
+        "small segments wait for others while a queue is not empty",
+    ),
+];
+
 /// Settings of the whole kernel.
 pub(super) fn kernel(view: &View, plan: &mut Plan) {
-    let is = |text: &str| Want::Is(text.to_owned());
-    let sysctls: [(&str, Want, &str); 13] = [
-        (
-            "kernel.io_uring_disabled",
-            is("0"),
-            "io_uring is refused and corelane falls back to epoll, with more system calls for each \
-             request",
-        ),
-        (
-            "kernel.numa_balancing",
-            is("0"),
-            "pages of pinned threads are unmapped to see who uses them: faults of tens of \
-             microseconds on the request path",
-        ),
-        (
-            "net.core.somaxconn",
-            Want::AtLeast(4_096),
-            "connections that arrive together overflow the accept queue and come again a second \
-             later",
-        ),
-        (
-            "net.ipv4.tcp_max_syn_backlog",
-            Want::AtLeast(8_192),
-            "handshakes that arrive together are dropped and come again a second later",
-        ),
-        (
-            "net.core.netdev_max_backlog",
-            Want::AtLeast(16_384),
-            "packets that wait for a CPU are dropped in bursts",
-        ),
-        (
-            "net.core.rmem_max",
-            Want::AtLeast(16 << 20),
-            "a socket may not ask for a receive buffer that holds a large request",
-        ),
-        (
-            "net.core.wmem_max",
-            Want::AtLeast(16 << 20),
-            "a socket may not ask for a send buffer that holds a large request",
-        ),
-        (
-            "net.ipv4.tcp_rmem",
-            Want::LargestAtLeast(16 << 20),
-            "the window of a connection stops growing below what the network could carry",
-        ),
-        (
-            "net.ipv4.tcp_wmem",
-            Want::LargestAtLeast(16 << 20),
-            "the send buffer of a connection stops growing below what the network could carry",
-        ),
-        (
-            "net.ipv4.ip_local_port_range",
-            Want::Range(10_240, 65_535),
-            "one connection for each response: the ports towards one address run out",
-        ),
-        (
-            "net.ipv4.tcp_tw_reuse",
-            Want::OneOf(&["1", "2"]),
-            "ports of connections that have ended cannot be used for a minute",
-        ),
-        (
-            "net.ipv4.tcp_slow_start_after_idle",
-            is("0"),
-            "a connection that was quiet starts slowly again: a large request takes more round \
-             trips",
-        ),
-        (
-            "net.ipv4.tcp_autocorking",
-            is("0"),
-            "small segments wait for others while a queue is not empty",
-        ),
-    ];
-    for (name, want, why) in sysctls {
+    for (name, want, why) in SYSCTLS {
         let path = format!("proc/sys/{}", name.replace('.', "/"));
         plan.file(view, &path, name, want, why);
     }
