@@ -299,7 +299,8 @@ impl Relays {
 /// 127   96 95         80 79  76 75             66  65,64  63,62 61       0
 /// | slot | generation  | 0100 | generation     | stream |  10 | secret   |
 /// ```
-/// with the core in the last bits of the secret ([`quic::mark`]), which is a UUID of version 4 to everybody else.
+/// with the core in the last bits of the secret ([`quic::mark`]), which is a UUID of version 4 to
+/// everybody else.
 fn ticket(relay: u32, generation: u32, stream: StreamType, secret: u64) -> u128 {
     const { assert!(GENERATIONS <= 1 << 24) };
     let stream = match stream {

@@ -387,8 +387,7 @@ fn write_control<R: Ring>(
             }),
         }
     };
-    let start = head.len();
-    let mut from = start;
+    let mut from = head.len();
     match infos {
         [Some((info, stream)), None] => {
             let ours = connection(0, stream);
