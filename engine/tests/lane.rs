@@ -143,8 +143,10 @@ fn next_request(worker: &mut LaneWorker) -> Request {
 }
 
 fn text(bytes: usize) -> Vec<u8> {
-    let filling = (0..bytes).map(|index| b'a' + (index % 26) as u8);
-    [b'"'].into_iter().chain(filling).chain([b'"']).collect()
+    let alphabet: Vec<u8> = (b'a'..=b'z').collect();
+    let mut filling = alphabet.repeat(bytes / 26 + 1);
+    filling.truncate(bytes);
+    [&b"\""[..], &filling, b"\""].concat()
 }
 
 fn annotated(body: &[u8]) -> Vec<u8> {

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """A worker that speaks the request plane by hand and misbehaves as --mode says.
 
-answer: one echo item.  refuse: reply --text.  never-ack: read and say nothing, until SIGUSR1.  never-read: accept
-and not even read.  close: hang up at each request.  silent: accept the request, never call home.
+answer: one echo item.  refuse: reply --text.  never-ack: read and say nothing, until SIGUSR1.
+never-read: accept and not even read.  close: hang up at each request.  silent: accept the request,
+never call home.
 Prints JSON lines: `ready` with its port, then `request` for each request that it read.
 """
 
