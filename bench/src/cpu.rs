@@ -263,7 +263,7 @@ impl CpuRange {
         };
         let first = allowed.next();
         Ok(first
-            .zip(allowed.last())
+            .zip(allowed.next_back())
             .map(|(first, last)| (alone(first), alone(last))))
     }
 

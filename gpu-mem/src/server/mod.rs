@@ -12,6 +12,7 @@
 //! event it does not sleep: a client that has its answer asks the next thing at once, and waking
 //! up takes longer than answering.
 
+mod chores;
 mod config;
 mod connection;
 pub mod listener;
@@ -477,11 +478,6 @@ impl Server {
         }
     }
 
-    /// Memory that was cleared is free before anybody can ask for some, in whatever pool.
-    fn give_up(&mut self) {
-        self.domains.iter_mut().for_each(Domain::give_up);
-    }
-
     /// Does what time demands.
     fn tick(&mut self) {
         let now_ns = self.now_ns();
@@ -521,34 +517,6 @@ impl Server {
             self.sever(id);
         }
         self.settle();
-    }
-
-    /// After a look for events: one chore while a client thinks about its answer, none while it
-    /// may ask again at any moment, and all before sleep.
-    fn rest(&mut self, idle: bool) {
-        let now_ns = self.now_ns();
-        if !idle {
-            self.awake_until_ns = now_ns.saturating_add(self.spin_ns);
-            self.untidy = true;
-            self.chore();
-        } else if now_ns >= self.awake_until_ns {
-            self.chore();
-        }
-    }
-
-    /// Does one thing that nobody waits for; lets others see how the pools stand when all is done.
-    fn chore(&mut self) {
-        if self.untidy && !self.domains.iter_mut().any(Domain::chore) {
-            self.publish();
-            self.untidy = false;
-        }
-    }
-
-    /// Lets other threads see how the pools stand.
-    fn publish(&self) {
-        for (domain, gauges) in self.domains.iter().zip(self.gauges.iter()) {
-            gauges.set(domain);
-        }
     }
 
     /// Answers waiters, closes everybody, gives up memory and removes the sockets.
