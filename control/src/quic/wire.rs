@@ -9,7 +9,7 @@ use corelane_codec::{Bad, Decoded};
 use quinn::{IdleTimeout, ReadError, RecvStream, SendStream, TransportConfig, VarInt, WriteError};
 use thiserror::Error;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 /// Frames that leave together at most.
 const BATCH_FRAMES: usize = 512;
@@ -33,6 +33,18 @@ pub(super) fn transport() -> TransportConfig {
     transport
 }
 
+/// A peer that takes nothing of a lane for so long does not read: both Dynamo's sides always do.
+const STALLED_MAX: Duration = Duration::from_secs(60);
+
+/// Why a lane takes nothing more.
+#[derive(Debug, Error)]
+pub(super) enum SendError {
+    #[error(transparent)]
+    Lost(#[from] WriteError),
+    #[error("the peer has not read a lane for {STALLED_MAX:?}")]
+    Stalled,
+}
+
 /// Writes the frames of one lane, those together that wait together, or that come within `batch`.
 /// Ends when nobody has more. `busy` counts those who have frames in their hands.
 pub(super) async fn send(
@@ -40,7 +52,7 @@ pub(super) async fn send(
     frames: &mut mpsc::Receiver<Vec<u8>>,
     batch: Duration,
     busy: &Cell<usize>,
-) -> Result<(), WriteError> {
+) -> Result<(), SendError> {
     while let Some(mut bytes) = frames.recv().await {
         busy.set(busy.get() + 1);
         let until = Instant::now() + batch;
@@ -53,9 +65,9 @@ pub(super) async fn send(
             let Some(next) = next else { break };
             bytes.extend_from_slice(&next);
         }
-        let written = to.write_all(&bytes).await;
+        let written = timeout(STALLED_MAX, to.write_all(&bytes)).await;
         busy.set(busy.get() - 1);
-        written?;
+        written.map_err(|_| SendError::Stalled)??;
     }
     Ok(())
 }
