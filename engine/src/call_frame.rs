@@ -88,7 +88,7 @@ impl FrameWriter {
             request_stream_connection_info: Some(to(&request, StreamType::Request)),
         };
         self.control.clear();
-        message.write(&mut self.control)?;
+        message.write_offering_mux(&mut self.control)?;
         self.assemble(new, id, &[], out)
     }
 

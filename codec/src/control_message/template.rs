@@ -1,7 +1,7 @@
 //! Control messages of calls that differ in two texts only: what is the same in all of them is
 //! written once.
 
-use super::connection_info::{MUX_MEMBER, escape_twice};
+use super::connection_info::escape_twice;
 use super::{
     NewControlMessage, PayloadCodec, RequestType, StreamType, TcpConnection, within_limit,
 };
@@ -35,7 +35,10 @@ impl CallTemplate {
         };
         let mut whole = Vec::new();
         // With no metadata and an address in it the message has neither of the two faults.
-        let _ = message.write(&mut whole);
+        let _ = match mux {
+            true => message.write_offering_mux(&mut whole),
+            false => message.write(&mut whole),
+        };
         let text = String::from_utf8_lossy(&whole);
         let cut = |text: &str, before: &str| {
             let at = text.find(before).map_or(0, |at| at + before.len());
@@ -43,11 +46,7 @@ impl CallTemplate {
         };
         let (id, rest) = cut(&text, "\"id\":\"");
         let (subject, rest) = cut(&rest, "\\\"subject\\\":\\\"");
-        let (context, mut rest) = cut(&rest, "\\\"context\\\":\\\"");
-        if mux {
-            let end = "\\\"response\\\"";
-            rest = rest.replacen(end, &format!("{end},\\\"{MUX_MEMBER}\\\":1"), 1);
-        }
+        let (context, rest) = cut(&rest, "\\\"context\\\":\\\"");
         Self {
             parts: [id, subject, context, rest].map(String::into_bytes),
         }

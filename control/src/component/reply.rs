@@ -4,13 +4,14 @@ use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::error::DynamoError;
 use corelane_codec::item::Annotated;
 use corelane_engine::local::{Ending, Run};
-use corelane_engine::responder::Host;
 use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, watch};
 
 use super::client::{Call, Client};
+use super::feed::{self, Feed, Fodder};
 use super::hub::Nudge;
-use super::local_client::{LocalClient, LocalReply, typed};
+use super::items::{self, Items};
+use super::local_client::{LocalClient, LocalReply};
 use super::shard::Shard;
 
 /// Items between a shard and a reply's reader; beyond them the instance is held back.
@@ -48,12 +49,30 @@ pub struct Reply {
 
 /// Sends a call from any thread.
 pub(super) async fn send(client: &Client, call: Call) -> Result<Reply, DynamoError> {
+    carried(client, call, None).await
+}
+
+/// Begins a bidirectional call from any thread.
+pub(super) async fn send_many(client: &Client, call: Call) -> Result<(Feed, Reply), DynamoError> {
+    let (feed, fodder) = feed::channel(call.codec);
+    let reply = carried(client, call, Some(fodder)).await?;
+    Ok((feed(reply.nudge.clone()), reply))
+}
+
+async fn carried(
+    client: &Client,
+    call: Call,
+    fodder: Option<Fodder>,
+) -> Result<Reply, DynamoError> {
     let (out, said) = mpsc::channel(ITEMS_MAX);
     let (wish, wishes) = watch::channel(Wish::default());
     let codec = call.codec;
     let own = client.clone();
     let make = move |index: usize| {
-        Run::new(move |host| carry(own, index, host, call, Out { out, wishes }))
+        Run::new(move |host| {
+            let shard = Shard::new(index, &host);
+            carry(own, shard, call, fodder, Out { out, wishes })
+        })
     };
     let nudge = client.hub.run(make).await?;
     let mut reply = Reply {
@@ -84,21 +103,12 @@ impl Reply {
     /// The next item. An item that is an error, and what ends the response early, come as `Err`;
     /// after the former more may come. `None` is the end.
     pub async fn next<T: DeserializeOwned>(&mut self) -> Option<Result<Annotated<T>, DynamoError>> {
-        let item = self.next_item().await?;
-        Some(item.and_then(|item| typed(&item, self.codec)))
+        items::next(self).await
     }
 
     /// The data of the next item that has any.
     pub async fn next_data<T: DeserializeOwned>(&mut self) -> Option<Result<T, DynamoError>> {
-        loop {
-            match self.next::<T>().await? {
-                Ok(item) => match item.data {
-                    Some(data) => return Some(Ok(data)),
-                    None => continue,
-                },
-                Err(error) => return Some(Err(error)),
-            }
-        }
+        items::next_data(self).await
     }
 
     /// The next item as it came: one encoded value. An error item is no `Err` here.
@@ -163,6 +173,16 @@ impl Reply {
     }
 }
 
+impl Items for Reply {
+    fn codec(&self) -> PayloadCodec {
+        self.codec
+    }
+
+    async fn next_item(&mut self) -> Option<Result<Vec<u8>, DynamoError>> {
+        Reply::next_item(self).await
+    }
+}
+
 impl Drop for Reply {
     fn drop(&mut self) {
         if !self.over {
@@ -180,11 +200,10 @@ struct Out {
 }
 
 /// Makes a call and hands its items over; runs on the shard.
-async fn carry(client: Client, index: usize, host: Host, call: Call, mut to: Out) {
-    let shard = Shard::new(index, &host);
+async fn carry(client: Client, shard: Shard, call: Call, fodder: Option<Fodder>, mut to: Out) {
     let local = LocalClient::new(&client, &shard);
     let begun = tokio::select! {
-        begun = local.send(call) => begun,
+        begun = begin(&local, call, fodder) => begun,
         () = to.out.closed() => return,
     };
     let mut reply = match begun {
@@ -224,6 +243,22 @@ async fn carry(client: Client, index: usize, host: Host, call: Call, mut to: Out
             return;
         }
     }
+}
+
+async fn begin(
+    local: &LocalClient,
+    call: Call,
+    fodder: Option<Fodder>,
+) -> Result<LocalReply, DynamoError> {
+    let Some(fodder) = fodder else {
+        return local.send(call).await;
+    };
+    let (feed, reply) = local.send_many(call).await?;
+    if !local.shard().spawn(feed::pour(fodder, feed)) {
+        let text = "too many tasks run on this shard";
+        return Err(DynamoError::resource_exhausted(text));
+    }
+    Ok(reply)
 }
 
 fn obey(wish: Wish, reply: &LocalReply) {

@@ -2,7 +2,6 @@
 //! them. Requests go over from the shard, items come back, both over bounded queues.
 
 use std::future::Future;
-use std::panic::AssertUnwindSafe;
 
 use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::error::DynamoError;
@@ -194,6 +193,23 @@ impl Drop for Work {
 
 impl<H: TokioHandler> Handler for Bridge<H> {
     async fn handle(&self, request: Request, stream: &mut Stream) -> Outcome {
+        let handler = self.handler.clone();
+        let work = |request, stream| async move { handler.handle(request, stream).await };
+        self.run(work, request, stream).await
+    }
+}
+
+impl<H> Bridge<H> {
+    /// Runs what `make` makes on tokio, and writes what it says.
+    pub(super) async fn run<A>(
+        &self,
+        make: impl FnOnce(TokioRequest, TokioStream) -> A + Send + 'static,
+        request: Request,
+        stream: &mut Stream,
+    ) -> Outcome
+    where
+        A: Future<Output = Outcome> + Send + 'static,
+    {
         let (out, mut said) = mpsc::channel(ITEMS_MAX);
         let (tell_stopped, stopped) = watch::channel(false);
         let theirs = TokioStream {
@@ -203,15 +219,9 @@ impl<H: TokioHandler> Handler for Bridge<H> {
             nudge: self.nudge.clone(),
         };
         let request = TokioRequest::of(&request);
-        let (handler, nudge) = (self.handler.clone(), self.nudge.clone());
+        let nudge = self.nudge.clone();
         let work = async move {
-            // Made inside, so that a panic of `handle` itself is one of the task.
-            let made =
-                std::panic::catch_unwind(AssertUnwindSafe(|| handler.handle(request, theirs)));
-            let outcome = match made {
-                Ok(work) => work.await,
-                Err(_) => Err(panicked()),
-            };
+            let outcome = make(request, theirs).await;
             let _ = out.send(Said::Ended(outcome)).await;
             nudge.now();
         };
