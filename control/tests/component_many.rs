@@ -59,6 +59,14 @@ fn values_go_one_way_and_items_the_other() {
             for count in [0, 1, 1_000] {
                 summed(&client, count).await;
             }
+            // Each value waits for the answer to the one before.
+            let (mut feed, mut reply) = client.call_many().await.unwrap();
+            for sum in 1..=300 {
+                feed.send(&1).await.unwrap();
+                assert_eq!(reply.next_data::<i64>().await.unwrap().unwrap(), sum);
+            }
+            feed.finish().await.unwrap();
+            assert!(reply.next_item().await.is_none());
             // Many at the same time, on one connection for each pair of shards.
             let calls = (0..50).map(|count| {
                 let client = client.clone();
@@ -68,7 +76,7 @@ fn values_go_one_way_and_items_the_other() {
                 call.await.unwrap();
             }
             settled(&[&sums], &client).await;
-            assert_eq!(sums.count(|stats| stats.finished.get()), 53);
+            assert_eq!(sums.count(|stats| stats.finished.get()), 54);
         });
     }
 }

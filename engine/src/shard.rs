@@ -545,6 +545,7 @@ impl<R: Ring> Shard<R> {
                 Command::Adopt { ticket, adoption } => self.adopt(ticket, adoption),
                 Command::Broken { ticket, errno } => self.broken(ticket, errno),
                 Command::Run(run) => run.begin(&self.worker.host),
+                Command::Wake(task) => self.worker.host.wake(task),
                 // The listener stays open, so that who still dials is told by a refusal and not by
                 // a reset.
                 Command::Drain => {

@@ -7,8 +7,6 @@ use corelane_engine::feed as engine;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
-use super::hub::Nudge;
-
 /// Values between a thread and a shard; a caller who writes more waits.
 const VALUES_MAX: usize = 64;
 
@@ -86,7 +84,6 @@ enum Fed {
 /// kills the call, so that half an input is not taken for a whole one.
 pub struct Feed {
     out: mpsc::Sender<Fed>,
-    nudge: Nudge,
     codec: PayloadCodec,
 }
 
@@ -94,10 +91,9 @@ pub struct Feed {
 pub(super) struct Fodder(mpsc::Receiver<Fed>);
 
 /// The way from any thread to a call.
-pub(super) fn channel(codec: PayloadCodec) -> (impl FnOnce(Nudge) -> Feed, Fodder) {
+pub(super) fn channel(codec: PayloadCodec) -> (Feed, Fodder) {
     let (out, fed) = mpsc::channel(VALUES_MAX);
-    let feed = move |nudge| Feed { out, nudge, codec };
-    (feed, Fodder(fed))
+    (Feed { out, codec }, Fodder(fed))
 }
 
 impl Feed {
@@ -117,7 +113,6 @@ impl Feed {
     /// The call is over.
     pub async fn send_encoded(&mut self, value: Vec<u8>) -> Result<(), DynamoError> {
         let sent = self.out.send(Fed::Value(value)).await;
-        self.nudge.now();
         sent.map_err(|_| over())
     }
 
@@ -133,15 +128,6 @@ impl Feed {
     pub async fn finish(self) -> Result<(), DynamoError> {
         let sent = self.out.send(Fed::Finished).await;
         sent.map_err(|_| over())
-    }
-}
-
-impl Drop for Feed {
-    fn drop(&mut self) {
-        // Without a word behind it this is a feed that was dropped: the shard sees it.
-        let (gone, _) = mpsc::channel(1);
-        self.out = gone;
-        self.nudge.now();
     }
 }
 

@@ -19,6 +19,7 @@ use serde::de::DeserializeOwned;
 
 use super::client::{Call, Client, none};
 use super::feed::LocalFeed;
+use super::hub::Nudge;
 use super::items::{self, Items, error_of};
 use super::registry::{Loaded, Member, Members, now_ns};
 use super::routing::{Candidate, Chance, Draw, RoutingMode, choose};
@@ -132,6 +133,11 @@ impl LocalClient {
             shard: self.shard.clone(),
         };
         Ok((feed, reply))
+    }
+
+    /// The way in to its shard.
+    pub(super) fn nudge(&self) -> Nudge {
+        self.client.hub.nudge(self.shard.index())
     }
 
     /// The shard that it calls from.

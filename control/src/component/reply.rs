@@ -9,7 +9,6 @@ use tokio::sync::{mpsc, watch};
 
 use super::client::{Call, Client};
 use super::feed::{self, Feed, Fodder};
-use super::hub::Nudge;
 use super::items::{self, Items};
 use super::local_client::{LocalClient, LocalReply};
 use super::shard::Shard;
@@ -39,7 +38,6 @@ enum Wish {
 pub struct Reply {
     said: mpsc::Receiver<Said>,
     wish: watch::Sender<Wish>,
-    nudge: Nudge,
     stopped: watch::Receiver<bool>,
     codec: PayloadCodec,
     instance_id: u64,
@@ -56,7 +54,7 @@ pub(super) async fn send(client: &Client, call: Call) -> Result<Reply, DynamoErr
 pub(super) async fn send_many(client: &Client, call: Call) -> Result<(Feed, Reply), DynamoError> {
     let (feed, fodder) = feed::channel(call.codec);
     let reply = carried(client, call, Some(fodder)).await?;
-    Ok((feed(reply.nudge.clone()), reply))
+    Ok((feed, reply))
 }
 
 async fn carried(
@@ -71,14 +69,15 @@ async fn carried(
     let make = move |index: usize| {
         Run::new(move |host| {
             let shard = Shard::new(index, &host);
-            carry(own, shard, call, fodder, Out { out, wishes })
+            let nudge = own.hub.nudge(index);
+            let carried = carry(own, shard, call, fodder, Out { out, wishes });
+            async move { nudge.hear(carried).await }
         })
     };
-    let nudge = client.hub.run(make).await?;
+    client.hub.run(make).await?;
     let mut reply = Reply {
         said,
         wish,
-        nudge,
         stopped: client.hub.stopped(),
         codec,
         instance_id: 0,
@@ -161,7 +160,6 @@ impl Reply {
             }
             stronger
         });
-        self.nudge.now();
     }
 
     async fn hear(&mut self) -> Said {
@@ -254,7 +252,9 @@ async fn begin(
         return local.send(call).await;
     };
     let (feed, reply) = local.send_many(call).await?;
-    if !local.shard().spawn(feed::pour(fodder, feed)) {
+    let nudge = local.nudge();
+    let pour = async move { nudge.hear(feed::pour(fodder, feed)).await };
+    if !local.shard().spawn(pour) {
         let text = "too many tasks run on this shard";
         return Err(DynamoError::resource_exhausted(text));
     }

@@ -109,7 +109,6 @@ pub struct TokioStream {
     codec: PayloadCodec,
     out: mpsc::Sender<Said>,
     stopped: watch::Receiver<bool>,
-    nudge: Nudge,
 }
 
 impl TokioStream {
@@ -169,7 +168,6 @@ impl TokioStream {
 
     async fn say(&mut self, said: Said) -> Outcome {
         let sent = self.out.send(said).await;
-        self.nudge.now();
         Ok(sent.map_err(|_| Gone)?)
     }
 }
@@ -216,36 +214,43 @@ impl<H> Bridge<H> {
             codec: stream.codec(),
             out: out.clone(),
             stopped,
-            nudge: self.nudge.clone(),
         };
         let request = TokioRequest::of(&request);
-        let nudge = self.nudge.clone();
         let work = async move {
             let outcome = make(request, theirs).await;
             let _ = out.send(Said::Ended(outcome)).await;
-            nudge.now();
         };
         let task = self.tokio.spawn(work);
         let _work = Work(task.abort_handle());
-        loop {
-            let next = tokio::select! {
-                next = said.recv() => next,
-                () = stream.stopped(), if !*tell_stopped.borrow() => {
-                    tell_stopped.send_replace(true);
-                    if stream.is_killed() {
-                        return Err(Gone.into());
-                    }
-                    continue;
+        let written = write(&mut said, &tell_stopped, stream);
+        self.nudge.hear(written).await
+    }
+}
+
+/// Writes what comes from tokio, until the end.
+async fn write(
+    said: &mut mpsc::Receiver<Said>,
+    tell_stopped: &watch::Sender<bool>,
+    stream: &mut Stream,
+) -> Outcome {
+    loop {
+        let next = tokio::select! {
+            next = said.recv() => next,
+            () = stream.stopped(), if !*tell_stopped.borrow() => {
+                tell_stopped.send_replace(true);
+                if stream.is_killed() {
+                    return Err(Gone.into());
                 }
-            };
-            match next {
-                Some(Said::Data(data)) => stream.send_encoded(&data).await?,
-                Some(Said::Item(item)) => stream.send_item(&item).await?,
-                Some(Said::Error(error)) => stream.send_error(&error).await?,
-                Some(Said::Ended(outcome)) => return outcome,
-                // Its task has gone without a word.
-                None => return Err(panicked()),
+                continue;
             }
+        };
+        match next {
+            Some(Said::Data(data)) => stream.send_encoded(&data).await?,
+            Some(Said::Item(item)) => stream.send_item(&item).await?,
+            Some(Said::Error(error)) => stream.send_error(&error).await?,
+            Some(Said::Ended(outcome)) => return outcome,
+            // Its task has gone without a word.
+            None => return Err(panicked()),
         }
     }
 }

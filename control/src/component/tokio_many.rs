@@ -11,7 +11,6 @@ use tokio::sync::mpsc;
 
 use super::error::{Fault, Outcome};
 use super::handler::{Request, Stream};
-use super::hub::Nudge;
 use super::many::{Input, ManyHandler, parse};
 use super::tokio_handler::{Bridge, TokioRequest, TokioStream};
 
@@ -22,7 +21,6 @@ const VALUES_MAX: usize = 64;
 pub struct TokioInput {
     values: mpsc::Receiver<Vec<u8>>,
     complete: Arc<AtomicBool>,
-    nudge: Nudge,
     codec: PayloadCodec,
 }
 
@@ -35,9 +33,7 @@ impl TokioInput {
 
     /// The next value as it came: one encoded value.
     pub async fn next_encoded(&mut self) -> Option<Vec<u8>> {
-        let value = self.values.recv().await;
-        self.nudge.now();
-        value
+        self.values.recv().await
     }
 
     /// Whether the caller has said that this was all, once there is no next value. Otherwise he is
@@ -49,13 +45,6 @@ impl TokioInput {
     /// How its values are encoded.
     pub fn codec(&self) -> PayloadCodec {
         self.codec
-    }
-}
-
-impl Drop for TokioInput {
-    fn drop(&mut self) {
-        self.values.close();
-        self.nudge.now();
     }
 }
 
@@ -93,11 +82,12 @@ impl<H: TokioManyHandler> ManyHandler for Bridge<H> {
         let theirs = TokioInput {
             values: theirs,
             complete: Arc::clone(&complete),
-            nudge: self.nudge.clone(),
             codec: input.codec(),
         };
         // It ends with the request, which ends its input.
-        if !stream.shard().spawn(pour(input, values, complete)) {
+        let nudge = self.nudge.clone();
+        let pour = async move { nudge.hear(pour(input, values, complete)).await };
+        if !stream.shard().spawn(pour) {
             return Err(Fault::new("too many tasks run on this shard"));
         }
         let handler = self.handler.clone();
