@@ -95,20 +95,22 @@ async fn pass_on(inner: &LocalClient, mut input: Input, stream: &mut Stream) -> 
     Ok(())
 }
 
+/// The same as `sums`, on tokio.
+async fn on_tokio(_: TokioRequest, mut input: TokioInput, mut stream: TokioStream) -> Outcome {
+    let mut sum = 0;
+    while let Some(value) = input.next::<i64>().await {
+        tokio::time::sleep(Duration::from_micros(10)).await;
+        sum += value?;
+        stream.send(&sum).await?;
+    }
+    assert!(input.is_complete());
+    Ok(())
+}
+
 #[test]
 fn handlers_pass_streams_on_and_run_on_tokio() {
     with_runtime(options().shards(2), async |runtime| {
         let handle = tokio::runtime::Handle::current();
-        let on_tokio = |_: TokioRequest, mut input: TokioInput, mut stream: TokioStream| async move {
-            let mut sum = 0;
-            while let Some(value) = input.next::<i64>().await {
-                tokio::time::sleep(Duration::from_micros(10)).await;
-                sum += value?;
-                stream.send(&sum).await?;
-            }
-            assert!(input.is_complete());
-            Ok(())
-        };
         let inner = endpoint(runtime, "inner").serve_many_on(handle, on_tokio);
         let inner = inner.await.unwrap();
         let client = client_of(runtime, &inner).await;
