@@ -103,6 +103,10 @@ fn hear<R: Ring>(shard: &mut Shard<R>, shared: u32, piece: Piece<'_>) -> bool {
             Some(call) => finish(shard, call),
             None => feed::shared::refused(shard, shared, stream),
         },
+        // Of a response he sends, and takes none.
+        Piece::Credit { stream, .. } if of_number(shard, shared, stream).is_some() => {
+            return false;
+        }
         Piece::Credit { stream, bytes } => feed::shared::credited(shard, shared, stream, bytes),
         Piece::Hello => return false,
     }

@@ -7,7 +7,10 @@ mod ends;
 
 use std::net::Shutdown;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
 
 use common::*;
 use corelane_codec::call_home::{self, KILL, KILL_FRAME, SENTINEL, SENTINEL_FRAME, STOP_FRAME};
@@ -181,7 +184,7 @@ fn request_streams_that_share_a_connection_break_off() {
                     0 => {
                         while written.is_ok() {
                             written = feed.item(b"7").await;
-                            host.sleep(std::time::Duration::from_millis(1)).await;
+                            host.sleep(Duration::from_millis(1)).await;
                         }
                         reply.stop();
                     }
@@ -487,18 +490,24 @@ fn what_does_not_fit_the_endpoint_is_told() {
 #[test]
 fn a_caller_is_not_read_from_while_the_handler_takes_nothing() {
     for ring in rings() {
-        let serve = |_: Request, mut responder: Responder| async move {
-            let mut input = responder.take_input().expect("a stream");
-            let first = input.next().await.expect("an item");
-            responder.item(&first).await.unwrap();
-            // Until it has waited for a while it reads no more.
-            let _ = responder.sleep(std::time::Duration::from_millis(300)).await;
-            let mut count = 1u32;
-            while input.next().await.is_some() {
-                count += 1;
+        let gate = Arc::new(AtomicBool::new(false));
+        let open = Arc::clone(&gate);
+        let serve = move |_: Request, mut responder: Responder| {
+            let open = Arc::clone(&open);
+            async move {
+                let mut input = responder.take_input().expect("a stream");
+                let first = input.next().await.expect("an item");
+                responder.item(&first).await.unwrap();
+                while !open.load(Ordering::Relaxed) {
+                    let _ = responder.sleep(Duration::from_millis(1)).await;
+                }
+                let mut count = 1u32;
+                while input.next().await.is_some() {
+                    count += 1;
+                }
+                responder.item(count.to_string().as_bytes()).await.unwrap();
+                responder.finish();
             }
-            responder.item(count.to_string().as_bytes()).await.unwrap();
-            responder.finish();
         };
         let make: MakeHandler = Box::new(move |_| Rc::new(ManyIn(serve)) as Rc<dyn Handler>);
         let worker = Local::worker(ring, make);
@@ -518,6 +527,7 @@ fn a_caller_is_not_read_from_while_the_handler_takes_nothing() {
         output.item(Json).unwrap();
         let stats = &worker.handle.stats.shard;
         wait_until("it does not read on", || stats.receives_paused.get() >= 1);
+        gate.store(true, Ordering::Relaxed);
         assert_eq!(output.item(Json).unwrap(), b"2000");
         assert_eq!(output.items_to_the_end(Json), Vec::<Vec<u8>>::new());
         writer.join().unwrap();
