@@ -551,6 +551,7 @@ impl<R: Ring> Shard<R> {
                 Command::Broken { ticket, errno } => self.broken(ticket, errno),
                 Command::Inbound(inbound) => self.come_home(inbound),
                 Command::Run(run) => run.begin(&self.worker.host),
+                Command::Wake(task) => self.worker.host.wake(task),
                 // The listener stays open, so that who still dials is told by a refusal and not by
                 // a reset.
                 Command::Drain => {

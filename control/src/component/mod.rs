@@ -35,6 +35,24 @@
 //! runs your `main`. A handler runs on the shard that received the request, without a hop to
 //! another thread, and needs no `Send`. It must not block: what does goes to tokio.
 //!
+//! # Streams of requests
+//!
+//! An endpoint served by [`Endpoint::serve_many`] takes a stream of values in place of one, and
+//! answers while they come. [`Client::call_many`] begins such a call: it gives a [`Feed`] for the
+//! values and a [`Reply`]. Between two processes of corelane neither takes a socket of its own.
+//!
+//! ```no_run
+//! # use corelane::component::{Input, Outcome, Request, Stream};
+//! async fn sums(_: Request, mut input: Input, stream: &mut Stream) -> Outcome {
+//!     let mut sum = 0;
+//!     while let Some(value) = input.next::<i64>().await {
+//!         sum += value?;
+//!         stream.send(&sum).await?;
+//!     }
+//!     Ok(())
+//! }
+//! ```
+//!
 //! # The life of an endpoint
 //!
 //! | state | what it means |
@@ -58,9 +76,12 @@ mod canary;
 mod client;
 mod endpoint;
 mod error;
+mod feed;
 mod handler;
 mod hub;
+mod items;
 mod local_client;
+mod many;
 mod metrics;
 mod names;
 mod open;
@@ -73,6 +94,7 @@ mod runtime;
 mod serving;
 mod shard;
 mod tokio_handler;
+mod tokio_many;
 
 pub use corelane_codec::control_message::PayloadCodec;
 pub use corelane_codec::error::{Class, DynamoError, Reason};
@@ -89,8 +111,10 @@ pub use corelane_engine::quic::ResponsePlane;
 pub use client::{Call, Client, SeenInstance};
 pub use endpoint::{Component, Endpoint, Namespace};
 pub use error::{Error, Fault, Outcome};
+pub use feed::{Feed, LocalFeed};
 pub use handler::{Handler, Request, Stream};
 pub use local_client::{LocalClient, LocalReply};
+pub use many::{Input, ManyHandler};
 pub use names::BadName;
 pub use options::{Admission, Checks, Options};
 pub use reply::Reply;
@@ -99,3 +123,4 @@ pub use runtime::Runtime;
 pub use serving::Served;
 pub use shard::Shard;
 pub use tokio_handler::{TokioHandler, TokioRequest, TokioStream};
+pub use tokio_many::{TokioInput, TokioManyHandler};

@@ -186,7 +186,16 @@ impl Options {
     /// # Errors
     /// A variable cannot be understood, or asks for what this version cannot do.
     pub fn from_env() -> Result<Options> {
-        Options::read(&Env::current())
+        Options::of_env(&Env::current())
+    }
+
+    fn of_env(env: &Env) -> Result<Options> {
+        let mut options = Options::read(env)?;
+        let said = ["CORELANE_DISCOVERY_BACKEND", "DYN_DISCOVERY_BACKEND"];
+        if said.iter().all(|name| env.get(name).is_none()) {
+            options.discovery.backend = Backend::Etcd;
+        }
+        Ok(options)
     }
 
     /// For one process alone: discovery in memory, any free port on loopback, and nothing of the
@@ -430,6 +439,23 @@ mod tests {
             ("DYN_DYNAMO_REQUEST_QUEUE_LIMIT", "3"),
         ]);
         assert_eq!((found.running_max, found.queue_max), (8, 0));
+    }
+
+    #[test]
+    fn discovery_is_etcd_unless_it_is_said() {
+        for (set, backend) in [
+            (vec![], Backend::Etcd),
+            (
+                vec![("ETCD_ENDPOINTS", "http://127.0.0.1:1")],
+                Backend::Etcd,
+            ),
+            (vec![("DYN_DISCOVERY_BACKEND", "mem")], Backend::Memory),
+            (vec![("CORELANE_DISCOVERY_BACKEND", "file")], Backend::File),
+        ] {
+            let env = set.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned()));
+            let options = Options::of_env(&Env::of(env)).unwrap();
+            assert_eq!(options.discovery.backend, backend, "{set:?}");
+        }
     }
 
     #[test]
