@@ -3,6 +3,7 @@
 
 mod arrivals;
 mod cpu;
+mod event_codec;
 mod export;
 mod frames;
 mod gms;
@@ -13,6 +14,7 @@ mod hiccup;
 mod hop;
 mod hop_report;
 mod hop_scene;
+mod instructions;
 mod interrupt;
 mod lane;
 mod lane_handoff;
@@ -68,6 +70,8 @@ enum Job {
     Pair(Box<pair::PairArgs>),
     /// The GPU memory service, and the same protocol on an asyncio loop
     Gms(Box<gms::GmsArgs>),
+    /// Reading an event in place, and with rmp-serde: instructions and nanoseconds
+    EventCodec(event_codec::EventCodecArgs),
     /// The writer that `gms` kills
     #[command(hide = true)]
     GmsWriter(gms_client::WriterArgs),
@@ -106,6 +110,7 @@ fn main() -> ExitCode {
         Job::PairClient(args) => pair_client::run(&args),
         Job::Gms(args) => gms::run(&args),
         Job::GmsWriter(args) => gms_client::hold(&args),
+        Job::EventCodec(args) => event_codec::run(&args),
         Job::Sink(args) => sink::run(&args),
     };
     match done {

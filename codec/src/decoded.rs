@@ -65,6 +65,12 @@ pub enum Bad {
         /// Declared length.
         bytes: u32,
     },
+    /// A frame of an event of a version that is not understood.
+    #[error("event frame of version {version}; 1 is understood")]
+    EventVersion {
+        /// The first byte.
+        version: u8,
+    },
     /// A non-zero checksum does not fit the content.
     #[error("checksum mismatch: frame says {declared:016x}, content has {computed:016x}")]
     Checksum {

@@ -2,6 +2,10 @@
 //!
 //! No hook may panic on any input; a panic is a finding. They are not part of the API.
 
+mod event;
+
+pub use event::{event_envelope, event_frame, event_names, event_payload};
+
 use crate::control_message::{
     ConnectionInfo, NewControlMessage, PayloadCodec, TcpConnection, TcpConnectionInfo,
 };
@@ -35,6 +39,10 @@ pub const ALL: &[(&str, Hook)] = &[
     ("error", error),
     ("names", names),
     ("discovery", discovery),
+    ("event_frame", event_frame),
+    ("event_envelope", event_envelope),
+    ("event_payload", event_payload),
+    ("event_names", event_names),
 ];
 
 /// Checks that a decoder asks for more only while it has less, that what it asks for is never

@@ -29,12 +29,14 @@ pub mod control_message;
 mod decoded;
 pub mod discovery;
 pub mod error;
+pub mod event;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod headers;
 pub mod item;
 pub mod json;
 pub mod limits;
+mod msgpack;
 pub mod mux;
 pub mod path;
 pub mod quic_frame;

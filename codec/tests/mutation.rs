@@ -9,7 +9,9 @@ use corelane_codec::control_message::{
 };
 use corelane_codec::error::{DynamoError, PublicDetails, Reason};
 use corelane_codec::path::{EndpointId, instance_path, parse_instance_path};
-use corelane_codec::{call_home, fuzz, headers, item, json, reply_frame, request_frame, two_part};
+use corelane_codec::{
+    call_home, event, fuzz, headers, item, json, reply_frame, request_frame, two_part,
+};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -36,6 +38,23 @@ fn seeds() -> Vec<Vec<u8>> {
             let parts = [seeds[at][header].to_vec(), seeds[at][body].to_vec()];
             seeds.extend(parts);
         }
+    }
+    seeds.extend(events());
+    seeds
+}
+
+/// Frames of events, their envelopes, and the payloads of those.
+fn events() -> Vec<Vec<u8>> {
+    let file = common::golden().join("events/zmq-direct.json");
+    let text = std::fs::read(file).expect("the dump");
+    let messages: Vec<Vec<String>> = serde_json::from_slice(&text).expect("the dump");
+    let mut seeds = vec![];
+    for message in messages {
+        let frame = common::unhex(&message[3]);
+        let envelope = event::frame::payload(&frame).expect("a frame").to_vec();
+        let payload = event::Envelope::decode(&envelope).expect("an envelope");
+        let payload = payload.payload.to_vec();
+        seeds.extend([frame, envelope, payload]);
     }
     seeds
 }

@@ -8,6 +8,9 @@ use std::hint::black_box;
 
 use corelane_codec::call_home::{self, StreamMessage};
 use corelane_codec::control_message::{self, PayloadCodec, TcpConnectionInfo};
+use corelane_codec::event::{
+    Envelope, ForwardPass, KvChange, KvEvents, KvMetrics, Sequence, multipart, topic,
+};
 use corelane_codec::{Decoded, headers, item, json, reply_frame, request_frame, two_part};
 
 thread_local! {
@@ -129,4 +132,58 @@ fn decoders_do_not_allocate() {
         assert_eq!(allocations, 0, "{}", vector.name);
     }
     assert!(controls >= 8 && items >= 30 && others >= 60 && answers >= 40);
+}
+
+/// Reads an event as a subscriber does, payload and all; says how many things it met.
+fn event(parts: &[&[u8]]) -> usize {
+    let Ok(message) = multipart::Message::decode(parts) else {
+        return 0;
+    };
+    let Envelope { topic, payload, .. } = message.envelope;
+    match topic {
+        topic::KV_EVENTS => kv_events(payload),
+        topic::KV_METRICS => usize::from(KvMetrics::decode(payload).is_ok()),
+        topic::FORWARD_PASS_METRICS => usize::from(ForwardPass::decode(payload).is_ok()),
+        _ => usize::from(Sequence::decode(payload).is_ok()),
+    }
+}
+
+fn kv_events(payload: &[u8]) -> usize {
+    let mut met = 0;
+    let mut events = KvEvents::open(payload).expect("an array");
+    while let Ok(Some(event)) = events.next_event() {
+        met += 1;
+        match event.change {
+            KvChange::Stored { mut blocks, .. } => {
+                while let Ok(Some(block)) = blocks.next_block() {
+                    black_box(block);
+                    met += 1;
+                }
+            }
+            KvChange::Removed(mut hashes) => {
+                while let Ok(Some(hash)) = hashes.next_hash() {
+                    black_box(hash);
+                    met += 1;
+                }
+            }
+            KvChange::Cleared => {}
+        }
+    }
+    met
+}
+
+#[test]
+fn events_are_read_in_place() {
+    let folder = common::golden().join("events");
+    let mut met = 0;
+    for file in ["zmq-direct.json", "zmq-broker.json"] {
+        let text = std::fs::read(folder.join(file)).expect(file);
+        let messages: Vec<Vec<String>> = serde_json::from_slice(&text).expect(file);
+        for message in messages {
+            let parts: Vec<Vec<u8>> = message.iter().map(|part| common::unhex(part)).collect();
+            let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
+            assert_eq!(count(|| met += event(&parts)), 0, "{file}");
+        }
+    }
+    assert!(met > 44, "{met}");
 }

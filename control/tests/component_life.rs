@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use component_lab::{echo, endpoint, options, settled, until, with_runtime};
 use corelane::component::{
-    Admission, Checks, Client, DynamoError, Options, Outcome, Reason, Request, Runtime, Served,
-    State, Stream,
+    Admission, Checks, Client, DynamoError, Ending, Options, Outcome, Reason, Request, Runtime,
+    Served, State, Stream,
 };
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -134,6 +134,8 @@ fn a_drain_cuts_off_what_does_not_end() {
         running.stop().await;
         let cut = reply.next_data::<u32>().await.unwrap().unwrap_err();
         assert_eq!(cut.reason(), Reason::Disconnected);
+        assert!(reply.next_data::<u32>().await.is_none());
+        assert_eq!(reply.ending(), Some(Ending::Failed));
         assert_eq!(served.state(), State::Deregistered);
         runtime.replace(Some(running.clone()));
     });

@@ -6,17 +6,16 @@
 //! MessagePack  82 a4 "data" DATA ae "complete_final" c2          81 ae "complete_final" c3
 //! ```
 
-mod msgpack;
 mod typed;
 
 use std::ops::Range;
 
-pub use msgpack::MsgPackError;
+pub use crate::msgpack::MsgPackError;
 pub use typed::{Annotated, CodecError, StreamItem, from_bytes, write_error_frame, write_value};
 
 use crate::control_message::PayloadCodec;
 use crate::json::{Array, JsonError, Kind, Object, Value};
-use crate::two_part;
+use crate::{msgpack, two_part};
 
 /// The wrapper of one response message, with its data left where and as they are.
 #[derive(Debug, Clone, PartialEq, Eq)]

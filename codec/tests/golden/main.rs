@@ -4,6 +4,7 @@
 mod common;
 
 mod discovery;
+mod event;
 mod payload;
 mod quic;
 mod reply;

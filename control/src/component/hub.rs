@@ -28,6 +28,11 @@ pub(super) struct Hub {
 pub(super) struct Nudge(Sender<Command>);
 
 impl Nudge {
+    #[cfg(test)]
+    pub(super) fn of(shard: Sender<Command>) -> Nudge {
+        Nudge(shard)
+    }
+
     pub(super) fn now(&self) {
         self.0.wake();
     }

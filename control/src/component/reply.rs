@@ -43,6 +43,8 @@ pub struct Reply {
     codec: PayloadCodec,
     instance_id: u64,
     ending: Option<Ending>,
+    /// The shard has gone without a last word.
+    cut: bool,
     over: bool,
 }
 
@@ -64,6 +66,7 @@ pub(super) async fn send(client: &Client, call: Call) -> Result<Reply, DynamoErr
         codec,
         instance_id: 0,
         ending: None,
+        cut: false,
         over: false,
     };
     match reply.hear().await {
@@ -154,11 +157,25 @@ impl Reply {
         self.nudge.now();
     }
 
+    /// What the shard says next. A shard that goes before the end says nothing: that is told as an
+    /// error, once, and never taken for the end of a whole response.
     async fn hear(&mut self) -> Said {
-        tokio::select! {
+        if self.cut {
+            return Said::Ended(Some(Ending::Failed));
+        }
+        let said = tokio::select! {
             biased;
-            said = self.said.recv() => said.unwrap_or(Said::Ended(None)),
-            _ = self.stopped.wait_for(|stopped| *stopped) => Said::Failed(gone()),
+            said = self.said.recv() => said,
+            _ = self.stopped.wait_for(|stopped| *stopped) => None,
+        };
+        match said {
+            Some(said) => said,
+            // Whoever has killed a call does not ask how it broke off.
+            None if *self.wish.borrow() == Wish::Kill => Said::Ended(Some(Ending::Stopped)),
+            None => {
+                self.cut = true;
+                Said::Failed(gone())
+            }
         }
     }
 }
@@ -253,5 +270,63 @@ impl Out {
             }
             Err(_) => false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use corelane_codec::error::Reason;
+    use corelane_engine::mesh;
+
+    use super::*;
+
+    /// A reply whose shard has said one item, and what the shard holds of it.
+    fn begun() -> (Reply, mpsc::Sender<Said>, watch::Sender<bool>) {
+        let (out, said) = mpsc::channel(ITEMS_MAX);
+        let (ended, stopped) = watch::channel(false);
+        out.try_send(Said::Item(b"1".to_vec())).ok().unwrap();
+        let reply = Reply {
+            said,
+            wish: watch::channel(Wish::default()).0,
+            nudge: Nudge::of(mesh::lane().unwrap().0),
+            stopped,
+            codec: PayloadCodec::Json,
+            instance_id: 0,
+            ending: None,
+            cut: false,
+            over: false,
+        };
+        (reply, out, ended)
+    }
+
+    async fn is_cut_off(mut reply: Reply) {
+        assert_eq!(reply.next_item().await, Some(Ok(b"1".to_vec())));
+        let cut = reply.next_item().await.unwrap().unwrap_err();
+        assert_eq!(cut.reason(), Reason::Disconnected);
+        for _ in 0..2 {
+            assert_eq!(reply.next_item().await, None);
+            assert_eq!(reply.ending(), Some(Ending::Failed));
+        }
+    }
+
+    /// The shard drops its tasks as it ends, or ends and leaves them: the same for the reader.
+    #[tokio::test]
+    async fn a_response_that_is_cut_off_with_its_shard_does_not_look_complete() {
+        let (reply, out, _running) = begun();
+        drop(out);
+        is_cut_off(reply).await;
+        let (reply, _out, ended) = begun();
+        ended.send_replace(true);
+        is_cut_off(reply).await;
+    }
+
+    #[tokio::test]
+    async fn a_killed_response_gives_nothing_more_when_its_shard_goes() {
+        let (mut reply, out, _running) = begun();
+        assert_eq!(reply.next_item().await, Some(Ok(b"1".to_vec())));
+        reply.kill();
+        drop(out);
+        assert_eq!(reply.next_item().await, None);
+        assert_eq!(reply.ending(), Some(Ending::Stopped));
     }
 }

@@ -27,7 +27,7 @@ pub enum MsgPackError {
 
 /// What opens here, with how many entries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Container {
+pub(crate) enum Container {
     Map(u64),
     Array(u64),
 }
@@ -40,13 +40,13 @@ struct Head {
 
 /// A position in MessagePack.
 #[derive(Debug, Clone)]
-pub(super) struct Reader<'a> {
+pub(crate) struct Reader<'a> {
     input: &'a [u8],
     at: usize,
 }
 
 impl<'a> Reader<'a> {
-    pub(super) fn new(input: &'a [u8]) -> Self {
+    pub(crate) fn new(input: &'a [u8]) -> Self {
         Self { input, at: 0 }
     }
 
@@ -113,7 +113,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Steps over one value, whatever is nested in it: the values still to come are only counted.
-    pub(super) fn skip(&mut self) -> Result<(), MsgPackError> {
+    pub(crate) fn skip(&mut self) -> Result<(), MsgPackError> {
         let mut left = 1_u64;
         while left > 0 {
             let head = self.head()?;
@@ -125,7 +125,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Steps over the one value that the input must be.
-    pub(super) fn whole(&mut self) -> Result<(), MsgPackError> {
+    pub(crate) fn whole(&mut self) -> Result<(), MsgPackError> {
         self.skip()?;
         let at = self.at;
         match at == self.input.len() {
@@ -135,7 +135,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Enters a map or an array; `None`, and no step, at any other value.
-    pub(super) fn container(&mut self) -> Result<Option<Container>, MsgPackError> {
+    pub(crate) fn container(&mut self) -> Result<Option<Container>, MsgPackError> {
         let first = self.peek()?;
         let is_map = matches!(first, 0x80..=0x8f | 0xde | 0xdf);
         let is_array = matches!(first, 0x90..=0x9f | 0xdc | 0xdd);
@@ -151,10 +151,106 @@ impl<'a> Reader<'a> {
         }))
     }
 
-    /// Steps over a map's key and answers its bytes; `None` for a key that is no string.
-    pub(super) fn key(&mut self) -> Result<Option<&'a [u8]>, MsgPackError> {
+    /// What has not been read yet.
+    pub(crate) fn rest(&self) -> &'a [u8] {
+        // The position never passes the end.
+        self.input.get(self.at..).unwrap_or_default()
+    }
+
+    /// Steps over `expected` if it comes next.
+    #[inline]
+    pub(crate) fn literal<const N: usize>(&mut self, expected: &[u8; N]) -> bool {
+        let found = self.rest().first_chunk::<N>() == Some(expected);
+        if found {
+            self.at += N;
+        }
+        found
+    }
+
+    /// Steps over an integer that is not negative, in whatever form; `None`, and no step, at any
+    /// other value.
+    #[inline]
+    pub(crate) fn uint(&mut self) -> Result<Option<u64>, MsgPackError> {
+        let rest = self.rest();
+        if let Some(&[0xcf, ref field @ ..]) = rest.first_chunk::<9>() {
+            self.at += 9;
+            return Ok(Some(u64::from_be_bytes(*field)));
+        }
+        match self.peek()? {
+            small @ 0x00..=0x7f => {
+                self.at += 1;
+                Ok(Some(small.into()))
+            }
+            head => self.sized_uint(head),
+        }
+    }
+
+    /// An integer with a head byte of its own.
+    fn sized_uint(&mut self, head: u8) -> Result<Option<u64>, MsgPackError> {
+        let (bytes, is_signed) = match head {
+            0xcc..=0xcf => (1_usize << (head - 0xcc), false),
+            0xd0..=0xd3 => (1 << (head - 0xd0), true),
+            _ => return Ok(None),
+        };
+        let at = self.at + 1;
+        let field = self.input.get(at..at + bytes);
+        let field = field.ok_or(MsgPackError::Truncated { at })?;
+        if is_signed && field.first().is_some_and(|first| first & 0x80 != 0) {
+            return Ok(None);
+        }
+        self.at = at + bytes;
+        Ok(Some(
+            field
+                .iter()
+                .fold(0, |value, byte| value << 8 | u64::from(*byte)),
+        ))
+    }
+
+    /// Steps over a number; `None`, and no step, at any other value. Integers lose what a double
+    /// cannot hold.
+    pub(crate) fn float(&mut self) -> Result<Option<f64>, MsgPackError> {
+        let value = match *self.rest() {
+            [0xcb, a, b, c, d, e, f, g, h, ..] => f64::from_be_bytes([a, b, c, d, e, f, g, h]),
+            [0xca, a, b, c, d, ..] => f32::from_be_bytes([a, b, c, d]).into(),
+            [0xca | 0xcb, ..] => {
+                let at = self.at + 1;
+                return Err(MsgPackError::Truncated { at });
+            }
+            [negative @ 0xe0..=0xff, ..] => (negative as i8).into(),
+            [0xd0, a, ..] => (a as i8).into(),
+            [0xd1, a, b, ..] => i16::from_be_bytes([a, b]).into(),
+            [0xd2, a, b, c, d, ..] => i32::from_be_bytes([a, b, c, d]).into(),
+            [0xd3, a, b, c, d, e, f, g, h, ..] => {
+                i64::from_be_bytes([a, b, c, d, e, f, g, h]) as f64
+            }
+            _ => return Ok(self.uint()?.map(|value| value as f64)),
+        };
+        self.skip()?;
+        Ok(Some(value))
+    }
+
+    /// Steps over nil, if that is what comes.
+    pub(crate) fn nil(&mut self) -> Result<bool, MsgPackError> {
+        let is_nil = self.peek()? == 0xc0;
+        self.at += usize::from(is_nil);
+        Ok(is_nil)
+    }
+
+    /// Steps over a value and answers its bytes, head and all.
+    pub(crate) fn raw(&mut self) -> Result<&'a [u8], MsgPackError> {
+        let start = self.at;
+        self.skip()?;
+        Ok(self.input.get(start..self.at).unwrap_or_default())
+    }
+
+    /// Steps over a string or binary and answers its bytes; any other value is stepped over too,
+    /// for `None`.
+    pub(crate) fn key(&mut self) -> Result<Option<&'a [u8]>, MsgPackError> {
         let prefix = match self.peek()? {
-            0xa0..=0xbf => 1,
+            head @ 0xa0..=0xbf => {
+                let end = 1 + usize::from(head & 0x1f);
+                return Ok(self.advance(end)?.get(1..));
+            }
             0xc4 | 0xd9 => 2,
             0xc5 | 0xda => 3,
             0xc6 | 0xdb => 5,
@@ -168,7 +264,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Steps over a value and says where it was; `None` for nil.
-    pub(super) fn data(&mut self) -> Result<Option<Range<usize>>, MsgPackError> {
+    pub(crate) fn data(&mut self) -> Result<Option<Range<usize>>, MsgPackError> {
         let start = self.at;
         let is_nil = self.peek()? == 0xc0;
         self.skip()?;
@@ -176,7 +272,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Steps over a boolean; `None`, and no step, at any other value.
-    pub(super) fn bool(&mut self) -> Result<Option<bool>, MsgPackError> {
+    pub(crate) fn bool(&mut self) -> Result<Option<bool>, MsgPackError> {
         let value = match self.peek()? {
             0xc2 => false,
             0xc3 => true,
