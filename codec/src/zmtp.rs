@@ -102,8 +102,11 @@ pub const fn greeting() -> [u8; GREETING_BYTES] {
 pub fn decode_greeting(input: &[u8]) -> Decoded<Greeting> {
     let bad = |fault: Fault| Decoded::Bad(Bad::Zmtp(fault));
     match (input.first(), input.get(9), input.get(10)) {
+        (None, ..) => return Decoded::Need(1),
         (Some(first), ..) if *first != 0xff => return bad(Fault::Signature),
+        (_, None, _) => return Decoded::Need(10),
         (_, Some(last), _) if last & 1 == 0 => return bad(Fault::Signature),
+        (.., None) => return Decoded::Need(11),
         (.., Some(major)) if *major < 3 => return bad(Fault::Version { major: *major }),
         _ => {}
     }
@@ -538,7 +541,9 @@ mod tests {
         };
         assert_eq!(decode_greeting(&ours), Decoded::Frame(frame));
         assert_eq!(decode_greeting(&ours[..63]), Decoded::Need(64));
-        assert_eq!(decode_greeting(&[]), Decoded::Need(64));
+        assert_eq!(decode_greeting(&[]), Decoded::Need(1));
+        assert_eq!(decode_greeting(&ours[..1]), Decoded::Need(10));
+        assert_eq!(decode_greeting(&ours[..10]), Decoded::Need(11));
         let with = |at: usize, byte: u8| {
             let mut changed = ours;
             changed[at] = byte;

@@ -55,7 +55,7 @@ pub(super) fn scattered<R: Ring>(
 fn received<R: Ring>(plane: &Plane<R>, memo: &Memo, events: u64, bytes: usize) {
     let stats = &plane.stats;
     stats.plane.events_received.add(events);
-    stats.plane.event_bytes_received.add(bytes as u64);
+    stats.plane.bytes_received.add(bytes as u64);
     stats.count_topic(memo.topic, events, bytes as u64);
     if memo.members.is_empty() {
         stats.plane.events_unwanted.add(events);

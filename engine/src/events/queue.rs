@@ -391,7 +391,7 @@ mod tests {
         let (one, two) = (memory.received(0, b"abc"), memory.received(1, b"def"));
         let pieces = [slice(one, 0, 3), slice(two, 0, 1)];
         queue.push_pieces(&mut memory, &pieces);
-        queue.push(&mut memory, slice(two, 1, 3), 1, MERGE);
+        queue.push(&mut memory, slice(two, 1, 3), 1, 1);
         // Only the first piece has been begun.
         let run = queue.runs.pop_front().unwrap();
         queue.flight.push_back(run);

@@ -17,7 +17,7 @@ cells! {
         /// Events received from publishers
         Counter events_received,
         /// Bytes of events received, as they were on the wire
-        Counter event_bytes_received,
+        Counter bytes_received,
         /// Events handed to the sockets of subscribers, once for each
         Counter events_sent,
         /// Events that nobody wanted when they came
