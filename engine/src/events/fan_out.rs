@@ -63,7 +63,7 @@ fn received<R: Ring>(plane: &Plane<R>, memo: &Memo, events: u64, bytes: usize) {
 }
 
 impl<R: Ring> Plane<R> {
-    fn bounds(&self) -> Bounds {
+    pub(super) fn bounds(&self) -> Bounds {
         let is_full = self.queued_bytes >= self.config.memory_bytes_max;
         let bytes = self.config.queue_bytes_max as usize;
         Bounds {

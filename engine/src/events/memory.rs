@@ -21,7 +21,6 @@ pub(super) struct Memory {
     buffers: Buffers,
     blocks: Vec<Block>,
     unused: Vec<u32>,
-    block_bytes: usize,
     /// Buffers whose last holder has gone, for the ring.
     pub(super) recycled: Vec<BufferId>,
 }
@@ -47,7 +46,6 @@ impl Memory {
             buffers,
             blocks: Vec::new(),
             unused: Vec::new(),
-            block_bytes: 0,
             recycled,
         }
     }
@@ -59,11 +57,6 @@ impl Memory {
 
     pub(super) fn buffers(&self) -> usize {
         self.buffers.count()
-    }
-
-    /// Bytes of all blocks, which come on top of the buffers.
-    pub(super) fn block_bytes(&self) -> usize {
-        self.block_bytes
     }
 
     pub(super) fn is_buffer(&self, block: BlockId) -> bool {
@@ -78,7 +71,6 @@ impl Memory {
 
     /// A block of these bytes, with one holder.
     pub(super) fn block(&mut self, bytes: Vec<u8>) -> BlockId {
-        self.block_bytes += bytes.capacity();
         let block = Block { bytes, holders: 1 };
         let place = match self.unused.pop() {
             Some(place) => {
@@ -136,7 +128,6 @@ impl Memory {
         let entry = &mut self.blocks[place];
         entry.holders -= 1;
         if entry.holders == 0 {
-            self.block_bytes -= entry.bytes.capacity();
             entry.bytes = Vec::new();
             self.unused.push(place as u32);
         }
@@ -145,6 +136,11 @@ impl Memory {
 
 #[cfg(test)]
 impl Memory {
+    /// Bytes of all blocks, which come on top of the buffers.
+    pub(super) fn block_bytes(&self) -> usize {
+        self.blocks.iter().map(|block| block.bytes.capacity()).sum()
+    }
+
     /// For tests: `bytes` as if the ring had received them into `buffer`.
     pub(super) fn received(&mut self, buffer: BufferId, bytes: &[u8]) -> Slice {
         let block = self.take(buffer);

@@ -207,14 +207,29 @@ impl Queue {
         dropped
     }
 
-    /// Moves runs into the flight, up to what one send takes, and lists their slices.
-    pub(super) fn depart(&mut self, into: &mut Vec<Slice>) {
-        let mut bytes: usize = self.flight.iter().map(|run| run.slice.bytes()).sum();
-        while self.flight.len() < SPANS_MAX && bytes < SEND_BYTES {
+    /// Moves runs into the flight, up to what one send takes, and lists their slices. A quarter of
+    /// the bounds at most: what is on its way cannot be dropped any more.
+    pub(super) fn depart(&mut self, bounds: Bounds, into: &mut Vec<Slice>) {
+        let bytes_max = SEND_BYTES.min(bounds.bytes / 4);
+        let messages_max = bounds.messages / 4;
+        let (mut bytes, mut messages) = (0, 0);
+        for run in &self.flight {
+            bytes += run.slice.bytes();
+            messages += run.messages as usize;
+        }
+        while self.flight.len() < SPANS_MAX {
+            let fits = |run: &Run| {
+                bytes + run.slice.bytes() <= bytes_max
+                    && messages + run.messages as usize <= messages_max
+            };
+            if !self.flight.is_empty() && !self.runs.front().is_some_and(fits) {
+                break;
+            }
             let Some(run) = self.runs.pop_front() else {
                 break;
             };
             bytes += run.slice.bytes();
+            messages += run.messages as usize;
             self.flight.push_back(run);
         }
         into.extend(self.flight.iter().map(|run| run.slice));
@@ -315,6 +330,11 @@ mod tests {
         bytes: 1 << 20,
     };
 
+    const WIDE: Bounds = Bounds {
+        messages: 1 << 20,
+        bytes: 1 << 30,
+    };
+
     fn slice(whole: Slice, start: u32, end: u32) -> Slice {
         Slice {
             start,
@@ -325,7 +345,7 @@ mod tests {
 
     fn wire(queue: &mut Queue, memory: &Memory) -> Vec<u8> {
         let mut slices = Vec::new();
-        queue.depart(&mut slices);
+        queue.depart(WIDE, &mut slices);
         slices
             .iter()
             .flat_map(|slice| memory.bytes(*slice).to_vec())
@@ -361,7 +381,7 @@ mod tests {
         }
         assert!(!queue.fits(BOUNDS, 1, 2));
         let mut first = Vec::new();
-        queue.depart(&mut first);
+        queue.depart(WIDE, &mut first);
         // All of them are on their way now.
         let overflow = |queue: &mut Queue, memory: &mut Memory, policy| {
             queue.overflow(memory, policy, BOUNDS, 2)
@@ -382,6 +402,24 @@ mod tests {
         assert_eq!(overflow(&mut queue, &mut memory, newest), Queued::Dropped);
         let end = Overflow::Disconnect;
         assert_eq!(overflow(&mut queue, &mut memory, end), Queued::Disconnect);
+    }
+
+    #[test]
+    fn a_quarter_of_the_bounds_is_on_its_way() {
+        let mut memory = Memory::new(Buffers::new(4, 64).unwrap());
+        let mut queue = Queue::default();
+        let received = memory.received(0, b"aabbccddee");
+        for at in 0..4 {
+            queue.push(&mut memory, slice(received, 2 * at, 2 * at + 2), 1, 1);
+        }
+        let mut slices = Vec::new();
+        queue.depart(BOUNDS, &mut slices);
+        assert_eq!(slices.len(), 1);
+        assert_eq!(queue.departed(&mut memory, 1), 0);
+        slices.clear();
+        queue.depart(BOUNDS, &mut slices);
+        assert_eq!((slices.len(), slices[0].bytes()), (1, 1));
+        assert_eq!(queue.departed(&mut memory, 1), 1);
     }
 
     #[test]
@@ -420,7 +458,7 @@ mod tests {
         memory.release(one.block);
         memory.release(two.block);
         let mut slices = Vec::new();
-        queue.depart(&mut slices);
+        queue.depart(WIDE, &mut slices);
         assert!(queue.flight_pins(&memory));
         assert_eq!(queue.put_aside(&mut memory, true), 0);
         assert_eq!(queue.put_aside(&mut memory, false), 6);

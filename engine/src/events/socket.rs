@@ -193,9 +193,10 @@ impl<R: Ring> Plane<R> {
     }
 
     fn send(&mut self, slot: u32) {
+        let bounds = self.bounds();
         let session = &mut self.sessions[slot];
         self.slices.clear();
-        session.queue.depart(&mut self.slices);
+        session.queue.depart(bounds, &mut self.slices);
         if self.slices.is_empty() {
             return;
         }
