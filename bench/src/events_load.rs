@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! ZMTP   front | 01 length32 | stamp 8 | rest
-//! NATS   PUB subject size\r\n | stamp 8 | rest | \r\n      comes back as MSG subject 1 size\r\n ...
+//! NATS   PUB subject size\r\n | stamp 8 | rest | \r\n      comes back as MSG subject 1 size\r\n
 //! ```
 
 use std::io::{ErrorKind, Read, Write};
@@ -478,7 +478,7 @@ fn receive(streams: Vec<TcpStream>, shared: &Shared, incoming: &Template) {
                 }
             }
         }
-        if latency.len() > 0
+        if !latency.is_empty()
             && let Ok(mut all) = shared.latency_ns.lock()
         {
             let _ = all.add(&latency);

@@ -37,6 +37,15 @@ impl Slice {
     pub(super) fn bytes(&self) -> usize {
         (self.end - self.start) as usize
     }
+
+    /// Its bytes `from..to`.
+    pub(super) fn part(&self, from: usize, to: usize) -> Slice {
+        Slice {
+            block: self.block,
+            start: self.start + from as u32,
+            end: self.start + to as u32,
+        }
+    }
 }
 
 impl Memory {

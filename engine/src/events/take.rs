@@ -135,11 +135,7 @@ fn find_runs<R: Ring>(plane: &mut Plane<R>, slot: u32, source: &mut Source) -> u
         if entry.members.is_empty() {
             sequences.begin_anew(entry.tracker);
         }
-        let slice = Slice {
-            block: front.block,
-            start: front.start + at as u32,
-            end: front.start + (at + event.end) as u32,
-        };
+        let slice = front.part(at, at + event.end);
         at += event.end;
         match runs.last_mut() {
             Some(run) if run.memo == memo => {
