@@ -20,6 +20,7 @@ mod check;
 mod extract;
 mod gms;
 mod options;
+mod tune;
 
 pub use args::{
     Answer, CallArgs, Codec, Early, EchoArgs, GmsArgs, ProbeArgs, ServeArgs, Target, UpArgs,
@@ -163,6 +164,7 @@ fn dispatch(command: Command, env: &Env, host: &Host) -> anyhow::Result<Exit> {
             let TraceCommand::Extract(extract) = trace.command;
             commands::extract(&extract.args())
         }
+        Command::Tune(options) => tune::tune(*options, env, host),
     }
 }
 

@@ -47,7 +47,7 @@ pub use tls::{Tls, TlsClient, TlsServer};
 pub use value::{Kind, Value, address};
 pub use words::{
     Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, Overflow, PlannerNames, Policy,
-    Response, ResponsePlane, Switch, Word,
+    RelayPlane, Response, ResponsePlane, Switch, Word,
 };
 
 pub(crate) use host::cpu_list;
@@ -144,13 +144,18 @@ impl Server {
     }
 }
 
-/// How responses travel: `response_plane` and `quic_batch_us` of `[server]`.
+/// How responses travel: `response_plane`, `relay_plane`, `quic_batch_us` and `quic_buffer_items`
+/// of `[server]`.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Responses {
     /// On which transport.
     pub plane: quic::ResponsePlane,
     /// How long QUIC gathers items after the first.
     pub quic_batch: Duration,
+    /// Items of one QUIC response that may wait for who reads them.
+    pub quic_buffer_items: u32,
+    /// How workers bring us the responses of relayed routes; `None`: as their caller asks.
+    pub relay_plane: Option<quic::ResponsePlane>,
 }
 
 /// `[discovery]`.

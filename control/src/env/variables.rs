@@ -12,7 +12,6 @@ use super::table::Variable;
 
 const NATS_PLANE: Standing = Only("tcp", "the request plane is TCP in this version");
 const NATS: Standing = NotHonoured("there is no NATS in this version");
-const QUIC: Standing = NotHonoured("callers of this version take responses over TCP only");
 const EVENTS: Standing =
     NotHonoured("a router neither publishes nor subscribes; [events] makes it a broker");
 const KUBERNETES: Standing = NotHonoured("Kubernetes discovery is not in this version");
@@ -106,8 +105,6 @@ pub const VARIABLES: &[Variable] = variables! {
     }
     "response plane" {
         "DYN_TCP_LISTEN_BACKLOG", "4096", "connections", HOME, "is the backlog of that listener";
-        "DYN_QUIC_RESPONSE_BUFFER_CAPACITY", "16384", "items", QUIC,
-            "bounds items of a QUIC response that wait";
     }
     "NATS" {
         "NATS_SERVER", "nats://localhost:4222", "URL", NATS, "is the NATS server";
