@@ -265,6 +265,16 @@ impl<R: Ring> Plane<R> {
         self.forget_wishes(slot);
     }
 
+    /// The end of the plane: peers see it at once. The ring, which may still hold operations, goes
+    /// before the memory they work on.
+    pub(super) fn hang_up(&mut self) {
+        for slot in self.sessions.slots().collect::<Vec<u32>>() {
+            let handle = self.sessions[slot].handle;
+            self.ring.shutdown(handle);
+            self.ring.close(handle);
+        }
+    }
+
     pub(super) fn retire_if_quiet(&mut self, slot: u32) {
         let session = self.sessions.get(slot);
         if session.is_some_and(|session| session.closing && session.is_quiet()) {

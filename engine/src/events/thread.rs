@@ -123,5 +123,6 @@ fn drive<R: Ring>(
     while !plane.is_over() {
         plane.tick()?;
     }
+    plane.hang_up();
     Ok(())
 }
