@@ -6,7 +6,9 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use super::args::{Answer, CallArgs, Codec, Early, EchoArgs, Target, UpArgs};
-use super::{Stop, check::CheckOptions, extract::TraceOptions, gms::GmsOptions};
+use super::{
+    Stop, check::CheckOptions, events::EventsOptions, extract::TraceOptions, gms::GmsOptions,
+};
 use crate::config::{
     Backend, Config, EndpointId, Host, Inputs, Key, Main, Origin, Override, Purpose, Section,
     Server, address, find, keys, nearest, quoted,
@@ -55,6 +57,7 @@ pub(super) enum Command {
     Call(CallOptions),
     Gms(Box<GmsOptions>),
     Trace(TraceOptions),
+    Events(EventsOptions),
 }
 
 /// Where settings come from.
