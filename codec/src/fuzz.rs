@@ -292,6 +292,7 @@ pub fn control_message(data: &[u8]) {
     }
     again.clear();
     let range = view.connection_info.range();
+    let connection = control_message::NewConnection::Tcp(connection);
     if control_message::write_redirected(data, range, &connection, &mut again).is_ok() {
         let read = control_message::decode(&again).expect("one member was replaced");
         assert!(read.id == view.id && read.metadata == view.metadata);

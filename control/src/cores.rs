@@ -25,7 +25,7 @@ use tokio::sync::{broadcast, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::preflight::{Plan, Planned, ring_word};
-use crate::quic::Quic;
+use crate::quic::{Quic, QuicError};
 use crate::tls::{self, Tls, TlsError};
 use crate::trace;
 
@@ -49,6 +49,9 @@ pub enum CoresError {
     /// TLS is wanted and cannot be had.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// QUIC is wanted and cannot be had.
+    #[error(transparent)]
+    Quic(#[from] QuicError),
     /// The port is taken.
     #[error(
         "cannot listen on {address}: {source}; write another [server] host or port, or port = 0 \
@@ -156,7 +159,7 @@ impl Cores {
         ends: impl Fn(usize) -> Ends + 'static,
     ) -> Result<Rc<Cores>, CoresError> {
         let tls = Tls::start(&plan.tls)?;
-        let quic = Quic::new(plan.responses.quic_batch);
+        let quic = Quic::new(plan.responses);
         let tracing = trace::tracing();
         let ends = move |index| Ends {
             tracing,
@@ -168,8 +171,8 @@ impl Cores {
             let mut planned = planned.clone();
             planned.config.listen = Some(address);
             tls::ask(&mut planned.config, &plan.tls);
-            planned.config.response_plane = plan.responses.plane;
             let own = ends(planned.config.shard);
+            quic.ask(&mut planned.config, own.home)?;
             let mut handle = executor::spawn_with(planned.config.clone(), own)?;
             tls::attend(&tls, &mut handle);
             quic.attend(&mut handle);
@@ -327,6 +330,14 @@ impl Cores {
     /// What does TLS for them, unless it is off.
     pub fn tls(&self) -> Option<&Rc<Tls>> {
         self.tls.as_ref()
+    }
+
+    /// Adds what is counted of TLS and QUIC to the text of a scrape.
+    pub fn write_transports(&self, out: &mut String) {
+        if let Some(tls) = &self.tls {
+            tls.stats().write(out);
+        }
+        self.quic.stats().write(out);
     }
 
     /// Whether every shard listens.

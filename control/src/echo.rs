@@ -284,7 +284,8 @@ impl EchoWorker {
             draining: self.peer.stats().shard.draining.get() == 1,
         };
         let discovery = Some(&**self.discovery.stats());
-        let text = Snapshot::take(&[self.peer.view()], Vec::new(), process, discovery).render();
+        let text = Snapshot::take(&[self.peer.view()], Vec::new(), process, discovery);
+        let text = text.render_with(|out| self.peer.write_transports(out));
         let served = ServedNumbers {
             id: self.paths.endpoint.clone(),
             stats: vec![Arc::clone(&self.paths.stats)],

@@ -33,4 +33,5 @@ pub mod status_server;
 pub mod supervise;
 pub mod tls;
 pub mod trace;
+pub mod tune;
 pub mod watch;

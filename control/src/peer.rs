@@ -65,9 +65,8 @@ impl Peer {
         config.buffers = BUFFERS;
         config.message_bytes_max = u64::from(server.message_bytes_max);
         tls::ask(&mut config, &server.tls);
-        config.response_plane = server.responses.plane;
         let tls = Tls::start(&server.tls)?;
-        let quic = Quic::new(server.responses.quic_batch);
+        let quic = Quic::new(server.responses);
         match Peer::on_ring(
             config.clone(),
             cause,
@@ -86,7 +85,7 @@ impl Peer {
     }
 
     async fn on_ring(
-        config: ShardConfig,
+        mut config: ShardConfig,
         cause: &'static str,
         ends: Ends,
         (tls, quic): (Option<Rc<Tls>>, Rc<Quic>),
@@ -94,6 +93,7 @@ impl Peer {
         let ring = config.ring;
         let tracing = trace::tracing();
         let ends = Ends { tracing, ..ends };
+        quic.ask(&mut config, ends.home)?;
         let mut handle = spawn_with(config, ends)?;
         tls::attend(&tls, &mut handle);
         quic.attend(&mut handle);
@@ -145,6 +145,14 @@ impl Peer {
             cause: self.cause,
             stats: self.stats(),
         }
+    }
+
+    /// Adds what is counted of TLS and QUIC to the text of a scrape.
+    pub fn write_transports(&self, out: &mut String) {
+        if let Some(tls) = &self.tls {
+            tls.stats().write(out);
+        }
+        self.quic.stats().write(out);
     }
 
     /// Hands a command over; waits a little while its queue is full.

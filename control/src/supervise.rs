@@ -444,9 +444,7 @@ impl Pulse {
         let discovery = self.discovery.borrow();
         let own = Snapshot::take(&self.cores.view(), routes, process, discovery.as_deref());
         let text = own.render_with(|out| {
-            if let Some(tls) = self.cores.tls() {
-                tls.stats().write(out);
-            }
+            self.cores.write_transports(out);
             self.more.borrow().iter().for_each(|more| more(out));
         });
         let numbers = WorkerNumbers {

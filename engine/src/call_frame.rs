@@ -3,17 +3,21 @@
 use std::borrow::Cow;
 
 use corelane_codec::control_message::{
-    CallTemplate, NewControlMessage, PayloadCodec, RequestType, StreamType, TcpConnection,
+    self, CallTemplate, NewConnection, NewControlMessage, PayloadCodec, RequestType, StreamType,
+    TcpConnection,
 };
 use corelane_codec::{EncodeError, headers, request_frame, two_part};
 
 use crate::call::NewCall;
+use crate::quic::{Place, QuicHome};
 
 /// Writes frames; what is the same in all of them is written once, and its memory is used again.
 pub(crate) struct FrameWriter {
     address: String,
     json: CallTemplate,
     packed: CallTemplate,
+    /// Responses come on QUIC.
+    quic: Option<Place>,
     control: Vec<u8>,
     map: Vec<u8>,
 }
@@ -25,9 +29,19 @@ impl FrameWriter {
             address: address.to_owned(),
             json: CallTemplate::new(address, PayloadCodec::Json, true),
             packed: CallTemplate::new(address, PayloadCodec::MessagePack, true),
+            quic: None,
             control: Vec::with_capacity(512),
             map: Vec::with_capacity(256),
         }
+    }
+
+    /// From now on responses come on QUIC; request streams stay as they are.
+    pub(crate) fn wait_on_quic(&mut self, home: &QuicHome) {
+        let place = Place::new(home);
+        let template = |codec| CallTemplate::quic(&place.connection("", ""), codec);
+        self.json = template(PayloadCodec::Json);
+        self.packed = template(PayloadCodec::MessagePack);
+        self.quic = Some(place);
     }
 
     /// Appends the frame of a call; `fresh` is its identity if it has none.
@@ -89,6 +103,15 @@ impl FrameWriter {
         };
         self.control.clear();
         message.write(&mut self.control)?;
+        if let Some(place) = &self.quic
+            && let Ok(read) = control_message::decode(&self.control)
+        {
+            let place = NewConnection::Quic(place.connection(&response, id));
+            let range = read.connection_info.range();
+            let mut control = Vec::with_capacity(self.control.len() + 512);
+            control_message::write_redirected(&self.control, range, &place, &mut control)?;
+            self.control = control;
+        }
         self.assemble(new, id, &[], out)
     }
 

@@ -29,6 +29,7 @@ use crate::home;
 use crate::local;
 use crate::mesh::Sender;
 use crate::mux_home;
+use crate::quic;
 use crate::ring::Ring;
 use crate::shard::{Shard, TimerKind};
 use crate::table::{NONE, Table};
@@ -89,7 +90,7 @@ pub(crate) struct Client {
     pub(crate) shared: Table<mux_home::Shared>,
     pub(crate) dirty_shared: Vec<u32>,
     pub(crate) listener: Option<TcpListener>,
-    writer: FrameWriter,
+    pub(crate) writer: FrameWriter,
     /// The frame that is being written.
     frame: Vec<u8>,
     subjects: HashMap<u128, u32>,
@@ -223,7 +224,7 @@ pub(crate) fn begin_for<R: Ring>(
     if shard.client.calls.is_full() {
         return Err(local::too_many());
     }
-    let subject = shard.client.draw();
+    let subject = quic::mark(shard.client.draw(), shard.config.shard);
     let frame = frame(shard, &new, subject, feed.as_ref())?;
     let after = |time: Duration| began_ns.saturating_add(time.as_nanos().min(1 << 62) as u64);
     let call = Call {

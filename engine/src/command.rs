@@ -10,7 +10,7 @@ use crate::handler::NewHandler;
 use crate::lane::NewLane;
 use crate::local::Run;
 use crate::mesh::{Receiver, Sender};
-use crate::quic::Outbound;
+use crate::quic::{Inbound, Outbound};
 use crate::served::SpanRecord;
 
 /// What control asks of a shard.
@@ -52,6 +52,8 @@ pub enum Command {
         /// Why.
         errno: i32,
     },
+    /// A worker has answered on QUIC.
+    Inbound(Inbound),
     /// Run a task on the shard. It is dropped at once when 65,536 such tasks run already.
     Run(Run),
     /// Refuse new requests from now on.

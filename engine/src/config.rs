@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 
 use crate::ends::HomeAddress;
-use crate::quic::ResponsePlane;
+use crate::quic::{QuicHome, ResponsePlane};
 
 /// In place of a CPU: the kernel moves the shard's thread as it likes.
 pub const ANY_CPU: usize = usize::MAX;
@@ -42,6 +42,11 @@ pub struct ShardConfig {
     pub secure_dials: bool,
     /// The transport of responses; callers who want another are told so.
     pub response_plane: ResponsePlane,
+    /// Where responses come on QUIC: those of calls if that is the plane, and those that are
+    /// relayed on it.
+    pub quic_home: Option<QuicHome>,
+    /// The transport of relayed responses between worker and us; `None`: as the caller asks.
+    pub relay_plane: Option<ResponsePlane>,
 }
 
 /// The implementation of the ring.
@@ -81,6 +86,8 @@ impl ShardConfig {
             secure_accepts: false,
             secure_dials: false,
             response_plane: ResponsePlane::Tcp,
+            quic_home: None,
+            relay_plane: None,
         }
     }
 }

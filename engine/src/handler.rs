@@ -19,7 +19,7 @@ use corelane_codec::control_message::{
     self, ConnectionInfo, PayloadCodec, RequestType, StreamType, TcpConnectionInfo,
 };
 use corelane_codec::json::{Object, Text};
-use corelane_codec::quic_frame::{self, QUIC_RESPONSE, QuicConnectionInfo};
+use corelane_codec::quic_frame::{QUIC_RESPONSE, QuicConnectionInfo};
 use corelane_codec::trace_context::TraceContext;
 use corelane_codec::{Decoded, headers, item, two_part};
 
@@ -333,20 +333,10 @@ fn home<'s>(
 }
 
 fn quic_home(info: &QuicConnectionInfo<'_>) -> Result<CallHome, String> {
-    let address = info.socket_addr().map_err(|error| error.to_string())?;
-    let id = |text: &str| quic_frame::uuid(text).ok_or("an id in the connection info is no UUID");
-    let subject = info.registration_id.to_cow().into_owned();
-    let certificate = info.certificate();
-    let caller = QuicCaller {
-        address,
-        frontend_id: id(&info.frontend_id.to_cow())?,
-        registration_id: id(&subject)?,
-        certificate_sha256: certificate.ok_or("certificate_sha256 is no SHA-256")?,
-        lane: quic_frame::lane(&info.request_id.to_cow()),
-    };
+    let caller = QuicCaller::read(info)?;
     Ok(CallHome {
-        address,
-        subject,
+        address: caller.address,
+        subject: info.registration_id.to_cow().into_owned(),
         quic: Some(Box::new(caller)),
         offers_mux: false,
     })

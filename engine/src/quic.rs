@@ -1,18 +1,37 @@
-//! Responses for callers who wait on QUIC (spec/request-plane.md §6).
+//! Responses on QUIC (spec/request-plane.md §6).
 //!
 //! A shard speaks no QUIC. It writes such a response as it writes any other, into one end of a
-//! socket pair, and hands the other end to whoever does QUIC in this process, who translates:
+//! socket pair, and hands the other end to whoever does QUIC in this process, who translates; and
+//! it reads one from a pair that it was handed:
 //!
 //! ```text
-//! handler -> respond_stream -> pair --Outbound--> [QUIC: messages become frames] -> caller
+//! handler, relay -> pair --Outbound--> [QUIC: messages become frames] -> caller
+//! call, relay <- pair <--Inbound-- [QUIC: frames become messages] <- worker
 //! ```
+//!
+//! On a pair that was handed in there is no handshake: the shard says [`WELCOME`] when it waits for
+//! this response, and closes it when it does not. All else is as on a worker's own connection.
 
 use std::net::SocketAddr;
 use std::os::fd::{IntoRawFd, OwnedFd};
 
+use corelane_codec::limits::TWO_PART_PREFIX_BYTES;
+use corelane_codec::quic_frame::{self, QuicConnection, QuicConnectionInfo};
+
+use crate::call_frame;
 use crate::connection::{End, Role};
+use crate::relay::Leg;
 use crate::ring::Ring;
 use crate::shard::Shard;
+use crate::{client, home, relay_home};
+
+/// What a shard writes first on a pair whose response it waits for: an empty message.
+pub const WELCOME: [u8; TWO_PART_PREFIX_BYTES] = [0; TWO_PART_PREFIX_BYTES];
+
+/// Bits of a registration that name the core that waits, so that whoever reads it knows.
+const CORE_BITS: u32 = 12;
+/// Cores that can be named.
+pub const CORES_MAX: usize = 1 << CORE_BITS;
 
 /// Which transport responses take, for the whole process (`DYN_RESPONSE_PLANE`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -50,6 +69,78 @@ pub struct QuicCaller {
     pub lane: usize,
 }
 
+impl QuicCaller {
+    /// Where a connection info says that its caller waits.
+    pub(crate) fn read(info: &QuicConnectionInfo<'_>) -> Result<QuicCaller, String> {
+        let id =
+            |text: &str| quic_frame::uuid(text).ok_or("an id in the connection info is no UUID");
+        let certificate = info.certificate();
+        Ok(QuicCaller {
+            address: info.socket_addr().map_err(|error| error.to_string())?,
+            frontend_id: id(&info.frontend_id.to_cow())?,
+            registration_id: id(&info.registration_id.to_cow())?,
+            certificate_sha256: certificate.ok_or("certificate_sha256 is no SHA-256")?,
+            lane: quic_frame::lane(&info.request_id.to_cow()),
+        })
+    }
+}
+
+/// Where responses come to this process on QUIC, as workers are told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QuicHome {
+    /// The UDP socket.
+    pub address: SocketAddr,
+    /// This process.
+    pub frontend_id: [u8; 16],
+    /// SHA-256 of the DER of its certificate.
+    pub certificate_sha256: [u8; 32],
+}
+
+/// The same as text.
+pub(crate) struct Place {
+    address: String,
+    frontend_id: String,
+    certificate_sha256: String,
+}
+
+impl Place {
+    pub(crate) fn new(home: &QuicHome) -> Place {
+        let digits = home.certificate_sha256.iter();
+        Place {
+            address: home.address.to_string(),
+            frontend_id: call_frame::uuid(u128::from_be_bytes(home.frontend_id)),
+            certificate_sha256: digits.map(|byte| format!("{byte:02x}")).collect(),
+        }
+    }
+
+    /// What the worker of one request is told.
+    pub(crate) fn connection<'a>(
+        &'a self,
+        registration_id: &'a str,
+        request_id: &'a str,
+    ) -> QuicConnection<'a> {
+        QuicConnection {
+            address: &self.address,
+            frontend_id: &self.frontend_id,
+            registration_id,
+            request_id,
+            certificate_sha256: &self.certificate_sha256,
+        }
+    }
+}
+
+/// The number with the core in it that waits under it.
+pub(crate) fn mark(number: u128, core: usize) -> u128 {
+    let mask = CORES_MAX as u128 - 1;
+    number & !mask | core as u128 & mask
+}
+
+/// The core that waits under a registration, if it is one of ours.
+#[must_use]
+pub fn core_of(registration_id: &[u8; 16]) -> usize {
+    u128::from_be_bytes(*registration_id) as usize & (CORES_MAX - 1)
+}
+
 /// A response that leaves on QUIC.
 #[derive(Debug)]
 pub struct Outbound {
@@ -59,19 +150,28 @@ pub struct Outbound {
     pub caller: QuicCaller,
 }
 
+/// A response that has come on QUIC.
+#[derive(Debug)]
+pub struct Inbound {
+    /// What the shard reads: prologue, items, sentinel; and writes: [`WELCOME`], stop, kill. A
+    /// blocking stream socket.
+    pub socket: OwnedFd,
+    /// Whom it is for.
+    pub registration_id: [u8; 16],
+}
+
 impl<R: Ring> Shard<R> {
-    /// Gives a response to who does QUIC. The connection can be written to at once.
+    /// Gives a response to who does QUIC. Once [`Shard::established`] has been told, the connection
+    /// can be written to.
     ///
     /// # Errors
     /// No descriptor is left, or nobody takes more.
-    pub(crate) fn dial_quic(&mut self, caller: &QuicCaller, end: End) -> Result<u32, i32> {
+    pub(crate) fn dial_quic(&mut self, caller: &QuicCaller, role: Role) -> Result<u32, i32> {
         let (ours, theirs) = self.ring.pair().map_err(|error| {
             let errno = error.raw_os_error();
             errno.unwrap_or(libc::EMFILE)
         })?;
-        let slot = self
-            .open(ours.into_raw_fd(), Role::End(end))
-            .ok_or(libc::EMFILE)?;
+        let slot = self.open(ours.into_raw_fd(), role).ok_or(libc::EMFILE)?;
         let outbound = Outbound {
             socket: theirs,
             caller: caller.clone(),
@@ -81,5 +181,47 @@ impl<R: Ring> Shard<R> {
             return Err(libc::ENOBUFS);
         }
         Ok(slot)
+    }
+
+    /// A worker has answered on QUIC. The pair is closed when nobody waits, or no longer.
+    pub(crate) fn come_home(&mut self, inbound: Inbound) {
+        let number = u128::from_be_bytes(inbound.registration_id);
+        let role = match home::expected(self, number) {
+            Some(call) if self.client.calls[call].is_late() => {
+                client::settle_late(self, call);
+                None
+            }
+            Some(call) => Some(Role::End(End::Home(call))),
+            None => relay_home::expected(self, number).map(|at| Role::Relay(Leg::Worker(at))),
+        };
+        let Some(role) = role.filter(|_| !self.connections.is_full()) else {
+            return self.stats.shard.homes_refused.add(1);
+        };
+        let Some(slot) = self.open(inbound.socket.into_raw_fd(), role) else {
+            return;
+        };
+        self.receive(slot);
+        match role {
+            Role::End(End::Home(call)) => {
+                client::called_home(self, call, slot, None);
+                home::say(self, slot, &WELCOME);
+            }
+            Role::Relay(Leg::Worker(relay)) => relay_home::welcome(self, slot, relay),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_registration_names_its_core() {
+        for core in [0, 1, 77, CORES_MAX - 1] {
+            let number = mark(u128::MAX / 3, core);
+            assert_eq!(core_of(&number.to_be_bytes()), core);
+            assert_eq!(number >> CORE_BITS, (u128::MAX / 3) >> CORE_BITS);
+        }
     }
 }

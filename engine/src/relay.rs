@@ -19,6 +19,7 @@ use corelane_codec::control_message::{PayloadCodec, StreamType};
 
 use crate::operation::GENERATIONS;
 use crate::pieces::PieceList;
+use crate::quic::{self, Place, QuicCaller};
 use crate::send_pool::{CHUNK_BYTES, ChunkQueue, SendPool};
 use crate::table::{NONE, Table};
 use crate::timer_wheel::TimerId;
@@ -101,6 +102,8 @@ pub(crate) struct Relay {
     pub(crate) phase: Phase,
     /// Where the caller is called home.
     pub(crate) home: Home,
+    /// He waits there on QUIC.
+    pub(crate) quic: Option<Box<QuicCaller>>,
     /// Where he is dialled for his request stream, of a bidirectional call.
     pub(crate) feed: Option<Box<Home>>,
     pub(crate) codec: PayloadCodec,
@@ -162,6 +165,7 @@ impl Relay {
             instance: NONE,
             phase: Phase::Called,
             home,
+            quic: None,
             feed: None,
             codec,
             secret: 0,
@@ -210,6 +214,10 @@ pub(crate) struct Relays {
     pub(crate) listener: Option<TcpListener>,
     /// That place as workers are told it.
     pub(crate) address: String,
+    /// Where workers call us home on QUIC, if they can.
+    pub(crate) quic: Option<Place>,
+    /// This core, which each ticket names.
+    pub(crate) core: usize,
     pub(crate) table: Table<Relay>,
     /// The fronts of relayed requests: headers and rewritten envelopes.
     pub(crate) heads: SendPool,
@@ -229,6 +237,8 @@ impl Relays {
         Relays {
             listener: None,
             address: String::new(),
+            quic: None,
+            core: 0,
             table: Table::new(0),
             heads: SendPool::new(0),
             dirty: Vec::new(),
@@ -268,12 +278,17 @@ impl Relays {
     /// The ticket of a relay's present attempt, for one of its streams.
     pub(crate) fn ticket(&self, relay: u32, stream: StreamType) -> u128 {
         let secret = self.table.get(relay).map_or(0, |relay| relay.secret);
-        ticket(relay, self.table.generation(relay), stream, secret)
+        let ticket = ticket(relay, self.table.generation(relay), stream, secret);
+        quic::mark(ticket, self.core)
     }
 
     /// The relay that a worker's subject is a ticket of.
     pub(crate) fn of_ticket(&self, subject: &str, stream: StreamType) -> Option<u32> {
-        let number = parse_ticket(subject)?;
+        self.of_number(parse_ticket(subject)?, stream)
+    }
+
+    /// The same of a ticket that is no text.
+    pub(crate) fn of_number(&self, number: u128, stream: StreamType) -> Option<u32> {
         let relay = (number >> 96) as u32;
         self.table.get(relay)?;
         (self.ticket(relay, stream) == number).then_some(relay)
@@ -284,7 +299,8 @@ impl Relays {
 /// 127   96 95         80 79  76 75             66  65,64  63,62 61       0
 /// | slot | generation  | 0100 | generation     | stream |  10 | secret   |
 /// ```
-/// which is a UUID of version 4 to everybody else.
+/// with the core in the last bits of the secret ([`quic::mark`]), which is a UUID of version 4 to
+/// everybody else.
 fn ticket(relay: u32, generation: u32, stream: StreamType, secret: u64) -> u128 {
     const { assert!(GENERATIONS <= 1 << 24) };
     let stream = match stream {

@@ -9,21 +9,21 @@
 //!
 //! The body stays where it was received.
 
-use std::ops::Range;
-
 use corelane_codec::control_message::{
-    self, ConnectionInfo, ConnectionInfoError, ControlMessage, RequestType, StreamType,
-    TcpConnection, TcpConnectionInfo,
+    self, ConnectionInfo, ConnectionInfoError, ControlMessage, NewConnection, RequestType,
+    StreamType, TcpConnection, TcpConnectionInfo,
 };
 use corelane_codec::error::DynamoError;
 use corelane_codec::limits::{
     CONNECTION_INFO_SCRATCH_BYTES, CONTROL_BYTES_MAX, TWO_PART_PREFIX_BYTES,
 };
+use corelane_codec::quic_frame::{QUIC_RESPONSE, QuicConnectionInfo};
 use corelane_codec::request_frame::Prefix;
 use corelane_codec::{Decoded, two_part};
 
 use crate::decode::{self, WHOLE_BYTES_MAX};
 use crate::in_flight::Request;
+use crate::quic::{QuicCaller, ResponsePlane};
 use crate::relay::{Home, Relay, SUBJECT_BYTES_MAX, TICKET_BYTES, write_ticket};
 use crate::respond::{self, Refusal};
 use crate::ring::Ring;
@@ -43,6 +43,8 @@ impl Fault {
 /// What an envelope says that a relay needs.
 struct Read {
     response: Home,
+    /// The caller waits there on QUIC.
+    quic: Option<Box<QuicCaller>>,
     request: Option<Home>,
 }
 
@@ -178,13 +180,18 @@ fn admit<R: Ring>(
 ) -> Result<Request, Fault> {
     let control = control_message::decode(&envelope[TWO_PART_PREFIX_BYTES..]);
     let control = control.map_err(Fault::new)?;
-    let Read { response, request } = read(&control, body_bytes(envelope) > 0)?;
+    let Read {
+        response,
+        quic,
+        request,
+    } = read(&control, body_bytes(envelope) > 0)?;
+    let plane = worker_plane(shard, quic.is_some())?;
     let mut relay = Relay::new(route, response, control.payload_codec, shard.now_ns);
-    relay.feed = request.map(Box::new);
+    (relay.quic, relay.feed) = (quic, request.map(Box::new));
     let Ok(relay) = shard.relays.table.insert(relay) else {
         return Err(Fault::new("too many responses pass through this router"));
     };
-    match write_head(shard, (relay, slot), prefix, envelope, &control) {
+    match write_head(shard, (relay, slot, plane), prefix, envelope, &control) {
         Ok((head, head_bytes)) => {
             let mut request = Request::new(slot, route, shard.now_ns);
             request.relay = relay;
@@ -199,6 +206,22 @@ fn admit<R: Ring>(
     }
 }
 
+/// How the worker is to call us home.
+fn worker_plane<R: Ring>(shard: &Shard<R>, on_quic: bool) -> Result<ResponsePlane, Fault> {
+    let asked = match on_quic {
+        true => ResponsePlane::Quic,
+        false => ResponsePlane::Tcp,
+    };
+    let plane = shard.config.relay_plane.unwrap_or(asked);
+    if plane == ResponsePlane::Quic && shard.relays.quic.is_none() {
+        return Err(Fault::new(
+            "it asks for its response over quic-response, which this router does not take: set \
+             DYN_RESPONSE_PLANE=quic at the router, or =tcp at caller and workers",
+        ));
+    }
+    Ok(plane)
+}
+
 /// The declared length of the body.
 fn body_bytes(envelope: &[u8]) -> u64 {
     let mut bytes = [0; 8];
@@ -208,7 +231,11 @@ fn body_bytes(envelope: &[u8]) -> u64 {
 
 /// What a worker would drop in silence (spec/request-plane.md §10.2) is a fault here.
 fn read(control: &ControlMessage<'_>, has_body: bool) -> Result<Read, Fault> {
-    let response = home(control, &control.connection_info, StreamType::Response)?;
+    let info = &control.connection_info;
+    let (response, quic) = match info.transport == QUIC_RESPONSE {
+        true => quic_home(control, info).map(|(home, caller)| (home, Some(caller)))?,
+        false => (home(control, info, StreamType::Response)?, None),
+    };
     let many_in = control.request_type == RequestType::ManyIn;
     let request = match (&control.request_stream_connection_info, many_in) {
         (Some(info), true) => Some(home(control, info, StreamType::Request)?),
@@ -222,7 +249,11 @@ fn read(control: &ControlMessage<'_>, has_body: bool) -> Result<Read, Fault> {
     match (many_in, has_body) {
         (false, false) => Err(Fault::new("it has no body")),
         (true, true) => Err(Fault::new("it is of a bidirectional call and has a body")),
-        _ => Ok(Read { response, request }),
+        _ => Ok(Read {
+            response,
+            quic,
+            request,
+        }),
     }
 }
 
@@ -235,8 +266,9 @@ fn home(
     let mut scratch = [0; CONNECTION_INFO_SCRATCH_BYTES];
     let parsed = TcpConnectionInfo::parse(info, &mut scratch).map_err(|error| match error {
         ConnectionInfoError::UnknownTransport => Fault(format!(
-            "it asks for its response over {}, and this route relays tcp_server only; set \
-             DYN_RESPONSE_PLANE=tcp at the caller, or response = \"direct\" for the route",
+            "it asks for its response over {}, and this router relays tcp_server and \
+             quic-response only; set DYN_RESPONSE_PLANE at the caller, or response = \"direct\" \
+             for the route",
             info.transport
         )),
         error => Fault::new(error),
@@ -254,14 +286,28 @@ fn home(
     home.ok_or_else(|| Fault(format!("a subject has over {SUBJECT_BYTES_MAX} bytes")))
 }
 
-/// What a connection info of ours has before and after its address.
-const BEFORE_ADDRESS: &str = r#"{"transport":"tcp_server","info":"{\"address\":\""#;
-const BEFORE_SUBJECT: &str = r#"\",\"subject\":\""#;
+/// Where a caller waits on QUIC.
+fn quic_home(
+    control: &ControlMessage<'_>,
+    info: &ConnectionInfo<'_>,
+) -> Result<(Home, Box<QuicCaller>), Fault> {
+    let mut scratch = [0; CONNECTION_INFO_SCRATCH_BYTES];
+    let info = QuicConnectionInfo::parse(info, &mut scratch).map_err(Fault::new)?;
+    if info.request_id != control.id {
+        let why = "the request_id of a connection info is not its id";
+        return Err(Fault::new(why));
+    }
+    let caller = QuicCaller::read(&info).map_err(Fault)?;
+    let subject = info.registration_id.to_cow();
+    let home = Home::new(caller.address, &subject);
+    let home = home.ok_or_else(|| Fault::new("the registration_id is no UUID"))?;
+    Ok((home, Box::new(caller)))
+}
 
 /// Writes what leaves in place of headers and envelope, and notes where its tickets stand.
 fn write_head<R: Ring>(
     shard: &mut Shard<R>,
-    (relay, slot): (u32, u32),
+    (relay, slot, plane): (u32, u32, ResponsePlane),
     prefix: &Prefix,
     envelope: &[u8],
     message: &ControlMessage<'_>,
@@ -278,7 +324,7 @@ fn write_head<R: Ring>(
     shard
         .pieces
         .copy_out(&incoming, prefix.path.end, &mut head[..lead - 4]);
-    let written = write_control(shard, relay, control, message, &mut head);
+    let written = write_control(shard, (relay, plane), control, message, &mut head);
     let control_bytes = head.len() - lead - TWO_PART_PREFIX_BYTES;
     // The rest may be more than the body: bytes behind it, which no reader looks at.
     let payload_bytes = (TWO_PART_PREFIX_BYTES + control_bytes) as u64 + rest_bytes;
@@ -304,7 +350,7 @@ fn write_head<R: Ring>(
 /// Appends the control message with our address and our tickets.
 fn write_control<R: Ring>(
     shard: &mut Shard<R>,
-    relay: u32,
+    (relay, plane): (u32, ResponsePlane),
     control: &[u8],
     message: &ControlMessage<'_>,
     head: &mut Vec<u8>,
@@ -324,24 +370,28 @@ fn write_control<R: Ring>(
             write_ticket(shard.relays.ticket(relay, *stream), text);
         }
     }
-    let connection = |which: usize, stream| TcpConnection {
-        address: &shard.relays.address,
+    let place = shard.relays.quic.as_ref();
+    let place = place.filter(|_| plane == ResponsePlane::Quic);
+    let connection = |which: usize, stream| {
         // Hexadecimal digits and dashes.
-        subject: std::str::from_utf8(&tickets[which]).unwrap_or_default(),
-        context: &id,
-        stream_type: stream,
+        let subject = std::str::from_utf8(&tickets[which]).unwrap_or_default();
+        match place {
+            Some(place) if stream == StreamType::Response => {
+                NewConnection::Quic(place.connection(subject, &id))
+            }
+            _ => NewConnection::Tcp(TcpConnection {
+                address: &shard.relays.address,
+                subject,
+                context: &id,
+                stream_type: stream,
+            }),
+        }
     };
-    let start = head.len();
-    let offset = BEFORE_ADDRESS.len() + shard.relays.address.len() + BEFORE_SUBJECT.len();
-    let mut ticket_at = [0; 2];
-    let mut at = |which: usize, range: &Range<usize>, shift: isize| {
-        let begin = (start + range.start + offset) as isize + shift;
-        ticket_at[which] = begin as u32;
-    };
+    let mut from = head.len();
     match infos {
         [Some((info, stream)), None] => {
-            at(0, &info.range(), 0);
             let ours = connection(0, stream);
+            from += info.range().start;
             control_message::write_redirected(control, info.range(), &ours, head)
                 .map_err(Fault::new)?;
         }
@@ -352,25 +402,33 @@ fn write_control<R: Ring>(
                 false => [(0, response), (1, request)],
             };
             let [(later, (late, late_stream)), (first, (early, early_stream))] = order;
-            let mut once = Vec::with_capacity(control.len() + 64);
+            let mut once = Vec::with_capacity(control.len() + 512);
             let ours = connection(later, late_stream);
             control_message::write_redirected(control, late.range(), &ours, &mut once)
                 .map_err(Fault::new)?;
-            let before = head.len() + once.len();
             let ours = connection(first, early_stream);
+            from += early.range().start;
             control_message::write_redirected(&once, early.range(), &ours, head)
                 .map_err(Fault::new)?;
-            at(first, &early.range(), 0);
-            at(later, &late.range(), head.len() as isize - before as isize);
         }
         _ => {}
     }
-    for (which, text) in tickets.iter().enumerate() {
-        let at = ticket_at[which] as usize;
-        debug_assert!(at == 0 || &head[at..at + TICKET_BYTES] == text);
-    }
-    shard.relays.table[relay].ticket_at = ticket_at;
+    // The second of them is none where no request stream is.
+    let count = infos.iter().flatten().count();
+    shard.relays.table[relay].ticket_at = find_tickets(head, from, &tickets[..count]);
     Ok(())
+}
+
+/// Where tickets stand that were written behind `from`; nothing in them is escaped.
+fn find_tickets(head: &[u8], from: usize, tickets: &[[u8; TICKET_BYTES]]) -> [u32; 2] {
+    let mut ticket_at = [0; 2];
+    for (at, ticket) in ticket_at.iter_mut().zip(tickets) {
+        let mut places = head[from..].windows(TICKET_BYTES);
+        if let Some(place) = places.position(|place| place == ticket) {
+            *at = (from + place) as u32;
+        }
+    }
+    ticket_at
 }
 
 /// Another attempt: the same head with other tickets, in chunks of its own. `None`: no room.

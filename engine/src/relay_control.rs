@@ -92,7 +92,7 @@ pub(crate) fn open_feed<R: Ring>(shard: &mut Shard<R>, relay: u32) {
     let handle = shard.connections[fed].handle;
     shard.ring.keep_sent(handle);
     let leg = Role::Relay(Leg::Feeder(relay));
-    let dialled = relay_flow::dial_home(shard, &home, StreamType::Request, leg);
+    let dialled = relay_flow::dial_home(shard, (&home, None), StreamType::Request, leg);
     match dialled {
         Some(slot) => shard.relays.table[relay].feeder = slot,
         None => relay_life::abandon(shard, relay),

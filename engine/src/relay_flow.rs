@@ -21,6 +21,7 @@ use corelane_codec::{Decoded, item};
 use crate::connection::Role;
 use crate::operation::Kind;
 use crate::pieces::PieceList;
+use crate::quic::QuicCaller;
 use crate::relay::{Home, Leg, Phase};
 use crate::ring::{Ring, SPANS_MAX, Span};
 use crate::shard::Shard;
@@ -44,11 +45,15 @@ const LOOK_BYTES_MAX: usize = 2048;
 /// be dialled.
 pub(crate) fn dial_home<R: Ring>(
     shard: &mut Shard<R>,
-    home: &Home,
+    (home, quic): (&Home, Option<&QuicCaller>),
     stream: StreamType,
     role: Role,
 ) -> Option<u32> {
-    let slot = shard.dial(&home.address, role).ok()?;
+    let dialled = match quic {
+        Some(caller) => shard.dial_quic(caller, role),
+        None => shard.dial(&home.address, role),
+    };
+    let slot = dialled.ok()?;
     let mut handshake = std::mem::take(&mut shard.relays.head);
     handshake.clear();
     call_home::write_handshake(home.subject(), stream, &mut handshake);
@@ -58,6 +63,9 @@ pub(crate) fn dial_home<R: Ring>(
     shard.connections[slot].out = out;
     if !put {
         shard.forget(slot);
+    } else if quic.is_some() {
+        // Nothing is to be waited for.
+        shard.established(slot);
     }
     put.then_some(slot)
 }

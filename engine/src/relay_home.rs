@@ -11,6 +11,7 @@ use corelane_codec::two_part::{self, Shape};
 
 use crate::connection::Role;
 use crate::operation::{Kind, Operation};
+use crate::quic::WELCOME;
 use crate::relay::{Leg, Phase, TICKET_BYTES};
 use crate::ring::{Event, Handle, Ring};
 use crate::shard::{Shard, TimerKind};
@@ -135,6 +136,26 @@ pub(crate) fn arrived<R: Ring>(shard: &mut Shard<R>, slot: u32) {
             relay_control::open_feed(shard, relay);
         }
     }
+}
+
+/// The relay whose worker is waited for under this registration on QUIC.
+pub(crate) fn expected<R: Ring>(shard: &Shard<R>, registration: u128) -> Option<u32> {
+    let relay = shard.relays.of_number(registration, StreamType::Response)?;
+    is_due(shard, relay, StreamType::Response).then_some(relay)
+}
+
+/// Its worker has called, and is told so. What he says will be received.
+pub(crate) fn welcome<R: Ring>(shard: &mut Shard<R>, slot: u32, relay: u32) {
+    let entry = &mut shard.relays.table[relay];
+    (entry.worker, entry.phase) = (slot, Phase::Prologue);
+    let mut out = shard.connections[slot].out;
+    if !shard.pool.push(&mut out, &WELCOME) {
+        // He takes the end for what it is.
+        return shard.lost(slot, libc::ENOBUFS);
+    }
+    shard.connections[slot].out = out;
+    shard.soil(slot);
+    relay_life::called_home(shard, relay);
 }
 
 /// Whether such a call is waited for: none has come with this ticket before.

@@ -63,9 +63,11 @@ pub(crate) fn forwarded<R: Ring>(shard: &mut Shard<R>, relay: u32) {
 }
 
 fn dial_caller<R: Ring>(shard: &mut Shard<R>, relay: u32) -> bool {
-    let home = shard.relays.table[relay].home;
+    let entry = &shard.relays.table[relay];
+    let (home, quic) = (entry.home, entry.quic.clone());
     let leg = Role::Relay(Leg::Caller(relay));
-    let dialled = relay_flow::dial_home(shard, &home, StreamType::Response, leg);
+    let place = (&home, quic.as_deref());
+    let dialled = relay_flow::dial_home(shard, place, StreamType::Response, leg);
     let now_ns = shard.now_ns;
     let entry = &mut shard.relays.table[relay];
     entry.caller = dialled.unwrap_or(NONE);

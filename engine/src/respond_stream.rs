@@ -163,7 +163,7 @@ fn dial<R: Ring>(shard: &mut Shard<R>, slot: u32) {
 
 /// The response goes to who speaks QUIC, and can be written at once.
 fn hand_over<R: Ring>(shard: &mut Shard<R>, slot: u32, caller: &QuicCaller) {
-    match shard.dial_quic(caller, End::Response(slot)) {
+    match shard.dial_quic(caller, Role::End(End::Response(slot))) {
         Ok(connection) => {
             shard.worker.responses[slot].connection = connection;
             shard.established(connection);

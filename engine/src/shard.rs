@@ -33,7 +33,7 @@ use crate::ledger::{ENVELOPE_BYTES_MAX, Ledger};
 use crate::mesh::{self, Receiver, Sender};
 use crate::operation::{Kind, Operation};
 use crate::pieces::Pieces;
-use crate::quic::Outbound;
+use crate::quic::{Outbound, Place, ResponsePlane};
 use crate::relay::Relays;
 use crate::ring::{Completion, Event, Ring, SPANS_MAX, Span};
 use crate::route::Chooser;
@@ -135,8 +135,11 @@ impl<R: Ring> Shard<R> {
         listener: Option<TcpListener>,
         stats: Arc<Stats>,
         lanes: Lanes,
-        (worker, client): (Worker, Client),
+        (worker, mut client): (Worker, Client),
     ) -> Shard<R> {
+        if let (ResponsePlane::Quic, Some(home)) = (config.response_plane, &config.quic_home) {
+            client.writer.wait_on_quic(home);
+        }
         let connections_max = config.connections_max as usize;
         let in_flight_max = config.in_flight_max as usize;
         // One reply chunk for each fourth connection, and some for the error texts of requests.
@@ -218,6 +221,8 @@ impl<R: Ring> Shard<R> {
     /// Workers whose responses this shard relays call home at `listener`; they are told `address`.
     pub fn relay_home(&mut self, listener: TcpListener, address: SocketAddr) {
         self.relays = Relays::new(listener, address, relays_max(&self.config));
+        self.relays.core = self.config.shard;
+        self.relays.quic = self.config.quic_home.as_ref().map(Place::new);
     }
 
     /// Begins to accept, and to watch for commands.
@@ -544,6 +549,7 @@ impl<R: Ring> Shard<R> {
                 Command::EndCall { number, kill } => client::end_early(self, number, kill),
                 Command::Adopt { ticket, adoption } => self.adopt(ticket, adoption),
                 Command::Broken { ticket, errno } => self.broken(ticket, errno),
+                Command::Inbound(inbound) => self.come_home(inbound),
                 Command::Run(run) => run.begin(&self.worker.host),
                 // The listener stays open, so that who still dials is told by a refusal and not by
                 // a reset.

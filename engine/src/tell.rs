@@ -11,10 +11,12 @@ use corelane_codec::call_home::{self, SENTINEL_FRAME};
 use corelane_codec::control_message::{self, StreamType, TcpConnectionInfo};
 use corelane_codec::error::DynamoError;
 use corelane_codec::limits::CONNECTION_INFO_SCRATCH_BYTES;
+use corelane_codec::quic_frame::{QUIC_RESPONSE, QuicConnectionInfo};
 use corelane_codec::{Decoded, TooLarge, two_part};
 
 use crate::connection::Role;
 use crate::ends;
+use crate::quic::QuicCaller;
 use crate::respond::Refusal;
 use crate::ring::Ring;
 use crate::shard::{Shard, TimerKind};
@@ -106,10 +108,16 @@ struct Tell {
     cause: Cause,
 }
 
+/// Where a caller waits.
+enum Place {
+    Tcp(SocketAddr),
+    Quic(Box<QuicCaller>),
+}
+
 /// Callers who are being told, and those who wait for it.
 pub(crate) struct Tells {
     active: Table<Tell>,
-    waiting: VecDeque<(SocketAddr, Vec<u8>, Cause)>,
+    waiting: VecDeque<(Place, Vec<u8>, Cause)>,
 }
 
 impl Tells {
@@ -145,8 +153,8 @@ pub(crate) fn tell_error<R: Ring>(
     error: &DynamoError,
 ) {
     match message(envelope, error) {
-        Some((address, message)) if shard.tells.waiting.len() < WAITING_MAX => {
-            shard.tells.waiting.push_back((address, message, cause));
+        Some((place, message)) if shard.tells.waiting.len() < WAITING_MAX => {
+            shard.tells.waiting.push_back((place, message, cause));
             start(shard);
         }
         _ => shard.stats.shard.callers_untold.add(1),
@@ -154,25 +162,32 @@ pub(crate) fn tell_error<R: Ring>(
 }
 
 /// Where the caller listens, and what is to be written there.
-fn message(envelope: &[u8], error: &DynamoError) -> Option<(SocketAddr, Vec<u8>)> {
+fn message(envelope: &[u8], error: &DynamoError) -> Option<(Place, Vec<u8>)> {
     let Decoded::Frame(parts) = two_part::decode_prefix(envelope, None) else {
         return None;
     };
     let control = control_message::decode(envelope.get(parts.header)?).ok()?;
     let mut scratch = [0; CONNECTION_INFO_SCRATCH_BYTES];
-    let info = TcpConnectionInfo::parse(&control.connection_info, &mut scratch).ok()?;
-    let address = info.socket_addr().ok()?;
+    let info = &control.connection_info;
+    let (place, subject) = if info.transport == QUIC_RESPONSE {
+        let info = QuicConnectionInfo::parse(info, &mut scratch).ok()?;
+        let caller = QuicCaller::read(&info).ok()?;
+        (Place::Quic(Box::new(caller)), info.registration_id.to_cow())
+    } else {
+        let info = TcpConnectionInfo::parse(info, &mut scratch).ok()?;
+        (Place::Tcp(info.socket_addr().ok()?), info.subject.to_cow())
+    };
     let mut message = Vec::with_capacity(1024);
-    call_home::write_handshake(&info.subject.to_cow(), StreamType::Response, &mut message);
+    call_home::write_handshake(&subject, StreamType::Response, &mut message);
     call_home::write_prologue_error(error.text(), Some(&error.to_json()), &mut message);
     message.extend_from_slice(&SENTINEL_FRAME);
-    Some((address, message))
+    Some((place, message))
 }
 
 /// Dials as many callers as may be told at the same time.
 fn start<R: Ring>(shard: &mut Shard<R>) {
     while !shard.tells.active.is_full() {
-        let Some((address, message, cause)) = shard.tells.waiting.pop_front() else {
+        let Some((place, message, cause)) = shard.tells.waiting.pop_front() else {
             return;
         };
         let tell = Tell {
@@ -184,7 +199,11 @@ fn start<R: Ring>(shard: &mut Shard<R>) {
         let Ok(tell) = shard.tells.active.insert(tell) else {
             return;
         };
-        match shard.dial(&address, Role::Tell(tell)) {
+        let dialled = match &place {
+            Place::Tcp(address) => shard.dial(address, Role::Tell(tell)),
+            Place::Quic(caller) => shard.dial_quic(caller, Role::Tell(tell)),
+        };
+        match dialled {
             Ok(slot) => {
                 shard.tells.active[tell].connection = slot;
                 let generation = shard.tells.active.generation(tell);
@@ -194,6 +213,9 @@ fn start<R: Ring>(shard: &mut Shard<R>) {
                     generation,
                     shard.now_ns + DEADLINE_NS,
                 );
+                if matches!(place, Place::Quic(_)) {
+                    shard.established(slot);
+                }
             }
             Err(_) => {
                 shard.tells.active.remove(tell);

@@ -526,13 +526,15 @@ fn envelopes_that_name_no_caller_are_refused() {
         huge[2] = 1;
         two_part::write(b"{}", b"body", &mut empty);
         let quic = replaced(&good, "tcp_server", "quic-response");
+        let other = replaced(&good, "tcp_server", "carrier-pigeon");
         let named = replaced(&good, &home, "localhost:80");
         let all = [
             (&b""[..], "too short"),
             (&[0; 40], "control message has 0 bytes"),
             (&huge, "parts are longer"),
             (&empty, "has no member"),
-            (&quic, "DYN_RESPONSE_PLANE=tcp"),
+            (&quic, "no member `version`"),
+            (&other, "over carrier-pigeon"),
             (&named, "not a numeric IP:PORT"),
         ];
         for (envelope, why) in all {

@@ -186,9 +186,13 @@ class Lab:
 
     def call(self, endpoint, *options, timeout_s=60.0, **env):
         """Run `corelane call`; its exit status and the process."""
-        command = [corelane_program(), "call", "--endpoint", endpoint, "--discovery", "etcd"]
-        process = self.start("call", [*command, *options], self.env(**env))
+        process = self.start_call(endpoint, *options, **env)
         return process.wait(timeout_s), process
+
+    def start_call(self, endpoint, *options, **env):
+        """`corelane call`, running."""
+        command = [corelane_program(), "call", "--endpoint", endpoint, "--discovery", "etcd"]
+        return self.start("call", [*command, *options], self.env(**env))
 
     def http(self, router, path, timeout_s=5.0):
         """(status, text) of the status server; (0, why) when it cannot be reached."""

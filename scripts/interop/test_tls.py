@@ -74,6 +74,51 @@ def test_stock_peers_through_the_router(lab, pki, mutual):
     assert failures == 0, samples
 
 
+@pytest.mark.parametrize("ours", [False, True], ids=["stock", "ours"])
+def test_responses_pass_through_the_router(lab, pki, ours):
+    """Relay: the router is dialled by callers and workers, and dials both, all of it in TLS."""
+    env = pki.env(mutual=True)
+    backend, listen = lab.endpoint("backend"), lab.endpoint("router")
+    if ours:
+        lab.echo_worker(backend, "--items", 3, **env)
+    else:
+        lab.stock_workers(2, backend, "--items", 3, **env)
+    router = lab.router(listen, backend, response="relay", env=env)
+    found = lab.run_client(listen, *SERVED, *(["--plain-echo"] if ours else []), **env)
+    assert whole(found), found
+    status, call = lab.call(listen, "--body", "{}", "--count", 100, "--concurrency", 8, **env)
+    assert status == 0, call.tail()
+    large = ("--count", 16, "--concurrency", 4, "--items", 3, "--body-bytes", 300_000)
+    found = lab.run_client(listen, *large, *(["--plain-echo"] if ours else []), **env)
+    assert found["ok"] == 16 and found.lost() == 0, found
+    if not ours:
+        found = lab.run_client(listen, "--count", 8, "--items", 3, "--kill-after", 1, **env)
+        assert found["cancelled"] == 8, found
+
+    def empty():
+        samples = lab.metrics(router)
+        left = [v for s, v in samples.items() if s.startswith("corelane_relays{")]
+        return sum(left) == 0
+
+    wait_for("nothing is left in the router", empty, 60)
+    failures = sum(
+        v for s, v in lab.metrics(router).items() if s.startswith("corelane_tls_failures_total")
+    )
+    assert failures == 0, lab.metrics(router)
+
+
+def test_requests_in_tls_and_responses_on_quic(lab, pki):
+    """QUIC has certificates of its own; TLS is for the rest."""
+    env = {**pki.env(mutual=True), "DYN_RESPONSE_PLANE": "quic"}
+    backend, listen = lab.endpoint("backend"), lab.endpoint("router")
+    lab.stock_workers(2, backend, "--items", 3, **env)
+    lab.router(listen, backend, response="relay", env=env)
+    found = lab.run_client(listen, *SERVED, **env)
+    assert whole(found), found
+    status, call = lab.call(listen, "--body", "{}", "--count", 100, "--concurrency", 8, **env)
+    assert status == 0, call.tail()
+
+
 @pytest.mark.parametrize("mutual", [False, True], ids=["server", "mutual"])
 def test_stock_client_on_our_worker(lab, pki, mutual):
     env = pki.env(mutual)

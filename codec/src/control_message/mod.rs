@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::EncodeError;
 use crate::json::{JsonError, Kind, Object, Text, Value, write_string, write_u64};
 use crate::limits::CONTROL_BYTES_MAX;
+use crate::quic_frame::QuicConnection;
 
 /// How many values the request has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -308,6 +309,25 @@ fn within_limit(start: usize, out: &mut Vec<u8>) -> Result<(), EncodeError> {
     Ok(())
 }
 
+/// A connection info to be written, of either transport.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NewConnection<'a> {
+    /// A call over TCP.
+    Tcp(TcpConnection<'a>),
+    /// A response over QUIC.
+    Quic(QuicConnection<'a>),
+}
+
+impl NewConnection<'_> {
+    /// Appends `{"transport":"...","info":"..."}`.
+    pub fn write(&self, out: &mut Vec<u8>) {
+        match self {
+            NewConnection::Tcp(connection) => connection.write(out),
+            NewConnection::Quic(connection) => connection.write(out),
+        }
+    }
+}
+
 /// Appends a received control message with another place to call home, and every other byte as it
 /// came, unknown members included. `range` is [`ConnectionInfo::range`] of the one to replace.
 ///
@@ -316,7 +336,7 @@ fn within_limit(start: usize, out: &mut Vec<u8>) -> Result<(), EncodeError> {
 pub fn write_redirected(
     header: &[u8],
     range: Range<usize>,
-    connection: &TcpConnection<'_>,
+    connection: &NewConnection<'_>,
     out: &mut Vec<u8>,
 ) -> Result<(), EncodeError> {
     let start = out.len();
@@ -446,6 +466,7 @@ mod tests {
         };
         let mut out = vec![];
         let range = view.connection_info.range();
+        let home = NewConnection::Tcp(home);
         write_redirected(text.as_bytes(), range, &home, &mut out).unwrap();
         let want = text
             .replace("127.0.0.1:37617", "10.0.0.1:9")

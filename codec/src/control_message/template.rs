@@ -3,10 +3,12 @@
 
 use super::connection_info::{MUX_MEMBER, escape_twice};
 use super::{
-    NewControlMessage, PayloadCodec, RequestType, StreamType, TcpConnection, within_limit,
+    NewConnection, NewControlMessage, PayloadCodec, RequestType, StreamType, TcpConnection,
+    within_limit, write_redirected,
 };
 use crate::EncodeError;
 use crate::json::escape;
+use crate::quic_frame::QuicConnection;
 
 /// The control message of unary calls whose response comes home to one address.
 #[derive(Debug, Clone)]
@@ -36,18 +38,42 @@ impl CallTemplate {
         let mut whole = Vec::new();
         // With no metadata and an address in it the message has neither of the two faults.
         let _ = message.write(&mut whole);
-        let text = String::from_utf8_lossy(&whole);
+        let mut template = Self::cut(&whole, ["subject", "context"]);
+        if mux {
+            let end = String::from_utf8_lossy(&template.parts[3]).into_owned();
+            let before = "\\\"response\\\"";
+            let offer = format!("{before},\\\"{MUX_MEMBER}\\\":1");
+            template.parts[3] = end.replacen(before, &offer, 1).into_bytes();
+        }
+        template
+    }
+
+    /// Calls whose caller waits on QUIC: `home` says where, its ids of one response left empty. The
+    /// subject of a call is its registration.
+    #[must_use]
+    pub fn quic(home: &QuicConnection<'_>, codec: PayloadCodec) -> Self {
+        let tcp = Self::new("", codec, false).parts.concat();
+        let mut whole = Vec::new();
+        if let Ok(message) = super::decode(&tcp) {
+            let range = message.connection_info.range();
+            let connection = NewConnection::Quic(*home);
+            // Far below the limit.
+            let _ = write_redirected(&tcp, range, &connection, &mut whole);
+        }
+        Self::cut(&whole, ["registration_id", "request_id"])
+    }
+
+    /// Cuts a message behind the names of its id and of two members of its connection info.
+    fn cut(whole: &[u8], names: [&str; 2]) -> Self {
+        let text = String::from_utf8_lossy(whole);
         let cut = |text: &str, before: &str| {
             let at = text.find(before).map_or(0, |at| at + before.len());
             (text[..at].to_owned(), text[at..].to_owned())
         };
+        let [subject, context] = names.map(|name| format!("\\\"{name}\\\":\\\""));
         let (id, rest) = cut(&text, "\"id\":\"");
-        let (subject, rest) = cut(&rest, "\\\"subject\\\":\\\"");
-        let (context, mut rest) = cut(&rest, "\\\"context\\\":\\\"");
-        if mux {
-            let end = "\\\"response\\\"";
-            rest = rest.replacen(end, &format!("{end},\\\"{MUX_MEMBER}\\\":1"), 1);
-        }
+        let (subject, rest) = cut(&rest, &subject);
+        let (context, rest) = cut(&rest, &context);
         Self {
             parts: [id, subject, context, rest].map(String::into_bytes),
         }
@@ -93,6 +119,7 @@ fn is_plain(text: &str) -> bool {
 mod tests {
     use super::*;
     use crate::control_message::{self, TcpConnectionInfo};
+    use crate::quic_frame::QuicConnectionInfo;
 
     #[test]
     fn messages_are_those_of_the_writer() {
@@ -132,6 +159,30 @@ mod tests {
             let info = TcpConnectionInfo::parse(&control.connection_info, &mut scratch).unwrap();
             assert_eq!(info.offers_mux, mux);
             assert!(info.subject == "s" && info.context == "i\"d" && info.address == "127.0.0.1:9");
+        }
+    }
+
+    #[test]
+    fn callers_on_quic_are_named_as_such() {
+        let home = QuicConnection {
+            address: "[::1]:9",
+            frontend_id: "b988cc11-0746-4853-a73a-e3b5a7fbff50",
+            registration_id: "",
+            request_id: "",
+            certificate_sha256: &"5e".repeat(32),
+        };
+        let template = CallTemplate::quic(&home, PayloadCodec::MessagePack);
+        for id in ["a-1", "\"\\\n", ""] {
+            let mut out = Vec::new();
+            template.write(id, "s-2", &mut out).unwrap();
+            let control = control_message::decode(&out).unwrap();
+            assert!(control.id == id && control.payload_codec == PayloadCodec::MessagePack);
+            let mut scratch = [0; 1024];
+            let info = &control.connection_info;
+            let info = QuicConnectionInfo::parse(info, &mut scratch).unwrap();
+            assert!(info.registration_id == "s-2" && info.request_id == id);
+            assert!(info.address == home.address && info.frontend_id == home.frontend_id);
+            assert!(info.certificate_sha256 == home.certificate_sha256);
         }
     }
 }

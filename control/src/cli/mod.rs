@@ -21,6 +21,7 @@ mod events;
 mod extract;
 mod gms;
 mod options;
+mod tune;
 
 pub use args::{
     Answer, CallArgs, Codec, Early, EchoArgs, GmsArgs, ProbeArgs, ServeArgs, Target, UpArgs,
@@ -169,6 +170,7 @@ fn dispatch(command: Command, env: &Env, host: &Host) -> anyhow::Result<Exit> {
             EventsCommand::Tail(tail) => commands::tail(tail.args(env)?),
             EventsCommand::Publish(publish) => commands::publish(publish.args(env)?),
         },
+        Command::Tune(options) => tune::tune(*options, env, host),
     }
 }
 

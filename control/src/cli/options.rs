@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use super::args::{Answer, CallArgs, Codec, Early, EchoArgs, Target, UpArgs};
 use super::{
     Stop, check::CheckOptions, events::EventsOptions, extract::TraceOptions, gms::GmsOptions,
+    tune::TuneOptions,
 };
 use crate::config::{
     Backend, Config, EndpointId, Host, Inputs, Key, Main, Origin, Override, Purpose, Section,
@@ -58,6 +59,7 @@ pub(super) enum Command {
     Gms(Box<GmsOptions>),
     Trace(TraceOptions),
     Events(EventsOptions),
+    Tune(Box<TuneOptions>),
 }
 
 /// Where settings come from.

@@ -93,6 +93,7 @@ pub use crate::nats::{NatsAuth, NatsOptions, NatsTls, RequestPlane};
 
 pub use corelane_engine::call::Deadlines;
 pub use corelane_engine::local::Ending;
+pub use corelane_engine::quic::ResponsePlane;
 
 pub use client::{Call, Client, SeenInstance};
 pub use endpoint::{Component, Endpoint, Namespace};

@@ -8,6 +8,7 @@ use corelane_codec::control_message::PayloadCodec;
 use corelane_engine::call::Deadlines;
 use corelane_engine::config::{ANY_CPU, ShardConfig};
 use corelane_engine::preflight as host;
+use corelane_engine::quic::ResponsePlane;
 
 use super::client::Settings;
 use super::error::Error;
@@ -292,6 +293,14 @@ impl Options {
     #[must_use]
     pub fn port(mut self, port: u16) -> Self {
         self.server.port = port;
+        self
+    }
+
+    /// The transport of responses, of the endpoints served here and of the calls made here: it must
+    /// be the same at all peers.
+    #[must_use]
+    pub fn response_plane(mut self, plane: ResponsePlane) -> Self {
+        self.server.responses.plane = plane;
         self
     }
 

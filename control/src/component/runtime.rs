@@ -425,7 +425,8 @@ impl Inner {
             draining: self.is_stopping(),
         };
         let stats = Some(&**self.discovery.stats());
-        let cores = Snapshot::take(&self.cores.view(), Vec::new(), process, stats).render();
+        let cores = Snapshot::take(&self.cores.view(), Vec::new(), process, stats);
+        let cores = cores.render_with(|out| self.cores.write_transports(out));
         let serving = self.serving.borrow();
         let text = metrics::with_endpoints(cores, &self.endpoints.seen(), &serving);
         let served = |serving: &Rc<Serving>| ServedNumbers {

@@ -3,8 +3,8 @@
 
 use super::value::Kind;
 use super::words::{
-    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, PlannerNames, Policy, Response,
-    ResponsePlane, Switch,
+    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, PlannerNames, Policy,
+    RelayPlane, Response, ResponsePlane, Switch,
 };
 
 /// A table of `corelane.toml`.
@@ -230,10 +230,15 @@ keys! {
 
     SERVER_RESPONSE_PLANE = Server "response_plane", Kind::Words(ResponsePlane::WORDS),
         Value("tcp"), [same("DYN_RESPONSE_PLANE")],
-        "Transport of the responses that this process makes; a router passes on what callers ask";
+        "Transport of the responses of this process: those it makes and those of its calls";
+    SERVER_RELAY_PLANE = Server "relay_plane", Kind::Words(RelayPlane::WORDS), Value("caller"), [],
+        "Transport of relayed responses from worker to router; caller: as the caller asks";
     SERVER_QUIC_BATCH_US = Server "quic_batch_us", int(0, 100_000, "microseconds"),
         Value("5000"), [same("DYN_QUIC_RESPONSE_BATCH_INTERVAL_US")],
         "How long items of QUIC responses are gathered after the first";
+    SERVER_QUIC_BUFFER_ITEMS = Server "quic_buffer_items", int(1, 65_536, "items"),
+        Value("16384"), [same("DYN_QUIC_RESPONSE_BUFFER_CAPACITY")],
+        "Items of a QUIC response that may wait here; one more and it is reset";
 
     DISCOVERY_BACKEND = Discovery "backend", Kind::Words(Backend::WORDS), Value("memory"),
         [Alias { name: "DYN_DISCOVERY_BACKEND", dialect: Dialect::ShortBackend }],

@@ -44,8 +44,8 @@ pub use problem::{Origin, Problem, Severity};
 pub use tls::{Tls, TlsClient, TlsServer};
 pub use value::{Kind, Value, address};
 pub use words::{
-    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, PlannerNames, Policy, Response,
-    ResponsePlane, Switch, Word,
+    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, PlannerNames, Policy,
+    RelayPlane, Response, ResponsePlane, Switch, Word,
 };
 
 pub(crate) use host::cpu_list;
@@ -140,13 +140,18 @@ impl Server {
     }
 }
 
-/// How responses travel: `response_plane` and `quic_batch_us` of `[server]`.
+/// How responses travel: `response_plane`, `relay_plane`, `quic_batch_us` and `quic_buffer_items`
+/// of `[server]`.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Responses {
     /// On which transport.
     pub plane: quic::ResponsePlane,
     /// How long QUIC gathers items after the first.
     pub quic_batch: Duration,
+    /// Items of one QUIC response that may wait for who reads them.
+    pub quic_buffer_items: u32,
+    /// How workers bring us the responses of relayed routes; `None`: as their caller asks.
+    pub relay_plane: Option<quic::ResponsePlane>,
 }
 
 /// `[discovery]`.

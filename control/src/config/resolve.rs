@@ -11,7 +11,7 @@ use super::keys;
 use super::layers::{Layers, Of};
 use super::problem::Origin;
 use super::value::{Value, ip};
-use super::words::{Backend, Idle, Io, ResponsePlane};
+use super::words::{Backend, Idle, Io, RelayPlane, ResponsePlane};
 use super::{
     Config, Control, Core, Discovery, Drain, Host, Inputs, Responses, Secret, Server, cpu_list,
     gpu, planner, routes, tls,
@@ -102,6 +102,7 @@ fn server(layers: &mut Layers) -> Server {
 
 fn responses(layers: &mut Layers) -> Responses {
     let (key, tcp) = (&keys::SERVER_RESPONSE_PLANE, ResponsePlane::Tcp);
+    let relay = &keys::SERVER_RELAY_PLANE;
     let batch_us: u32 = layers.int(&keys::SERVER_QUIC_BATCH_US, Of::Once);
     Responses {
         plane: match layers.word(key, ResponsePlane::parse, tcp) {
@@ -109,6 +110,12 @@ fn responses(layers: &mut Layers) -> Responses {
             ResponsePlane::Quic => quic::ResponsePlane::Quic,
         },
         quic_batch: Duration::from_micros(batch_us.into()),
+        quic_buffer_items: layers.int(&keys::SERVER_QUIC_BUFFER_ITEMS, Of::Once),
+        relay_plane: match layers.word(relay, RelayPlane::parse, RelayPlane::Caller) {
+            RelayPlane::Caller => None,
+            RelayPlane::Tcp => Some(quic::ResponsePlane::Tcp),
+            RelayPlane::Quic => Some(quic::ResponsePlane::Quic),
+        },
     }
 }
 

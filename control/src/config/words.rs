@@ -64,6 +64,18 @@ words! {
 }
 
 words! {
+    /// The transport of relayed responses, between worker and router.
+    RelayPlane {
+        /// The one that the caller asks for.
+        Caller = "caller",
+        /// TCP.
+        Tcp = "tcp",
+        /// QUIC.
+        Quic = "quic",
+    }
+}
+
+words! {
     /// Whether something is done.
     Switch {
         /// It is not.

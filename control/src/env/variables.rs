@@ -11,7 +11,6 @@ use super::table::Variable;
 // part's variables on.
 
 const NATS: Standing = Honoured;
-const QUIC: Standing = NotHonoured("callers of this version take responses over TCP only");
 const EVENTS: Standing = NotHonoured("there is no event plane in this version");
 const BROKER: Standing = Elsewhere("the ZMQ broker");
 const KUBERNETES: Standing = NotHonoured("Kubernetes discovery is not in this version");
@@ -106,8 +105,6 @@ pub const VARIABLES: &[Variable] = variables! {
     }
     "response plane" {
         "DYN_TCP_LISTEN_BACKLOG", "4096", "connections", HOME, "is the backlog of that listener";
-        "DYN_QUIC_RESPONSE_BUFFER_CAPACITY", "16384", "items", QUIC,
-            "bounds items of a QUIC response that wait";
     }
     "NATS" {
         "NATS_SERVER", "nats://localhost:4222", "URL", NATS, "is the NATS server";

@@ -8,33 +8,24 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use corelane_codec::Decoded;
-use corelane_codec::quic_frame::{
-    self, ALPN, Kind, LANES, PAYLOAD_BYTES_MAX, SERVER_NAME, decode, write,
-};
+use corelane_codec::quic_frame::{ALPN, Kind, LANES, SERVER_NAME, write};
 use corelane_engine::quic::QuicCaller;
 use quinn::crypto::rustls::QuicClientConfig;
-use quinn::{ClientConfig, Connection, Endpoint, RecvStream, SendStream, TransportConfig, VarInt};
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{WebPkiSupportedAlgorithms, ring};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{CertificateError, DigitallySignedStruct, SignatureScheme};
-use sha2::{Digest, Sha256};
+use quinn::{ClientConfig, Connection, Endpoint, SendStream};
+use rustls::crypto::ring;
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tokio::task::spawn_local;
-use tokio::time::{Instant, timeout_at};
+
+use super::stats::{Side, Stats};
+use super::wire::{BROKEN, Lane, LaneError, send, transport};
+use crate::tls::trust::Holder;
 
 /// Frames that wait for one lane.
 const BULK_QUEUE: usize = 4096;
 const PRIORITY_QUEUE: usize = 512;
-/// Frames that leave together at most.
-const BATCH_FRAMES: usize = 512;
 /// What a caller may have said to one response and it has not taken yet.
 const BACK_QUEUE: usize = 16;
-const KEEP_ALIVE: Duration = Duration::from_secs(5);
-/// The code with which a bundle is closed.
-const BROKEN: VarInt = VarInt::from_u32(1);
 
 /// Why there is no bundle.
 #[derive(Debug, Error)]
@@ -82,7 +73,12 @@ pub(super) struct Bundle {
 struct Inner {
     connections: RefCell<Vec<(Endpoint, Connection)>>,
     responses: RefCell<HashMap<[u8; 16], mpsc::Sender<Back>>>,
+    /// All its lanes are open.
+    whole: Cell<bool>,
     over: Cell<bool>,
+    /// Lanes that have frames in their hands.
+    busy: Cell<usize>,
+    stats: Arc<Stats>,
 }
 
 impl Inner {
@@ -91,11 +87,19 @@ impl Inner {
         if self.over.replace(true) {
             return;
         }
-        tracing::debug!("QUIC bundle closed: {why}");
-        for (_, connection) in self.connections.borrow().iter() {
-            connection.close(BROKEN, why.as_bytes());
+        tracing::debug!("QUIC bundle of a caller closed: {why}");
+        let stats = &self.stats.worker;
+        if !self.responses.take().is_empty() {
+            stats.broken.add();
         }
-        self.responses.borrow_mut().clear();
+        if self.whole.get() {
+            stats.bundles.take();
+        }
+        // Their sockets go with them.
+        for (_, connection) in self.connections.take() {
+            connection.close(BROKEN, why.as_bytes());
+            stats.connections.take();
+        }
     }
 }
 
@@ -110,12 +114,16 @@ impl Bundle {
     pub(super) async fn connect(
         caller: &QuicCaller,
         batch: Duration,
+        stats: &Arc<Stats>,
     ) -> Result<Rc<Bundle>, BundleError> {
         let config = client_config(caller.certificate_sha256)?;
         let inner = Rc::new(Inner {
             connections: RefCell::default(),
             responses: RefCell::default(),
+            whole: Cell::new(false),
             over: Cell::new(false),
+            busy: Cell::new(0),
+            stats: Arc::clone(stats),
         });
         let mut bundle = Bundle {
             bulk: Vec::with_capacity(LANES),
@@ -138,8 +146,8 @@ impl Bundle {
                 let depth = if bulk { BULK_QUEUE } else { PRIORITY_QUEUE };
                 let (queue, frames) = mpsc::channel(depth);
                 let batch = if bulk { batch } else { Duration::ZERO };
-                spawn_local(send(to, frames, batch, Rc::clone(&inner)));
-                spawn_local(receive(from, Rc::clone(&inner)));
+                spawn_local(say(to, frames, batch, Rc::clone(&inner)));
+                spawn_local(listen(Lane::new(from), Rc::clone(&inner)));
                 let lanes = if bulk {
                     &mut bundle.bulk
                 } else {
@@ -148,11 +156,20 @@ impl Bundle {
                 lanes.push(queue);
             }
         }
+        stats.worker.bundles.add();
+        inner.whole.set(true);
         Ok(Rc::new(bundle))
     }
 
     pub(super) fn is_over(&self) -> bool {
         self.inner.over.get()
+    }
+
+    /// Whether all frames have been given to the connections.
+    pub(super) fn is_quiet(&self) -> bool {
+        let empty = |lane: &mpsc::Sender<Vec<u8>>| lane.capacity() == lane.max_capacity();
+        let mut lanes = self.bulk.iter().chain(&self.priority);
+        self.is_over() || self.inner.busy.get() == 0 && lanes.all(empty)
     }
 
     /// Listens to what is said to one response.
@@ -168,22 +185,23 @@ impl Bundle {
         self.inner.responses.borrow_mut().remove(id);
     }
 
-    /// Queues a frame; waits while its lane is full.
-    pub(super) async fn say(
+    pub(super) fn stats(&self) -> &Side {
+        &self.inner.stats.worker
+    }
+
+    /// Waits until the lane of a frame of this kind has room for it. Nothing is lost when this is
+    /// dropped before it is ready.
+    pub(super) async fn room(
         &self,
         lane: usize,
         kind: Kind,
-        id: &[u8; 16],
-        payload: &[u8],
-    ) -> Result<(), BundleError> {
-        let mut frame = Vec::with_capacity(quic_frame::PREFIX_BYTES + payload.len());
-        write(kind, id, payload, &mut frame);
+    ) -> Result<mpsc::Permit<'_, Vec<u8>>, BundleError> {
         let lanes = match kind {
             Kind::Data | Kind::End => &self.bulk,
             _ => &self.priority,
         };
-        let sent = lanes[lane % LANES].send(frame).await;
-        sent.map_err(|_| BundleError::Closed)
+        let room = lanes[lane % LANES].reserve().await;
+        room.map_err(|_| BundleError::Closed)
     }
 }
 
@@ -201,128 +219,56 @@ async fn dial(
     let connection = endpoint.connect_with(config, address, SERVER_NAME)?.await?;
     let entry = (endpoint, connection.clone());
     inner.connections.borrow_mut().push(entry);
+    inner.stats.worker.connections.add();
     Ok(connection)
 }
 
-/// Writes the frames of one lane, those together that wait together, or that come within `batch`.
-async fn send(
+/// Writes one lane.
+async fn say(
     mut to: SendStream,
     mut frames: mpsc::Receiver<Vec<u8>>,
     batch: Duration,
     inner: Rc<Inner>,
 ) {
-    while let Some(mut bytes) = frames.recv().await {
-        let until = Instant::now() + batch;
-        for _ in 1..BATCH_FRAMES {
-            let next = match frames.try_recv() {
-                Ok(next) => Some(next),
-                Err(_) if batch.is_zero() => None,
-                Err(_) => timeout_at(until, frames.recv()).await.ok().flatten(),
-            };
-            let Some(next) = next else { break };
-            bytes.extend_from_slice(&next);
-        }
-        if let Err(error) = to.write_all(&bytes).await {
-            return inner.fail(&error.to_string());
-        }
+    if let Err(error) = send(&mut to, &mut frames, batch, &inner.busy).await {
+        inner.fail(&error.to_string());
     }
 }
 
 /// Hands what a caller says to the responses that it is for.
-async fn receive(mut from: RecvStream, inner: Rc<Inner>) {
-    let mut bytes = Vec::new();
+async fn listen(mut lane: Lane, inner: Rc<Inner>) {
     loop {
-        match from.read_chunk(64 * 1024, true).await {
-            Ok(Some(chunk)) => bytes.extend_from_slice(&chunk.bytes),
-            Ok(None) => return inner.fail("the caller has ended a lane"),
+        let frame = match lane.next().await {
+            Ok(frame) => frame,
             Err(error) => return inner.fail(&error.to_string()),
+        };
+        let back = match frame.kind {
+            Kind::Registered => Back::Registered,
+            Kind::Stop => Back::Stop,
+            Kind::Kill => Back::Kill,
+            Kind::Reset => Back::Reset,
+            kind => return inner.fail(&LaneError::Astray(kind).to_string()),
+        };
+        let responses = inner.responses.borrow();
+        // A response that does not listen is over or has heard as much before.
+        if let Some(listener) = responses.get(&frame.id) {
+            let _ = listener.try_send(back);
         }
-        let mut taken = 0;
-        loop {
-            let frame = match decode(&bytes[taken..], PAYLOAD_BYTES_MAX) {
-                Decoded::Frame(frame) => frame,
-                Decoded::Need(_) => break,
-                Decoded::Bad(bad) => return inner.fail(&bad.to_string()),
-            };
-            taken += frame.payload.end;
-            let back = match frame.kind {
-                Kind::Registered => Back::Registered,
-                Kind::Stop => Back::Stop,
-                Kind::Kill => Back::Kill,
-                Kind::Reset => Back::Reset,
-                _ => return inner.fail("the caller sent what a caller does not"),
-            };
-            let responses = inner.responses.borrow();
-            // A response that does not listen is over or has heard as much before.
-            if let Some(listener) = responses.get(&frame.id) {
-                let _ = listener.try_send(back);
-            }
-        }
-        bytes.drain(..taken);
     }
 }
 
 /// TLS that believes exactly one certificate.
 fn client_config(certificate_sha256: [u8; 32]) -> Result<ClientConfig, BundleError> {
     let provider = Arc::new(ring::default_provider());
-    let exactly = Exactly {
-        certificate_sha256,
-        algorithms: provider.signature_verification_algorithms,
-    };
+    let holder = Holder::of(certificate_sha256, &provider);
     let mut tls = rustls::ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(exactly))
+        .with_custom_certificate_verifier(Arc::new(holder))
         .with_no_client_auth();
     tls.alpn_protocols = vec![ALPN.to_vec()];
     let tls = QuicClientConfig::try_from(tls).map_err(|_| BundleError::Suites)?;
     let mut config = ClientConfig::new(Arc::new(tls));
-    let mut transport = TransportConfig::default();
-    transport.keep_alive_interval(Some(KEEP_ALIVE));
-    config.transport_config(Arc::new(transport));
+    config.transport_config(Arc::new(transport()));
     Ok(config)
-}
-
-#[derive(Debug)]
-struct Exactly {
-    certificate_sha256: [u8; 32],
-    algorithms: WebPkiSupportedAlgorithms,
-}
-
-impl ServerCertVerifier for Exactly {
-    fn verify_server_cert(
-        &self,
-        certificate: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _name: &ServerName<'_>,
-        _ocsp: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        if Sha256::digest(certificate)[..] == self.certificate_sha256 {
-            return Ok(ServerCertVerified::assertion());
-        }
-        Err(CertificateError::ApplicationVerificationFailure.into())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls12_signature(message, certificate, signed, &self.algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls13_signature(message, certificate, signed, &self.algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
-    }
 }

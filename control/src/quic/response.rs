@@ -10,6 +10,7 @@
 //! stop, kill           <- Stop | Kill, Reset
 //! ```
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
@@ -17,7 +18,8 @@ use std::time::Duration;
 
 use corelane_codec::Decoded;
 use corelane_codec::call_home::{KILL_FRAME, Prologue, SENTINEL, STOP_FRAME};
-use corelane_codec::quic_frame::{Kind, PAYLOAD_BYTES_MAX};
+use corelane_codec::limits::TWO_PART_PREFIX_BYTES;
+use corelane_codec::quic_frame::{Kind, PAYLOAD_BYTES_MAX, PREFIX_BYTES, write};
 use corelane_codec::two_part::{self, Shape};
 use corelane_engine::quic::QuicCaller;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -25,12 +27,15 @@ use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
+use super::TYPED_ERROR;
 use super::bundle::{Back, Bundle, BundleError};
 
 /// How long a caller may take to answer Register.
 const REGISTER_MAX: Duration = Duration::from_secs(10);
 /// Bytes that one read takes at most.
 const CHUNK_BYTES: usize = 16 * 1024;
+/// The longest message: one whose body is the longest payload.
+const MESSAGE_BYTES_MAX: u64 = PAYLOAD_BYTES_MAX + TWO_PART_PREFIX_BYTES as u64;
 
 /// The end of a pair that a shard has handed out.
 pub(super) fn pair(socket: OwnedFd) -> io::Result<UnixStream> {
@@ -58,18 +63,92 @@ pub(super) async fn carry(
         lane: caller.lane,
         back: bundle.listen(id),
         pair,
-        stage: Stage::Handshake,
+        frames: Frames::new(),
     };
     let outcome = response.run().await;
     bundle.forget(&id);
-    let Response { pair, stage, .. } = response;
-    if stage != Stage::Over {
-        let _ = bundle.say(caller.lane, Kind::Reset, &id, b"").await;
+    let Response { pair, frames, .. } = response;
+    if frames.stage != Stage::Over
+        && let Ok(room) = bundle.room(caller.lane, Kind::Reset).await
+    {
+        bundle.stats().resets_sent.add();
+        let mut reset = Vec::new();
+        write(Kind::Reset, &id, b"", &mut reset);
+        room.send(reset);
     }
     if outcome.is_err() {
         give_up(pair).await;
     }
     outcome
+}
+
+struct Response<'a> {
+    bundle: &'a Bundle,
+    id: [u8; 16],
+    lane: usize,
+    back: mpsc::Receiver<Back>,
+    pair: UnixStream,
+    frames: Frames,
+}
+
+impl Response<'_> {
+    async fn run(&mut self) -> Result<(), BundleError> {
+        self.frames.push(Kind::Register, b"");
+        self.flush().await?;
+        match timeout(REGISTER_MAX, self.back.recv()).await {
+            Ok(Some(Back::Registered)) => {}
+            Ok(Some(_)) => {
+                self.bundle.stats().refused.add();
+                self.frames.stage = Stage::Over;
+                return Err(BundleError::Unknown);
+            }
+            Ok(None) => return Err(BundleError::Closed),
+            Err(_) => return Err(BundleError::Slow),
+        }
+        let mut chunk = vec![0; CHUNK_BYTES];
+        loop {
+            let next = self.frames.next_kind();
+            if next.is_none() && self.frames.stage == Stage::Over {
+                return Ok(());
+            }
+            // While the lane is full nothing is read, and so the handler waits.
+            tokio::select! {
+                back = self.back.recv() => match back {
+                    Some(Back::Stop) => self.tell(&STOP_FRAME).await,
+                    Some(Back::Kill) => self.tell(&KILL_FRAME).await,
+                    Some(Back::Registered) => {}
+                    Some(Back::Reset) => {
+                        self.bundle.stats().resets_received.add();
+                        self.frames.stage = Stage::Over;
+                        self.tell(&KILL_FRAME).await;
+                        return Ok(());
+                    }
+                    None => return Err(BundleError::Closed),
+                },
+                room = self.bundle.room(self.lane, next.unwrap_or(Kind::Reset)),
+                    if next.is_some() => self.frames.leave(room?, &self.id),
+                read = self.pair.read(&mut chunk), if next.is_none() => match read {
+                    Ok(read @ 1..) => self.frames.take(&chunk[..read])?,
+                    // Cut off by its handler, stopped, or killed.
+                    Ok(0) | Err(_) => return Ok(()),
+                },
+            }
+        }
+    }
+
+    /// Sends the frames that wait.
+    async fn flush(&mut self) -> Result<(), BundleError> {
+        while let Some(kind) = self.frames.next_kind() {
+            let room = self.bundle.room(self.lane, kind).await?;
+            self.frames.leave(room, &self.id);
+        }
+        Ok(())
+    }
+
+    async fn tell(&mut self, message: &[u8]) {
+        // A shard that has closed knows already.
+        let _ = self.pair.write_all(message).await;
+    }
 }
 
 /// What comes next from the shard.
@@ -84,129 +163,108 @@ enum Stage {
     Over,
 }
 
-struct Response<'a> {
-    bundle: &'a Bundle,
-    id: [u8; 16],
-    lane: usize,
-    back: mpsc::Receiver<Back>,
-    pair: UnixStream,
+/// Messages as they come, and the frames that are made of them.
+struct Frames {
     stage: Stage,
+    bytes: Vec<u8>,
+    ready: VecDeque<(Kind, Vec<u8>)>,
 }
 
-impl Response<'_> {
-    async fn run(&mut self) -> Result<(), BundleError> {
-        self.say(Kind::Register, b"").await?;
-        match timeout(REGISTER_MAX, self.back.recv()).await {
-            Ok(Some(Back::Registered)) => {}
-            Ok(Some(_)) => {
-                self.stage = Stage::Over;
-                return Err(BundleError::Unknown);
-            }
-            Ok(None) => return Err(BundleError::Closed),
-            Err(_) => return Err(BundleError::Slow),
-        }
-        let mut bytes = Vec::new();
-        let mut chunk = vec![0; CHUNK_BYTES];
-        loop {
-            tokio::select! {
-                back = self.back.recv() => match back {
-                    Some(Back::Stop) => self.tell(&STOP_FRAME).await,
-                    Some(Back::Kill) => self.tell(&KILL_FRAME).await,
-                    Some(Back::Registered) => {}
-                    Some(Back::Reset) => {
-                        self.stage = Stage::Over;
-                        self.tell(&KILL_FRAME).await;
-                        return Ok(());
-                    }
-                    None => return Err(BundleError::Closed),
-                },
-                read = self.pair.read(&mut chunk) => match read {
-                    Ok(read @ 1..) => {
-                        bytes.extend_from_slice(&chunk[..read]);
-                        self.take(&mut bytes).await?;
-                        if self.stage == Stage::Over {
-                            return Ok(());
-                        }
-                    }
-                    // Cut off by its handler, stopped, or killed.
-                    Ok(0) | Err(_) => return Ok(()),
-                },
-            }
+impl Frames {
+    fn new() -> Frames {
+        Frames {
+            stage: Stage::Handshake,
+            bytes: Vec::new(),
+            ready: VecDeque::new(),
         }
     }
 
-    async fn say(&self, kind: Kind, payload: &[u8]) -> Result<(), BundleError> {
-        self.bundle.say(self.lane, kind, &self.id, payload).await
+    fn push(&mut self, kind: Kind, payload: &[u8]) {
+        self.ready.push_back((kind, payload.to_vec()));
     }
 
-    async fn tell(&mut self, message: &[u8]) {
-        // A shard that has closed knows already.
-        let _ = self.pair.write_all(message).await;
+    /// The kind of the frame that is to leave next.
+    fn next_kind(&self) -> Option<Kind> {
+        self.ready.front().map(|(kind, _)| *kind)
     }
 
-    /// Takes the whole messages off `bytes`.
-    async fn take(&mut self, bytes: &mut Vec<u8>) -> Result<(), BundleError> {
+    /// It leaves.
+    fn leave(&mut self, room: mpsc::Permit<'_, Vec<u8>>, id: &[u8; 16]) {
+        if let Some((kind, payload)) = self.ready.pop_front() {
+            let mut frame = Vec::with_capacity(PREFIX_BYTES + payload.len());
+            write(kind, id, &payload, &mut frame);
+            room.send(frame);
+        }
+    }
+
+    /// Takes more bytes, and makes frames of the whole messages.
+    fn take(&mut self, more: &[u8]) -> Result<(), BundleError> {
+        self.bytes.extend_from_slice(more);
+        let bytes = std::mem::take(&mut self.bytes);
         let mut taken = 0;
         while self.stage != Stage::Over {
             let rest = &bytes[taken..];
-            let message = match two_part::decode(rest, Some(PAYLOAD_BYTES_MAX)) {
+            let message = match two_part::decode(rest, Some(MESSAGE_BYTES_MAX)) {
                 Decoded::Frame(message) => message,
                 Decoded::Need(_) => break,
                 Decoded::Bad(_) => return Err(BundleError::Response("an item over 32 MiB")),
             };
             let (header, body) = (&rest[message.header.clone()], &rest[message.body.clone()]);
+            if body.len() as u64 > PAYLOAD_BYTES_MAX {
+                return Err(BundleError::Response("an item over 32 MiB"));
+            }
             match (message.shape(), self.stage) {
                 (Shape::Empty, _) => {}
                 (Shape::Header, Stage::Handshake) => self.stage = Stage::Prologue,
-                (Shape::Header, _) if header == SENTINEL => self.end().await?,
-                (Shape::Header, Stage::Prologue) => self.begin(header).await?,
+                (Shape::Header, _) if header == SENTINEL => self.end(),
+                (Shape::Header, Stage::Prologue) => self.begin(header)?,
                 (Shape::Data, Stage::FirstItem) => {
-                    self.say(Kind::FirstData, body).await?;
+                    self.push(Kind::FirstData, body);
                     self.stage = Stage::Items;
                 }
-                (Shape::Data, Stage::Items) => self.say(Kind::Data, body).await?,
+                (Shape::Data, Stage::Items) => self.push(Kind::Data, body),
                 _ => return Err(BundleError::Response("a message out of turn")),
             }
             taken += message.frame_bytes();
         }
-        bytes.drain(..taken);
+        self.bytes = bytes;
+        self.bytes.drain(..taken);
         Ok(())
     }
 
     /// The prologue.
-    async fn begin(&mut self, header: &[u8]) -> Result<(), BundleError> {
+    fn begin(&mut self, header: &[u8]) -> Result<(), BundleError> {
         let bad = |_| BundleError::Response("a prologue that is none");
         let prologue = Prologue::decode(header).map_err(bad)?;
         let Some(text) = prologue.error else {
             self.stage = Stage::FirstItem;
-            return self.say(Kind::Prologue, b"").await;
+            self.push(Kind::Prologue, b"");
+            return Ok(());
         };
         let text = text.to_cow();
         let typed = prologue.typed_error.map(typed_error(&text));
-        self.say(Kind::Error, typed.as_deref().unwrap_or(text.as_bytes()))
-            .await?;
+        self.push(Kind::Error, typed.as_deref().unwrap_or(text.as_bytes()));
         self.stage = Stage::Refused;
         Ok(())
     }
 
     /// The sentinel.
-    async fn end(&mut self) -> Result<(), BundleError> {
+    fn end(&mut self) {
         match self.stage {
             Stage::FirstItem => {
-                self.say(Kind::PriorityEnd, b"").await?;
-                self.say(Kind::End, b"").await?;
+                self.push(Kind::PriorityEnd, b"");
+                self.push(Kind::End, b"");
             }
-            Stage::Items => self.say(Kind::End, b"").await?,
+            Stage::Items => self.push(Kind::End, b""),
             _ => {}
         }
         self.stage = Stage::Over;
-        Ok(())
     }
 }
 
 /// The JSON form of an error with its type.
 fn typed_error(text: &str) -> impl FnOnce(&[u8]) -> Vec<u8> {
-    let mut json = br#"{"kind":"dynamo.quic.typed_error","error":"#.to_vec();
+    let mut json = format!(r#"{{"kind":"{TYPED_ERROR}","error":"#).into_bytes();
     corelane_codec::json::write_string(text, &mut json);
     |typed| {
         json.extend_from_slice(b",\"typed_error\":");
@@ -218,6 +276,12 @@ fn typed_error(text: &str) -> impl FnOnce(&[u8]) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use corelane_codec::call_home::{
+        FINAL_MARKER_JSON_FRAME, PROLOGUE_OK_FRAME, SENTINEL_FRAME, write_handshake,
+        write_prologue_error,
+    };
+    use corelane_codec::control_message::StreamType;
+
     use super::*;
 
     #[test]
@@ -227,5 +291,50 @@ mod tests {
         assert_eq!(json["kind"], "dynamo.quic.typed_error");
         assert_eq!(json["error"], "Generate Error: \"bad\"");
         assert_eq!(json["typed_error"]["class"], "Internal");
+    }
+
+    fn kinds(frames: &mut Frames) -> Vec<Kind> {
+        frames.ready.drain(..).map(|(kind, _)| kind).collect()
+    }
+
+    #[test]
+    fn messages_become_frames_however_they_are_cut() {
+        let mut bytes = Vec::new();
+        write_handshake("s", StreamType::Response, &mut bytes);
+        bytes.extend_from_slice(&PROLOGUE_OK_FRAME);
+        for _ in 0..2 {
+            bytes.extend_from_slice(&FINAL_MARKER_JSON_FRAME);
+        }
+        bytes.extend_from_slice(&SENTINEL_FRAME);
+        for size in [1, 7, bytes.len()] {
+            let mut frames = Frames::new();
+            for chunk in bytes.chunks(size) {
+                frames.take(chunk).unwrap();
+            }
+            let want = [Kind::Prologue, Kind::FirstData, Kind::Data, Kind::End];
+            assert_eq!(kinds(&mut frames), want);
+            assert_eq!(frames.stage, Stage::Over);
+        }
+    }
+
+    #[test]
+    fn no_items_and_no_stream_are_told_apart() {
+        let mut none = Frames::new();
+        let mut bytes = Vec::new();
+        write_handshake("s", StreamType::Response, &mut bytes);
+        let handshake = bytes.len();
+        bytes.extend_from_slice(&PROLOGUE_OK_FRAME);
+        bytes.extend_from_slice(&SENTINEL_FRAME);
+        none.take(&bytes).unwrap();
+        let want = [Kind::Prologue, Kind::PriorityEnd, Kind::End];
+        assert_eq!(kinds(&mut none), want);
+        let mut refused = Frames::new();
+        bytes.truncate(handshake);
+        write_prologue_error("no", None, &mut bytes);
+        bytes.extend_from_slice(&SENTINEL_FRAME);
+        refused.take(&bytes).unwrap();
+        assert_eq!(kinds(&mut refused), [Kind::Error]);
+        let mut early = Frames::new();
+        assert!(early.take(&FINAL_MARKER_JSON_FRAME).is_err());
     }
 }

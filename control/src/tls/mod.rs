@@ -15,6 +15,7 @@ pub mod material;
 mod pump;
 mod reason;
 mod stats;
+pub(crate) mod trust;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
