@@ -51,7 +51,7 @@ impl Namespace {
 /// A kind of worker; its instances are the processes that serve its endpoints.
 #[derive(Clone)]
 pub struct Component {
-    namespace: Namespace,
+    pub(super) namespace: Namespace,
     name: String,
 }
 
@@ -81,7 +81,7 @@ impl Component {
 
 /// What can be served here and called from anywhere.
 pub struct Endpoint {
-    runtime: Runtime,
+    pub(super) runtime: Runtime,
     id: EndpointId,
     codec: PayloadCodec,
     health_check: Option<serde_json::Value>,
@@ -158,7 +158,7 @@ impl Endpoint {
     ///
     /// # Errors
     /// As [`Endpoint::serve`].
-    pub async fn serve_with<H, M>(self, factory: M) -> Result<Served, Error>
+    pub async fn serve_with<H, M>(mut self, factory: M) -> Result<Served, Error>
     where
         H: Handler,
         M: Fn(&Shard) -> H + Send + Sync + 'static,
@@ -274,11 +274,12 @@ impl Endpoint {
         }
     }
 
-    fn serving(&self) -> Result<Serving, Error> {
+    fn serving(&mut self) -> Result<Serving, Error> {
         let inner = self.runtime.inner();
         let entry = inner.endpoints.add(self.id.clone());
         let shards = inner.hub.shards();
         let mut serving = Serving::new(self.id.clone(), self.codec, entry, shards);
+        serving.stats_handler = self.stats.take();
         if let Some(payload) = &self.health_check {
             let mut body = Vec::new();
             write_value(payload, self.codec, &mut body).map_err(|why| Error::HealthCheck {

@@ -66,16 +66,23 @@
 //!
 //! Each change is a line of the log, and is seen in `/health` and `/metrics`.
 //!
-//! # What is not here yet
+//! # Events
 //!
-//! Requests come over TCP. A NATS service for each component would be made where
-//! [`Component::service_name`] names it, and would answer with [`Runtime::stats`].
+//! [`Endpoint::publisher`] and [`Endpoint::subscriber`] (and those of namespaces and components)
+//! exchange events over NATS with `DYN_EVENT_PLANE=nats`, as Dynamo's programs do.
+//!
+//! # Requests over NATS
+//!
+//! With `DYN_REQUEST_PLANE=nats` requests come to a NATS service for each component
+//! ([`Component::service_name`]), which answers `$SRV.STATS` with what [`Endpoint::stats`] tells.
+//! Responses go to the caller over TCP. Instances of others on NATS are called as those on TCP.
 
 pub mod busy;
 mod canary;
 mod client;
 mod endpoint;
 mod error;
+mod events;
 mod feed;
 mod handler;
 mod hub;
@@ -102,7 +109,9 @@ pub use corelane_codec::item::Annotated;
 pub use corelane_codec::path::{EndpointId, Reference};
 
 pub use crate::discovery::MemoryStore;
+pub use crate::events::{Event, EventPlane, Events, EventsError, Publisher, Subscriber};
 pub use crate::health::State;
+pub use crate::nats::{NatsAuth, NatsOptions, NatsTls, RequestPlane};
 
 pub use corelane_engine::call::Deadlines;
 pub use corelane_engine::local::Ending;

@@ -17,6 +17,8 @@ use crate::cli::Stop;
 use crate::config::{self, Backend, Drain, Host, Inputs, Main, Problem, Purpose, Server};
 use crate::discovery::MemoryStore;
 use crate::env::Env;
+use crate::events::EventPlane;
+use crate::nats::{NatsOptions, RequestPlane};
 use crate::preflight::{Plan, Planned};
 
 /// Receive buffers of a shard: it needs fewer than a router's.
@@ -48,6 +50,9 @@ pub struct Options {
     pub(super) codec: PayloadCodec,
     pub(super) checks: Checks,
     pub(super) calls: Settings,
+    pub(super) events: EventPlane,
+    pub(super) nats: NatsOptions,
+    pub(super) request_plane: RequestPlane,
     pub(super) env: Env,
     pub(super) signals: bool,
 }
@@ -263,6 +268,10 @@ impl Options {
             codec,
             checks: Checks::from_env(env)?,
             calls: settings(env)?,
+            events: EventPlane::read(env)?,
+            nats: NatsOptions::read(env)?,
+            // Another word has been an error of the configuration.
+            request_plane: RequestPlane::read(env).unwrap_or_default(),
             env: env.clone(),
             signals: true,
         })
@@ -369,6 +378,28 @@ impl Options {
     #[must_use]
     pub fn inhibited(mut self, time: Duration) -> Self {
         self.calls.inhibited = time;
+        self
+    }
+
+    /// What events go over; `DYN_EVENT_PLANE` unless it is said.
+    #[must_use]
+    pub fn events(mut self, plane: EventPlane) -> Self {
+        self.events = plane;
+        self
+    }
+
+    /// The NATS server, for all that goes over NATS; as `NATS_*` say unless it is said.
+    #[must_use]
+    pub fn nats(mut self, options: NatsOptions) -> Self {
+        self.nats = options;
+        self
+    }
+
+    /// Where requests to our endpoints come in; `DYN_REQUEST_PLANE` unless it is said. Instances
+    /// of others are called wherever they are.
+    #[must_use]
+    pub fn request_plane(mut self, plane: RequestPlane) -> Self {
+        self.request_plane = plane;
         self
     }
 

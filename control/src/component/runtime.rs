@@ -41,8 +41,10 @@ use crate::config::Backend;
 use crate::cores::Cores;
 use crate::discovery::Discovery;
 use crate::engine_routes::EngineRoutes;
+use crate::events::Events;
 use crate::health::{Endpoints, Hold, Settings, State};
 use crate::metrics::{ProcessNumbers, ServedNumbers, Snapshot, WorkerNumbers};
+use crate::nats::{Nats, Requests};
 use crate::status_server::{Health, StatusOptions, StatusServer};
 use crate::supervise::Signals;
 use crate::trace;
@@ -57,6 +59,9 @@ pub(super) struct Inner {
     pub(super) cores: Rc<Cores>,
     pub(super) hub: Arc<Hub>,
     pub(super) discovery: Discovery,
+    pub(super) events: Events,
+    pub(super) requests: Option<Requests>,
+    nats: Option<Nats>,
     /// Where callers are told to dial.
     pub(super) address: SocketAddr,
     pub(super) endpoints: Endpoints,
@@ -151,16 +156,29 @@ impl Runtime {
                 return Err(error);
             }
         };
+        let (nats, requests) = match open::nats(&options, cores.address()).await {
+            Ok(both) => both,
+            Err(error) => {
+                discovery.close().await;
+                cores.stop().await;
+                return Err(error);
+            }
+        };
         let (settings, complaints) = Settings::read(&options.env);
         for complaint in complaints {
             tracing::warn!("{complaint}");
         }
         let stopped = watch::Sender::new(false);
-        let registry = Registry::new(&discovery, shards);
+        let gateway = requests.as_ref().map(Requests::gateway);
+        let registry = Registry::new(&discovery, shards, gateway);
+        let events = open::events(options.events, &discovery, nats.as_ref());
         let runtime = Runtime(Rc::new(Inner {
             hub: Hub::new(&cores, stopped.subscribe()),
             options,
             cores,
+            events,
+            requests,
+            nats,
             discovery,
             address,
             endpoints: Endpoints::new(settings),
@@ -321,6 +339,9 @@ impl Runtime {
             sleep(grace).await;
         }
         tracing::info!("drain: refusing new requests");
+        if let Some(requests) = &inner.requests {
+            requests.stop().await;
+        }
         inner.cores.tell(|| Command::Drain).await;
         let draining = |stats: &corelane_engine::stats::Stats| stats.shard.draining.get();
         inner
@@ -331,6 +352,9 @@ impl Runtime {
         for serving in &serving {
             let left = deadline.saturating_duration_since(Instant::now());
             serving.emptied(left).await;
+        }
+        if let Some(nats) = &inner.nats {
+            nats.close().await;
         }
         inner.discovery.close().await;
         tracing::info!("drain: left the store");
