@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use corelane_codec::quic_frame::{Kind, PAYLOAD_BYTES_MAX, decode};
 use corelane_codec::{Bad, Decoded};
-use quinn::{IdleTimeout, ReadError, RecvStream, SendStream, TransportConfig, VarInt, WriteError};
+use quinn::{ReadError, RecvStream, SendStream, TransportConfig, VarInt, WriteError};
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -19,17 +19,13 @@ const CHUNK_BYTES: usize = 64 * 1024;
 const KEPT_BYTES_MAX: usize = 1 << 20;
 /// Both sides ping this often, so that an idle connection is not taken for a dead one.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
-/// Who was not heard for so long is dead; Dynamo leaves it at 30 s.
-const SILENT_MAX: Duration = Duration::from_secs(15);
 /// The code with which a bundle is closed that is broken.
 pub(super) const BROKEN: VarInt = VarInt::from_u32(1);
 
-/// What connections of both sides have in common.
+/// What connections of both sides have in common. Who was not heard for 30 s is dead, as in Dynamo.
 pub(super) fn transport() -> TransportConfig {
     let mut transport = TransportConfig::default();
     transport.keep_alive_interval(Some(KEEP_ALIVE));
-    // Far below the limit of what can be said.
-    transport.max_idle_timeout(IdleTimeout::try_from(SILENT_MAX).ok());
     transport
 }
 

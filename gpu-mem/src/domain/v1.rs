@@ -139,20 +139,7 @@ impl Domain {
                 deleted: self.store.delete(&which.key),
             }
             .into(),
-            Request::Commit(_) => {
-                let before = turn.actions.len();
-                self.commit(client, turn)?;
-                // It has waited for longer than those whom its commit lets in.
-                let frame = Reply::from(CommitResponse { success: true }).encode();
-                let reply = Action::Send {
-                    client,
-                    frame,
-                    descriptor: None,
-                };
-                turn.actions.insert(before, reply);
-                self.close(client, turn);
-                Answer::Later
-            }
+            Request::Commit(_) => return self.commit_v1(client, turn),
             Request::CommitLayout(_) => self.commit_layout(client, turn)?.into(),
             Request::ExportAllocation(which) => {
                 return self.export_v1(client, &which.allocation_id, |it| exported(it).into());
@@ -278,6 +265,20 @@ impl Domain {
             offset_bytes: entry.map(|entry| entry.offset_bytes),
             value: entry.map(|entry| Bytes(entry.value.clone())),
         }
+    }
+
+    /// Publishes and ends the session. The writer hears of it before those whom that lets in.
+    fn commit_v1(&mut self, client: ClientId, turn: &mut Turn<'_>) -> Result<Answer, String> {
+        let before = turn.actions.len();
+        self.commit(client, turn)?;
+        let reply = Action::Send {
+            client,
+            frame: Reply::from(CommitResponse { success: true }).encode(),
+            descriptor: None,
+        };
+        turn.actions.insert(before, reply);
+        self.close(client, turn);
+        Ok(Answer::Later)
     }
 
     fn commit_layout(
