@@ -45,15 +45,6 @@ def own_etcd(tmp_path):
     etcd.stop()
 
 
-@pytest.fixture(scope="module")
-def module_lab(tmp_path_factory, shared_etcd):
-    """A laboratory of what the tests of a file use one after the other."""
-    assert corelane_program().is_file(), f"{corelane_program()}: run `scripts/test build`"
-    laboratory = Lab(tmp_path_factory.mktemp("lab"), shared_etcd)
-    yield laboratory
-    laboratory.close()
-
-
 @pytest.fixture
 def lab(request, tmp_path):
     """A laboratory; all of its processes are gone afterwards."""

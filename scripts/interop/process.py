@@ -171,10 +171,6 @@ class Process:
         """The most resident memory so far, in KiB."""
         return self._status_kib("VmHWM")
 
-    def forget_peak(self):
-        """From now on `peak_kib` is that of what follows."""
-        Path(f"/proc/{self.pid}/clear_refs").write_text("5")
-
     def _status_kib(self, field):
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.M).group(1))
