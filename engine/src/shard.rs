@@ -548,8 +548,7 @@ impl<R: Ring> Shard<R> {
                 Command::Inbound(inbound) => self.come_home(inbound),
                 Command::Run(run) => run.begin(&self.worker.host),
                 Command::Wake(task) => self.worker.host.wake(task),
-                // The listener stays open, so that who still dials is told by a refusal and not by
-                // a reset.
+                // The listener stays open: who still dials is told by a refusal, not by a reset.
                 Command::Drain => {
                     self.draining = true;
                     self.stats.shard.draining.set(1);
