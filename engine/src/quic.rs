@@ -28,6 +28,9 @@ use crate::{client, home, relay_home};
 /// What a shard writes first on a pair whose response it waits for: an empty message.
 pub const WELCOME: [u8; TWO_PART_PREFIX_BYTES] = [0; TWO_PART_PREFIX_BYTES];
 
+/// Workers who have answered before we know that they have the request.
+const EARLY_MAX: usize = 1024;
+
 /// Bits of a registration that name the core that waits, so that whoever reads it knows.
 const CORE_BITS: u32 = 12;
 /// Cores that can be named.
@@ -183,6 +186,15 @@ impl<R: Ring> Shard<R> {
         Ok(slot)
     }
 
+    /// Those who were early are heard, if it is time.
+    pub(crate) fn come_home_late(&mut self) {
+        if !self.relays.early.is_empty() {
+            for inbound in std::mem::take(&mut self.relays.early) {
+                self.come_home(inbound);
+            }
+        }
+    }
+
     /// A worker has answered on QUIC. The pair is closed when nobody waits, or no longer.
     pub(crate) fn come_home(&mut self, inbound: Inbound) {
         let number = u128::from_be_bytes(inbound.registration_id);
@@ -192,7 +204,13 @@ impl<R: Ring> Shard<R> {
                 None
             }
             Some(call) => Some(Role::End(End::Home(call))),
-            None => relay_home::expected(self, number).map(|at| Role::Relay(Leg::Worker(at))),
+            None => match relay_home::expected(self, number) {
+                Some((_, false)) if self.relays.early.len() < EARLY_MAX => {
+                    return self.relays.early.push(inbound);
+                }
+                Some((relay, true)) => Some(Role::Relay(Leg::Worker(relay))),
+                _ => None,
+            },
         };
         let Some(role) = role.filter(|_| !self.connections.is_full()) else {
             return self.stats.shard.homes_refused.add(1);

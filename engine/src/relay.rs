@@ -19,7 +19,7 @@ use corelane_codec::control_message::{PayloadCodec, StreamType};
 
 use crate::operation::GENERATIONS;
 use crate::pieces::PieceList;
-use crate::quic::{self, Place, QuicCaller};
+use crate::quic::{self, Inbound, Place, QuicCaller};
 use crate::send_pool::{CHUNK_BYTES, ChunkQueue, SendPool};
 use crate::table::{NONE, Table};
 use crate::timer_wheel::TimerId;
@@ -222,6 +222,8 @@ pub(crate) struct Relays {
     /// The fronts of relayed requests: headers and rewritten envelopes.
     pub(crate) heads: SendPool,
     pub(crate) dirty: Vec<u32>,
+    /// Responses on QUIC whose requests we do not know to be sent yet.
+    pub(crate) early: Vec<Inbound>,
     /// Sockets of workers that have not said for whom they call.
     pub(crate) strangers: usize,
     /// Memory for one envelope as it came, and as it leaves.
@@ -242,6 +244,7 @@ impl Relays {
             table: Table::new(0),
             heads: SendPool::new(0),
             dirty: Vec::new(),
+            early: Vec::new(),
             strangers: 0,
             envelope: Vec::new(),
             head: Vec::new(),

@@ -138,6 +138,16 @@ pub(crate) fn sent<R: Ring>(shard: &mut Shard<R>, slot: u32, leg: Leg, bytes: us
     }
 }
 
+/// At the end of a tick: who was early is looked at again, and callers get what waits for them.
+pub(crate) fn flush_all<R: Ring>(shard: &mut Shard<R>) {
+    shard.come_home_late();
+    let mut relays = std::mem::take(&mut shard.relays.dirty);
+    for relay in relays.drain(..) {
+        flush(shard, relay);
+    }
+    shard.relays.dirty = relays;
+}
+
 /// Notes that a relay has something for its caller.
 pub(crate) fn soil<R: Ring>(shard: &mut Shard<R>, relay: u32) {
     if let Some(entry) = shard.relays.table.get_mut(relay)
@@ -446,7 +456,7 @@ fn list<R: Ring>(shard: &Shard<R>, relay: u32) -> PieceList {
 }
 
 /// Starts one send of what waits for the caller.
-pub(crate) fn flush<R: Ring>(shard: &mut Shard<R>, relay: u32) {
+fn flush<R: Ring>(shard: &mut Shard<R>, relay: u32) {
     let Some(entry) = shard.relays.table.get_mut(relay) else {
         return;
     };

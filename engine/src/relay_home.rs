@@ -138,10 +138,21 @@ pub(crate) fn arrived<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     }
 }
 
-/// The relay whose worker is waited for under this registration on QUIC.
-pub(crate) fn expected<R: Ring>(shard: &Shard<R>, registration: u128) -> Option<u32> {
+/// The relay whose worker is waited for under this registration on QUIC, and whether we know that
+/// it has the request: its answer comes by another way than that word, and may overtake it.
+pub(crate) fn expected<R: Ring>(shard: &Shard<R>, registration: u128) -> Option<(u32, bool)> {
     let relay = shard.relays.of_number(registration, StreamType::Response)?;
-    is_due(shard, relay, StreamType::Response).then_some(relay)
+    let entry = &shard.relays.table[relay];
+    let waits = entry.phase == Phase::Called;
+    waits.then(|| (relay, is_whole(shard, entry.request)))
+}
+
+/// Whether a frame is not on its way any more: nobody can have understood a part of it.
+fn is_whole<R: Ring>(shard: &Shard<R>, request: u32) -> bool {
+    match shard.requests.get(request) {
+        Some(request) => request.upstream == NONE || request.sent,
+        None => true,
+    }
 }
 
 /// Its worker has called, and is told so. What he says will be received.
@@ -161,16 +172,11 @@ pub(crate) fn welcome<R: Ring>(shard: &mut Shard<R>, slot: u32, relay: u32) {
 /// Whether such a call is waited for: none has come with this ticket before.
 fn is_due<R: Ring>(shard: &Shard<R>, relay: u32, stream: StreamType) -> bool {
     let entry = &shard.relays.table[relay];
-    // A frame that is still on its way cannot have been understood by anybody.
-    let whole = |request| match shard.requests.get(request) {
-        Some(request) => request.upstream == NONE || request.sent,
-        None => true,
-    };
     match stream {
-        StreamType::Response => entry.phase == Phase::Called && whole(entry.request),
+        StreamType::Response => entry.phase == Phase::Called && is_whole(shard, entry.request),
         StreamType::Request => {
             let waits = entry.fed == NONE && entry.feed.is_some();
-            waits && !entry.is_over() && whole(entry.request)
+            waits && !entry.is_over() && is_whole(shard, entry.request)
         }
     }
 }

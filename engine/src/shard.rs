@@ -456,11 +456,7 @@ impl<R: Ring> Shard<R> {
             forward::flush(self, upstream);
         }
         self.dirty_upstreams = upstreams;
-        let mut relays = std::mem::take(&mut self.relays.dirty);
-        for relay in relays.drain(..) {
-            relay_flow::flush(self, relay);
-        }
-        self.relays.dirty = relays;
+        relay_flow::flush_all(self);
         let mut connections = std::mem::take(&mut self.dirty_connections);
         for slot in connections.drain(..) {
             self.flush(slot);

@@ -74,8 +74,8 @@ def test_stock_caller_on_stock_workers(lab, way, codec):
     nothing_left(lab, router)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("items", [0, 1, 128])
+@pytest.mark.parametrize("way", ["straight", "relay"])
+@pytest.mark.parametrize("items", [0, 128])
 def test_our_caller_on_our_workers(lab, way, items):
     listen, router = endpoint_for(
         lab, way, lambda at: lab.echo_worker(at, "--items", items, **QUIC)
@@ -93,7 +93,7 @@ def test_stock_caller_through_the_relay_on_our_workers(lab):
         lab, "relay", lambda at: lab.echo_worker(at, "--items", 2, **QUIC)
     )
     options = ("--concurrency", 8, "--items", 2, "--plain-echo")
-    for body_bytes, count in [(32, 500), (2_000_000, 16)]:
+    for body_bytes, count in [(32, 500), (200_000, 8)]:
         more = ("--count", count, "--body-bytes", body_bytes)
         found = lab.run_client(listen, *options, *more, **QUIC)
         assert found["ok"] == count and found.lost() == 0, (found, router.tail())
@@ -171,12 +171,11 @@ def test_a_caller_on_quic_hears_what_the_router_cannot_do(lab):
     assert "DYN_RESPONSE_PLANE=quic at the router" in json.dumps(found["errors"]), found
 
 
-@pytest.mark.parametrize("way", ["straight", "relay"])
-def test_a_dead_worker_is_noticed(lab, way):
+def test_a_dead_worker_is_noticed(lab):
     workers = []
     options = ("--items", 100_000, "--delay-us", 20_000)
     listen, router = endpoint_for(
-        lab, way, lambda at: workers.append(lab.stock_worker(at, *options, **QUIC))
+        lab, "relay", lambda at: workers.append(lab.stock_worker(at, *options, **QUIC))
     )
     client = ("--body", "{}", "--json", "--timeout-ms", 600_000)
     call = lab.start_call(listen, *client, **QUIC)
@@ -185,5 +184,4 @@ def test_a_dead_worker_is_noticed(lab, way):
     assert call.wait(90) == 1, call.tail()
     (end,) = answers(call)
     assert end["outcome"] == "failed" and end["items"] > 3, end
-    if router:
-        nothing_left(lab, router)
+    nothing_left(lab, router)

@@ -24,6 +24,8 @@ use crate::tls::trust::Holder;
 /// Frames that wait for one lane.
 const BULK_QUEUE: usize = 4096;
 const PRIORITY_QUEUE: usize = 512;
+/// Responses for one caller's process under way.
+const RESPONSES_MAX: usize = 65_536;
 /// What a caller may have said to one response and it has not taken yet.
 const BACK_QUEUE: usize = 16;
 
@@ -172,11 +174,12 @@ impl Bundle {
         self.is_over() || self.inner.busy.get() == 0 && lanes.all(empty)
     }
 
-    /// Listens to what is said to one response.
+    /// Listens to what is said to one response. Nothing will be said to one too many.
     pub(super) fn listen(&self, id: [u8; 16]) -> mpsc::Receiver<Back> {
         let (sender, receiver) = mpsc::channel(BACK_QUEUE);
-        if !self.is_over() {
-            self.inner.responses.borrow_mut().insert(id, sender);
+        let mut responses = self.inner.responses.borrow_mut();
+        if !self.is_over() && responses.len() < RESPONSES_MAX {
+            responses.insert(id, sender);
         }
         receiver
     }

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use corelane_codec::quic_frame::{Kind, PAYLOAD_BYTES_MAX, decode};
 use corelane_codec::{Bad, Decoded};
-use quinn::{IdleTimeout, ReadError, RecvStream, SendStream, TransportConfig, VarInt, WriteError};
+use quinn::{ReadError, RecvStream, SendStream, TransportConfig, VarInt, WriteError};
 use thiserror::Error;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 /// Frames that leave together at most.
 const BATCH_FRAMES: usize = 512;
@@ -19,18 +19,26 @@ const CHUNK_BYTES: usize = 64 * 1024;
 const KEPT_BYTES_MAX: usize = 1 << 20;
 /// Both sides ping this often, so that an idle connection is not taken for a dead one.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
-/// Who was not heard for so long is dead; Dynamo leaves it at 30 s.
-const SILENT_MAX: Duration = Duration::from_secs(15);
 /// The code with which a bundle is closed that is broken.
 pub(super) const BROKEN: VarInt = VarInt::from_u32(1);
 
-/// What connections of both sides have in common.
+/// What connections of both sides have in common. Who was not heard for 30 s is dead, as in Dynamo.
 pub(super) fn transport() -> TransportConfig {
     let mut transport = TransportConfig::default();
     transport.keep_alive_interval(Some(KEEP_ALIVE));
-    // Far below the limit of what can be said.
-    transport.max_idle_timeout(IdleTimeout::try_from(SILENT_MAX).ok());
     transport
+}
+
+/// A peer that takes nothing of a lane for so long does not read: both Dynamo's sides always do.
+const STALLED_MAX: Duration = Duration::from_secs(60);
+
+/// Why a lane takes nothing more.
+#[derive(Debug, Error)]
+pub(super) enum SendError {
+    #[error(transparent)]
+    Lost(#[from] WriteError),
+    #[error("the peer has not read a lane for {STALLED_MAX:?}")]
+    Stalled,
 }
 
 /// Writes the frames of one lane, those together that wait together, or that come within `batch`.
@@ -40,7 +48,7 @@ pub(super) async fn send(
     frames: &mut mpsc::Receiver<Vec<u8>>,
     batch: Duration,
     busy: &Cell<usize>,
-) -> Result<(), WriteError> {
+) -> Result<(), SendError> {
     while let Some(mut bytes) = frames.recv().await {
         busy.set(busy.get() + 1);
         let until = Instant::now() + batch;
@@ -53,9 +61,9 @@ pub(super) async fn send(
             let Some(next) = next else { break };
             bytes.extend_from_slice(&next);
         }
-        let written = to.write_all(&bytes).await;
+        let written = timeout(STALLED_MAX, to.write_all(&bytes)).await;
         busy.set(busy.get() - 1);
-        written?;
+        written.map_err(|_| SendError::Stalled)??;
     }
     Ok(())
 }

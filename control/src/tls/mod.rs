@@ -56,6 +56,8 @@ pub const STRANGER: &str = "a peer speaks TLS where this process does not: give 
 
 /// Handshakes of a thread at the same time; beyond it peers are turned away.
 const HANDSHAKES_MAX: usize = 4096;
+/// How long a shard's queue may be full before it is taken for dead.
+const COMMAND_MAX: Duration = Duration::from_secs(60);
 /// How often files are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// Failures of one kind are logged this often at most; all are counted.
@@ -380,10 +382,14 @@ impl Connection {
         }
     }
 
-    /// Hands a command to the shard, however long its queue is full: it counts on the answer.
+    /// Hands a command to the shard, although its queue is full: it counts on the answer.
     async fn tell(&self, command: Command) {
         let mut next = command;
+        let until = Instant::now() + COMMAND_MAX;
         while let Err(back) = self.commands.send(next) {
+            if Instant::now() >= until {
+                return tracing::error!("a core takes no word about TLS: it has ended");
+            }
             next = back;
             sleep(Duration::from_millis(1)).await;
         }

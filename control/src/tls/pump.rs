@@ -12,8 +12,11 @@
 use std::io;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::net::unix::ReadHalf;
 use tokio::time::timeout;
 
 /// What one read takes at most: a record of TLS.
@@ -22,12 +25,9 @@ const CHUNK_BYTES: usize = 16 * 1024;
 const FAREWELL_MAX: Duration = Duration::from_secs(10);
 
 /// Runs until the connection is over. Answers the errno when the peer has reset it.
-pub(super) async fn pump(
-    tls: impl AsyncRead + AsyncWrite,
-    pair: impl AsyncRead + AsyncWrite,
-) -> Option<i32> {
+pub(super) async fn pump(tls: impl AsyncRead + AsyncWrite, mut pair: UnixStream) -> Option<i32> {
     let (from_peer, to_peer) = tokio::io::split(tls);
-    let (from_shard, to_shard) = tokio::io::split(pair);
+    let (from_shard, to_shard) = pair.split();
     let inward = inward(from_peer, to_shard);
     let outward = outward(from_shard, to_peer);
     tokio::pin!(inward, outward);
@@ -79,9 +79,9 @@ async fn inward(
 }
 
 /// The shard's bytes, encrypted, to the peer, until the shard closes. The errno of a peer that
-/// takes no more.
+/// takes no more: once the shard has closed, nobody else looks after one that stands still.
 async fn outward(
-    mut from_shard: impl AsyncRead + Unpin,
+    mut from_shard: ReadHalf<'_>,
     mut to_peer: impl AsyncWrite + Unpin,
 ) -> Result<(), i32> {
     let mut chunk = vec![0; CHUNK_BYTES];
@@ -90,10 +90,29 @@ async fn outward(
             to_peer.write_all(&chunk[..read]).await?;
             to_peer.flush().await
         };
-        sent.await.map_err(|error| errno(&error))?;
+        tokio::pin!(sent);
+        loop {
+            match timeout(FAREWELL_MAX, &mut sent).await {
+                Ok(sent) => break sent.map_err(|error| errno(&error))?,
+                Err(_) if has_closed(from_shard.as_ref()) => {
+                    return Err(Errno::TIMEDOUT.raw_os_error());
+                }
+                Err(_) => {}
+            }
+        }
     }
     let _ = timeout(FAREWELL_MAX, to_peer.shutdown()).await;
     Ok(())
+}
+
+/// Whether the shard has closed its end, although not all has been read that it wrote.
+fn has_closed(pair: &UnixStream) -> bool {
+    let mut polled = [PollFd::new(pair, PollFlags::empty())];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    matches!(poll(&mut polled, Some(&now)), Ok(1..))
 }
 
 fn errno(error: &io::Error) -> i32 {
@@ -116,9 +135,21 @@ mod tests {
     }
 
     #[test]
+    fn a_closed_end_is_seen_before_all_is_read() {
+        run(async {
+            let (mut shard, pair) = UnixStream::pair().unwrap();
+            shard.write_all(b"unread").await.unwrap();
+            assert!(!has_closed(&pair));
+            drop(shard);
+            assert!(has_closed(&pair));
+        });
+    }
+
+    #[test]
     fn what_the_shard_says_after_the_peers_end_still_leaves() {
         run(async {
-            let ((mut peer, tls), (mut shard, pair)) = (duplex(64), duplex(64));
+            let (mut peer, tls) = duplex(64);
+            let (mut shard, pair) = UnixStream::pair().unwrap();
             let pumped = async { pump(tls, pair).await };
             let talk = async {
                 peer.write_all(b"request").await.unwrap();
@@ -139,7 +170,8 @@ mod tests {
     #[test]
     fn the_last_word_of_the_shard_leaves_although_it_reads_no_more() {
         run(async {
-            let ((peer, tls), (mut shard, pair)) = (duplex(16), duplex(16));
+            let (peer, tls) = duplex(16);
+            let (mut shard, pair) = UnixStream::pair().unwrap();
             let pumped = async { pump(tls, pair).await };
             let talk = async {
                 shard.write_all(b"kill").await.unwrap();
@@ -162,7 +194,7 @@ mod tests {
     fn a_reset_is_told_by_its_errno() {
         run(async {
             let reset = tokio_reset();
-            let (shard, pair) = duplex(64);
+            let (shard, pair) = UnixStream::pair().unwrap();
             assert_eq!(pump(reset, pair).await, Some(104));
             drop(shard);
         });
