@@ -27,7 +27,7 @@ use corelane_gpu_mem::protocol::v1::{
 use corelane_gpu_mem::server::{PoolConfig, Server, ServerConfig, ServerHandle};
 
 /// No condition of these tests takes longer on a busy machine.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) const GPU: &str = "GPU-00000000-0000-0000-0000-000000000001";
 
