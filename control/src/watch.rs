@@ -390,7 +390,7 @@ mod tests {
             candidate(2, 10, false),
             candidate(3, 11, true),
         ];
-        let left = without_superseded(found.into_iter().collect());
+        let left = without_superseded(found.into_iter().collect(), None);
         assert_eq!(
             left.iter().map(|instance| instance.id).collect::<Vec<_>>(),
             [2, 3]

@@ -15,8 +15,35 @@ use crate::discovery::{
 use crate::events::{EventPlane, Events};
 use crate::nats::{Nats, RequestPlane, Requests};
 
+/// What a runtime has of the world outside.
+pub(super) struct Opened {
+    pub(super) discovery: Discovery,
+    pub(super) nats: Option<Nats>,
+    pub(super) requests: Option<Requests>,
+    pub(super) events: Events,
+}
+
+impl Opened {
+    /// Opens all of it; the shards listen at `address`.
+    pub(super) async fn open(
+        options: &Options,
+        paths: &Rc<Paths>,
+        address: SocketAddr,
+    ) -> Result<Opened> {
+        let (nats, requests) = nats(options, address).await?;
+        let discovery = discovery(options, paths).await?;
+        let events = events(options.events, &discovery, nats.as_ref());
+        Ok(Opened {
+            discovery,
+            nats,
+            requests,
+            events,
+        })
+    }
+}
+
 /// Opens it. Whoever finds us under a new identity can be served under it already.
-pub(super) async fn discovery(options: &Options, paths: &Rc<Paths>) -> Result<Discovery> {
+async fn discovery(options: &Options, paths: &Rc<Paths>) -> Result<Discovery> {
     let lookup = |name: &str| options.discovery.variable(name);
     let discovery = match options.discovery.backend {
         Backend::Memory => {
@@ -44,10 +71,7 @@ pub(super) async fn discovery(options: &Options, paths: &Rc<Paths>) -> Result<Di
 
 /// Connects to NATS if anything goes over it: events, requests to us, or requests to others if
 /// `NATS_SERVER` is set (which may come later).
-pub(super) async fn nats(
-    options: &Options,
-    address: SocketAddr,
-) -> Result<(Option<Nats>, Option<Requests>)> {
+async fn nats(options: &Options, address: SocketAddr) -> Result<(Option<Nats>, Option<Requests>)> {
     let is_needed =
         options.events == EventPlane::Nats || options.request_plane == RequestPlane::Nats;
     let nats = match (is_needed, options.env.get("NATS_SERVER")) {
@@ -60,7 +84,7 @@ pub(super) async fn nats(
 }
 
 /// The event plane of these.
-pub(super) fn events(plane: EventPlane, discovery: &Discovery, nats: Option<&Nats>) -> Events {
+fn events(plane: EventPlane, discovery: &Discovery, nats: Option<&Nats>) -> Events {
     match (plane, nats) {
         (EventPlane::Nats, Some(nats)) => Events::nats(discovery, nats),
         (EventPlane::Zmq, _) => Events::zmq(discovery),

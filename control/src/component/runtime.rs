@@ -31,12 +31,13 @@ use super::client::Client;
 use super::endpoint::{Endpoint, Namespace};
 use super::error::Error;
 use super::hub::Hub;
+use super::metrics;
 use super::names;
+use super::open::Opened;
 use super::options::Options;
 use super::paths::Paths;
 use super::registry::Registry;
 use super::serving::Serving;
-use super::{metrics, open};
 use crate::config::Backend;
 use crate::cores::Cores;
 use crate::discovery::Discovery;
@@ -127,43 +128,24 @@ impl Runtime {
             bind: SocketAddr::new(options.server.host, 0),
             advertise: options.server.advertised(),
         };
-        let (admission, shards) = (options.admission, plan.shards.len());
-        let calls_max = options.calls_max;
-        let budget = Budget::new(admission.running_max, admission.queue_max);
-        let budget = admission.is_shared(shards).then(|| Arc::new(budget));
-        let ends = move |index| {
-            let part = match &budget {
-                Some(_) => admission,
-                None => admission.part(index, shards),
-            };
-            Ends {
-                budget: budget.clone(),
-                running_max: part.running_max,
-                queue_max: part.queue_max,
-                home: Some(home),
-                calls_max,
-                ..Ends::default()
-            }
-        };
-        let cores = Cores::spawn_with(&plan, ends)?;
+        let shards = plan.shards.len();
+        let cores = Cores::spawn_with(&plan, ends(&options, shards, home))?;
         cores.started().await?;
         let address = SocketAddr::new(options.server.advertised(), cores.address().port());
         let paths = Paths::new(&cores);
-        let discovery = match open::discovery(&options, &paths).await {
-            Ok(discovery) => discovery,
+        let opened = match Opened::open(&options, &paths, cores.address()).await {
+            Ok(opened) => opened,
             Err(error) => {
                 cores.stop().await;
                 return Err(error);
             }
         };
-        let (nats, requests) = match open::nats(&options, cores.address()).await {
-            Ok(both) => both,
-            Err(error) => {
-                discovery.close().await;
-                cores.stop().await;
-                return Err(error);
-            }
-        };
+        let Opened {
+            discovery,
+            nats,
+            requests,
+            events,
+        } = opened;
         let (settings, complaints) = Settings::read(&options.env);
         for complaint in complaints {
             tracing::warn!("{complaint}");
@@ -171,7 +153,6 @@ impl Runtime {
         let stopped = watch::Sender::new(false);
         let gateway = requests.as_ref().map(Requests::gateway);
         let registry = Registry::new(&discovery, shards, gateway);
-        let events = open::events(options.events, &discovery, nats.as_ref());
         let runtime = Runtime(Rc::new(Inner {
             hub: Hub::new(&cores, stopped.subscribe()),
             options,
@@ -443,6 +424,27 @@ impl Inner {
             bounds: Some((admission.running_max, admission.queue_max)),
         };
         numbers.join(text)
+    }
+}
+
+/// What each shard takes on.
+fn ends(options: &Options, shards: usize, home: HomeAddress) -> impl Fn(usize) -> Ends + use<> {
+    let (admission, calls_max) = (options.admission, options.calls_max);
+    let budget = Budget::new(admission.running_max, admission.queue_max);
+    let budget = admission.is_shared(shards).then(|| Arc::new(budget));
+    move |index| {
+        let part = match &budget {
+            Some(_) => admission,
+            None => admission.part(index, shards),
+        };
+        Ends {
+            budget: budget.clone(),
+            running_max: part.running_max,
+            queue_max: part.queue_max,
+            home: Some(home),
+            calls_max,
+            ..Ends::default()
+        }
     }
 }
 

@@ -1,12 +1,14 @@
 //! Events over a real NATS server: the bytes and subjects that Dynamo uses, and what a subscriber
 //! does with what is none.
 
+use serde::de::DeserializeOwned;
+
 use crate::lab::{DEADLINE, NatsServer, run};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use corelane::component::{EventPlane, EventsError, Options, Runtime};
-use corelane::discovery::{Discovery, MemoryDiscovery, MemoryStore};
+use corelane::discovery::{Discovery, MemoryDiscovery, MemoryStore, Watch};
 use corelane::events::Events;
 use corelane::nats::Nats;
 use corelane_codec::event::typed::{KvChange, KvEvent};
@@ -132,6 +134,12 @@ fn what_is_no_event_is_told_and_the_next_ones_come() {
     });
 }
 
+fn watch<T: DeserializeOwned + 'static>(watcher: &Discovery, bucket: &str) -> Watch<T> {
+    watcher.watch(&format!("{bucket}/"), |_, value| {
+        serde_json::from_slice(value)
+    })
+}
+
 #[test]
 fn publishers_stand_in_discovery_while_they_live() {
     let server = NatsServer::start();
@@ -144,14 +152,8 @@ fn publishers_stand_in_discovery_while_they_live() {
             .nats(server.options());
         let runtime = Runtime::start(options).await.unwrap();
         let watcher = Discovery::Memory(MemoryDiscovery::new(&store));
-        let mut channels = watcher
-            .watch::<EventChannelRecord>(&format!("{CHANNELS_BUCKET}/"), |_, value| {
-                serde_json::from_slice(value)
-            });
-        let sources = watcher
-            .watch::<EventSourceRecord>(&format!("{SOURCES_BUCKET}/"), |_, value| {
-                serde_json::from_slice(value)
-            });
+        let mut channels = watch::<EventChannelRecord>(&watcher, CHANNELS_BUCKET);
+        let sources = watch::<EventSourceRecord>(&watcher, SOURCES_BUCKET);
         let namespace = runtime.namespace("demo").unwrap();
         let component = namespace.component("backend").unwrap();
         let endpoint = component.endpoint("generate").unwrap();
@@ -193,6 +195,7 @@ fn publishers_stand_in_discovery_while_they_live() {
         assert_eq!(read, [event]);
 
         drop(publisher);
+        // Both are withdrawn.
         let gone = async {
             while !channels.directory().is_empty() || !sources.directory().is_empty() {
                 channels.changed().await;
