@@ -158,7 +158,7 @@ impl Endpoint {
     ///
     /// # Errors
     /// As [`Endpoint::serve`].
-    pub async fn serve_with<H, M>(mut self, factory: M) -> Result<Served, Error>
+    pub async fn serve_with<H, M>(self, factory: M) -> Result<Served, Error>
     where
         H: Handler,
         M: Fn(&Shard) -> H + Send + Sync + 'static,
@@ -194,7 +194,7 @@ impl Endpoint {
         self.serve_as(RequestType::ManyIn, factory).await
     }
 
-    async fn serve_as<H, M>(self, takes: RequestType, factory: M) -> Result<Served, Error>
+    async fn serve_as<H, M>(mut self, takes: RequestType, factory: M) -> Result<Served, Error>
     where
         H: Handler,
         M: Fn(&Shard) -> H + Send + Sync + 'static,
