@@ -18,97 +18,38 @@ import socket
 import struct
 import sys
 import uuid
-from typing import Dict, List, Optional, Union
+from pathlib import Path
+from typing import Dict, List, Union
 
 import msgspec
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "gpu-mem" / "tests" / "peer"))
+from messages import (  # noqa: E402
+    AllocateRequest,
+    AllocateResponse,
+    CommitRequest,
+    CommitResponse,
+    ErrorResponse,
+    ExportAllocationRequest,
+    ExportAllocationResponse,
+    FreeAllocationRequest,
+    FreeAllocationResponse,
+    HandshakeRequest,
+    HandshakeResponse,
+    RuntimeStateRequest,
+    RuntimeStateResponse,
+)
 
 GRANULARITY_BYTES = 2 << 20
 F_ADD_SEALS, F_SEAL_SHRINK, F_SEAL_GROW = 1033, 2, 4
 LOG = logging.getLogger("gms")
 
-
-class Tagged(msgspec.Struct, tag_field="type", kw_only=True):
-    """A message; its tag travels in `type`."""
-
-
-class HandshakeRequest(Tagged, tag="handshake_request"):
-    lock_type: str
-    timeout_ms: Optional[int] = None
-
-
-class HandshakeResponse(Tagged, tag="handshake_response"):
-    success: bool
-    committed: bool
-    granted_lock_type: Optional[str] = None
-
-
-class CommitRequest(Tagged, tag="commit_request"):
-    pass
-
-
-class CommitResponse(Tagged, tag="commit_response"):
-    success: bool
-
-
-class AllocateRequest(Tagged, tag="allocate_request"):
-    size: int
-    tag: str = "default"
-
-
-class AllocateResponse(Tagged, tag="allocate_response"):
-    allocation_id: str
-    size: int
-    aligned_size: int
-    layout_slot: int
-
-
-class ExportRequest(Tagged, tag="export_allocation_request"):
-    allocation_id: str
-
-
-class ExportResponse(Tagged, tag="export_allocation_response"):
-    allocation_id: str
-    size: int
-    aligned_size: int
-    tag: str
-    layout_slot: int
-
-
-class FreeRequest(Tagged, tag="free_allocation_request"):
-    allocation_id: str
-
-
-class FreeResponse(Tagged, tag="free_allocation_response"):
-    success: bool
-
-
-class RuntimeStateRequest(Tagged, tag="get_runtime_state_request"):
-    pass
-
-
-class RuntimeStateResponse(Tagged, tag="get_runtime_state_response"):
-    state: str
-    has_rw_session: bool
-    ro_session_count: int
-    waiting_writers: int
-    committed: bool
-    is_ready: bool
-    allocation_count: int
-    memory_layout_hash: str
-    layout_committed: bool = False
-
-
-class ErrorResponse(Tagged, tag="error_response"):
-    error: str
-    code: int = 0
-
-
 Request = Union[
     HandshakeRequest,
     CommitRequest,
     AllocateRequest,
-    ExportRequest,
-    FreeRequest,
+    ExportAllocationRequest,
+    FreeAllocationRequest,
     RuntimeStateRequest,
 ]
 DECODER = msgspec.msgpack.Decoder(Request)
@@ -313,17 +254,17 @@ class Session:
         pool = self.pool
         if isinstance(request, AllocateRequest) and self.grant == "rw":
             await self.send(pool.allocate(request))
-        elif isinstance(request, FreeRequest) and self.grant == "rw":
+        elif isinstance(request, FreeAllocationRequest) and self.grant == "rw":
             one = pool.allocations.pop(request.allocation_id, None)
             if one is not None:
                 os.close(one.fd)
-            await self.send(FreeResponse(success=one is not None))
-        elif isinstance(request, ExportRequest):
+            await self.send(FreeAllocationResponse(success=one is not None))
+        elif isinstance(request, ExportAllocationRequest):
             one = pool.allocations.get(request.allocation_id)
             if one is None:
                 await self.send(ErrorResponse(error="Unknown allocation"))
                 return
-            reply = ExportResponse(
+            reply = ExportAllocationResponse(
                 allocation_id=one.id,
                 size=one.size,
                 aligned_size=one.aligned,

@@ -6,7 +6,7 @@ use std::fs;
 use std::str::FromStr;
 use std::sync::OnceLock;
 
-use rustix::thread::{CpuSet, sched_setaffinity};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 /// CPU time and context switches of some processes so far, or in a window.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -253,6 +253,20 @@ impl fmt::Display for CpuRange {
 }
 
 impl CpuRange {
+    /// The first and the last CPU that the calling thread may use, if there are two.
+    pub(crate) fn ends_of_this_thread() -> std::io::Result<Option<(Self, Self)>> {
+        let set = sched_getaffinity(None)?;
+        let mut allowed = (0..CpuSet::MAX_CPU).filter(|cpu| set.is_set(*cpu));
+        let alone = |cpu| Self {
+            first: cpu,
+            last: cpu,
+        };
+        let first = allowed.next();
+        Ok(first
+            .zip(allowed.next_back())
+            .map(|(first, last)| (alone(first), alone(last))))
+    }
+
     /// Binds the calling thread, and what it starts from now on, to these CPUs. One system call
     /// and no allocation, so it may run between fork and exec.
     pub(crate) fn bind_this_thread(self) -> std::io::Result<()> {

@@ -17,6 +17,7 @@ use corelane_gpu_mem::protocol::v1::{
     AllocateRequest, CommitRequest, ExportAllocationRequest, GetRuntimeStateRequest,
     GetRuntimeStateResponse, HandshakeRequest, Reply, Request,
 };
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
 use crate::interrupt;
@@ -30,6 +31,8 @@ const LOOKS: u32 = 1 << 14;
 pub(crate) struct Client {
     stream: UnixStream,
     input: Vec<u8>,
+    /// It sleeps until an answer comes.
+    sleeps: bool,
 }
 
 impl Client {
@@ -41,6 +44,7 @@ impl Client {
         Ok(Self {
             stream,
             input: Vec::with_capacity(4096),
+            sleeps: false,
         })
     }
 
@@ -99,6 +103,17 @@ impl Client {
         }
     }
 
+    /// Until there is something to read, or a second is over.
+    fn sleep(&self) {
+        let mut watched = [PollFd::new(&self.stream, PollFlags::IN)];
+        let second = Timespec {
+            tv_sec: 1,
+            tv_nsec: 0,
+        };
+        // Whatever it answers, the socket is looked at again.
+        let _ = rustix::event::poll(&mut watched, Some(&second));
+    }
+
     fn say(&mut self, request: impl Into<Request>) -> Result<()> {
         let frame = request.into().encode();
         // A small frame and an empty socket: it fits.
@@ -125,6 +140,9 @@ impl Client {
                     }
                 }
                 Err(Errno::AGAIN | Errno::INTR) => {
+                    if self.sleeps {
+                        self.sleep();
+                    }
                     if look % LOOKS == 0 {
                         interrupt::check()?;
                         if began.elapsed() > PATIENCE {
@@ -159,13 +177,10 @@ pub(crate) struct WriterArgs {
 /// Holds the lock with some memory until it is killed; says `h` when it does.
 pub(crate) fn hold(args: &WriterArgs) -> Result<()> {
     let mut client = Client::queue_up(&args.socket)?;
-    // It may wait for long behind others, and must not take their CPU.
-    let watched = &client.stream;
-    let mut wait = [rustix::event::PollFd::new(
-        watched,
-        rustix::event::PollFlags::IN,
-    )];
-    while rustix::event::poll(&mut wait, None).is_err() {}
+    // It has the service's CPU, and must not take it. It may wait for long behind others.
+    client.sleeps = true;
+    let mut watched = [PollFd::new(&client.stream, PollFlags::IN)];
+    while rustix::event::poll(&mut watched, None).is_err() {}
     client.granted()?;
     for _ in 0..4 {
         client.allocate(1)?;

@@ -17,6 +17,7 @@ use hdrhistogram::Histogram;
 use rustix::fs::OFlags;
 use rustix::process::{Pid, Signal, set_parent_process_death_signal};
 
+use crate::cpu::CpuRange;
 use crate::gms_client::{Client, state};
 use crate::interrupt::{self, wait_for};
 use crate::report::new_histogram;
@@ -160,11 +161,11 @@ impl Queue {
         self.enqueue()
     }
 
-    /// One holder that is killed. `waiting` is how many stand behind it.
-    pub(crate) fn kill(&mut self, samples: &mut Samples) -> Result<()> {
+    /// One holder that is killed, which runs on `cpus`.
+    pub(crate) fn kill(&mut self, cpus: Option<CpuRange>, samples: &mut Samples) -> Result<()> {
         let waiting = self.waiting.len();
         self.settle(waiting)?;
-        let mut victim = Victim::start(&self.socket)?;
+        let mut victim = Victim::start(&self.socket, cpus)?;
         self.settle(waiting + 1)?;
         // Everybody before the victim comes and goes, and stands behind it afterwards.
         for _ in 0..waiting {
@@ -195,16 +196,17 @@ struct Victim {
 }
 
 impl Victim {
-    fn start(socket: &Path) -> Result<Self> {
+    /// On CPUs where it need not wait for the client that polls.
+    fn start(socket: &Path, cpus: Option<CpuRange>) -> Result<Self> {
         use std::os::unix::process::CommandExt as _;
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("gms-writer").arg(socket);
         command.stdin(Stdio::null()).stdout(Stdio::piped());
-        // SAFETY: between fork and exec only one system call is made.
+        // SAFETY: between fork and exec only system calls are made: no allocation, no lock.
         unsafe {
-            command.pre_exec(|| {
+            command.pre_exec(move || {
                 set_parent_process_death_signal(Some(Signal::KILL))?;
-                Ok(())
+                cpus.map_or(Ok(()), CpuRange::bind_this_thread)
             });
         }
         let mut child = command.spawn().context("cannot start the writer")?;

@@ -212,7 +212,8 @@ const AFTER_ROUTE: &[(&str, &[&str])] = &[
         "[zebra]\n",
         &[
             "c.toml:7:2: unknown table \"zebra\"; known are [server], [discovery], [[route]], \
-         [[instance]], [core], [control], [tls], [drain], [gpu], [planner]",
+         [[instance]], [core], [control], [tls], [drain], [gpu], [planner], \
+         [events]",
         ],
     ),
     (

@@ -213,6 +213,58 @@ fn where_io_uring_is_refused_the_cause_is_named() {
 }
 
 #[test]
+fn a_planner_tells_its_intervals_and_metrics_show_them() {
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::UnixStream;
+
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("planner.sock");
+    let options = format!(
+        "[drain]\ngrace_s = 0\n[planner]\nsocket = \"{}\"\nnames = \"both\"\n",
+        socket.display()
+    );
+    let (mut router, _worker) = one_worker("", &options, &[]);
+    let planner = UnixStream::connect(&socket).unwrap();
+    planner
+        .set_read_timeout(Some(Duration::from_secs(60)))
+        .unwrap();
+    let mut answers = BufReader::new(planner.try_clone().unwrap()).lines();
+    let mut say = |line: &str| {
+        writeln!(&planner, "{line}").unwrap();
+        answers.next().unwrap().unwrap()
+    };
+    let whole = r#"{"interval_s":180,"prefill":{"replicas":2,"gpus":1},
+        "decode":{"replicas":4,"gpus":2},"observed":{"ttft_ms":200,"itl_ms":12,
+        "request_duration_s":3.5,"requests":900,"input_tokens":3000,"output_tokens":150},
+        "plugins":[{"plugin_id":"cap","stage":"reconcile","result":"at_most","latency_s":0.02}],
+        "ticks":[{"duration_s":0.2}]}"#;
+    assert_eq!(say(&whole.replace('\n', " ")), r#"{"ok":true}"#);
+    assert!(say(r#"{"interval_s":0}"#).contains(r#""ok":false"#));
+    for (words, value) in [
+        (&["planner:observed_ttft "][..], 200.0),
+        (&["dynamo_planner_observed_ttft_ms "], 200.0),
+        (&["planner:num_d_workers "], 4.0),
+        (&["dynamo_planner_num_decode_replicas "], 4.0),
+        (&["planner:gpu_hours "], 0.5),
+        (&["dynamo_planner_gpu_hours "], 0.5),
+        (
+            &["dynamo_planner_plugin_evaluations_total{", "\"at_most\""],
+            1.0,
+        ),
+        (&["dynamo_planner_tick_duration_seconds_count "], 1.0),
+        (&["corelane_planner_refused_total "], 1.0),
+        // Beside the router's own.
+        (&["corelane_build_info"], 1.0),
+    ] {
+        assert_eq!(router.metric(words), value, "{words:?}");
+    }
+
+    router.signal(Signal::TERM);
+    assert_eq!(router.ended(), 0);
+    assert!(!socket.exists(), "the socket goes with the router");
+}
+
+#[test]
 fn taken_ports_are_said() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port();

@@ -12,6 +12,9 @@ pub const EVENTS_MAX: usize = 256;
 /// How many audit records are kept; older ones are in the log only.
 pub const AUDIT_MAX: usize = 4096;
 
+/// Records that the log may lag behind.
+const UNLOGGED_MAX: usize = 256;
+
 /// The process at the other end of a socket, as the kernel tells (SO_PEERCRED).
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Peer {
@@ -130,6 +133,8 @@ pub struct History {
     pool: Arc<str>,
     events: VecDeque<EventRecord>,
     audit: Audit,
+    /// What the log has not been told yet.
+    unlogged: VecDeque<AuditRecord>,
 }
 
 impl History {
@@ -139,7 +144,31 @@ impl History {
             pool,
             events: VecDeque::with_capacity(EVENTS_MAX),
             audit,
+            unlogged: VecDeque::new(),
         }
+    }
+
+    /// Writes one record to the log; false if it knows all of them. A line may take longer than all
+    /// that it tells of, and nobody who waits for an answer should wait for that.
+    pub fn log(&mut self) -> bool {
+        let Some(record) = self.unlogged.pop_front() else {
+            return false;
+        };
+        let AuditRecord {
+            pool,
+            session,
+            peer,
+            what,
+            from,
+            to,
+            allocation_count,
+            ..
+        } = record;
+        tracing::info!(
+            pool = &*pool, session, pid = peer.pid, uid = peer.uid, %from, %to,
+            allocations = allocation_count, "{what}"
+        );
+        true
     }
 
     /// The ring, oldest first.
@@ -180,28 +209,22 @@ impl History {
         });
     }
 
-    fn write(&self, stamp: Stamp, what: &'static str, from: State, to: State, count: u64) {
-        let Stamp {
-            unix_ms,
-            session: ClientId(session),
-            peer,
-        } = stamp;
-        tracing::info!(
-            pool = &*self.pool, session, pid = peer.pid, uid = peer.uid, %from, %to,
-            allocations = count, "{what}"
-        );
-        let pool = Arc::clone(&self.pool);
-        let allocation_count = count;
-        self.audit.push(AuditRecord {
-            unix_ms,
-            pool,
-            session,
-            peer,
+    fn write(&mut self, stamp: Stamp, what: &'static str, from: State, to: State, count: u64) {
+        let record = AuditRecord {
+            unix_ms: stamp.unix_ms,
+            pool: Arc::clone(&self.pool),
+            session: stamp.session.0,
+            peer: stamp.peer,
             what,
             from,
             to,
-            allocation_count,
-        });
+            allocation_count: count,
+        };
+        if self.unlogged.len() >= UNLOGGED_MAX {
+            self.log();
+        }
+        self.unlogged.push_back(record.clone());
+        self.audit.push(record);
     }
 }
 

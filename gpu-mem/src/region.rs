@@ -120,7 +120,10 @@ mod tests {
         let mapper = Arc::new(HostMapper::default());
         let mut region = Region::reserve(mapper, GRANULARITY_BYTES).expect("addresses");
         let address = region.address();
-        let lend = |access| block.export(access).expect("a descriptor");
+        let lend = |access| {
+            let lent = block.export(access).expect("a descriptor");
+            lent.try_clone().expect("another one")
+        };
         region
             .map(lend(Access::ReadWrite), Access::ReadWrite)
             .expect("it maps");

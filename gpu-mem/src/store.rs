@@ -2,7 +2,6 @@
 //! their shape (`spec/gpu-memory.md` §3.6).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fmt::Write as _;
 use std::ops::Bound;
 
 use sha2::{Digest, Sha256};
@@ -223,11 +222,10 @@ impl Store {
         true
     }
 
-    /// Removes everything; slots start at zero again. Answers how many allocations there were.
-    pub fn clear(&mut self) -> u64 {
-        let count = self.count();
-        *self = Store::new(self.limits);
-        count
+    /// Removes everything; slots start at zero again. Answers what there was.
+    pub fn clear(&mut self) -> Store {
+        let empty = Store::new(self.limits);
+        std::mem::replace(self, empty)
     }
 
     /// Stores an entry, silently in the place of another with its key.
@@ -327,19 +325,18 @@ impl Store {
     /// memory is part of it where there is any; else it is exactly upstream's.
     pub fn layout_hash(&self) -> String {
         let mut hash = Sha256::new();
-        let ranks = self.ranks();
-        for allocation in self.allocations.values() {
+        let slots = self.slots_in_order();
+        for (rank, allocation) in self.allocations.values().enumerate() {
             let Allocation {
                 size,
                 aligned_size,
                 tag,
-                slot,
                 ..
             } = allocation;
-            hash.update(format!("{}:{size}:{aligned_size}:{tag}", ranks[slot]));
+            hash.update(format!("{rank}:{size}:{aligned_size}:{tag}"));
         }
         for (key, entry) in &self.metadata {
-            let rank = ranks.get(&entry.slot).copied().unwrap_or_default();
+            let rank = rank_of(entry.slot, &slots);
             hash.update(format!("{key}:{rank}:{}:", entry.offset_bytes));
             hash.update(&entry.value);
         }
@@ -351,7 +348,7 @@ impl Store {
     /// length before it.
     pub fn layout_digest(&self) -> String {
         let mut hash = Sha256::new();
-        let ranks = self.ranks();
+        let slots = self.slots_in_order();
         hash.update(b"corelane layout 1");
         hash.update(self.count().to_le_bytes());
         for allocation in self.allocations.values() {
@@ -361,7 +358,7 @@ impl Store {
             hash.update(&allocation.tag);
         }
         for (key, entry) in &self.metadata {
-            let rank: u64 = ranks.get(&entry.slot).copied().unwrap_or_default();
+            let rank = rank_of(entry.slot, &slots) as u64;
             hash.update((key.len() as u64).to_le_bytes());
             hash.update(key);
             hash.update(rank.to_le_bytes());
@@ -373,24 +370,27 @@ impl Store {
         hex(&hash.finalize())
     }
 
-    /// Slots with the gaps closed.
-    fn ranks(&self) -> HashMap<u64, u64> {
-        self.allocations.keys().copied().zip(0..).collect()
+    /// The slots in order: the place of one here is its rank, with the gaps closed.
+    fn slots_in_order(&self) -> Vec<u64> {
+        self.allocations.keys().copied().collect()
     }
 }
 
+fn rank_of(slot: u64, slots: &[u64]) -> usize {
+    slots.binary_search(&slot).unwrap_or_default()
+}
+
 fn hex(bytes: &[u8]) -> String {
-    bytes
-        .iter()
-        .fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-            let _ = write!(text, "{byte:02x}");
-            text
-        })
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let digit = |nibble: u8| char::from(DIGITS[usize::from(nibble & 15)]);
+    let digits = bytes.iter().flat_map(|byte| [byte >> 4, *byte]);
+    digits.map(digit).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use std::os::fd::OwnedFd;
+    use std::sync::Arc;
 
     use super::*;
     use crate::backend::{Access, BackendError};
@@ -398,7 +398,7 @@ mod tests {
     struct Nothing;
 
     impl Block for Nothing {
-        fn export(&self, _: Access) -> Result<OwnedFd, BackendError> {
+        fn export(&self, _: Access) -> Result<Arc<OwnedFd>, BackendError> {
             Err(BackendError::new("exporting", "there is nothing"))
         }
     }
@@ -476,7 +476,11 @@ mod tests {
         assert!(pool.entry("moved").is_some(), "it points at b now");
         add(&mut pool, "c", 1, "t");
         assert_eq!(pool.allocation("c").map(|c| c.slot), Ok(2));
-        assert_eq!((pool.clear(), pool.count(), pool.total_bytes()), (2, 0, 0));
+        let cleared = pool.clear();
+        assert_eq!(
+            (cleared.count(), pool.count(), pool.total_bytes()),
+            (2, 0, 0)
+        );
         add(&mut pool, "d", 1, "t");
         assert_eq!(pool.allocation("d").map(|d| d.slot), Ok(0));
     }

@@ -9,7 +9,8 @@ use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet, text};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
-use super::update::{Bent, Decisions, Engine, Observed, Update};
+use super::plugins::Plugins;
+use super::update::{Decisions, Engine, Observed, Update};
 use crate::config::PlannerNames;
 
 /// Declares the gauges without labels: variant, name of the first generation, of 1.6.1, meaning.
@@ -84,7 +85,7 @@ pub struct PlannerMetrics {
     load: Decision,
     throughput: Decision,
     engines: Vec<Engine>,
-    bent: Bent,
+    plugins: Plugins,
     updates: u64,
     skipped: u64,
     refused: u64,
@@ -99,11 +100,7 @@ impl PlannerMetrics {
             load: Decision::default(),
             throughput: Decision::default(),
             engines: Vec::new(),
-            bent: Bent {
-                reconcile_clamped: 0,
-                constrain_capped: 0,
-                reject_short_circuited: 0,
-            },
+            plugins: Plugins::new(),
             updates: 0,
             skipped: 0,
             refused: 0,
@@ -122,6 +119,7 @@ impl PlannerMetrics {
         }
         self.updates += 1;
         self.replicas(update);
+        self.plugins.apply(update);
         if let Some(observed) = update.observed {
             let Some(known) = known(observed) else {
                 self.skipped += 1;
@@ -136,9 +134,6 @@ impl PlannerMetrics {
         if let Some(Decisions { load, throughput }) = &update.decisions {
             self.load.say(load.as_deref());
             self.throughput.say(throughput.as_deref());
-        }
-        if let Some(bent) = update.bent {
-            self.bent = bent;
         }
         Ok(Applied::Whole)
     }
@@ -280,7 +275,7 @@ impl Collector for PlannerMetrics {
         if current {
             self.decisions(&mut encoder)?;
             self.engines(&mut encoder)?;
-            self.bent(&mut encoder)?;
+            self.plugins.encode(&mut encoder)?;
         }
         let own = [
             (
@@ -371,34 +366,6 @@ impl PlannerMetrics {
         }
         Ok(())
     }
-
-    fn bent(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let Bent {
-            reconcile_clamped,
-            constrain_capped,
-            reject_short_circuited,
-        } = self.bent;
-        for (name, help, count) in [
-            (
-                "reconcile_clamped",
-                "Plans clamped while reconciling.",
-                reconcile_clamped,
-            ),
-            (
-                "constrain_capped",
-                "Plans capped by a constraint.",
-                constrain_capped,
-            ),
-            (
-                "reject_short_circuited",
-                "Plans short-circuited by a rejection.",
-                reject_short_circuited,
-            ),
-        ] {
-            count_of(encoder, &format!("dynamo_planner_{name}"), help, count)?;
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]
@@ -427,8 +394,7 @@ mod tests {
         "sized":{"prefill":3,"decode":5},
         "decisions":{"load":"scale_up","throughput":"hold"},
         "engines":[{"worker_id":"w1","dp_rank":1,"queued_prefill_tokens":7}],
-        "power":{"budget_watts":1000,"projected_watts":800},
-        "bent":{"reconcile_clamped":1,"constrain_capped":2,"reject_short_circuited":3}}"#;
+        "power":{"budget_watts":1000,"projected_watts":800}}"#;
 
     #[test]
     fn an_interval_moves_both_generations() {
@@ -447,7 +413,6 @@ mod tests {
             ("dynamo_planner_predicted_input_sequence_tokens", 3_100.0),
             ("planner:predicted_num_d", 5.0),
             ("dynamo_planner_power_budget_utilization", 0.8),
-            ("dynamo_planner_constrain_capped_total", 2.0),
             ("corelane_planner_updates_total", 1.0),
         ] {
             assert_eq!(value(&metrics, name), Some(expected), "{name}");

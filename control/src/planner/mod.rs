@@ -9,6 +9,7 @@
 
 pub mod feed;
 pub mod metrics;
+mod plugins;
 pub mod trace;
 pub mod update;
 

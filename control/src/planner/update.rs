@@ -33,8 +33,12 @@ pub struct Update {
     pub engines: Option<Vec<Engine>>,
     /// Power, where it is planned.
     pub power: Option<Power>,
-    /// How often plans were bent, since the planner's start.
-    pub bent: Option<Bent>,
+    /// What became of each plugin in each stage of the interval's ticks.
+    pub plugins: Option<Vec<PluginCall>>,
+    /// The interval's ticks.
+    pub ticks: Option<Vec<Tick>>,
+    /// Each time that a plan was bent.
+    pub bent: Option<Vec<Bent>>,
 }
 
 /// Replicas of one kind.
@@ -147,16 +151,147 @@ pub struct Power {
     pub projected_watts: f64,
 }
 
-/// Counts of bent plans.
+/// One plugin in one stage of a tick.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct PluginCall {
+    /// Which plugin.
+    pub plugin_id: String,
+    /// Which stage of the tick.
+    #[serde(default)]
+    pub stage: String,
+    /// What came of it, if it was its turn.
+    pub result: Option<Outcome>,
+    /// How long the call took, in seconds; counts where it succeeded.
+    pub latency_s: Option<f64>,
+    /// How its circuit breaker stands.
+    pub circuit: Option<Circuit>,
+    /// How old the result is that stood in for a call, in seconds.
+    pub cache_age_s: Option<f64>,
+    /// What it overrode; the other kinds are then no longer active.
+    #[serde(default)]
+    pub overrides: Vec<Override>,
+    /// How late it was called, in seconds.
+    pub lag_s: Option<f64>,
+    /// It was not due.
+    #[serde(default)]
+    pub skipped: bool,
+    /// What it needs and was not there.
+    pub missing_field: Option<String>,
+}
+
+/// Declares an enum of words, which are those of the wire and of labels.
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident { $($(#[$what:meta])* $variant:ident = $word:literal,)+ }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
+        pub enum $name { $($(#[$what])* #[serde(rename = $word)] $variant,)+ }
+
+        impl $name {
+            /// All of them.
+            pub const ALL: [Self; [$($word),+].len()] = [$(Self::$variant),+];
+
+            /// Its word.
+            pub fn word(self) -> &'static str {
+                match self { $(Self::$variant => $word,)+ }
+            }
+        }
+    };
+}
+
+words! {
+    /// What came of a call.
+    Outcome {
+        /// The plugin had nothing to say.
+        Accept = "accept",
+        /// It set a number.
+        Set = "set",
+        /// It set a least number.
+        AtLeast = "at_least",
+        /// It set a greatest number.
+        AtMost = "at_most",
+        /// It rejected the plan.
+        Reject = "reject",
+        /// It did not answer in time.
+        Timeout = "timeout",
+        /// It failed.
+        Error = "error",
+        /// An earlier result stood in.
+        HeldOver = "held_over",
+    }
+}
+
+words! {
+    /// What a plugin overrides.
+    Override {
+        /// A number.
+        Set = "SET",
+        /// A least number.
+        AtLeast = "AT_LEAST",
+        /// A greatest number.
+        AtMost = "AT_MOST",
+        /// The whole plan.
+        Reject = "REJECT",
+    }
+}
+
+words! {
+    /// How a circuit breaker stands.
+    Circuit {
+        /// Calls go through.
+        Closed = "closed",
+        /// One call is tried.
+        HalfOpen = "half_open",
+        /// No calls are made.
+        Open = "open",
+    }
+}
+
+impl Circuit {
+    /// Its number in metrics.
+    pub fn level(self) -> f64 {
+        match self {
+            Self::Closed => 0.0,
+            Self::HalfOpen => 0.5,
+            Self::Open => 1.0,
+        }
+    }
+}
+
+words! {
+    /// How a plan was bent.
+    Bend {
+        /// Clamped while reconciling.
+        ReconcileClamped = "reconcile_clamped",
+        /// Capped by a constraint.
+        ConstrainCapped = "constrain_capped",
+        /// Short-circuited by a rejection.
+        RejectShortCircuited = "reject_short_circuited",
+    }
+}
+
+/// One tick of the plugins.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields)]
+pub struct Tick {
+    /// How long it took, in seconds.
+    pub duration_s: f64,
+    /// It took too long and was ended.
+    #[serde(default)]
+    pub timed_out: bool,
+}
+
+/// One plan that was bent.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
 pub struct Bent {
-    /// Clamped while reconciling.
-    pub reconcile_clamped: u64,
-    /// Capped by a constraint.
-    pub constrain_capped: u64,
-    /// Short-circuited by a rejection.
-    pub reject_short_circuited: u64,
+    /// How.
+    pub what: Bend,
+    /// Of which workers; nothing for a rejection, which is of the whole plan.
+    #[serde(default)]
+    pub sub_component_type: String,
+    /// By which plugin.
+    pub source: String,
 }
 
 /// How a sum and a count grew over an interval, as a Prometheus query tells; planners average so.
@@ -194,17 +329,35 @@ impl Update {
         if engines.len() > ENGINES_MAX {
             return Some("engines has more than 4096 entries");
         }
-        let words = self.decisions.iter();
-        let mut words = words.flat_map(|both| [&both.load, &both.throughput]);
-        let long = |word: &Option<String>| word.as_ref().is_some_and(|word| word.len() > WORD_MAX);
-        if words.any(long)
-            || engines
-                .iter()
-                .any(|engine| engine.worker_id.len() > WORD_MAX)
-        {
-            return Some("a word is longer than 64 bytes");
-        }
-        None
+        self.fault_of_words().or_else(|| self.fault_of_plugins())
+    }
+
+    fn fault_of_words(&self) -> Option<&'static str> {
+        let decisions = self.decisions.iter();
+        let decisions = decisions.flat_map(|both| [&both.load, &both.throughput]);
+        let engines = self.engines.iter().flatten().map(|one| &one.worker_id);
+        let calls = self.plugins.iter().flatten();
+        let calls = calls.flat_map(|call| {
+            let named = [&call.plugin_id, &call.stage];
+            named.into_iter().chain(&call.missing_field)
+        });
+        let bent = self.bent.iter().flatten();
+        let bent = bent.flat_map(|one| [&one.sub_component_type, &one.source]);
+        let mut words = decisions.flatten().chain(engines).chain(calls).chain(bent);
+        let long = words.any(|word| word.len() > WORD_MAX);
+        long.then_some("a word is longer than 64 bytes")
+    }
+
+    fn fault_of_plugins(&self) -> Option<&'static str> {
+        let calls = self.plugins.as_deref().unwrap_or_default();
+        let ticks = self.ticks.as_deref().unwrap_or_default();
+        let mut times = calls
+            .iter()
+            .flat_map(|call| [call.latency_s, call.cache_age_s, call.lag_s])
+            .flatten()
+            .chain(ticks.iter().map(|tick| tick.duration_s));
+        let negative = times.any(|time| time < 0.0);
+        negative.then_some("a time cannot be negative")
     }
 }
 

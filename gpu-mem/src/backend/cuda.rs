@@ -4,6 +4,7 @@
 use std::ffi::c_void;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
+use std::sync::Arc;
 
 use cudarc::driver::sys;
 
@@ -122,7 +123,7 @@ struct CudaBlock {
 impl Block for CudaBlock {
     /// The driver's descriptors carry no access right: whether a mapping can be written is chosen
     /// by the client that maps it.
-    fn export(&self, _access: Access) -> Result<OwnedFd, BackendError> {
+    fn export(&self, _access: Access) -> Result<Arc<OwnedFd>, BackendError> {
         let mut descriptor: RawFd = -1;
         // SAFETY: for this kind of handle the driver writes a descriptor where the pointer points.
         let answer = unsafe {
@@ -131,7 +132,7 @@ impl Block for CudaBlock {
         };
         check("cuMemExportToShareableHandle", answer)?;
         // SAFETY: the driver has just opened it for us.
-        Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+        Ok(Arc::new(unsafe { OwnedFd::from_raw_fd(descriptor) }))
     }
 }
 

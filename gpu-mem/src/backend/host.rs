@@ -102,7 +102,7 @@ impl Backend for HostBackend {
         rustix::fs::fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::GROW)
             .map_err(|errno| BackendError::new("sealing the size", errno))?;
         Ok(Box::new(HostBlock {
-            memory,
+            memory: Arc::new(memory),
             _claim: claim,
         }))
     }
@@ -117,19 +117,19 @@ fn short_or(what: &'static str, errno: Errno) -> CreateError {
 }
 
 struct HostBlock {
-    memory: OwnedFd,
+    memory: Arc<OwnedFd>,
     _claim: Claim,
 }
 
 impl Block for HostBlock {
-    fn export(&self, access: Access) -> Result<OwnedFd, BackendError> {
+    fn export(&self, access: Access) -> Result<Arc<OwnedFd>, BackendError> {
         match access {
-            Access::ReadWrite => rustix::io::fcntl_dupfd_cloexec(&self.memory, 0)
-                .map_err(|errno| BackendError::new("duplicating the descriptor", errno)),
+            Access::ReadWrite => Ok(Arc::clone(&self.memory)),
             Access::Read => {
                 let path = format!("/proc/self/fd/{}", self.memory.as_raw_fd());
                 let flags = OFlags::RDONLY | OFlags::CLOEXEC;
                 rustix::fs::open(path, flags, Mode::empty())
+                    .map(Arc::new)
                     .map_err(|errno| BackendError::new("opening for reading", errno))
             }
         }
@@ -272,6 +272,11 @@ fn page_bytes() -> u64 {
 mod tests {
     use super::*;
 
+    /// As a client gets it: of its own.
+    fn own(lent: Arc<OwnedFd>) -> OwnedFd {
+        lent.try_clone().expect("a descriptor")
+    }
+
     fn backend(capacity_bytes: Option<u64>) -> HostBackend {
         HostBackend::new(HostConfig {
             capacity_bytes,
@@ -300,14 +305,14 @@ mod tests {
         let lent = block.export(Access::Read).expect("a descriptor");
         // SAFETY: the range was just reserved, and is released unused.
         unsafe {
-            let refused = mapper.map(address, GRANULARITY_BYTES, lent, Access::ReadWrite);
+            let refused = mapper.map(address, GRANULARITY_BYTES, own(lent), Access::ReadWrite);
             assert!(
                 refused.is_err(),
                 "a read-only descriptor must not map for writing"
             );
             let lent = block.export(Access::Read).expect("a descriptor");
             mapper
-                .map(address, GRANULARITY_BYTES, lent, Access::Read)
+                .map(address, GRANULARITY_BYTES, own(lent), Access::Read)
                 .expect("it maps");
             let all = rustix::mm::MprotectFlags::READ | rustix::mm::MprotectFlags::WRITE;
             let made = rustix::mm::mprotect(address as *mut _, GRANULARITY_BYTES as usize, all);
@@ -328,7 +333,7 @@ mod tests {
         let address = mapper.reserve(GRANULARITY_BYTES).expect("addresses");
         // SAFETY: the range was just reserved, and is released unused.
         unsafe {
-            let refused = mapper.map(address, GRANULARITY_BYTES, before, Access::ReadWrite);
+            let refused = mapper.map(address, GRANULARITY_BYTES, own(before), Access::ReadWrite);
             assert!(refused.is_err());
             mapper.release(address, GRANULARITY_BYTES);
         }

@@ -9,6 +9,7 @@ pub mod cuda;
 pub mod host;
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use thiserror::Error;
 
@@ -39,12 +40,13 @@ pub trait Backend: Send {
 /// One block of memory. Dropping it gives up the service's reference; the memory itself lives as
 /// long as any descriptor or mapping of it, in any process.
 pub trait Block: Send {
-    /// A fresh descriptor for one client; never cached, because a cached one does not survive a
-    /// checkpoint of the process.
+    /// A descriptor to be sent to one client: the block's own where it has one that gives this
+    /// access, else a fresh one. A driver's are never cached, because a cached one does not survive
+    /// a checkpoint of the process.
     ///
     /// # Errors
     /// The driver or the kernel refused.
-    fn export(&self, access: Access) -> Result<OwnedFd, BackendError>;
+    fn export(&self, access: Access) -> Result<Arc<OwnedFd>, BackendError>;
 
     /// The contents are published: as far as the source can, nobody may map them for writing.
     fn freeze(&self) {}

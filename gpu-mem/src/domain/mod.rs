@@ -72,7 +72,7 @@ pub enum Action {
         /// The whole frame.
         frame: Vec<u8>,
         /// What goes with it.
-        descriptor: Option<OwnedFd>,
+        descriptor: Option<Arc<OwnedFd>>,
     },
     /// Close the connection once all frames are sent; the pool has forgotten it.
     Close {
@@ -122,6 +122,8 @@ pub struct Domain {
     backend: Box<dyn Backend>,
     lock: Lock,
     store: Store,
+    /// What was cleared; given up before the next message is looked at.
+    discarded: Option<Store>,
     history: History,
     stats: Arc<Stats>,
     sessions: HashMap<ClientId, Session>,
@@ -142,6 +144,7 @@ impl Domain {
         Domain {
             lock: Lock::new(config.policy),
             store: Store::new(config.limits),
+            discarded: None,
             history: History::new(config.tag.as_str().into(), audit),
             sessions: HashMap::new(),
             starving: None,
@@ -250,6 +253,17 @@ impl Domain {
             .min()
     }
 
+    /// Does one thing that nobody waits for: gives up what was cleared, or writes a line of the
+    /// log. False if there is nothing to do.
+    pub fn chore(&mut self) -> bool {
+        self.discarded.take().is_some() || self.history.log()
+    }
+
+    /// Gives up what was cleared, if it has not been: what comes next may need the place.
+    pub fn give_up(&mut self) {
+        self.discarded = None;
+    }
+
     /// The service stops: waiters are told, everybody is closed, all memory is given up.
     pub fn stop(&mut self, turn: &mut Turn<'_>) {
         for (client, session) in std::mem::take(&mut self.sessions) {
@@ -343,7 +357,9 @@ impl Domain {
     }
 
     fn clear(&mut self, cause: ClearCause, actor: Option<Stamp>) {
-        let count = self.store.clear();
+        let cleared = self.store.clear();
+        let count = cleared.count();
+        self.discarded = Some(cleared);
         self.layout_hash.clear();
         self.layout_digest.clear();
         if cause == ClearCause::StartsAnew && count > 0 {
@@ -417,7 +433,7 @@ impl Domain {
     }
 
     /// Lends a descriptor: readers get one that maps for reading only.
-    fn export(&mut self, client: ClientId, id: &str) -> Result<OwnedFd, String> {
+    fn export(&mut self, client: ClientId, id: &str) -> Result<Arc<OwnedFd>, String> {
         let access = match self.lock.grant_of(client) {
             Some(Grant::Rw | Grant::RwData) => Access::ReadWrite,
             Some(Grant::Ro) | None => Access::Read,

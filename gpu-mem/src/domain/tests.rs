@@ -439,3 +439,37 @@ fn a_dead_waiter_costs_nothing_and_is_counted() {
         (1, 1)
     );
 }
+
+#[test]
+fn a_commit_is_answered_before_its_heir_and_what_was_cleared_goes_when_it_is_given_up() {
+    let mut stage = Stage::over(HostConfig {
+        capacity_bytes: Some(GRANULARITY_BYTES),
+        ..HostConfig::default()
+    });
+    stage.open(1, LockType::Rw);
+    stage.allocate(1, 1);
+    assert!(stage.open(2, LockType::Rw).is_empty(), "it waits");
+    let replies = stage.say(1, CommitRequest {});
+    assert!(
+        matches!(
+            replies.as_slice(),
+            [(1, Reply::Commit(_)), (2, Reply::Handshake(_))]
+        ),
+        "{replies:?}"
+    );
+    assert_eq!(
+        (stage.closed.as_slice(), stage.domain.usage()),
+        (&[1][..], (0, 0))
+    );
+    stage.domain.give_up();
+    Stage::id_of(stage.allocate(2, 1));
+    assert!(stage.leave(2).is_empty());
+    // Its block, and a line for each record of the history.
+    let mut chores = 0;
+    while stage.domain.chore() {
+        chores += 1;
+    }
+    assert!(chores > 4, "{chores}");
+    stage.open(3, LockType::Rw);
+    Stage::id_of(stage.allocate(3, 1));
+}

@@ -1,6 +1,7 @@
 //! What the first generation's requests do (`spec/gpu-memory.md` §3.5, §3.9, §4.3 to §4.8).
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Action, Domain, Turn, Wanted, after, aligned};
@@ -22,8 +23,7 @@ use crate::store::Allocation;
 /// What becomes of a request in a session.
 enum Answer {
     Reply(Reply),
-    ReplyWith(Reply, OwnedFd),
-    ReplyAndClose(Reply),
+    ReplyWith(Reply, Arc<OwnedFd>),
     /// It is sent by whoever finishes the work.
     Later,
 }
@@ -112,10 +112,6 @@ impl Domain {
                 frame: reply.encode(),
                 descriptor: Some(descriptor),
             }),
-            Ok(Answer::ReplyAndClose(reply)) => {
-                turn.send(client, reply.encode());
-                self.close(client, turn);
-            }
             Ok(Answer::Later) => {}
             Err(text) => turn.send(client, error(text)),
         }
@@ -143,10 +139,7 @@ impl Domain {
                 deleted: self.store.delete(&which.key),
             }
             .into(),
-            Request::Commit(_) => {
-                self.commit(client, turn)?;
-                Answer::ReplyAndClose(CommitResponse { success: true }.into())
-            }
+            Request::Commit(_) => return self.commit_v1(client, turn),
             Request::CommitLayout(_) => self.commit_layout(client, turn)?.into(),
             Request::ExportAllocation(which) => {
                 return self.export_v1(client, &which.allocation_id, |it| exported(it).into());
@@ -243,7 +236,7 @@ impl Domain {
     }
 
     fn clear_all(&mut self, client: ClientId, turn: &Turn<'_>) -> ClearAllResponse {
-        let cleared_count = self.store.clear();
+        let cleared_count = self.store.clear().count();
         let (stamp, state) = (self.stamp(client, turn), self.lock.state());
         self.history
             .note(stamp, Kind::AllocationsCleared, state, cleared_count);
@@ -272,6 +265,20 @@ impl Domain {
             offset_bytes: entry.map(|entry| entry.offset_bytes),
             value: entry.map(|entry| Bytes(entry.value.clone())),
         }
+    }
+
+    /// Publishes and ends the session. The writer hears of it before those whom that lets in.
+    fn commit_v1(&mut self, client: ClientId, turn: &mut Turn<'_>) -> Result<Answer, String> {
+        let before = turn.actions.len();
+        self.commit(client, turn)?;
+        let reply = Action::Send {
+            client,
+            frame: Reply::from(CommitResponse { success: true }).encode(),
+            descriptor: None,
+        };
+        turn.actions.insert(before, reply);
+        self.close(client, turn);
+        Ok(Answer::Later)
     }
 
     fn commit_layout(

@@ -64,11 +64,7 @@ impl World {
     fn acts(&self, deadlines: u64) -> Vec<Act> {
         let mut acts = Vec::new();
         for client in (0..CLIENTS).map(ClientId) {
-            let waits = self
-                .lock
-                .waiters
-                .iter()
-                .any(|waiter| waiter.client == client);
+            let waits = self.lock.waiters.contains(client);
             if !waits && self.lock.grant_of(client).is_none() {
                 for lock_type in TYPES {
                     acts.push(Act::Ask(client, lock_type, None));
@@ -115,19 +111,12 @@ impl World {
             Act::Expire(now) => {
                 lock.expire(now, pulse, &mut effects);
                 // The clock starts anew at zero.
-                for waiter in &mut lock.waiters {
-                    waiter.deadline_ns = waiter.deadline_ns.map(|at| at - now);
-                }
+                lock.waiters.advance(now);
             }
         }
         // Whoever is out of the lock is a new client when it asks again.
         self.dead.retain(|client| {
-            self.lock.grant_of(*client).is_some()
-                || self
-                    .lock
-                    .waiters
-                    .iter()
-                    .any(|waiter| waiter.client == *client)
+            self.lock.grant_of(*client).is_some() || self.lock.waiters.contains(*client)
         });
         effects
     }
@@ -149,7 +138,7 @@ fn check_state(world: &World) {
         .waiters
         .iter()
         .any(|waiter| waiter.lock_type.counts_as_writer());
-    for waiter in &lock.waiters {
+    for waiter in lock.waiters.iter() {
         // Stated apart from `grantable`: somebody alive must justify each wait, or the contents.
         let reason = match waiter.lock_type {
             LockType::Rw | LockType::RwDataOrRw => {
@@ -178,7 +167,8 @@ fn check_step(before: &World, act: Act, effects: &[Effect], after: &World) {
                 assert_eq!(after.lock.grant_of(client), Some(grant));
                 if grant == Grant::Ro {
                     assert_eq!(
-                        after.lock.waiting_writers, 0,
+                        after.lock.waiters.writers(),
+                        0,
                         "a reader passed a waiting writer"
                     );
                 }
@@ -210,13 +200,7 @@ fn check_step(before: &World, act: Act, effects: &[Effect], after: &World) {
             }
             Effect::TimedOut { client, .. } | Effect::Gone { client } => {
                 assert_eq!(after.lock.grant_of(client), None);
-                assert!(
-                    !after
-                        .lock
-                        .waiters
-                        .iter()
-                        .any(|waiter| waiter.client == client)
-                );
+                assert!(!after.lock.waiters.contains(client));
             }
             Effect::Moved(step) => assert_table(step, after.lock.policy.profile),
         }

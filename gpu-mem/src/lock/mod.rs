@@ -17,12 +17,15 @@
 //! waiter (`spec/gpu-memory.md`, hazards H1 and H2).
 
 mod grant;
+mod queue;
 
 pub use grant::{ClientId, Event, Grant, LockType, State, Transition};
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::BTreeSet;
 
 use thiserror::Error;
+
+use queue::{Queue, Waiter};
 
 /// Says whether a client's peer is still there. Asked right before a grant.
 pub type Pulse<'a> = &'a mut dyn FnMut(ClientId) -> bool;
@@ -165,13 +168,6 @@ struct Writer {
     grant: Grant,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Waiter {
-    client: ClientId,
-    lock_type: LockType,
-    deadline_ns: Option<u64>,
-}
-
 /// The lock over one pool.
 ///
 /// Between calls it is *settled*: nobody waits who could be granted. Each public method keeps that.
@@ -183,10 +179,7 @@ pub struct Lock {
     committed: bool,
     layout_committed: bool,
     fenced: bool,
-    /// In order of arrival.
-    waiters: VecDeque<Waiter>,
-    /// How many of `waiters` count as writers.
-    waiting_writers: usize,
+    waiters: Queue,
 }
 
 impl Lock {
@@ -199,8 +192,7 @@ impl Lock {
             committed: false,
             layout_committed: false,
             fenced: false,
-            waiters: VecDeque::new(),
-            waiting_writers: 0,
+            waiters: Queue::default(),
         }
     }
 
@@ -232,8 +224,7 @@ impl Lock {
                 committed: self.committed,
             });
         } else {
-            self.waiting_writers += usize::from(lock_type.counts_as_writer());
-            self.waiters.push_back(Waiter {
+            self.waiters.push(Waiter {
                 client,
                 lock_type,
                 deadline_ns,
@@ -313,9 +304,7 @@ impl Lock {
             }
         } else if self.readers.remove(&client) {
             self.moved(client, Event::RoDisconnect, from, effects);
-        } else if let Some(index) = self.waiters.iter().position(|w| w.client == client) {
-            self.remove_waiter(index);
-        } else {
+        } else if self.waiters.remove(client).is_none() {
             return;
         }
         self.settle(pulse, effects);
@@ -339,35 +328,20 @@ impl Lock {
 
     /// Answers everybody whose deadline has come.
     pub fn expire(&mut self, now_ns: u64, pulse: Pulse<'_>, effects: &mut Vec<Effect>) {
-        let mut index = 0;
-        let mut removed = false;
-        while let Some(waiter) = self.waiters.get(index).copied() {
-            if waiter
-                .deadline_ns
-                .is_some_and(|deadline| deadline <= now_ns)
-            {
-                self.remove_waiter(index);
-                removed = true;
-                let committed = self.committed;
-                effects.push(Effect::TimedOut {
-                    client: waiter.client,
-                    committed,
-                });
-            } else {
-                index += 1;
-            }
+        let late = self.waiters.late(now_ns);
+        for &client in &late {
+            self.waiters.remove(client);
+            let committed = self.committed;
+            effects.push(Effect::TimedOut { client, committed });
         }
-        if removed {
+        if !late.is_empty() {
             self.settle(pulse, effects);
         }
     }
 
     /// The nearest deadline of any waiter.
     pub fn next_deadline_ns(&self) -> Option<u64> {
-        self.waiters
-            .iter()
-            .filter_map(|waiter| waiter.deadline_ns)
-            .min()
+        self.waiters.next_deadline_ns()
     }
 
     /// Keeps everybody out (a checkpoint is being taken). Idempotent.
@@ -421,7 +395,7 @@ impl Lock {
             state: self.state(),
             has_writer: self.writer.is_some(),
             readers: self.readers.len(),
-            waiting_writers: self.waiting_writers,
+            waiting_writers: self.waiters.writers(),
             waiters: self.waiters.len(),
             committed: self.committed,
             layout_committed: self.layout_committed,
@@ -435,8 +409,7 @@ impl Lock {
         if self.policy.profile == Profile::V2 && lock_type == LockType::RwDataOrRw {
             return Err(Refusal::UnknownType(lock_type));
         }
-        let waits = self.waiters.iter().any(|waiter| waiter.client == client);
-        if waits || self.grant_of(client).is_some() {
+        if self.waiters.contains(client) || self.grant_of(client).is_some() {
             return Err(Refusal::AlreadyHere);
         }
         let clients = usize::from(self.writer.is_some()) + self.readers.len() + self.waiters.len();
@@ -449,7 +422,7 @@ impl Lock {
     /// What a client of this type would get now. The whole admission rule is here.
     fn grantable(&self, lock_type: LockType) -> Option<Grant> {
         let writer_fits = self.writer.is_none() && self.readers.is_empty();
-        let reader_fits = self.committed && self.writer.is_none() && self.waiting_writers == 0;
+        let reader_fits = self.committed && self.writer.is_none() && self.waiters.writers() == 0;
         match lock_type {
             LockType::Rw => writer_fits.then_some(Grant::Rw),
             LockType::Ro => reader_fits.then_some(Grant::Ro),
@@ -458,7 +431,7 @@ impl Lock {
             LockType::RwOrRo if reader_fits => Some(Grant::Ro),
             LockType::RwOrRo => {
                 let guarded = self.policy.guard_layout && self.layout_committed;
-                let in_turn = self.policy.profile == Profile::V1 || self.waiting_writers == 0;
+                let in_turn = self.policy.profile == Profile::V1 || self.waiters.writers() == 0;
                 (writer_fits && !self.committed && !guarded && in_turn).then_some(Grant::Rw)
             }
         }
@@ -490,15 +463,23 @@ impl Lock {
         effects.push(Effect::Granted { client, grant });
     }
 
+    /// Whether no client of any type could be granted anything now; spares asking each waiter.
+    fn is_closed(&self) -> bool {
+        let read_out = !self.readers.is_empty() && self.waiters.writers() > 0;
+        self.writer.is_some() || read_out
+    }
+
     /// Grants all that can be granted, in order of arrival.
     fn settle(&mut self, pulse: Pulse<'_>, effects: &mut Vec<Effect>) {
-        let mut index = 0;
-        while let Some(waiter) = self.waiters.get(index).copied() {
+        let mut number = 0;
+        while !self.is_closed()
+            && let Some((at, waiter)) = self.waiters.from(number)
+        {
+            number = at + 1;
             let Some(grant) = self.grantable(waiter.lock_type) else {
-                index += 1;
                 continue;
             };
-            self.remove_waiter(index);
+            self.waiters.remove(waiter.client);
             if pulse(waiter.client) {
                 self.admit(waiter.client, grant, effects);
             } else {
@@ -508,16 +489,10 @@ impl Lock {
             }
             // A writer that waits no longer may have been all that kept readers before it out.
             if waiter.lock_type.counts_as_writer() {
-                index = 0;
+                number = 0;
             }
         }
         self.assert_sound();
-    }
-
-    fn remove_waiter(&mut self, index: usize) {
-        if let Some(waiter) = self.waiters.remove(index) {
-            self.waiting_writers -= usize::from(waiter.lock_type.counts_as_writer());
-        }
     }
 
     fn moved(&self, client: ClientId, event: Event, from: State, effects: &mut Vec<Effect>) {
@@ -546,8 +521,9 @@ impl Lock {
             !(self.committed && self.layout_committed),
             "published and only durable"
         );
-        debug_assert_eq!(
-            self.waiting_writers,
+        #[cfg(debug_assertions)]
+        assert_eq!(
+            self.waiters.writers(),
             self.waiters
                 .iter()
                 .filter(|w| w.lock_type.counts_as_writer())

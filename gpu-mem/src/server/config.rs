@@ -38,6 +38,8 @@ pub struct ServerConfig {
     pub first_frame_timeout: Duration,
     /// How long a frame may take, in and out.
     pub frame_timeout: Duration,
+    /// How long the service looks for events without sleeping after there was one.
+    pub spin: Duration,
 }
 
 impl ServerConfig {
@@ -49,6 +51,7 @@ impl ServerConfig {
             uids_allowed: Vec::new(),
             first_frame_timeout: Duration::from_secs(10),
             frame_timeout: Duration::from_secs(30),
+            spin: Duration::from_micros(50),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::event::epoll::EventFlags;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -14,8 +15,8 @@ use crate::protocol::frame::{Cut, PREFIX_BYTES, REQUEST_BYTES_MAX, cut};
 struct Outgoing {
     bytes: Vec<u8>,
     sent: usize,
-    /// Closed once its frame's first bytes are sent, or with the connection.
-    descriptor: Option<OwnedFd>,
+    /// Let go once its frame's first bytes are sent, or with the connection.
+    descriptor: Option<Arc<OwnedFd>>,
 }
 
 /// What a connection must do before its time is over.
@@ -119,7 +120,7 @@ impl Connection {
         self.owes = None;
     }
 
-    pub(super) fn push(&mut self, bytes: Vec<u8>, descriptor: Option<OwnedFd>) {
+    pub(super) fn push(&mut self, bytes: Vec<u8>, descriptor: Option<Arc<OwnedFd>>) {
         self.output.push_back(Outgoing {
             bytes,
             sent: 0,
@@ -142,7 +143,7 @@ impl Connection {
                 .map(|descriptor| descriptor.as_fd());
             match fd_pass::send(self.socket.as_fd(), rest, descriptor) {
                 Ok(sent) => {
-                    // The descriptor went with the first byte; our copy is closed here.
+                    // The descriptor went with the first byte.
                     front.descriptor = None;
                     front.sent += sent;
                     if front.sent == front.bytes.len() {

@@ -7,8 +7,12 @@
 //! ```
 //!
 //! One thread moves all pools, so what a message changes is changed at once for everybody.
-//! Nothing in it waits but epoll itself.
+//! Nothing in it waits but epoll itself. Answers come first; the log, memory to be given up and
+//! gauges are *chores*, done one by one while nothing else is to be done. For a moment after an
+//! event it does not sleep: a client that has its answer asks the next thing at once, and waking
+//! up takes longer than answering.
 
+mod chores;
 mod config;
 mod connection;
 pub mod listener;
@@ -56,12 +60,19 @@ pub struct Server {
     uids_allowed: Vec<u32>,
     connections_max: usize,
     limits: Limits,
+    spin_ns: u64,
+    /// Until when it looks for events without sleeping.
+    awake_until_ns: u64,
+    /// There may be chores.
+    untidy: bool,
     audit: Audit,
     start: Instant,
     scratch: Vec<u8>,
     actions: Vec<Action>,
     /// Connections that something was done to.
     ripe: VecDeque<u64>,
+    /// Connections that are over, closed when everybody has his answer.
+    leaving: Vec<u64>,
     /// Given up for a moment to take in, and turn away, a client when descriptors run out.
     spare: Option<OwnedFd>,
 }
@@ -128,11 +139,15 @@ impl Server {
                 first_frame_ns: ns(config.first_frame_timeout),
                 frame_ns: ns(config.frame_timeout),
             },
+            spin_ns: ns(config.spin),
+            awake_until_ns: 0,
+            untidy: true,
             audit,
             start: Instant::now(),
             scratch: vec![0; READ_BYTES],
             actions: Vec::new(),
             ripe: VecDeque::new(),
+            leaving: Vec::new(),
             spare: spare(),
         })
     }
@@ -150,17 +165,22 @@ impl Server {
                     break;
                 }
             };
-            for event in ready {
-                let (token, flags) = (event.data.u64(), event.flags);
-                match token {
+            let idle = ready.is_empty();
+            // Those who are in a session come before those who are not in yet.
+            let is_known = |event: &&epoll::Event| event.data.u64() < LISTENERS;
+            for event in ready.iter().filter(is_known) {
+                self.ready(event.data.u64(), event.flags);
+                self.settle();
+            }
+            for event in ready.iter().filter(|event| !is_known(event)) {
+                match event.data.u64() {
                     WAKE => _ = rustix::io::read(&*self.wake, &mut [0; 8]),
-                    LISTENERS.. => self.accept((token - LISTENERS) as usize),
-                    id => self.ready(id, flags),
+                    listener => self.accept((listener - LISTENERS) as usize),
                 }
                 self.settle();
             }
             self.tick();
-            self.publish();
+            self.rest(idle);
         }
         self.shut_down();
     }
@@ -184,8 +204,10 @@ impl Server {
             .filter_map(Domain::next_deadline_ns)
             .min();
         let connections = self.deadlines.first().map(|(deadline, _)| *deadline);
-        let next = [pools, connections].into_iter().flatten().min()?;
-        let wait = next.saturating_sub(self.now_ns());
+        let now_ns = self.now_ns();
+        let awake = (self.untidy || now_ns < self.awake_until_ns).then_some(now_ns);
+        let next = [pools, connections, awake].into_iter().flatten().min()?;
+        let wait = next.saturating_sub(now_ns);
         let seconds = i64::try_from(wait / 1_000_000_000).unwrap_or(i64::MAX);
         Some(Timespec {
             tv_sec: seconds,
@@ -193,27 +215,24 @@ impl Server {
         })
     }
 
-    /// Takes in new clients of one pool.
+    /// Takes in a new client of one pool; epoll says it again if there are more.
     fn accept(&mut self, domain: usize) {
-        for _ in 0..ACCEPTS {
-            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            match rustix::net::accept_with(&self.listeners[domain].socket, flags) {
-                Ok(socket) => self.admit(socket, domain),
-                Err(Errno::MFILE | Errno::NFILE) => {
-                    // Without this the client would wait in the backlog and epoll would spin.
-                    self.spare = None;
-                    drop(rustix::net::accept_with(
-                        &self.listeners[domain].socket,
-                        flags,
-                    ));
-                    self.spare = spare();
-                    self.count(domain, Counter::ConnectionsOverLimit);
-                    tracing::error!("no descriptor is left; a client was turned away");
-                    return;
-                }
-                Err(Errno::INTR | Errno::CONNABORTED) => {}
-                Err(_) => return,
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        match rustix::net::accept_with(&self.listeners[domain].socket, flags) {
+            Ok(socket) => self.admit(socket, domain),
+            Err(Errno::MFILE | Errno::NFILE) => {
+                // Without this the client would wait in the backlog and epoll would spin.
+                self.spare = None;
+                drop(rustix::net::accept_with(
+                    &self.listeners[domain].socket,
+                    flags,
+                ));
+                self.spare = spare();
+                self.count(domain, Counter::ConnectionsOverLimit);
+                tracing::error!("no descriptor is left; a client was turned away");
             }
+            // It is gone again, or another signal than ours.
+            Err(_) => {}
         }
     }
 
@@ -254,7 +273,8 @@ impl Server {
         let Some(connection) = self.connections.get_mut(&id) else {
             return;
         };
-        let reads = connection.watched.contains(EventFlags::IN);
+        let busy = self.domains[connection.domain].is_busy(ClientId(id));
+        let reads = connection.wants(busy).contains(EventFlags::IN);
         if reads && flags.intersects(EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP) {
             match connection.fill(&mut self.scratch) {
                 Ok(Filled::Bytes | Filled::End | Filled::Nothing) => self.ripe.push_back(id),
@@ -268,6 +288,9 @@ impl Server {
             // Nobody to answer: a waiter, a writer that waits for memory, or one that does not
             // read what we send.
             self.sever(id);
+        } else if !reads && flags.contains(EventFlags::IN) {
+            // It does not await its answer. Only now is it worth a call to look away until then.
+            self.watch(id, true);
         } else {
             self.ripe.push_back(id);
         }
@@ -275,10 +298,15 @@ impl Server {
 
     /// Works off everything that became possible.
     fn settle(&mut self) {
-        self.carry_out();
-        while let Some(id) = self.ripe.pop_front() {
-            self.pump(id);
+        loop {
             self.carry_out();
+            if let Some(id) = self.ripe.pop_front() {
+                self.pump(id);
+            } else if let Some(id) = self.leaving.pop() {
+                self.sever(id);
+            } else {
+                return;
+            }
         }
     }
 
@@ -294,17 +322,17 @@ impl Server {
             if connection.ended {
                 return self.sever(id);
             }
-            return self.watch(id);
+            return self.watch(id, false);
         }
         if connection.closing {
-            return self.sever(id);
+            return self.leaving.push(id);
         }
         let domain = connection.domain;
         if self.domains[domain].is_busy(ClientId(id)) {
             if connection.ended {
                 return self.sever(id);
             }
-            return self.watch(id);
+            return self.watch(id, false);
         }
         match connection.front() {
             Cut::Frame(payload) => {
@@ -316,7 +344,7 @@ impl Server {
                 // Its answer is carried out before it is looked at again.
                 self.ripe.push_back(id);
             }
-            Cut::Need(_) if !connection.ended => self.watch(id),
+            Cut::Need(_) if !connection.ended => self.watch(id, false),
             Cut::Need(_) => self.sever(id),
             Cut::Bad(bad) => {
                 tracing::warn!(session = id, %bad, "session dropped");
@@ -328,6 +356,7 @@ impl Server {
 
     /// Hands the frame at the front of a connection to its pool.
     fn deliver(&mut self, id: u64, domain: usize) {
+        self.give_up();
         let client = ClientId(id);
         let now_ns = self.now_ns();
         let Server {
@@ -414,14 +443,18 @@ impl Server {
         }
     }
 
-    /// Tells epoll what a connection waits for, and notes by when it must come.
-    fn watch(&mut self, id: u64) {
+    /// Tells epoll what a connection waits for, and notes by when it must come. Bytes that cannot
+    /// be dealt with yet are rare: `exactly` stops looking out for them, else that stays as it is.
+    fn watch(&mut self, id: u64, exactly: bool) {
         let now_ns = self.now_ns();
         let Some(connection) = self.connections.get_mut(&id) else {
             return;
         };
         let busy = self.domains[connection.domain].is_busy(ClientId(id));
-        let wants = connection.wants(busy);
+        let mut wants = connection.wants(busy);
+        if !exactly {
+            wants |= connection.watched & EventFlags::IN;
+        }
         if wants != connection.watched {
             connection.watched = wants;
             let data = EventData::new_u64(id);
@@ -459,6 +492,8 @@ impl Server {
                 .next_deadline_ns()
                 .is_some_and(|deadline| deadline <= now_ns)
             {
+                domains.iter_mut().for_each(Domain::give_up);
+                self.untidy = true;
                 let pulse = &mut |client: ClientId| is_alive(connections, client);
                 domains[index].tick(&mut Turn {
                     now_ns,
@@ -477,17 +512,11 @@ impl Server {
                 self.count(domain, Counter::DeadlinesPassed);
             }
             tracing::warn!(session = id, ?owes, "too slow; session dropped");
+            self.untidy = true;
             self.schedule(id, None);
             self.sever(id);
         }
         self.settle();
-    }
-
-    /// Lets other threads see how the pools stand.
-    fn publish(&self) {
-        for (domain, gauges) in self.domains.iter().zip(self.gauges.iter()) {
-            gauges.set(domain);
-        }
     }
 
     /// Answers waiters, closes everybody, gives up memory and removes the sockets.
@@ -515,6 +544,7 @@ impl Server {
         }
         self.connections.clear();
         self.listeners.clear();
+        while self.domains.iter_mut().any(Domain::chore) {}
         self.publish();
         self.finished.store(true, Ordering::Release);
         tracing::info!("the service has stopped");
@@ -544,5 +574,4 @@ fn ns(duration: Duration) -> u64 {
 const WAKE: u64 = u64::MAX;
 const LISTENERS: u64 = 1 << 62;
 const EVENTS: usize = 64;
-const ACCEPTS: usize = 64;
 const READ_BYTES: usize = 64 << 10;

@@ -264,6 +264,34 @@ fn frames_in_one_write_are_answered_in_order() {
 }
 
 #[test]
+fn what_a_waiter_asks_too_early_is_answered_when_it_holds_the_lock() {
+    let service = Service::start();
+    let (holder, _) = service.holder(LockType::Rw);
+    let mut eager = service.raw();
+    eager.say(HandshakeRequest {
+        lock_type: LockType::Rw,
+        timeout_ms: None,
+    });
+    service.until(|state| state.waiting_writers == 1);
+    let size = AllocateRequest {
+        size: 1,
+        tag: "t".into(),
+    };
+    eager.say(size.clone());
+    // It goes on serving others meanwhile, and the waiter has not lost its place.
+    service.until(|state| state.waiting_writers == 1 && state.has_rw_session);
+    eager.say(size);
+    drop(holder);
+    assert!(matches!(eager.hear(), Some(Reply::Handshake(answer)) if answer.success));
+    for slot in 0..2 {
+        let Some(Reply::Allocate(made)) = eager.hear() else {
+            panic!("no memory");
+        };
+        assert_eq!(made.layout_slot.0, Some(slot));
+    }
+}
+
+#[test]
 fn a_client_may_not_send_descriptors() {
     let service = Service::start();
     let (writer, _) = service.holder(LockType::Rw);
