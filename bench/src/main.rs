@@ -4,6 +4,9 @@
 mod arrivals;
 mod cpu;
 mod event_codec;
+mod events;
+mod events_broker;
+mod events_load;
 mod export;
 mod frames;
 mod gms;
@@ -70,6 +73,8 @@ enum Job {
     Pair(Box<pair::PairArgs>),
     /// The GPU memory service, and the same protocol on an asyncio loop
     Gms(Box<gms::GmsArgs>),
+    /// Events through corelane's broker, libzmq's proxy and nats-server
+    Events(Box<events::EventsArgs>),
     /// Reading an event in place, and with rmp-serde: instructions and nanoseconds
     EventCodec(event_codec::EventCodecArgs),
     /// The writer that `gms` kills
@@ -110,6 +115,7 @@ fn main() -> ExitCode {
         Job::PairClient(args) => pair_client::run(&args),
         Job::Gms(args) => gms::run(&args),
         Job::GmsWriter(args) => gms_client::hold(&args),
+        Job::Events(args) => events::run(&args),
         Job::EventCodec(args) => event_codec::run(&args),
         Job::Sink(args) => sink::run(&args),
     };

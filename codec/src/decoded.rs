@@ -100,6 +100,9 @@ pub enum Bad {
         /// The first byte.
         kind: u8,
     },
+    /// No ZMTP, or none that we speak.
+    #[error(transparent)]
+    Zmtp(#[from] crate::zmtp::Fault),
 }
 
 /// Why something of ours cannot be put on the wire. Nothing has been written when it is returned.

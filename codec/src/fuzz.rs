@@ -31,6 +31,9 @@ pub const ALL: &[(&str, Hook)] = &[
     ("connection_info", connection_info),
     ("call_home", call_home),
     ("mux", mux),
+    ("zmtp_greeting", zmtp_greeting),
+    ("zmtp_command", zmtp_command),
+    ("zmtp_frame", zmtp_frame),
     ("item_json", item_json),
     ("item_msgpack", item_msgpack),
     ("error", error),
@@ -383,6 +386,69 @@ pub fn mux(data: &[u8]) {
         let again = prefix(chunk.stream, chunk.kind, chunk.bytes);
         assert_eq!(again, data[..PREFIX_BYTES]);
     }
+}
+
+/// Greetings of ZMTP.
+pub fn zmtp_greeting(data: &[u8]) {
+    use crate::zmtp::{GREETING_BYTES, decode_greeting};
+    incremental(data, decode_greeting, |_| GREETING_BYTES);
+}
+
+/// Bodies of ZMTP's commands, and READY's properties.
+pub fn zmtp_command(data: &[u8]) {
+    use crate::zmtp::{Command, decode_command, decode_subscription, property, write_subscription};
+    match decode_command(data) {
+        Ok(Command::Ready(properties)) => {
+            if let Ok(Some(value)) = property(properties, "Socket-Type") {
+                assert!(value.len() + 5 + 11 <= properties.len());
+            }
+        }
+        Ok(Command::Subscribe(prefix)) => {
+            let mut again = vec![];
+            write_subscription(1, true, prefix, &mut again);
+            assert!(again.ends_with(data));
+        }
+        _ => {}
+    }
+    if let Some((subscribe, prefix)) = decode_subscription(data) {
+        let mut again = vec![];
+        write_subscription(0, subscribe, prefix, &mut again);
+        assert!(again.ends_with(data));
+    }
+}
+
+/// Frames of ZMTP, and messages that carry an event: both ways to find one agree.
+pub fn zmtp_frame(data: &[u8]) {
+    use crate::zmtp::{Walk, decode_event, decode_head};
+    let max_bytes = 64 << 10;
+    incremental(
+        data,
+        |input| decode_head(input, max_bytes),
+        |head| head.head_bytes,
+    );
+    let mut walk = Walk::default();
+    while !walk.is_done() {
+        let head = data
+            .get(walk.at()..)
+            .map(|rest| decode_head(rest, max_bytes));
+        let step = match head {
+            Some(Decoded::Frame(head)) => walk.step(&head, max_bytes),
+            _ => return assert_eq!(decode_event(data, max_bytes), None),
+        };
+        if step.is_err() {
+            return assert_eq!(decode_event(data, max_bytes), None);
+        }
+    }
+    let copy = |at: usize, to: &mut [u8]| {
+        let from = &data[at.min(data.len())..];
+        let bytes = from.len().min(to.len());
+        to[..bytes].copy_from_slice(&from[..bytes]);
+    };
+    let walked = walk
+        .event(copy)
+        .ok()
+        .filter(|event| event.end <= data.len());
+    assert_eq!(decode_event(data, max_bytes), walked);
 }
 
 /// Items in JSON.

@@ -44,5 +44,6 @@ pub mod reply_frame;
 pub mod request_frame;
 pub mod trace_context;
 pub mod two_part;
+pub mod zmtp;
 
 pub use decoded::{Bad, Decoded, EncodeError, TooLarge};

@@ -174,6 +174,11 @@ impl Router {
         self.pulse.paths()
     }
 
+    /// Where this router is registered.
+    pub fn discovery(&self) -> &Discovery {
+        &self.discovery
+    }
+
     /// Adds what another part of this process counts to `/metrics`.
     pub fn add_metrics(&self, more: MoreMetrics) {
         self.pulse.more.borrow_mut().push(more);

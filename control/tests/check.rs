@@ -212,7 +212,8 @@ const AFTER_ROUTE: &[(&str, &[&str])] = &[
         "[zebra]\n",
         &[
             "c.toml:7:2: unknown table \"zebra\"; known are [server], [discovery], [[route]], \
-         [[instance]], [core], [control], [tls], [drain], [gpu], [planner]",
+         [[instance]], [core], [control], [tls], [drain], [gpu], [planner], \
+         [events]",
         ],
     ),
     (
@@ -1053,7 +1054,7 @@ fn broken(line: &str, how: usize, with: &str) -> String {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2_000, ..ProptestConfig::default() })]
+    // As many as `PROPTEST_CASES` says, or 256; not optimised each takes 10 ms and more.
 
     /// However a good file is broken, an answer comes, and each of its lines has a place.
     #[test]

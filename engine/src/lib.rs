@@ -18,6 +18,7 @@ mod decode;
 pub mod directory;
 mod due;
 pub mod ends;
+pub mod events;
 pub mod executor;
 pub mod feed;
 mod forward;

@@ -60,6 +60,8 @@ macro_rules! cells {
     };
 }
 
+pub(crate) use cells;
+
 /// How a cell moves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CellKind {

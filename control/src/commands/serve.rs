@@ -6,12 +6,14 @@ use anyhow::{Context, Result};
 use tokio::runtime::Builder;
 use tokio::task::LocalSet;
 
+use crate::broker::Broker;
+use crate::broker_metrics;
 use crate::cli::{Exit, ServeArgs};
 use crate::config::Config;
 use crate::gpu_memory::{GpuMemory, Names};
 use crate::gpu_metrics;
 use crate::planner::Feed;
-use crate::preflight;
+use crate::preflight::{self, Plan};
 use crate::supervise::{Router, Signals, Store};
 use crate::trace;
 
@@ -26,6 +28,7 @@ pub fn serve(args: ServeArgs) -> Result<Exit> {
     on_this_thread(async move {
         let mut signals = Signals::catch().context("cannot catch signals")?;
         let gpu = gpu_memory(&config)?;
+        let broker = broker(&config, &plan)?;
         let planner = config.planner.as_ref().map(Feed::start).transpose()?;
         let started = tokio::select! {
             router = Router::start(&config, &plan, Store::Configured) => Some(router?),
@@ -43,16 +46,25 @@ pub fn serve(args: ServeArgs) -> Result<Exit> {
                 if let Some(gpu) = gpu.clone() {
                     router.add_metrics(Box::new(move |out| gpu_metrics::write(&gpu, out)));
                 }
+                if let Some(broker) = broker.clone() {
+                    let discovery = router.discovery().clone();
+                    broker.offer(&discovery).await;
+                    router.add_metrics(Box::new(move |out| broker_metrics::write(&broker, out)));
+                }
                 let failed = async {
-                    match &gpu {
-                        Some(gpu) => gpu.ended().await,
-                        None => std::future::pending().await,
+                    tokio::select! {
+                        () = ended(gpu.as_deref(), GpuMemory::ended) => {
+                            tracing::error!("the GPU memory service has ended by itself");
+                        }
+                        () = ended(broker.as_deref(), Broker::ended) => {}
                     }
-                    tracing::error!("the GPU memory service has ended by itself");
                 };
                 let stop = async {
                     if let Some(gpu) = &gpu {
                         gpu.stop().await;
+                    }
+                    if let Some(broker) = &broker {
+                        broker.stop();
                     }
                 };
                 Ok(router.run(signals, failed, stop).await)
@@ -67,6 +79,22 @@ fn gpu_memory(config: &Config) -> Result<Option<Rc<GpuMemory>>> {
     let gpu = config.gpu.as_ref();
     let started = gpu.map(|gpu| GpuMemory::start(gpu, &Names::default()));
     Ok(started.transpose()?.map(Rc::new))
+}
+
+/// The broker of events, if the configuration has one.
+fn broker(config: &Config, plan: &Plan) -> Result<Option<Rc<Broker>>> {
+    let Some((broker, shard)) = config.broker.as_ref().zip(plan.shards.first()) else {
+        return Ok(None);
+    };
+    Ok(Some(Broker::start(config, broker, shard.config.ring)?))
+}
+
+/// Waits for the end of a part of this process, if there is that part.
+async fn ended<T>(part: Option<&T>, wait: impl AsyncFn(&T)) {
+    match part {
+        Some(part) => wait(part).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Runs `work` on a runtime of this thread.

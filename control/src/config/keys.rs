@@ -3,7 +3,7 @@
 
 use super::value::Kind;
 use super::words::{
-    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, PlannerNames, Policy,
+    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, Overflow, PlannerNames, Policy,
     RelayPlane, Response, ResponsePlane, Switch,
 };
 
@@ -30,11 +30,13 @@ pub enum Section {
     Gpu,
     /// `[planner]`: where a planner tells what it exports.
     Planner,
+    /// `[events]`: the event plane.
+    Events,
 }
 
 impl Section {
     /// All sections in the order in which they are documented.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Server,
         Self::Discovery,
         Self::Route,
@@ -45,6 +47,7 @@ impl Section {
         Self::Drain,
         Self::Gpu,
         Self::Planner,
+        Self::Events,
     ];
 
     /// The table's name, without brackets.
@@ -60,6 +63,7 @@ impl Section {
             Self::Drain => "drain",
             Self::Gpu => "gpu",
             Self::Planner => "planner",
+            Self::Events => "events",
         }
     }
 
@@ -430,6 +434,42 @@ keys! {
         "Unix socket that takes a planner's intervals as lines of JSON";
     PLANNER_NAMES = Planner "names", Kind::Words(PlannerNames::WORDS), Value("both"), [],
         "Names of its metrics: planner:* (seed), dynamo_planner_* (1.6.1), or both";
+
+    EVENTS_BROKER = Events "broker", Kind::Words(Switch::WORDS), Value("off"), [],
+        "Whether events are taken from publishers and passed on to subscribers, by ZMQ";
+    EVENTS_NAMESPACE = Events "namespace", Kind::Text { bytes_max: 256 }, Value("dynamo"),
+        [same("ZMQ_BROKER_NAMESPACE")],
+        "Namespace whose publishers and subscribers find the broker in discovery";
+    EVENTS_XSUB = Events "xsub", Kind::Text { bytes_max: 64 }, Unset("[server] host, port 5555"),
+        [same("ZMQ_BROKER_XSUB_BIND")],
+        "Where publishers connect: tcp://IP:PORT; port 0 is any";
+    EVENTS_XPUB = Events "xpub", Kind::Text { bytes_max: 64 }, Unset("[server] host, port 5556"),
+        [same("ZMQ_BROKER_XPUB_BIND")],
+        "Where subscribers connect: tcp://IP:PORT; port 0 is any";
+    EVENTS_OVERFLOW = Events "overflow", Kind::Words(Overflow::WORDS), Value("drop_newest"), [],
+        "What happens to an event that a subscriber's queue has no room for";
+    EVENTS_QUEUE_EVENTS_MAX = Events "queue_events_max", int(1, 1 << 24, "events"),
+        Value("100000"), [],
+        "Events that wait for one subscriber, at most";
+    EVENTS_QUEUE_BYTES_MAX = Events "queue_bytes_max", int(65_536, 1 << 31, "bytes"),
+        Value("67108864"), [],
+        "Bytes of them, at most";
+    EVENTS_MEMORY_BYTES_MAX = Events "memory_bytes_max", int(1 << 20, 1 << 40, "bytes"),
+        Value("536870912"), [],
+        "Bytes that wait for all subscribers; beyond it each may have 1 MiB waiting, no more";
+    EVENTS_EVENT_BYTES_MAX = Events "event_bytes_max", int(1_024, 1 << 28, "bytes"),
+        Value("8388608"), [],
+        "Largest event; a publisher that declares a larger one is disconnected";
+    EVENTS_SESSIONS_MAX = Events "sessions_max", int(16, 65_536, "sessions"), Value("4096"), [],
+        "Publishers and subscribers at a time";
+    EVENTS_SUBSCRIPTIONS_MAX = Events "subscriptions_max", int(1, 1 << 24, "subscriptions"),
+        Value("65536"), [],
+        "Prefixes that all subscribers ask for, added up";
+    EVENTS_BUFFERS = Events "buffers",
+        Kind::PowerOfTwo { min: 16, max: 32_768, unit: "buffers" }, Value("2048"), [],
+        "Receive buffers, which events are also sent from";
+    EVENTS_BUFFER_BYTES = Events "buffer_bytes", int(4_096, 1 << 20, "bytes"), Value("32768"), [],
+        "Size of each";
 }
 
 #[cfg(test)]

@@ -21,6 +21,7 @@ use corelane_engine::quic;
 use crate::env::Env;
 
 mod endpoint;
+mod events;
 mod gpu;
 mod host;
 mod keys;
@@ -37,6 +38,7 @@ mod value;
 mod words;
 
 pub use corelane_codec::path::EndpointId;
+pub use events::Broker;
 pub use host::Host;
 pub use keys::{Alias, Dialect, Fallback, Key, Section, find, keys};
 pub use layers::Setting;
@@ -44,7 +46,7 @@ pub use problem::{Origin, Problem, Severity};
 pub use tls::{Tls, TlsClient, TlsServer};
 pub use value::{Kind, Value, address};
 pub use words::{
-    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, PlannerNames, Policy,
+    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, Overflow, PlannerNames, Policy,
     RelayPlane, Response, ResponsePlane, Switch, Word,
 };
 
@@ -76,6 +78,8 @@ pub struct Config {
     pub gpu: Option<Gpu>,
     /// Where a planner is listened to, if it is.
     pub planner: Option<Planner>,
+    /// The broker of events, if there is one.
+    pub broker: Option<Broker>,
     /// Every value that was used, with the place it came from.
     pub settings: Vec<Setting>,
 }

@@ -14,7 +14,7 @@ use super::value::{Value, ip};
 use super::words::{Backend, Idle, Io, RelayPlane, ResponsePlane};
 use super::{
     Config, Control, Core, Discovery, Drain, Host, Inputs, Responses, Secret, Server, cpu_list,
-    gpu, planner, routes, tls,
+    events, gpu, planner, routes, tls,
 };
 
 /// Sockets and files that are open besides connections: rings, listeners, stores.
@@ -24,9 +24,10 @@ const OTHER_FILES: u64 = 64;
 pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
     let server = server(layers);
     let discovery = discovery(layers);
+    let broker = events::broker(layers, inputs.purpose, server.host);
     let routed = inputs.purpose.routes();
     let (routes, instances) = match routed {
-        true => routes::routes(layers, inputs.purpose, discovery.backend),
+        true => routes::routes(layers, inputs.purpose, discovery.backend, broker.is_some()),
         false => (Vec::new(), Vec::new()),
     };
     let cores = cores(layers, &inputs.host);
@@ -51,6 +52,7 @@ pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
         drain,
         gpu,
         planner,
+        broker,
         settings,
     })
 }

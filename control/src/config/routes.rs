@@ -17,14 +17,16 @@ struct Placed {
     target_at: Origin,
 }
 
-/// All routes and instances; those with a fault are left out after it was reported.
+/// All routes and instances; those with a fault are left out after it was reported. There may be
+/// none when something else is served: `alone`.
 pub(super) fn routes(
     layers: &mut Layers,
     purpose: Purpose,
     backend: Backend,
+    alone: bool,
 ) -> (Vec<Route>, Vec<StaticInstance>) {
     let count = layers.main.count(Section::Route);
-    if count == 0 && !layers.main.broken {
+    if count == 0 && !layers.main.broken && !alone {
         let at = layers.main.start();
         layers.problems.push(Problem::error(
             at,

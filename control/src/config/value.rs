@@ -11,7 +11,7 @@ use super::keys::Key;
 use super::lists;
 use super::problem::quoted;
 use super::suggest::nearest;
-use super::words::Word;
+use super::words::{Switch, Word};
 
 /// CPU numbers end here: more than the kernel can be built for.
 const CPUS_MAX: usize = 4_096;
@@ -219,6 +219,9 @@ impl Kind {
                 format!("{} must be a string, not a number", key.name),
                 format!("write {} = \"{}\"", key.name, number.as_str()),
             ),
+            DeValue::Boolean(on) if self == Self::Words(Switch::WORDS) => {
+                self.read_text(key, if *on { "on" } else { "off" })
+            }
             DeValue::Array(items) if self == Self::Urls => {
                 let texts: Option<Vec<&str>> =
                     items.iter().map(|item| item.get_ref().as_str()).collect();

@@ -86,6 +86,18 @@ words! {
 }
 
 words! {
+    /// What happens to an event that a subscriber's queue has no room for.
+    Overflow {
+        /// It is dropped.
+        DropNewest = "drop_newest",
+        /// Older ones are dropped for it.
+        DropOldest = "drop_oldest",
+        /// The subscriber is disconnected.
+        Disconnect = "disconnect",
+    }
+}
+
+words! {
     /// Where instances are found and our endpoints are offered.
     Backend {
         /// This process only, and the static instances.

@@ -12,8 +12,8 @@ use super::table::Variable;
 
 const NATS_PLANE: Standing = Only("tcp", "the request plane is TCP in this version");
 const NATS: Standing = NotHonoured("there is no NATS in this version");
-const EVENTS: Standing = NotHonoured("there is no event plane in this version");
-const BROKER: Standing = Elsewhere("the ZMQ broker");
+const EVENTS: Standing =
+    NotHonoured("a router neither publishes nor subscribes; [events] makes it a broker");
 const KUBERNETES: Standing = NotHonoured("Kubernetes discovery is not in this version");
 const OTEL: Standing = match cfg!(feature = "otel") {
     true => Honoured,
@@ -132,9 +132,6 @@ pub const VARIABLES: &[Variable] = variables! {
         "DYN_ZMQ_IO_THREADS", "4", "threads", EVENTS, "are the I/O threads of ZMQ";
         "DYN_ZMQ_BROKER_URL", "unset", "URL", EVENTS, "names a broker between both sides";
         "DYN_ZMQ_BROKER_ENABLED", "off", "switch", EVENTS, "looks that broker up in discovery";
-        "ZMQ_BROKER_XSUB_BIND", "tcp://0.0.0.0:5555", "URL", BROKER, "is where it takes events";
-        "ZMQ_BROKER_XPUB_BIND", "tcp://0.0.0.0:5556", "URL", BROKER, "is where it gives them";
-        "ZMQ_BROKER_NAMESPACE", "dynamo", "name", BROKER, "is where it registers";
         "DYN_ROUTER_ZMQ_ENDPOINTS_PER_SUB", "1", "endpoints", KV_ROUTER,
             "groups publishers into one socket";
     }

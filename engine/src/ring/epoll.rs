@@ -23,7 +23,7 @@ use socket2::SockRef;
 use super::sockets::{self, connect_result, errno, send_now};
 use super::{Completion, Event, Handle, Ring, Room, SPANS_MAX, Span};
 use crate::buffers::{BufferId, Buffers};
-use crate::operation::{Kind, Operation};
+use crate::operation::Operation;
 
 mod intake;
 
@@ -475,20 +475,7 @@ impl Ring for Epoll {
     }
 
     fn cancel_receive(&mut self, operation: Operation, handle: Handle) {
-        let errno = libc::ECANCELED;
-        if operation.kind == Kind::Accept {
-            let wanted = Some(operation);
-            if let Some(listener) = self.listeners.iter_mut().find(|l| l.accept == wanted) {
-                listener.accept = None;
-                self.complete(operation, Event::AcceptFailed { errno });
-            }
-            return;
-        }
-        let slot = &mut self.slots[handle.slot as usize];
-        if slot.receive == Some(operation) {
-            (slot.receive, slot.room) = (None, None);
-            self.complete(operation, Event::ReceiveFailed { errno });
-        }
+        self.end_early(operation, handle.slot as usize);
     }
 
     fn send(&mut self, operation: Operation, handle: Handle, spans: &[Span]) {

@@ -199,6 +199,12 @@ pub trait Ring {
     /// Send at most [`SPANS_MAX`] spans, in order, as one write.
     fn send(&mut self, operation: Operation, handle: Handle, spans: &[Span]);
 
+    /// End a send early of which the socket has taken nothing yet: `SendFailed` with ECANCELED. One
+    /// that has got further completes as it would have.
+    fn cancel_send(&mut self, operation: Operation, handle: Handle) {
+        self.cancel_receive(operation, handle);
+    }
+
     /// Makes a non-blocking TCP socket without Nagle's delay for an outgoing connection. It is the
     /// caller's, to be attached, and closed with [`Ring::close`].
     ///

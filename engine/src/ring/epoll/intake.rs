@@ -4,7 +4,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 use super::{ACCEPTS_PER_ROUND, Epoll, Memory};
 use crate::buffers::BufferId;
-use crate::operation::Operation;
+use crate::operation::{Kind, Operation};
 use crate::ring::Event;
 use crate::ring::sockets::errno;
 
@@ -46,6 +46,29 @@ impl Epoll {
                 listener.accept = None;
                 self.complete(operation, Event::AcceptFailed { errno });
             }
+        }
+    }
+}
+
+impl Epoll {
+    /// Ends an accept, a receive, or a send that waits for room.
+    pub(super) fn end_early(&mut self, operation: Operation, slot: usize) {
+        let errno = libc::ECANCELED;
+        if operation.kind == Kind::Accept {
+            let wanted = Some(operation);
+            if let Some(listener) = self.listeners.iter_mut().find(|l| l.accept == wanted) {
+                listener.accept = None;
+                self.complete(operation, Event::AcceptFailed { errno });
+            }
+            return;
+        }
+        let slot = &mut self.slots[slot];
+        if slot.receive == Some(operation) {
+            (slot.receive, slot.room) = (None, None);
+            self.complete(operation, Event::ReceiveFailed { errno });
+        } else if slot.send == Some(operation) {
+            slot.send = None;
+            self.complete(operation, Event::SendFailed { errno });
         }
     }
 }

@@ -1,0 +1,280 @@
+//! `corelane-bench events`: events through corelane's broker, libzmq's proxy and nats-server, arms
+//! interleaved in one run.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use serde_json::{Value, json};
+
+use crate::cpu::Pins;
+use crate::events_broker::{Broker, find_nats};
+use crate::events_load::{Found, Load};
+use crate::interrupt;
+use crate::middle::CorelaneArgs;
+use crate::report::{
+    OutputArgs, Quantiles, Spread, Table, figure, host, median, now_utc, order, progress,
+    ratio_text, round,
+};
+use crate::usage_error;
+
+/// Arguments of `events`.
+#[derive(clap::Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  corelane-bench events --python run/venv/bin/python
+  corelane-bench events --publishers 64 --subscribers 1,16 --bytes 200 --rounds 5 --json events.json
+
+For each number of publishers and subscribers and each size: events per second of the broker's CPU
+while every subscriber gets all as fast as it can, then the latency, from when an event was due, at
+half of the rate of the slowest broker. A broker that is not there is left out with a note.")]
+pub(crate) struct EventsArgs {
+    #[command(flatten)]
+    corelane: CorelaneArgs,
+    /// A Python that has pyzmq, for libzmq's proxy.
+    #[arg(long, value_name = "PATH", default_value = "python3")]
+    python: PathBuf,
+    /// How many publish.
+    #[arg(long, value_delimiter = ',', default_value = "1,64")]
+    publishers: Vec<usize>,
+    /// How many subscribe, each to everything.
+    #[arg(long, value_delimiter = ',', default_value = "1,16")]
+    subscribers: Vec<usize>,
+    /// Bytes of an event's envelope.
+    #[arg(long, value_delimiter = ',', default_value = "200,4096")]
+    bytes: Vec<usize>,
+    /// Rounds; each runs every arm once, the direction alternates.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Measured seconds of each arm in each round, twice.
+    #[arg(long, default_value_t = 1.0)]
+    seconds: f64,
+    /// Seconds before, not counted.
+    #[arg(long, default_value_t = 0.3)]
+    warmup: f64,
+    /// CPUs of load and brokers, such as client=0,middle=1 [default: none is bound].
+    #[arg(long)]
+    pin: Option<Pins>,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// What one broker has shown in one scene, a value for each round.
+#[derive(Default)]
+struct Record {
+    rate: Vec<f64>,
+    per_cpu_second: Vec<f64>,
+    p50_us: Vec<f64>,
+    p99_us: Vec<f64>,
+    cpu_share_at_rate: Vec<f64>,
+}
+
+/// One number of publishers and subscribers, one size.
+struct Scene {
+    publishers: usize,
+    subscribers: usize,
+    bytes: usize,
+    /// What the latencies are of, in events per second.
+    rate: f64,
+    records: Vec<Record>,
+}
+
+/// Runs the whole comparison.
+pub(crate) fn run(args: &EventsArgs) -> Result<()> {
+    let numbers = [&args.publishers, &args.subscribers, &args.bytes];
+    let is_bad = numbers
+        .iter()
+        .any(|list| list.is_empty() || list.contains(&0));
+    if is_bad || args.bytes.iter().any(|bytes| *bytes < 16) || args.rounds == 0 {
+        return Err(usage_error(
+            "--publishers, --subscribers and --rounds must be at least 1, --bytes at least 16",
+        ));
+    }
+    interrupt::install();
+    let dir = tempfile::Builder::new()
+        .prefix("corelane-bench-")
+        .tempdir()?;
+    let brokers = brokers(args, dir.path())?;
+    if let Some(cpus) = args.pin.and_then(|pins| pins.client) {
+        cpus.bind_this_thread()
+            .with_context(|| format!("no CPU {cpus}"))?;
+    }
+    let mut scenes = Vec::new();
+    for bytes in args.bytes.iter().copied() {
+        for publishers in args.publishers.iter().copied() {
+            for subscribers in args.subscribers.iter().copied() {
+                let mut scene = Scene {
+                    publishers,
+                    subscribers,
+                    bytes,
+                    rate: 0.0,
+                    records: brokers.iter().map(|_| Record::default()).collect(),
+                };
+                scene.run(args, &brokers)?;
+                progress("");
+                args.output.print_table(&scene.text(&brokers))?;
+                scenes.push(scene);
+            }
+        }
+    }
+    args.output
+        .write_json("events", &report(args, &brokers, &scenes))
+}
+
+fn brokers(args: &EventsArgs, dir: &Path) -> Result<Vec<Broker>> {
+    let cpus = args.pin.and_then(|pins| pins.middle);
+    let program = args.corelane.find()?;
+    let program =
+        program.context("corelane is not beside this program nor on PATH (--corelane)")?;
+    let mut brokers = vec![Broker::corelane(&program, dir, cpus)?];
+    match Broker::libzmq(&args.python, dir, cpus) {
+        Ok(broker) => brokers.push(broker),
+        Err(error) => eprintln!("without libzmq: {error:#}"),
+    }
+    match find_nats() {
+        Some(program) => brokers.push(Broker::nats(&program, dir, cpus)?),
+        None => eprintln!("without nats-server: it is not on PATH"),
+    }
+    Ok(brokers)
+}
+
+impl Scene {
+    fn run(&mut self, args: &EventsArgs, brokers: &[Broker]) -> Result<()> {
+        let times = [args.warmup, args.seconds].map(Duration::from_secs_f64);
+        for number in 0..args.rounds {
+            for index in order(brokers.len(), number) {
+                let broker = &brokers[index];
+                self.say(broker, number);
+                let mut load = self.load(broker)?;
+                let found = load.at_most(broker, times)?;
+                let record = &mut self.records[index];
+                record.rate.push(found.events as f64 / found.seconds);
+                record
+                    .per_cpu_second
+                    .push(found.events as f64 / found.cpu_us.max(1.0) * 1e6);
+            }
+        }
+        let slowest = self
+            .records
+            .iter()
+            .map(|record| median(record.rate.iter().copied()));
+        self.rate = slowest.fold(f64::INFINITY, f64::min) / 2.0;
+        for number in 0..args.rounds {
+            for index in order(brokers.len(), number) {
+                let broker = &brokers[index];
+                self.say(broker, number);
+                let mut load = self.load(broker)?;
+                let found: Found = load.at_rate(broker, times, self.rate)?;
+                let latency = Quantiles::of_ns(&found.latency_ns);
+                let record = &mut self.records[index];
+                record.p50_us.push(latency.p50);
+                record.p99_us.push(latency.p99);
+                record
+                    .cpu_share_at_rate
+                    .push(found.cpu_us / 1e6 / found.seconds);
+            }
+        }
+        Ok(())
+    }
+
+    fn load(&self, broker: &Broker) -> Result<Load> {
+        Load::start(broker, self.publishers, self.subscribers, self.bytes)
+            .with_context(|| format!("{}: {}", broker.kind.name(), self.title()))
+    }
+
+    fn say(&self, broker: &Broker, number: usize) {
+        progress(&format!(
+            "{}: round {}, {}",
+            self.title(),
+            number + 1,
+            broker.kind.name()
+        ));
+    }
+
+    fn title(&self) -> String {
+        format!(
+            "{} publishers, {} subscribers, {} bytes",
+            self.publishers, self.subscribers, self.bytes
+        )
+    }
+
+    fn text(&self, brokers: &[Broker]) -> String {
+        let head = [
+            "",
+            "events/s",
+            "events/CPU-s",
+            "corelane/",
+            "p50 us",
+            "p99 us",
+            "/corelane",
+            "CPU",
+        ];
+        let mut table = Table::new(&head);
+        let ours = &self.records[0];
+        for (broker, record) in brokers.iter().zip(&self.records) {
+            let value = |values: &[f64]| figure(median(values.iter().copied()));
+            table.row(vec![
+                broker.kind.name().to_owned(),
+                value(&record.rate),
+                value(&record.per_cpu_second),
+                ratio_text(Spread::of_ratios(
+                    &ours.per_cpu_second,
+                    &record.per_cpu_second,
+                )),
+                value(&record.p50_us),
+                value(&record.p99_us),
+                ratio_text(Spread::of_ratios(&record.p99_us, &ours.p99_us)),
+                value(&record.cpu_share_at_rate),
+            ]);
+        }
+        let rate = figure(self.rate);
+        format!(
+            "{}; latency at {rate} events/s\n{}\n",
+            self.title(),
+            table.text()
+        )
+    }
+}
+
+fn report(args: &EventsArgs, brokers: &[Broker], scenes: &[Scene]) -> Value {
+    let spread = |values: &[f64]| Spread::of(values.iter().copied());
+    let arm = |ours: &Record, broker: &Broker, record: &Record| {
+        json!({
+            "arm": broker.kind.name(),
+            "events_per_second": spread(&record.rate),
+            "events_per_cpu_second": spread(&record.per_cpu_second),
+            "p50_us": spread(&record.p50_us),
+            "p99_us": spread(&record.p99_us),
+            "cpus_at_rate": spread(&record.cpu_share_at_rate),
+            "corelane_to_it": {
+                "events_per_cpu_second":
+                    Spread::of_ratios(&ours.per_cpu_second, &record.per_cpu_second),
+                "p99": Spread::of_ratios(&ours.p99_us, &record.p99_us),
+            },
+        })
+    };
+    let scene = |scene: &Scene| {
+        let arms = brokers.iter().zip(&scene.records);
+        let ours = &scene.records[0];
+        json!({
+            "publishers": scene.publishers,
+            "subscribers": scene.subscribers,
+            "event_bytes": scene.bytes,
+            "latency_at_events_per_second": round(scene.rate),
+            "arms": arms.map(|(broker, record)| arm(ours, broker, record)).collect::<Vec<_>>(),
+        })
+    };
+    let version = |broker: &Broker| (broker.kind.name().to_owned(), json!(broker.version));
+    json!({
+        "schema": "corelane-bench/events/1",
+        "when": now_utc(),
+        "host": host(),
+        "versions": brokers.iter().map(version).collect::<serde_json::Map<_, _>>(),
+        "settings": {
+            "rounds": args.rounds,
+            "seconds": round(args.seconds),
+            "warmup_s": round(args.warmup),
+        },
+        "scenes": scenes.iter().map(scene).collect::<Vec<_>>(),
+    })
+}

@@ -1,0 +1,678 @@
+//! ZMTP 3.1, and 3.0 where a peer speaks that: greeting, commands, frames, and the message of four
+//! parts that carries an event (spec/events-discovery.md §3.5; ZMTP: rfc.zeromq.org, 23 and 37).
+//!
+//! ```text
+//! greeting   FF 8 bytes 7F | 3 minor | mechanism, 20 bytes | as-server | 31 zeros      64 bytes
+//! frame      flags | size: 1 byte, or 8 big-endian when LONG | body
+//! flags      1 MORE   2 LONG   4 COMMAND
+//! command    frame whose body is: name length, name, data
+//! event      [topic or subject] [publisher id, 8] [sequence, 8] [01 length32 envelope]
+//! ```
+//!
+//! Decoders look at what has arrived and copy nothing. The bytes of a message are the same in both
+//! versions and in both directions, so that a message can be passed on as it came.
+
+use crate::{Bad, Decoded};
+
+/// Bytes of a greeting.
+pub const GREETING_BYTES: usize = 64;
+/// Most bytes before a frame's body: flags and a long size.
+pub const HEAD_BYTES_MAX: usize = 9;
+/// Most bytes of a command's body that we take; READY of libzmq has less than 600.
+pub const COMMAND_BYTES_MAX: usize = 4096;
+/// Most bytes of a subscription's prefix.
+pub const PREFIX_BYTES_MAX: usize = 1024;
+/// Most bytes of the context of a PING (ZMTP 3.1).
+pub const CONTEXT_BYTES_MAX: usize = 16;
+/// Parts of a message that carries an event.
+pub const EVENT_PARTS: u32 = 4;
+/// Bytes before the envelope in an event's last part (spec/events-discovery.md §3.3).
+pub const EVENT_PREFIX_BYTES: usize = 5;
+
+const MORE: u8 = 1;
+const LONG: u8 = 2;
+const COMMAND: u8 = 4;
+const EVENT_VERSION: u8 = 1;
+
+/// Why bytes are not ZMTP, or not as much of it as we speak.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// The first bytes are no signature.
+    #[error("no ZMTP greeting")]
+    Signature,
+    /// An older protocol.
+    #[error("ZMTP {major} is too old; 3.0 or later is needed")]
+    Version {
+        /// The peer's major version.
+        major: u8,
+    },
+    /// Another security mechanism than NULL.
+    #[error("another security mechanism than NULL")]
+    Mechanism,
+    /// Reserved flags, or a combination that there is not.
+    #[error("frame flags {flags:#04x} are none")]
+    Flags {
+        /// The byte.
+        flags: u8,
+    },
+    /// A frame or a message is larger than allowed.
+    #[error("{bytes} bytes are more than the {max} that are allowed")]
+    TooLong {
+        /// What was declared.
+        bytes: u64,
+        /// The limit.
+        max: u64,
+    },
+    /// A command whose inner lengths do not fit.
+    #[error("a command that is cut off")]
+    Command,
+    /// A message where a command was needed, or the other way round.
+    #[error("a frame that does not belong here")]
+    Unexpected,
+}
+
+/// What a peer says first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Greeting {
+    /// Its minor version of ZMTP 3.
+    pub minor: u8,
+    /// It calls itself the server of the security handshake; without meaning for NULL.
+    pub as_server: bool,
+}
+
+/// Our greeting: version 3.1, mechanism NULL.
+#[must_use]
+pub const fn greeting() -> [u8; GREETING_BYTES] {
+    let mut out = [0; GREETING_BYTES];
+    out[0] = 0xff;
+    out[8] = 1;
+    out[9] = 0x7f;
+    out[10] = 3;
+    out[11] = 1;
+    let name = b"NULL";
+    let mut at = 0;
+    while at < name.len() {
+        out[12 + at] = name[at];
+        at += 1;
+    }
+    out
+}
+
+/// Reads a greeting. What cannot become one is told from its first bytes on.
+pub fn decode_greeting(input: &[u8]) -> Decoded<Greeting> {
+    let bad = |fault: Fault| Decoded::Bad(Bad::Zmtp(fault));
+    match (input.first(), input.get(9), input.get(10)) {
+        (None, ..) => return Decoded::Need(1),
+        (Some(first), ..) if *first != 0xff => return bad(Fault::Signature),
+        (_, None, _) => return Decoded::Need(10),
+        (_, Some(last), _) if last & 1 == 0 => return bad(Fault::Signature),
+        (.., None) => return Decoded::Need(11),
+        (.., Some(major)) if *major < 3 => return bad(Fault::Version { major: *major }),
+        _ => {}
+    }
+    let Some(greeting) = input.first_chunk::<GREETING_BYTES>() else {
+        return Decoded::Need(GREETING_BYTES);
+    };
+    let mechanism = greeting[12..32].trim_ascii_end();
+    let end = mechanism.iter().position(|byte| *byte == 0);
+    if &mechanism[..end.unwrap_or(mechanism.len())] != b"NULL" {
+        return bad(Fault::Mechanism);
+    }
+    Decoded::Frame(Greeting {
+        // A later major version speaks ours as well, by the protocol's own rule.
+        minor: if greeting[10] > 3 { 1 } else { greeting[11] },
+        as_server: greeting[32] == 1,
+    })
+}
+
+/// The beginning of a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Head {
+    /// A command; otherwise a part of a message.
+    pub command: bool,
+    /// More parts of the same message follow.
+    pub more: bool,
+    /// Bytes of flags and size.
+    pub head_bytes: usize,
+    /// Bytes of the body, which follows.
+    pub body_bytes: usize,
+}
+
+impl Head {
+    /// Bytes of the frame.
+    #[must_use]
+    pub fn frame_bytes(&self) -> usize {
+        self.head_bytes + self.body_bytes
+    }
+}
+
+/// Reads the beginning of a frame whose body may have `max_bytes`. The body need not be there.
+#[inline]
+pub fn decode_head(input: &[u8], max_bytes: usize) -> Decoded<Head> {
+    let Some(&flags) = input.first() else {
+        return Decoded::Need(2);
+    };
+    if flags & !(MORE | LONG | COMMAND) != 0 || flags & (MORE | COMMAND) == (MORE | COMMAND) {
+        return Decoded::Bad(Bad::Zmtp(Fault::Flags { flags }));
+    }
+    let (head_bytes, bytes) = if flags & LONG == 0 {
+        let Some(&bytes) = input.get(1) else {
+            return Decoded::Need(2);
+        };
+        (2, u64::from(bytes))
+    } else {
+        let Some(bytes) = input.get(1..HEAD_BYTES_MAX).and_then(<[u8]>::first_chunk) else {
+            return Decoded::Need(HEAD_BYTES_MAX);
+        };
+        (HEAD_BYTES_MAX, u64::from_be_bytes(*bytes))
+    };
+    if bytes > max_bytes as u64 {
+        let max = max_bytes as u64;
+        return Decoded::Bad(Bad::Zmtp(Fault::TooLong { bytes, max }));
+    }
+    Decoded::Frame(Head {
+        command: flags & COMMAND != 0,
+        more: flags & MORE != 0,
+        head_bytes,
+        body_bytes: bytes as usize,
+    })
+}
+
+/// Writes the beginning of a message's part: short if it can be.
+pub fn write_head(body_bytes: usize, more: bool, out: &mut Vec<u8>) {
+    write_flags(body_bytes, u8::from(more), out);
+}
+
+fn write_flags(body_bytes: usize, flags: u8, out: &mut Vec<u8>) {
+    if let Ok(bytes) = u8::try_from(body_bytes) {
+        out.extend_from_slice(&[flags, bytes]);
+    } else {
+        out.push(flags | LONG);
+        out.extend_from_slice(&(body_bytes as u64).to_be_bytes());
+    }
+}
+
+/// What a command says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command<'a> {
+    /// The end of a handshake, with properties; see [`property`].
+    Ready(&'a [u8]),
+    /// The peer gives up, with its reason.
+    Error(&'a [u8]),
+    /// Messages that begin with this are wanted (3.1).
+    Subscribe(&'a [u8]),
+    /// One such wish less (3.1).
+    Cancel(&'a [u8]),
+    /// To be answered with PONG and the same context (3.1).
+    Ping {
+        /// Tenths of a second until the peer may be given up; 0: never.
+        ttl: u16,
+        /// At most [`CONTEXT_BYTES_MAX`].
+        context: &'a [u8],
+    },
+    /// The answer to PING.
+    Pong(&'a [u8]),
+    /// One that we do not know; to be ignored.
+    Other(&'a [u8]),
+}
+
+/// Reads the body of a command frame.
+///
+/// # Errors
+/// Its inner lengths do not fit.
+pub fn decode_command(body: &[u8]) -> Result<Command<'_>, Fault> {
+    let (&length, rest) = body.split_first().ok_or(Fault::Command)?;
+    let (name, data) = rest
+        .split_at_checked(usize::from(length))
+        .ok_or(Fault::Command)?;
+    Ok(match name {
+        b"READY" => Command::Ready(data),
+        b"ERROR" => {
+            let (&length, reason) = data.split_first().ok_or(Fault::Command)?;
+            Command::Error(reason.get(..usize::from(length)).ok_or(Fault::Command)?)
+        }
+        b"SUBSCRIBE" => Command::Subscribe(data),
+        b"CANCEL" => Command::Cancel(data),
+        b"PING" => {
+            let (ttl, context) = data.split_first_chunk().ok_or(Fault::Command)?;
+            if context.len() > CONTEXT_BYTES_MAX {
+                return Err(Fault::Command);
+            }
+            let ttl = u16::from_be_bytes(*ttl);
+            Command::Ping { ttl, context }
+        }
+        b"PONG" => Command::Pong(data),
+        name => Command::Other(name),
+    })
+}
+
+/// The value of a property of READY; names are compared without regard to case.
+///
+/// # Errors
+/// Lengths inside do not fit.
+pub fn property<'a>(mut properties: &'a [u8], wanted: &str) -> Result<Option<&'a [u8]>, Fault> {
+    let mut found = None;
+    while let Some((&length, rest)) = properties.split_first() {
+        let (name, rest) = rest
+            .split_at_checked(usize::from(length))
+            .ok_or(Fault::Command)?;
+        let (length, rest) = rest.split_first_chunk::<4>().ok_or(Fault::Command)?;
+        let length = u32::from_be_bytes(*length) as usize;
+        let (value, rest) = rest.split_at_checked(length).ok_or(Fault::Command)?;
+        if found.is_none() && name.eq_ignore_ascii_case(wanted.as_bytes()) {
+            found = Some(value);
+        }
+        properties = rest;
+    }
+    Ok(found)
+}
+
+/// Writes a command frame.
+pub fn write_command(name: &str, data: &[u8], out: &mut Vec<u8>) {
+    debug_assert!(name.len() < 256);
+    write_flags(1 + name.len() + data.len(), COMMAND, out);
+    out.push(name.len() as u8);
+    out.extend_from_slice(name.as_bytes());
+    out.extend_from_slice(data);
+}
+
+/// Writes READY for a socket of this type, `XPUB` for example.
+pub fn write_ready(socket_type: &str, out: &mut Vec<u8>) {
+    let mut data = vec![11];
+    data.extend_from_slice(b"Socket-Type");
+    data.extend_from_slice(&(socket_type.len() as u32).to_be_bytes());
+    data.extend_from_slice(socket_type.as_bytes());
+    write_command("READY", &data, out);
+}
+
+/// Writes a wish, or its end: a command for 3.1, a message of one part for 3.0.
+pub fn write_subscription(minor: u8, subscribe: bool, prefix: &[u8], out: &mut Vec<u8>) {
+    match (minor, subscribe) {
+        (0, _) => {
+            write_head(1 + prefix.len(), false, out);
+            out.push(u8::from(subscribe));
+            out.extend_from_slice(prefix);
+        }
+        (_, true) => write_command("SUBSCRIBE", prefix, out),
+        (_, false) => write_command("CANCEL", prefix, out),
+    }
+}
+
+/// Reads a message of one part that a subscriber sends: a wish or its end. `None`: anything else,
+/// which XPUB sockets leave to their user.
+#[must_use]
+pub fn decode_subscription(body: &[u8]) -> Option<(bool, &[u8])> {
+    match body.split_first() {
+        Some((1, prefix)) => Some((true, prefix)),
+        Some((0, prefix)) => Some((false, prefix)),
+        _ => None,
+    }
+}
+
+/// Why a message is no event. The stream goes on behind it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum EventFault {
+    /// Not four parts.
+    #[error("not four parts")]
+    Parts,
+    /// The second or the third part has not 8 bytes.
+    #[error("publisher id or sequence has not 8 bytes")]
+    Numbers,
+    /// The last part is shorter than a frame's prefix.
+    #[error("the frame has fewer than 5 bytes")]
+    FrameShort,
+    /// The frame has another version.
+    #[error("the frame's version is {version}, not 1")]
+    FrameVersion {
+        /// Its first byte.
+        version: u8,
+    },
+    /// The frame declares more bytes than there are.
+    #[error("the frame declares {declared} bytes and has {bytes}")]
+    FrameLength {
+        /// Its length field.
+        declared: u32,
+        /// Bytes behind it.
+        bytes: usize,
+    },
+}
+
+/// Where things are in a message that carries an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Event {
+    /// Where the topic (direct) or subject (broker) begins.
+    pub subject_at: usize,
+    /// Its length.
+    pub subject_bytes: usize,
+    /// The publisher's number.
+    pub publisher_id: u64,
+    /// The event's number.
+    pub sequence: u64,
+    /// Where the frame begins: the body of the last part.
+    pub frame_at: usize,
+    /// One past the message's last byte.
+    pub end: usize,
+}
+
+/// Reads a message that carries an event and lies whole in `input`. `None`: it does not, or it is
+/// none; [`Walk`] tells which.
+#[inline]
+#[must_use]
+pub fn decode_event(input: &[u8], max_bytes: usize) -> Option<Event> {
+    let part = |at: usize, more: bool| {
+        let head = decode_head(input.get(at..)?, max_bytes).frame()?;
+        (!head.command && head.more == more).then_some((at + head.head_bytes, head.body_bytes))
+    };
+    let (subject_at, subject_bytes) = part(0, true)?;
+    let (id_at, id_bytes) = part(subject_at + subject_bytes, true)?;
+    let (sequence_at, sequence_bytes) = part(id_at + id_bytes, true)?;
+    let (frame_at, frame_bytes) = part(sequence_at + sequence_bytes, false)?;
+    let end = frame_at + frame_bytes;
+    if id_bytes != 8 || sequence_bytes != 8 || end > max_bytes || end > input.len() {
+        return None;
+    }
+    check_frame(&input[frame_at..], frame_bytes).ok()?;
+    Some(Event {
+        subject_at,
+        subject_bytes,
+        publisher_id: number(&input[id_at..])?,
+        sequence: number(&input[sequence_at..])?,
+        frame_at,
+        end,
+    })
+}
+
+fn number(bytes: &[u8]) -> Option<u64> {
+    bytes.first_chunk().map(|bytes| u64::from_be_bytes(*bytes))
+}
+
+/// Checks the prefix of an event's frame, of which `frame_bytes` are there in all.
+///
+/// # Errors
+/// [`EventFault`] says what is wrong. Bytes behind the declared ones are allowed.
+#[inline]
+pub fn check_frame(front: &[u8], frame_bytes: usize) -> Result<(), EventFault> {
+    let Some(prefix) = front.first_chunk::<EVENT_PREFIX_BYTES>() else {
+        return Err(EventFault::FrameShort);
+    };
+    if frame_bytes < EVENT_PREFIX_BYTES {
+        return Err(EventFault::FrameShort);
+    }
+    let [version, length @ ..] = *prefix;
+    if version != EVENT_VERSION {
+        return Err(EventFault::FrameVersion { version });
+    }
+    let declared = u32::from_be_bytes(length);
+    let bytes = frame_bytes - EVENT_PREFIX_BYTES;
+    if declared as usize > bytes {
+        return Err(EventFault::FrameLength { declared, bytes });
+    }
+    Ok(())
+}
+
+/// Finds the end of a message that does not lie in one piece, or has any number of parts, from the
+/// beginnings of its frames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Walk {
+    parts: u32,
+    /// Where the next frame begins, counted from the message's first byte.
+    at: usize,
+    bodies: [(usize, usize); EVENT_PARTS as usize],
+    done: bool,
+}
+
+impl Walk {
+    /// Where the next frame begins; the message's end when all are known.
+    #[must_use]
+    pub fn at(&self) -> usize {
+        self.at
+    }
+
+    /// Whether the last part is known, so that [`Walk::at`] is the end of the message.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.done
+    }
+
+    /// Takes the beginning of the frame at [`Walk::at`].
+    ///
+    /// # Errors
+    /// It is a command, or the message becomes longer than `max_bytes`.
+    pub fn step(&mut self, head: &Head, max_bytes: usize) -> Result<(), Fault> {
+        if head.command || self.done {
+            return Err(Fault::Unexpected);
+        }
+        let body = self.at + head.head_bytes;
+        if let Some(place) = self.bodies.get_mut(self.parts as usize) {
+            *place = (body, head.body_bytes);
+        }
+        self.parts = self.parts.saturating_add(1);
+        self.at = body + head.body_bytes;
+        self.done = !head.more;
+        if self.at > max_bytes {
+            let (bytes, max) = (self.at as u64, max_bytes as u64);
+            return Err(Fault::TooLong { bytes, max });
+        }
+        Ok(())
+    }
+
+    /// Where things are in the message, which `copy` copies from: offset, place.
+    ///
+    /// # Errors
+    /// It carries no event.
+    pub fn event(&self, copy: impl Fn(usize, &mut [u8])) -> Result<Event, EventFault> {
+        if !self.done || self.parts != EVENT_PARTS {
+            return Err(EventFault::Parts);
+        }
+        let [subject, id, sequence, frame] = self.bodies;
+        if id.1 != 8 || sequence.1 != 8 {
+            return Err(EventFault::Numbers);
+        }
+        let number = |at| {
+            let mut bytes = [0; 8];
+            copy(at, &mut bytes);
+            u64::from_be_bytes(bytes)
+        };
+        let mut prefix = [0; EVENT_PREFIX_BYTES];
+        let there = frame.1.min(EVENT_PREFIX_BYTES);
+        copy(frame.0, &mut prefix[..there]);
+        check_frame(&prefix[..there], frame.1)?;
+        Ok(Event {
+            subject_at: subject.0,
+            subject_bytes: subject.1,
+            publisher_id: number(id.0),
+            sequence: number(sequence.0),
+            frame_at: frame.0,
+            end: self.at,
+        })
+    }
+}
+
+/// Writes all of an event's message that comes before its frame of `frame_bytes`.
+pub fn write_event_front(
+    subject: &[u8],
+    publisher_id: u64,
+    sequence: u64,
+    frame_bytes: usize,
+    out: &mut Vec<u8>,
+) {
+    write_head(subject.len(), true, out);
+    out.extend_from_slice(subject);
+    for number in [publisher_id, sequence] {
+        write_head(8, true, out);
+        out.extend_from_slice(&number.to_be_bytes());
+    }
+    write_head(frame_bytes, false, out);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(subject: &[u8], frame: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        write_event_front(subject, 0x0102, 7, frame.len(), &mut out);
+        out.extend_from_slice(frame);
+        out
+    }
+
+    fn walk(message: &[u8], max: usize) -> Result<Walk, Fault> {
+        let mut walk = Walk::default();
+        while !walk.is_done() {
+            let Decoded::Frame(head) = decode_head(&message[walk.at()..], max) else {
+                panic!("{walk:?}");
+            };
+            walk.step(&head, max)?;
+        }
+        Ok(walk)
+    }
+
+    fn walked(message: &[u8]) -> Result<Event, EventFault> {
+        let copy = |at: usize, to: &mut [u8]| to.copy_from_slice(&message[at..at + to.len()]);
+        walk(message, 1 << 20).unwrap().event(copy)
+    }
+
+    #[test]
+    fn greetings_are_told_early_and_whole() {
+        let ours = greeting();
+        let frame = Greeting {
+            minor: 1,
+            as_server: false,
+        };
+        assert_eq!(decode_greeting(&ours), Decoded::Frame(frame));
+        assert_eq!(decode_greeting(&ours[..63]), Decoded::Need(64));
+        assert_eq!(decode_greeting(&[]), Decoded::Need(1));
+        assert_eq!(decode_greeting(&ours[..1]), Decoded::Need(10));
+        assert_eq!(decode_greeting(&ours[..10]), Decoded::Need(11));
+        let with = |at: usize, byte: u8| {
+            let mut changed = ours;
+            changed[at] = byte;
+            decode_greeting(&changed)
+        };
+        let bad = |fault| Decoded::Bad(Bad::Zmtp(fault));
+        assert_eq!(with(0, b'G'), bad(Fault::Signature));
+        assert_eq!(with(9, 0), bad(Fault::Signature));
+        assert_eq!(with(10, 2), bad(Fault::Version { major: 2 }));
+        assert_eq!(with(12, b'X'), bad(Fault::Mechanism));
+        assert_eq!(with(16, b'S'), bad(Fault::Mechanism));
+        assert_eq!(with(11, 0).frame().unwrap().minor, 0);
+        assert_eq!(with(10, 4).frame().unwrap().minor, 1);
+        assert!(matches!(decode_greeting(b"GET /"), Decoded::Bad(_)));
+    }
+
+    #[test]
+    fn heads_are_short_or_long() {
+        for (bytes, more, wire) in [
+            (3usize, false, &b"\x00\x03"[..]),
+            (255, true, b"\x01\xff"),
+            (256, true, b"\x03\x00\x00\x00\x00\x00\x00\x01\x00"),
+        ] {
+            let mut out = Vec::new();
+            write_head(bytes, more, &mut out);
+            assert_eq!(out, wire);
+            let head = decode_head(wire, 1024).frame().unwrap();
+            assert_eq!(
+                (head.body_bytes, head.more, head.command),
+                (bytes, more, false)
+            );
+            assert_eq!(head.head_bytes, wire.len());
+            assert!(matches!(
+                decode_head(&wire[..wire.len() - 1], 1024),
+                Decoded::Need(_)
+            ));
+        }
+        for flags in [8u8, 5, 0x80, 0xff] {
+            let bad = Decoded::Bad(Bad::Zmtp(Fault::Flags { flags }));
+            assert_eq!(decode_head(&[flags], 1024), bad);
+        }
+        let liar = [2, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff];
+        assert!(matches!(decode_head(&liar, 1024), Decoded::Bad(_)));
+    }
+
+    #[test]
+    fn commands_are_written_and_read_alike() {
+        let mut ready = Vec::new();
+        write_ready("XPUB", &mut ready);
+        let head = decode_head(&ready, 1024).frame().unwrap();
+        assert!(head.command && head.frame_bytes() == ready.len());
+        let Ok(Command::Ready(properties)) = decode_command(&ready[head.head_bytes..]) else {
+            panic!("no READY");
+        };
+        assert_eq!(property(properties, "socket-TYPE"), Ok(Some(&b"XPUB"[..])));
+        assert_eq!(property(properties, "Identity"), Ok(None));
+        assert_eq!(property(&properties[..19], "Identity"), Err(Fault::Command));
+
+        for (minor, subscribe, wire) in [
+            (0, true, &b"\x00\x03\x01ab"[..]),
+            (0, false, b"\x00\x03\x00ab"),
+            (1, true, b"\x04\x0c\x09SUBSCRIBEab"),
+            (1, false, b"\x04\x09\x06CANCELab"),
+        ] {
+            let mut out = Vec::new();
+            write_subscription(minor, subscribe, b"ab", &mut out);
+            assert_eq!(out, wire);
+        }
+        assert_eq!(decode_subscription(b"\x01ab"), Some((true, &b"ab"[..])));
+        assert_eq!(decode_subscription(b"\x00"), Some((false, &b""[..])));
+        assert_eq!(decode_subscription(b"ab"), None);
+        let ping = decode_command(b"\x04PING\x00\x0ahi");
+        assert_eq!(
+            ping,
+            Ok(Command::Ping {
+                ttl: 10,
+                context: b"hi"
+            })
+        );
+        assert_eq!(
+            decode_command(b"\x05ERROR\x02no"),
+            Ok(Command::Error(b"no"))
+        );
+        assert_eq!(decode_command(b"\x03NEW.."), Ok(Command::Other(b"NEW")));
+        for cut in [&b""[..], b"\x09PING", b"\x05ERROR\x03no", b"\x04PING\x00"] {
+            assert_eq!(decode_command(cut), Err(Fault::Command));
+        }
+    }
+
+    #[test]
+    fn events_are_found_in_one_piece_and_by_walking() {
+        let good = event(b"kv-events", b"\x01\0\0\0\x03abcd");
+        let event_of = decode_event(&good, 1 << 20).unwrap();
+        assert_eq!(walked(&good), Ok(event_of));
+        assert_eq!((event_of.publisher_id, event_of.sequence), (0x0102, 7));
+        let subject = event_of.subject_at..event_of.subject_at + event_of.subject_bytes;
+        assert_eq!(&good[subject], b"kv-events");
+        assert_eq!(
+            &good[event_of.frame_at..event_of.end],
+            b"\x01\0\0\0\x03abcd"
+        );
+        let long = event(b"t", &[&b"\x01\0\0\x01\x2c"[..], &[7; 300]].concat());
+        assert_eq!(walked(&long).ok(), decode_event(&long, 1 << 20));
+        assert_eq!(decode_event(&long, 300), None);
+        assert_eq!(decode_event(&good[..good.len() - 1], 1 << 20), None);
+        assert!(matches!(walk(&long, 320), Err(Fault::TooLong { .. })));
+    }
+
+    #[test]
+    fn what_is_no_event_is_named() {
+        let fault = |frame: &[u8]| walked(&event(b"t", frame)).unwrap_err();
+        let (declared, bytes) = (0x0300_0000, 3);
+        for (frame, wanted) in [
+            (&b""[..], EventFault::FrameShort),
+            (b"\x01\0\0\0", EventFault::FrameShort),
+            (b"\x02\0\0\0\x01a", EventFault::FrameVersion { version: 2 }),
+            (
+                b"\x01\x03\0\0\0abc",
+                EventFault::FrameLength { declared, bytes },
+            ),
+        ] {
+            assert_eq!(fault(frame), wanted);
+            assert_eq!(decode_event(&event(b"t", frame), 1 << 20), None);
+        }
+        assert_eq!(walked(b"\x01\x01t\x00\x01x"), Err(EventFault::Parts));
+        let parts = b"\x01\x01t\x01\x07aaaaaaa\x01\x08bbbbbbbb\x00\x05\x01\0\0\0\0";
+        assert_eq!(walked(parts), Err(EventFault::Numbers));
+        let five = b"\x01\0\x01\0\x01\0\x01\0\x00\0";
+        assert_eq!(walked(five), Err(EventFault::Parts));
+        assert_eq!(decode_event(five, 1 << 20), None);
+    }
+}

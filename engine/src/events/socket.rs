@@ -1,0 +1,311 @@
+//! Sockets of the plane: accepted, dialled, written to, closed.
+
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
+use std::time::Duration;
+
+use socket2::{SockRef, TcpKeepalive};
+
+use super::plane::{DialState, Plane};
+use super::session::{Session, Stage, greet};
+use super::{DoorKind, Report, Side};
+use crate::operation::{Kind, Operation};
+use crate::ring::{Event, Handle, Ring, Span};
+use crate::table::NONE;
+
+/// A peer whose host has gone is found out after about so long without a word.
+const KEEPALIVE: Duration = Duration::from_secs(30);
+/// First pause before a dial is tried again; it doubles up to the last.
+const PAUSE_FIRST_NS: u64 = 100_000_000;
+const PAUSE_LAST_NS: u64 = 5_000_000_000;
+/// A pause after an accept that failed, for lack of descriptors for example.
+const ACCEPT_PAUSE_NS: u64 = 100_000_000;
+
+impl<R: Ring> Plane<R> {
+    pub(super) fn operation(&self, kind: Kind, slot: u32) -> Operation {
+        Operation::new(kind, slot, self.sessions.generation(slot))
+    }
+
+    /// Asks for connections at a door.
+    pub(super) fn arm(&mut self, door: usize) {
+        let listener = self.doors[door].door.listener.as_raw_fd();
+        self.doors[door].armed = true;
+        let operation = Operation::new(Kind::Accept, door as u32, 0);
+        self.ring.accept(operation, listener);
+    }
+
+    pub(super) fn accepted(&mut self, door: u32, event: Event) {
+        let Some(entry) = self.doors.get_mut(door as usize) else {
+            return;
+        };
+        match event {
+            Event::Accepted { socket, more } => {
+                let (kind, group) = (entry.door.kind, entry.door.group);
+                entry.armed = more;
+                if !more && !self.stopping {
+                    self.arm(door as usize);
+                }
+                let side = match kind {
+                    DoorKind::Publishers => Side::Publisher,
+                    DoorKind::Subscribers => Side::Subscriber,
+                };
+                self.admit(socket, side, group);
+            }
+            _ => {
+                entry.armed = false;
+                entry.again_ns = self.now_ns + ACCEPT_PAUSE_NS;
+            }
+        }
+    }
+
+    fn admit(&mut self, socket: OwnedFd, side: Side, group: super::Group) {
+        let peer = SockRef::from(&socket).peer_addr().ok();
+        let peer = peer.and_then(|peer| peer.as_socket());
+        // A socket without a peer has been reset already.
+        let (Some(peer), false) = (peer, self.stopping) else {
+            return;
+        };
+        prepare(&SockRef::from(&socket));
+        if let Some(slot) = self.open(socket.into_raw_fd(), peer, side, group) {
+            greet(self, slot);
+            self.receive(slot);
+        }
+    }
+
+    /// Puts a socket into the table. `None`, and the socket is closed, when that is full.
+    fn open(
+        &mut self,
+        fd: std::os::fd::RawFd,
+        peer: SocketAddr,
+        side: Side,
+        group: super::Group,
+    ) -> Option<u32> {
+        let session = Session::new(Handle { fd, slot: NONE }, peer, group, side);
+        match self.sessions.insert(session) {
+            Ok(slot) => {
+                self.sessions[slot].handle.slot = slot;
+                self.sessions[slot].since_ns = self.now_ns;
+                self.ring.attach(self.sessions[slot].handle);
+                Some(slot)
+            }
+            Err(session) => {
+                self.stats.plane.sessions_turned_away.add(1);
+                self.ring.close(session.handle);
+                None
+            }
+        }
+    }
+
+    /// Begins to connect.
+    pub(super) fn dial(&mut self, place: usize) {
+        let DialState {
+            dial,
+            address,
+            side,
+            group,
+            ..
+        } = self.dials[place];
+        let slot = match self.ring.connect_socket(&address) {
+            Ok(fd) => self.open(fd, address, side, group),
+            Err(_) => None,
+        };
+        let Some(slot) = slot else {
+            return self.dial_later(dial);
+        };
+        self.dials[place].slot = Some(slot);
+        let session = &mut self.sessions[slot];
+        (session.dial, session.stage, session.connecting) = (Some(dial), Stage::Dialling, true);
+        let handle = session.handle;
+        let operation = self.operation(Kind::Connect, slot);
+        self.ring.connect(operation, handle, &address);
+    }
+
+    /// The connection of a dial has gone, or could not be made.
+    pub(super) fn dial_later(&mut self, dial: u64) {
+        let now_ns = self.now_ns;
+        if let Some(state) = self.dials.iter_mut().find(|state| state.dial == dial) {
+            state.slot = None;
+            state.pause_ns = (state.pause_ns * 2).clamp(PAUSE_FIRST_NS, PAUSE_LAST_NS);
+            state.again_ns = now_ns + state.pause_ns;
+        }
+    }
+
+    pub(super) fn connected(&mut self, slot: u32, errno: i32) {
+        let session = &mut self.sessions[slot];
+        session.connecting = false;
+        if session.closing {
+            return;
+        }
+        if errno != 0 {
+            return self.close(slot);
+        }
+        greet(self, slot);
+        self.receive(slot);
+    }
+
+    /// Asks for a multishot receive unless there is one or none is wanted.
+    pub(super) fn receive(&mut self, slot: u32) {
+        let operation = self.operation(Kind::Receive, slot);
+        let session = &mut self.sessions[slot];
+        if session.receiving || session.closing || session.connecting || session.starved {
+            return;
+        }
+        session.receiving = true;
+        self.ring.receive(operation, session.handle);
+    }
+
+    /// Queues bytes that are no event; a peer that never reads them goes.
+    pub(super) fn push_control(&mut self, slot: u32, bytes: &[u8]) {
+        let session = &mut self.sessions[slot];
+        if session.closing {
+            return;
+        }
+        if session.queue.push_control(&mut self.memory, bytes) {
+            self.queued_bytes += bytes.len() as u64;
+            self.mark(slot);
+        } else {
+            self.refuse(slot, "it does not read what it is told");
+        }
+    }
+
+    /// It has something to send.
+    #[inline]
+    pub(super) fn mark(&mut self, slot: u32) {
+        let session = &mut self.sessions[slot];
+        if !session.dirty {
+            session.dirty = true;
+            self.dirty.push(slot);
+        }
+    }
+
+    /// Everything that this turn has queued leaves, as one send for each socket.
+    pub(super) fn send_all(&mut self) {
+        let mut dirty = std::mem::take(&mut self.dirty);
+        for slot in dirty.drain(..) {
+            if let Some(session) = self.sessions.get_mut(slot) {
+                session.dirty = false;
+                if !session.sending && !session.closing && !session.connecting {
+                    self.send(slot);
+                }
+            }
+        }
+        self.dirty = dirty;
+    }
+
+    fn send(&mut self, slot: u32) {
+        let bounds = self.bounds();
+        let session = &mut self.sessions[slot];
+        self.slices.clear();
+        session.queue.depart(bounds, &mut self.slices);
+        if self.slices.is_empty() {
+            return;
+        }
+        self.spans.clear();
+        let memory = &self.memory;
+        let spans = self
+            .slices
+            .iter()
+            .map(|slice| Span::of(memory.bytes(*slice)));
+        self.spans.extend(spans);
+        // The completion of a send that empties the queue of a reader that keeps up is no reason
+        // to wake up.
+        let kind = match session.slow || session.queue.has_more() {
+            true => Kind::Send,
+            false => Kind::Reply,
+        };
+        (session.sending, session.send_ns) = (true, self.now_ns);
+        session.send_kind = kind;
+        let (handle, generation) = (session.handle, self.sessions.generation(slot));
+        let operation = Operation::new(kind, slot, generation);
+        self.ring.send(operation, handle, &self.spans);
+    }
+
+    pub(super) fn sent(&mut self, slot: u32, bytes: usize) {
+        let took_ns = self.now_ns.saturating_sub(self.sessions[slot].send_ns);
+        let session = &mut self.sessions[slot];
+        (session.sending, session.cancelling) = (false, false);
+        session.slow = took_ns > super::relief::SLOW_NS;
+        let events = session.queue.departed(&mut self.memory, bytes);
+        self.queued_bytes -= bytes as u64;
+        self.stats.plane.events_sent.add(events);
+        if !session.queue.is_empty() && !session.closing {
+            self.mark(slot);
+        }
+    }
+
+    /// Ends a session for what its peer did; `false`, for who passes it on.
+    pub(super) fn refuse(&mut self, slot: u32, why: &str) -> bool {
+        let session = &mut self.sessions[slot];
+        if !session.closing {
+            session.why = Some(why.to_owned());
+            self.stats.plane.sessions_refused.add(1);
+            self.close(slot);
+        }
+        false
+    }
+
+    /// Shuts the socket down; the slot is freed when the kernel holds nothing of it.
+    pub(super) fn close(&mut self, slot: u32) {
+        let session = &mut self.sessions[slot];
+        if session.closing {
+            return;
+        }
+        session.closing = true;
+        self.ring.shutdown(session.handle);
+        let open = session.stage == Stage::Open;
+        let (peer, side, why) = (session.peer, session.side, session.why.take());
+        if session.stage != Stage::Dialling {
+            let side = open.then_some(side);
+            self.report(Report::Closed { peer, side, why });
+        }
+        if open && side == Side::Subscriber {
+            self.subscribers -= 1;
+        }
+        self.publishers.retain(|publisher| *publisher != slot);
+        self.forget_wishes(slot);
+    }
+
+    /// The end of the plane: peers see it at once. The ring, which may still hold operations, goes
+    /// before the memory they work on.
+    pub(super) fn hang_up(&mut self) {
+        for slot in self.sessions.slots().collect::<Vec<u32>>() {
+            let handle = self.sessions[slot].handle;
+            self.ring.shutdown(handle);
+            self.ring.close(handle);
+        }
+    }
+
+    pub(super) fn retire_if_quiet(&mut self, slot: u32) {
+        let session = self.sessions.get(slot);
+        if session.is_some_and(|session| session.closing && session.is_quiet()) {
+            self.retire(slot);
+        }
+    }
+
+    fn retire(&mut self, slot: u32) {
+        let Some(mut session) = self.sessions.remove(slot) else {
+            return;
+        };
+        session.incoming.clear(&mut self.memory);
+        self.queued_bytes -= session.queue.bytes() as u64;
+        let left = session.queue.clear(&mut self.memory);
+        self.stats.plane.events_dropped_disconnect.add(left);
+        if let Some(block) = session.fronts {
+            self.memory.release(block);
+        }
+        self.ring.detach(session.handle);
+        self.ring.close(session.handle);
+        if let Some(dial) = session.dial {
+            self.dial_later(dial);
+        }
+    }
+}
+
+fn prepare(socket: &SockRef<'_>) {
+    // What is refused costs latency, or leaves a dead peer longer; nothing else.
+    let _ = socket.set_tcp_nodelay(true);
+    let keepalive = TcpKeepalive::new()
+        .with_time(KEEPALIVE)
+        .with_interval(KEEPALIVE / 3);
+    let _ = socket.set_tcp_keepalive(&keepalive);
+}
