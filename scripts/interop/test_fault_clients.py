@@ -103,7 +103,6 @@ def test_ten_thousand_idle_connections(lab, routed):
                 writers += [writer for _, writer in await asyncio.gather(*dials)]
                 # The kernel forgets who finds the queue of a listener full that stands still.
                 await loop.run_in_executor(None, all_open, len(writers))
-            await loop.run_in_executor(None, all_open)
             await loop.run_in_executor(None, lambda: unharmed(lab, listen, router, 128))
             # Each of them still works.
             for writer in random.sample(writers, 20):
