@@ -59,6 +59,16 @@ fn events() -> Vec<Vec<u8>> {
     seeds
 }
 
+#[test]
+fn every_decoder_takes_every_golden_byte() {
+    for seed in seeds() {
+        for (name, hook) in fuzz::ALL {
+            let outcome = std::panic::catch_unwind(|| hook(&seed));
+            assert!(outcome.is_ok(), "{name}: {seed:02x?}");
+        }
+    }
+}
+
 #[derive(Debug, Clone)]
 enum Mutation {
     Flip(usize, u8),
