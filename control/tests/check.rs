@@ -1054,7 +1054,7 @@ fn broken(line: &str, how: usize, with: &str) -> String {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2_000, ..ProptestConfig::default() })]
+    // As many as `PROPTEST_CASES` says, or 256; not optimised each takes 10 ms and more.
 
     /// However a good file is broken, an answer comes, and each of its lines has a place.
     #[test]

@@ -250,7 +250,7 @@ fn shards_keep_a_limit_together() {
 }
 
 fn on_etcd(etcd: &lab::Etcd) -> Options {
-    let options = with_status().etcd([etcd.endpoint()]).lease_ttl_s(10);
+    let options = with_status().etcd([etcd.endpoint()]).lease_ttl_s(120);
     options.drain(Duration::ZERO, Duration::from_secs(30))
 }
 

@@ -1,7 +1,7 @@
 //! Requests with random ends through the API, both ways: calls that are read, read slowly, stopped,
 //! killed, and dropped before and after they began. At the end nothing is left.
 //!
-//! The normal run makes 4,000; all 100,000 take a few minutes on two cores:
+//! The normal run makes 1,000; all 100,000 take a few minutes on two cores:
 //!
 //! ```sh
 //! CORELANE_SOAK=100000 cargo test --release -p corelane --test component_soak
@@ -111,7 +111,7 @@ async fn client_of(runtime: &Runtime, name: &str) -> Client {
 #[test]
 fn nothing_is_left_of_requests_whatever_their_end() {
     let calls = std::env::var("CORELANE_SOAK").ok();
-    let calls: u64 = calls.map_or(4_000, |calls| calls.parse().unwrap());
+    let calls: u64 = calls.map_or(1_000, |calls| calls.parse().unwrap());
     with_runtime(options().shards(2), async |runtime| {
         let inner = endpoint(runtime, "inner").serve(count).await.unwrap();
         let client = client_of(runtime, "inner").await;

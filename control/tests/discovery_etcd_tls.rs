@@ -3,7 +3,6 @@
 //! line that says so, where there is no etcd or no openssl to make certificates with.
 
 use std::io::ErrorKind;
-use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -12,6 +11,11 @@ use corelane::discovery::{Discovery, EtcdAuth, EtcdDiscovery, EtcdOptions, Recor
 use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::path::EndpointId;
 use tokio::task::LocalSet;
+
+#[path = "ports/mod.rs"]
+mod ports;
+
+use ports::free_port;
 
 const EXTENSIONS: &str = "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n";
 
@@ -67,11 +71,6 @@ impl Drop for Ends {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
 }
 
 fn start_etcd(folder: &Path, scheme: &str, port: u16, more: &[&str]) -> Option<Ends> {

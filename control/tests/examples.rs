@@ -18,7 +18,17 @@ fn example(name: &str) -> PathBuf {
     let folder = own.parent().and_then(Path::parent).unwrap();
     BUILT.call_once(|| {
         let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "-q", "-p", "corelane", "--examples"]);
+        // Both, so that dependencies are the same as for the tests of the whole workspace.
+        build.args(["build", "-q", "--examples"]);
+        build.args(["-p", "corelane-engine", "-p", "corelane"]);
+        // What cargo says to us of this package is not to be said again: build scripts that look
+        // at it would run again, and what hangs on them be compiled again, now and afterwards.
+        for (name, _) in std::env::vars_os() {
+            let text = name.to_string_lossy();
+            if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+                build.env_remove(name);
+            }
+        }
         if folder.ends_with("release") {
             build.arg("--release");
         }

@@ -7,6 +7,8 @@ mod ends;
 
 use std::net::Shutdown;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 
 use common::*;
@@ -377,18 +379,26 @@ fn what_does_not_fit_the_endpoint_is_told() {
 #[test]
 fn a_caller_is_not_read_from_while_the_handler_takes_nothing() {
     for ring in rings() {
-        let serve = |_: Request, mut responder: Responder| async move {
-            let mut input = responder.take_input().expect("a stream");
-            let first = input.next().await.expect("an item");
-            responder.item(&first).await.unwrap();
-            // Until it has waited for a while it reads no more.
-            let _ = responder.sleep(std::time::Duration::from_millis(300)).await;
-            let mut count = 1u32;
-            while input.next().await.is_some() {
-                count += 1;
+        let open = Arc::<AtomicBool>::default();
+        let gate = Arc::clone(&open);
+        let serve = move |_: Request, mut responder: Responder| {
+            let gate = Arc::clone(&gate);
+            async move {
+                let mut input = responder.take_input().expect("a stream");
+                let first = input.next().await.expect("an item");
+                responder.item(&first).await.unwrap();
+                // It reads no more for a while.
+                while !gate.load(Ordering::Relaxed) {
+                    let pause = std::time::Duration::from_millis(1);
+                    responder.sleep(pause).await.unwrap();
+                }
+                let mut count = 1u32;
+                while input.next().await.is_some() {
+                    count += 1;
+                }
+                responder.item(count.to_string().as_bytes()).await.unwrap();
+                responder.finish();
             }
-            responder.item(count.to_string().as_bytes()).await.unwrap();
-            responder.finish();
         };
         let make: MakeHandler = Box::new(move |_| Rc::new(ManyIn(serve)) as Rc<dyn Handler>);
         let worker = Local::worker(ring, make);
@@ -408,6 +418,7 @@ fn a_caller_is_not_read_from_while_the_handler_takes_nothing() {
         output.item(Json).unwrap();
         let stats = &worker.handle.stats.shard;
         wait_until("it does not read on", || stats.receives_paused.get() >= 1);
+        open.store(true, Ordering::Relaxed);
         assert_eq!(output.item(Json).unwrap(), b"2000");
         assert_eq!(output.items_to_the_end(Json), Vec::<Vec<u8>>::new());
         writer.join().unwrap();

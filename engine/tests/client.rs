@@ -15,6 +15,7 @@ use corelane_codec::control_message::StreamType;
 use corelane_codec::error::{DynamoError, Reason};
 use corelane_codec::item;
 use corelane_engine::client::{Deadlines, NewCall, What};
+use corelane_engine::config::RingKind;
 use corelane_engine::ends::Ends;
 use corelane_engine::handler::Request;
 use corelane_engine::responder::Responder;
@@ -35,7 +36,7 @@ fn final_and_sentinel() -> Vec<u8> {
     out
 }
 
-fn echoing(ring: corelane_engine::config::RingKind, items: u32) -> Local {
+fn echoing(ring: RingKind, items: u32) -> Local {
     let make = handler(
         move |request: Request, mut responder: Responder| async move {
             for _ in 0..items {
@@ -417,26 +418,34 @@ fn every_step_has_its_deadline() {
         call(deadlines(long, short, long), &mut worker);
         worker.reply("");
         assert_eq!(reason(&client.outcome()[0]), Some(Reason::ResponseTimeout));
-
-        let asked = call(
-            deadlines(long, long, Duration::from_millis(200)),
-            &mut worker,
-        );
-        worker.reply("");
-        let mut called = asked.call_home();
-        called.say(&prologue_and_items(3));
-        let outcome = client.outcome();
-        assert_eq!(
-            reason(&outcome[3]),
-            Some(Reason::DeadlineExceeded),
-            "{outcome:?}"
-        );
-        assert_eq!(
-            called.message().map(|(header, _)| header),
-            Some(KILL.to_vec())
-        );
-        assert_eq!(called.message(), None);
+        with_growing_times(&TIMES, |time| a_call_ends_in_its_middle(ring, time));
     }
+}
+
+fn a_call_ends_in_its_middle(ring: RingKind, total: Duration) {
+    let (mut worker, client) = (HandWorker::default(), Local::client(ring));
+    let mut call = call_to(worker.address(), 1);
+    call.deadlines = Deadlines {
+        ack: DEADLINE,
+        first_item: DEADLINE,
+        total,
+    };
+    client.call(call);
+    let asked = worker.take();
+    worker.reply("");
+    let mut called = asked.call_home();
+    called.say(&prologue_and_items(3));
+    let outcome = client.outcome();
+    assert_eq!(
+        reason(&outcome[3]),
+        Some(Reason::DeadlineExceeded),
+        "{outcome:?}"
+    );
+    assert_eq!(
+        called.message().map(|(header, _)| header),
+        Some(KILL.to_vec())
+    );
+    assert_eq!(called.message(), None);
 }
 
 #[test]

@@ -143,8 +143,10 @@ fn next_request(worker: &mut LaneWorker) -> Request {
 }
 
 fn text(bytes: usize) -> Vec<u8> {
-    let filling = (0..bytes).map(|index| b'a' + (index % 26) as u8);
-    [b'"'].into_iter().chain(filling).chain([b'"']).collect()
+    let alphabet: Vec<u8> = (b'a'..=b'z').collect();
+    let mut filling = alphabet.repeat(bytes / 26 + 1);
+    filling.truncate(bytes);
+    [&b"\""[..], &filling, b"\""].concat()
 }
 
 fn annotated(body: &[u8]) -> Vec<u8> {
@@ -514,7 +516,7 @@ fn liar(local: &Local, id: u64) -> Liar {
     // It wakes the router after whatever it does.
     let wake = fds.wake_router.as_fd().try_clone_to_owned().unwrap();
     std::thread::spawn(move || {
-        for _ in 0..2_000 {
+        for _ in 0..20_000 {
             std::thread::sleep(Duration::from_millis(5));
             let _ = rustix::io::write(&wake, &1u64.to_ne_bytes());
         }
@@ -626,47 +628,52 @@ fn every_lie_ends_the_lane_and_its_requests_go_elsewhere() {
 #[test]
 fn a_worker_that_has_nothing_to_do_keeps_its_lane() {
     for ring in rings() {
-        let local = router(ring, |route| route.ack_timeout_ns = 1_000_000_000);
-        let _worker = echo(&local, 1);
-        let mut frontend = Frontend::of(&local);
-        let body = text(50_000);
-        // The block of the last item is released while the worker sleeps, who may hear of it late.
-        for _ in 0..3 {
+        with_growing_times(&TIMES, |time| {
+            let local = router(ring, |route| route.ack_timeout_ns = ns(time));
+            let _worker = echo(&local, 1);
+            let mut frontend = Frontend::of(&local);
+            let body = text(50_000);
+            // The block of the last item is released while the worker sleeps, who may hear of it
+            // late.
+            for _ in 0..3 {
+                assert!(frontend.call(Json, &body) == [annotated(&body)]);
+            }
+            let stats = stats(&local);
+            // Longer than anybody may take: the timer has looked twice by then.
+            let idle = std::time::Instant::now();
+            wait_until("it has been idle", || idle.elapsed() > time * 5 / 2);
+            assert_eq!((stats.lane_faults.get(), stats.lanes.get()), (0, 1));
             assert!(frontend.call(Json, &body) == [annotated(&body)]);
-        }
-        let stats = stats(&local);
-        // Longer than anybody may take: the timer has looked twice by then.
-        let idle = std::time::Instant::now();
-        wait_until("it has been idle", || {
-            idle.elapsed() > Duration::from_millis(2_500)
         });
-        assert_eq!((stats.lane_faults.get(), stats.lanes.get()), (0, 1));
-        assert!(frontend.call(Json, &body) == [annotated(&body)]);
     }
 }
 
 #[test]
 fn a_worker_that_takes_nothing_is_given_up_and_another_one_serves() {
     for ring in rings() {
-        let local = router(ring, |route| route.ack_timeout_ns = 3_000_000_000);
-        let _idle = greet(&local, 1, 1 << 20);
-        let mut frontend = Frontend::of(&local);
-        frontend.send("s", Json, b"1");
-        let honest = echo(&local, 2);
-        let mut called = frontend.called();
-        called.handshake();
-        called.prologue_ok();
-        assert_eq!(called.items_to_the_end(Json), [annotated(b"1")]);
-        assert_eq!(honest.served.load(Ordering::Relaxed), 1);
-        let (worker, why) = reported(&local);
-        assert!(worker == 1 && why.contains("in time"), "{why}");
-        // A counter that runs ahead is found out by the next look at the queue.
-        let liar = liar(&local, 3);
-        let taken = SUBMISSIONS_TAKEN as u64;
-        assert!(liar.memory.write(taken, &77u32.to_ne_bytes()));
-        frontend.send("s", Json, b"1");
-        frontend.send("s", Json, b"1");
-        let (worker, why) = reported(&local);
-        assert!(worker == 3 && why.contains("took more"), "{why}");
+        with_growing_times(&TIMES, |time| an_idle_one_is_given_up(ring, time));
     }
+}
+
+fn an_idle_one_is_given_up(ring: RingKind, time: Duration) {
+    let local = router(ring, |route| route.ack_timeout_ns = ns(time));
+    let _idle = greet(&local, 1, 1 << 20);
+    let mut frontend = Frontend::of(&local);
+    frontend.send("s", Json, b"1");
+    let honest = echo(&local, 2);
+    let mut called = frontend.called();
+    called.handshake();
+    called.prologue_ok();
+    assert_eq!(called.items_to_the_end(Json), [annotated(b"1")]);
+    assert_eq!(honest.served.load(Ordering::Relaxed), 1);
+    let (worker, why) = reported(&local);
+    assert!(worker == 1 && why.contains("in time"), "{why}");
+    // A counter that runs ahead is found out by the next look at the queue.
+    let liar = liar(&local, 3);
+    let taken = SUBMISSIONS_TAKEN as u64;
+    assert!(liar.memory.write(taken, &77u32.to_ne_bytes()));
+    frontend.send("s", Json, b"1");
+    frontend.send("s", Json, b"1");
+    let (worker, why) = reported(&local);
+    assert!(worker == 3 && why.contains("took more"), "{why}");
 }

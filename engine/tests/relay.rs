@@ -16,6 +16,7 @@ use corelane_codec::control_message::{PayloadCodec, StreamType};
 use corelane_codec::error::{Class, DynamoError};
 use corelane_codec::{item, two_part};
 use corelane_engine::client::What;
+use corelane_engine::config::RingKind;
 use corelane_engine::directory::Instance;
 use corelane_engine::directory::{Ack, Policy};
 use corelane_engine::handler::Request;
@@ -366,35 +367,43 @@ fn a_caller_who_cannot_be_dialled_takes_his_worker_along() {
 fn deadlines_end_in_another_instance_or_in_a_typed_error() {
     for ring in rings() {
         for (called, workers) in [(false, 2), (false, 1), (true, 2), (true, 1)] {
-            let mut lab = Lab::with(ring, Ack::OnForward, workers, |route| {
-                let times = route.relay.as_mut().unwrap();
-                match called {
-                    false => times.home_ns = 50_000_000,
-                    true => times.first_item_ns = 50_000_000,
-                }
-            });
-            lab.ask("s", b"x");
-            let (first, asked) = lab.taker();
-            lab.workers[first].reply("");
-            let late = called.then(|| asked.call_home());
-            let mut caller = lab.called();
-            caller.handshake();
-            if workers == 1 {
-                let text = caller.error_prologue();
-                assert!(text.contains("backend.response_timeout"), "{text}");
-                assert!(text.contains("DeadlineExceeded"), "{text}");
-            } else {
-                let asked = lab.workers[1 - first].take();
-                lab.workers[1 - first].reply("");
-                let mut worker = asked.call_home();
-                worker.say(&answer(1, PayloadCodec::Json));
-                assert_eq!(drained(&mut caller), answer(1, PayloadCodec::Json));
-            }
-            drop((caller, late));
-            lab.empty();
-            assert_eq!(lab.router.handle.stats.shard.relay_timeouts.get(), 1);
+            let short = Duration::from_millis(50);
+            let times = [&[short], &TIMES[..]].concat();
+            with_growing_times(&times, |time| one_is_late(ring, called, workers, time));
         }
     }
+}
+
+/// The first instance calls home and sends nothing, or does not even call; the second one, if there
+/// is one, is to be in time.
+fn one_is_late(ring: RingKind, called: bool, workers: usize, time: Duration) {
+    let mut lab = Lab::with(ring, Ack::OnForward, workers, |route| {
+        let times = route.relay.as_mut().unwrap();
+        match called {
+            false => times.home_ns = ns(time),
+            true => times.first_item_ns = ns(time),
+        }
+    });
+    lab.ask("s", b"x");
+    let (first, asked) = lab.taker();
+    lab.workers[first].reply("");
+    let late = called.then(|| asked.call_home());
+    let mut caller = lab.called();
+    caller.handshake();
+    if workers == 1 {
+        let text = caller.error_prologue();
+        assert!(text.contains("backend.response_timeout"), "{text}");
+        assert!(text.contains("DeadlineExceeded"), "{text}");
+    } else {
+        let asked = lab.workers[1 - first].take();
+        lab.workers[1 - first].reply("");
+        let mut worker = asked.call_home();
+        worker.say(&answer(1, PayloadCodec::Json));
+        assert_eq!(drained(&mut caller), answer(1, PayloadCodec::Json));
+    }
+    drop((caller, late));
+    lab.empty();
+    assert_eq!(lab.router.handle.stats.shard.relay_timeouts.get(), 1);
 }
 
 #[test]
@@ -631,41 +640,48 @@ fn strangers_are_reset_and_a_ticket_is_good_for_one_call() {
 #[test]
 fn load_is_what_is_open_and_nothing_else() {
     for ring in rings() {
-        let mut lab = Lab::of(ring, Policy::LeastLoaded, Ack::OnForward, 2, |_| {});
-        let mut open: Vec<Vec<Called>> = vec![Vec::new(), Vec::new()];
-        let mut callers = Vec::new();
-        for _ in 0..6 {
-            lab.ask("s", b"x");
-            let (taker, asked) = lab.taker();
-            lab.workers[taker].reply("");
-            let mut worker = asked.call_home();
-            worker.say(&call_home::PROLOGUE_OK_FRAME);
-            worker.say(&items(1, PayloadCodec::Json));
-            let mut caller = lab.called();
-            caller.handshake();
-            caller.prologue_ok();
-            caller.item(PayloadCodec::Json).unwrap();
-            callers.push(caller);
-            open[taker].push(worker);
-        }
-        assert_eq!((open[0].len(), open[1].len()), (3, 3));
-        // All streams of one instance end, long ago or not: it is the one with the least.
-        let finished = &lab.router.handle.stats.shard.relays_finished;
-        for mut worker in open[1].drain(..) {
-            worker.say(call_home::final_marker_frame(PayloadCodec::Json));
-            worker.say(&call_home::SENTINEL_FRAME);
-        }
-        wait_until("they are counted off", || finished.get() == 3);
-        for _ in 0..3 {
-            lab.ask("s", b"x");
-            let asked = lab.workers[1].take();
-            lab.workers[1].reply("");
-            open[1].push(asked.call_home());
-            callers.push(lab.called());
-        }
-        drop((open, callers));
-        lab.empty();
+        with_growing_times(&TIMES[1..], |time| load_is_what_is_open(ring, time));
     }
+}
+
+/// Instances have so long to acknowledge; those that are asked at the end do not.
+fn load_is_what_is_open(ring: RingKind, time: Duration) {
+    let mut lab = Lab::of(ring, Policy::LeastLoaded, Ack::OnForward, 2, |route| {
+        route.ack_timeout_ns = ns(time);
+    });
+    let mut open: Vec<Vec<Called>> = vec![Vec::new(), Vec::new()];
+    let mut callers = Vec::new();
+    for _ in 0..6 {
+        lab.ask("s", b"x");
+        let (taker, asked) = lab.taker();
+        lab.workers[taker].reply("");
+        let mut worker = asked.call_home();
+        worker.say(&call_home::PROLOGUE_OK_FRAME);
+        worker.say(&items(1, PayloadCodec::Json));
+        let mut caller = lab.called();
+        caller.handshake();
+        caller.prologue_ok();
+        caller.item(PayloadCodec::Json).unwrap();
+        callers.push(caller);
+        open[taker].push(worker);
+    }
+    assert_eq!((open[0].len(), open[1].len()), (3, 3));
+    // All streams of one instance end, long ago or not: it is the one with the least.
+    let finished = &lab.router.handle.stats.shard.relays_finished;
+    for mut worker in open[1].drain(..) {
+        worker.say(call_home::final_marker_frame(PayloadCodec::Json));
+        worker.say(&call_home::SENTINEL_FRAME);
+    }
+    wait_until("they are counted off", || finished.get() == 3);
+    for _ in 0..3 {
+        lab.ask("s", b"x");
+        let asked = lab.workers[1].take();
+        lab.workers[1].reply("");
+        open[1].push(asked.call_home());
+        callers.push(lab.called());
+    }
+    drop((open, callers));
+    lab.empty();
 }
 
 #[test]

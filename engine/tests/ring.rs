@@ -13,7 +13,7 @@ use corelane_engine::ring::uring::{Settings, Uring};
 use corelane_engine::ring::{Completion, Event, Handle, Ring, SPANS_MAX, Span};
 
 /// No test waits longer than this for anything.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// How long nothing must happen for a test to believe that nothing does.
 const QUIET: Duration = Duration::from_millis(10);
 const BUFFER_BYTES: usize = 4096;

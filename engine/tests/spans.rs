@@ -181,7 +181,9 @@ fn every_end_is_counted_as_what_it_is() {
         assert_eq!(next_span(&worker).outcome, Outcome::Cancelled);
 
         send(&mut frontend, &[], b"\"wait\"");
-        let called = frontend.called();
+        let mut called = frontend.called();
+        // Before that the worker may not know yet that he has been connected.
+        called.handshake();
         socket2::SockRef::from(&called.stream)
             .set_linger(Some(Default::default()))
             .unwrap();

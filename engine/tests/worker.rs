@@ -463,8 +463,6 @@ fn pauses_of_handlers_are_as_long_as_they_are_asked_to_be() {
         assert_eq!(frontend.call(Json, b"1").len(), 20);
         let took = began.elapsed();
         assert!(took >= Duration::from_millis(10), "{took:?}");
-        // A timer wheel of milliseconds would need 20 ms at least; a busy machine more.
-        assert!(took < Duration::from_secs(2), "{took:?}");
     }
 }
 

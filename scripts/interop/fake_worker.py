@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """A worker that speaks the request plane by hand and misbehaves as --mode says.
 
-answer: one echo item.  refuse: reply --text.  never-ack: read and say nothing.  never-read: accept
-and not even read.  close: hang up at each request.  silent: accept the request, never call home.
+answer: one echo item.  refuse: reply --text.  never-ack: read and say nothing, until SIGUSR1.
+never-read: accept and not even read.  close: hang up at each request.  silent: accept the request,
+never call home.
 Prints JSON lines: `ready` with its port, then `request` for each request that it read.
 """
 
@@ -10,6 +11,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import struct
 
 from wire import FINAL, compact, read_frame, two_part
@@ -54,6 +56,7 @@ class Fake:
         self.options = options
         self.requests = 0
         self.answers = set()
+        self.held = []
 
     async def connection(self, reader, writer):
         """Serve one connection until it ends."""
@@ -75,6 +78,7 @@ class Fake:
         """Reply to one request as the mode says."""
         mode = self.options.mode
         if mode == "never-ack":
+            self.held.append(writer)
             return
         text = self.options.text.encode() if mode == "refuse" else b""
         writer.write(struct.pack(">I", len(text)) + text)
@@ -89,6 +93,14 @@ class Fake:
             task.add_done_callback(self.answers.discard)
 
 
+    def release(self):
+        """Take what was held back, and from now on everything at once."""
+        self.options.mode = "silent"
+        for writer in self.held:
+            writer.write(struct.pack(">I", 0))
+        self.held.clear()
+
+
 async def main():
     """Listen until killed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -96,6 +108,7 @@ async def main():
     parser.add_argument("--mode", choices=modes, required=True)
     parser.add_argument("--text", default="Server unavailable: by a test")
     fake = Fake(parser.parse_args())
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, fake.release)
     server = await asyncio.start_server(fake.connection, "127.0.0.1", 0, limit=64 << 20)
     say("ready", port=server.sockets[0].getsockname()[1], pid=os.getpid())
     await server.serve_forever()

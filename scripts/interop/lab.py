@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import sys
 import urllib.error
 import urllib.request
@@ -72,6 +73,8 @@ class Lab:
             DYN_TCP_RPC_HOST="127.0.0.1",
             DYN_TCP_RESPONSE_STREAM_HOST="127.0.0.1",
             DYN_LOG="error",
+            # Nobody is to lose his lease because the machine is busy.
+            ETCD_LEASE_TTL="120",
             CORELANE_LOG=LOG,
             PYTHONUNBUFFERED="1",
             PYTHONDONTWRITEBYTECODE="1",
@@ -117,11 +120,14 @@ class Lab:
         command = [sys.executable, HERE / "stock_client.py", "--endpoint", endpoint, *options]
         return self.start("client", command, self.env(**env))
 
-    def finish(self, client, timeout_s=90.0):
-        """Wait for a client's summary."""
+    def finish(self, client, timeout_s=300.0):
+        """Wait for a client's summary; one that sends until it is told is told."""
+        if "--until-told" in client.command:
+            client.wait_event("ready")
+            client.signal(signal.SIGUSR1)
         return Summary(client.wait_event("summary", timeout_s))
 
-    def run_client(self, endpoint, *options, timeout_s=90.0, **env):
+    def run_client(self, endpoint, *options, timeout_s=300.0, **env):
         """Run a stock client to its end; its summary."""
         return self.finish(self.stock_client(endpoint, *options, **env), timeout_s)
 
@@ -146,7 +152,7 @@ class Lab:
             "server": {"host": "127.0.0.1", "port": 0, "status_port": free_port()},
             "discovery": {"backend": "etcd"},
             "core": {"cpus": data_cpus()},
-            "drain": {"grace_s": 1, "timeout_s": 30},
+            "drain": {"grace_s": 1, "timeout_s": 300},
         }
         for section, values in dict(settings).items():
             config.setdefault(section, {}).update(values)
@@ -184,7 +190,7 @@ class Lab:
         worker.instance = wait_for(f"{worker} in etcd", listed, 30).pop()
         return worker
 
-    def call(self, endpoint, *options, timeout_s=60.0, **env):
+    def call(self, endpoint, *options, timeout_s=300.0, **env):
         """Run `corelane call`; its exit status and the process."""
         process = self.start_call(endpoint, *options, **env)
         return process.wait(timeout_s), process
@@ -194,7 +200,7 @@ class Lab:
         command = [corelane_program(), "call", "--endpoint", endpoint, "--discovery", "etcd"]
         return self.start("call", [*command, *options], self.env(**env))
 
-    def http(self, router, path, timeout_s=5.0):
+    def http(self, router, path, timeout_s=60.0):
         """(status, text) of the status server; (0, why) when it cannot be reached."""
         url = f"http://127.0.0.1:{router.status_port}{path}"
         try:
@@ -251,15 +257,24 @@ def lab_address(router):
     return router.address, router.path
 
 
-def progress(client, at_least, field="ok", timeout_s=30.0):
-    """Wait until a running client counts `at_least` of something."""
+def progress(client, at_least, field="ok", worker=None):
+    """Wait until a running client counts `at_least` of something, or of the answers of a worker."""
 
     def look():
         assert client.alive(), client.tail()
         seen = client.events("progress")
-        return seen and seen[-1][field] >= at_least
+        if not seen:
+            return False
+        count = seen[-1]["by_worker"].get(worker.hex, 0) if worker else seen[-1][field]
+        return count >= at_least
 
-    wait_for(f"{client} has {at_least} {field}", look, timeout_s, poll_s=0.1)
+    wait_for(f"{client} has {at_least} {field}", look, poll_s=0.1)
+
+
+def so_far(client, field="ok"):
+    """What a running client counts now."""
+    seen = client.events("progress")
+    return seen[-1][field] if seen else 0
 
 
 def metric_sum(samples, pattern):
@@ -270,5 +285,5 @@ def metric_sum(samples, pattern):
 
 __all__ = [
     "Etcd", "Lab", "RESPONSES", "Summary", "corelane_program", "free_port", "lab_address",
-    "metric_sum", "progress", "split_address", "to_toml", "wait_for",
+    "metric_sum", "progress", "so_far", "split_address", "to_toml", "wait_for",
 ]  # fmt: skip

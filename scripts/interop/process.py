@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import random
 import re
 import resource
 import signal
@@ -13,10 +14,17 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.02
+# A busy machine keeps a process from its CPU for seconds: what must come true may take this long.
+PATIENCE_S = 120.0
+# Below those that the kernel gives to connections and to who asks for any port: until one is
+# bound nobody gets it by chance.
+PORTS = range(15_000, 32_000)
+_given = set()
 
 
-def wait_for(what, condition, timeout_s=20.0, poll_s=POLL_S):
+def wait_for(what, condition, timeout_s=PATIENCE_S, poll_s=POLL_S):
     """The first true value of `condition()`; AssertionError naming `what` at the deadline."""
+    timeout_s = max(timeout_s, PATIENCE_S)
     deadline = time.monotonic() + timeout_s
     while True:
         value = condition()
@@ -28,10 +36,18 @@ def wait_for(what, condition, timeout_s=20.0, poll_s=POLL_S):
 
 
 def free_port():
-    """A loopback TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A loopback TCP port that is free, and that no one else of this run gets."""
+    for port in random.sample(PORTS, len(PORTS)):
+        if port in _given:
+            continue
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        _given.add(port)
+        return port
+    raise AssertionError(f"no port of {PORTS} is free")
 
 
 def raise_descriptor_limit(wanted):
@@ -96,7 +112,7 @@ class Process:
                 found.append(value)
         return found
 
-    def wait_event(self, kind, timeout_s=30.0, count=1):
+    def wait_event(self, kind, timeout_s=PATIENCE_S, count=1):
         """The `count`-th event of that kind, as soon as it is printed."""
 
         def look():
@@ -130,6 +146,7 @@ class Process:
 
     def wait(self, timeout_s):
         """Its exit status (negative: the signal); AssertionError when it still runs."""
+        timeout_s = max(timeout_s, PATIENCE_S)
         try:
             return self.popen.wait(timeout_s)
         except subprocess.TimeoutExpired:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A client on the stock Dynamo wheel that checks every stream and sums up.
 
-It sends --count requests (or sends for --seconds) with --concurrency callers. Each request is
+It sends --count requests (or sends --until-told) with --concurrency callers. Each request is
 unlike every other, so a mixed-up answer is noticed. Nothing may take longer than --deadline-s:
 what does is counted as hung. Prints JSON lines: `ready` when the endpoint was found, `progress`
 five times a second, and at the end one `summary`.
@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import json
 import re
+import signal
 import time
 from collections import Counter
 
@@ -32,7 +33,7 @@ def parse_options():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--endpoint", required=True, help="NS/COMP/EP")
     parser.add_argument("--count", type=int, default=1)
-    parser.add_argument("--seconds", type=float, help="send for this long instead of --count")
+    parser.add_argument("--until-told", action="store_true", help="send until SIGUSR1")
     parser.add_argument("--concurrency", type=int, default=1)
     parser.add_argument("--items", type=int, default=1, help="items expected in each answer")
     parser.add_argument("--ask", action="store_true", help="name the items in each request too")
@@ -40,14 +41,14 @@ def parse_options():
     parser.add_argument("--body-bytes", type=int, default=32, help="filler in each request")
     parser.add_argument("--no-echo", action="store_true", help="ask for items without the request")
     parser.add_argument("--pause-s", type=float, default=0.0, help="rest between a caller's calls")
-    parser.add_argument("--deadline-s", type=float, default=30.0)
+    parser.add_argument("--deadline-s", type=float, default=120.0)
     parser.add_argument("--stop-after", type=int, help="stop a stream after this many items")
     parser.add_argument("--kill-after", type=int, help="drop a stream after this many items")
     parser.add_argument("--fail-after", type=int, help="ask the worker to fail after so many")
     parser.add_argument(
         "--plain-echo", action="store_true", help="each item is the request itself, unnumbered"
     )
-    parser.add_argument("--find-s", type=float, default=30.0, help="wait this long for instances")
+    parser.add_argument("--find-s", type=float, default=120.0, help="wait this long for instances")
     return parser.parse_args()
 
 
@@ -65,6 +66,7 @@ class Client:
         self.errors, self.workers = Counter(), Counter()
         self.wrong, self.latencies_s = [], []
         self.last_error_s = self.first_ok_after_error_s = None
+        self.told = False
         self.started_s = time.monotonic()
 
     def body(self, number):
@@ -150,8 +152,7 @@ class Client:
         """The numbers of all requests, shared by the callers."""
         options, number = self.options, 0
         while True:
-            elapsed = time.monotonic() - self.started_s
-            if elapsed >= options.seconds if options.seconds else number >= options.count:
+            if self.told if options.until_told else number >= options.count:
                 return
             yield number
             number += 1
@@ -182,7 +183,11 @@ class Client:
         """Progress, five times a second."""
         while True:
             await asyncio.sleep(0.2)
-            say("progress", **self.counts())
+            say("progress", **self.counts(), by_worker=dict(self.workers))
+
+    def tell(self):
+        """That was enough."""
+        self.told = True
 
 
 async def main():
@@ -192,8 +197,9 @@ async def main():
     endpoint = runtime.endpoint(options.endpoint.replace("/", "."))
     stock = await endpoint.client()
     await asyncio.wait_for(stock.wait_for_instances(), options.find_s)
-    say("ready", instances=list(stock.instance_ids()))
     client = Client(options, stock)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, client.tell)
+    say("ready", instances=list(stock.instance_ids()))
     reporter = asyncio.ensure_future(client.report())
     numbers = client.numbers()
     await asyncio.gather(*(client.caller(numbers) for _ in range(options.concurrency)))

@@ -77,7 +77,7 @@ class Etcd:
         """End it."""
         self.process.stop()
 
-    def call(self, method, body, timeout_s=5.0):
+    def call(self, method, body, timeout_s=30.0):
         """One JSON call of the v3 gateway."""
         request = urllib.request.Request(
             f"{self.url}/v3/{method}",

@@ -2,32 +2,32 @@
 
 import asyncio
 import signal
-import time
 
 import pytest
 
-from lab import RESPONSES, lab_address, progress, wait_for
+from lab import RESPONSES, lab_address, progress, so_far, wait_for
 from wire import Caller, Home, fresh
 
 CLIENT = {"DYN_RUNTIME_INHIBITED_DURATION_SECS": "0"}
 
 
-def run(test, limit_s=60):
+def run(test, limit_s=500):
     """Run a coroutine to its end."""
     return asyncio.run(asyncio.wait_for(test, limit_s))
 
 
-def held_router(lab, timeout_s):
-    """A router with a worker that never acknowledges, so that a request stays in flight."""
+def held_router(lab):
+    """A router with a worker that does not acknowledge before it gets SIGUSR1, so that a request
+    stays in flight."""
     backend, listen = lab.endpoint("backend"), lab.endpoint("router")
     fake = lab.fake_worker(backend, "never-ack")
-    env = {"DYN_TCP_REQUEST_TIMEOUT": str(timeout_s)}
+    env = {"DYN_TCP_REQUEST_TIMEOUT": "600"}
     return listen, fake, lab.router(listen, backend, ack="on_accept", env=env)
 
 
 @pytest.mark.short
 def test_drain_leaves_discovery_then_refuses_then_ends(lab):
-    listen, fake, router = held_router(lab, 4)
+    listen, fake, router = held_router(lab)
     address, path = lab_address(router)
 
     async def test():
@@ -37,25 +37,21 @@ def test_drain_leaves_discovery_then_refuses_then_ends(lab):
             held = asyncio.get_running_loop().run_in_executor
             await held(None, lambda: fake.wait_event("request"))
             router.terminate()
-            began = time.monotonic()
             refused_while_listed = await watch_refusals(lab, home, probe, path, listen)
             assert not refused_while_listed, "it refused while it still stood in discovery"
             assert router.alive(), "it ended before its request in flight did"
             assert lab.http(router, "/health")[0] == 503
             assert lab.http(router, "/live")[0] == 200
-            # The request in flight gets its answer: here that its worker never took it.
-            assert await holder.reply(25) != b""
-            return began
+            fake.signal(signal.SIGUSR1)
+            assert await holder.reply() == b"", "the request in flight gets its answer"
 
-    began = run(test())
+    run(test())
     assert router.wait(15) == 0, router.tail()
-    assert time.monotonic() - began < 35
 
 
 async def watch_refusals(lab, home, probe, path, listen):
     """Ask until refused; whether the record was in discovery after the first refusal."""
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
+    while True:
         await probe.send(home.request(path, fresh())[1])
         try:
             reply = await probe.reply(0.05)
@@ -66,7 +62,6 @@ async def watch_refusals(lab, home, probe, path, listen):
         if reply.startswith(b"Server unavailable: "):
             return bool(lab.etcd.instances(listen))
         raise AssertionError(f"neither accepted nor refused: {reply}")
-    raise AssertionError("new requests were not refused within 10 s")
 
 
 @pytest.mark.short
@@ -90,11 +85,12 @@ def test_drain_under_load(lab, response):
     backend, listen = lab.endpoint("backend"), lab.endpoint("router")
     lab.stock_workers(2, backend, "--items", 3, "--delay-us", 20_000)
     router = lab.router(listen, backend, response=response)
-    options = ("--concurrency", 16, "--items", 3, "--deadline-s", 8)
-    client = lab.stock_client(listen, "--seconds", 5, *options, **CLIENT)
+    options = ("--concurrency", 16, "--items", 3)
+    client = lab.stock_client(listen, "--until-told", *options, **CLIENT)
     progress(client, 200)
     router.terminate()
     assert router.wait(20) == 0, router.tail()
+    progress(client, so_far(client, "failed") + 20, "failed")
     found = lab.finish(client)
     assert found["hung"] == 0 and found["wrong"] == 0, found
     assert not lab.etcd.instances(listen)
@@ -105,14 +101,15 @@ def test_two_routers_take_turns_without_loss(lab):
     backend, listen = lab.endpoint("backend"), lab.endpoint("router")
     lab.stock_workers(2, backend, "--items", 3, "--delay-us", 5_000)
     first = lab.router(listen, backend)
-    options = ("--concurrency", 8, "--items", 3, "--deadline-s", 8)
-    client = lab.stock_client(listen, "--seconds", 9, *options, **CLIENT)
+    options = ("--concurrency", 8, "--items", 3)
+    client = lab.stock_client(listen, "--until-told", *options, **CLIENT)
     progress(client, 100)
     second = lab.router(listen, backend, wait=False)
     lab.etcd.wait_instances(listen, 2)
-    progress(client, client.events("progress")[-1]["ok"] + 100)
+    progress(client, so_far(client) + 100)
     first.terminate()
     assert first.wait(20) == 0, first.tail()
+    progress(client, so_far(client) + 100)
     found = lab.finish(client)
     # Requests that were on the wire when the record went are refused by name, none hangs.
     assert found["hung"] == 0 and found["wrong"] == 0 and found["failed"] <= 8, found
@@ -122,7 +119,7 @@ def test_two_routers_take_turns_without_loss(lab):
 @pytest.mark.short
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_at_once(lab, number):
-    listen, fake, router = held_router(lab, 60)
+    listen, fake, router = held_router(lab)
     address, path = lab_address(router)
 
     async def test():
@@ -135,9 +132,8 @@ def test_a_second_signal_ends_it_at_once(lab, number):
             gone = wait_for("it left etcd", lambda: not lab.etcd.instances(listen), 10)
             assert gone and router.alive()
             router.signal(number)
-            began = time.monotonic()
+            # The drain would go on for longer than this waits.
             router.wait(5)
-            assert time.monotonic() - began < 2
 
     run(test())
 

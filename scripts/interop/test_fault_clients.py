@@ -14,10 +14,10 @@ from wire import Caller, Home, frame, fresh
 MIB = 1 << 20
 KIB_OF_MIB = 1 << 10
 LIMIT = 33_554_432
-OPTIONS = ("--concurrency", 4, "--deadline-s", 8)
+OPTIONS = ("--concurrency", 4)
 
 
-def run(test, limit_s=90):
+def run(test, limit_s=400):
     """Run a coroutine to its end."""
     return asyncio.run(asyncio.wait_for(test, limit_s))
 
@@ -33,11 +33,10 @@ def routed(request, lab):
     return listen, router
 
 
-def unharmed(lab, listen, router, seconds=None, grown_mib=64):
+def unharmed(lab, listen, router, grown_mib=64):
     """A stock client loses nothing, and the router's memory has a bound; the client's summary."""
-    amount = ("--seconds", seconds) if seconds else ("--count", 1_000)
-    found = lab.run_client(listen, *amount, *OPTIONS)
-    assert found["ok"] > 100 and found.lost() == 0, found
+    found = lab.run_client(listen, "--count", 1_000, *OPTIONS)
+    assert found["ok"] == 1_000 and found.lost() == 0, found
     assert router.alive() and "panicked" not in router.log(), router.tail()
     grown = router.peak_kib() - router.before_kib
     assert grown < grown_mib * KIB_OF_MIB, f"{grown} KiB more than before"
@@ -65,7 +64,6 @@ def test_a_frame_of_33_mib_from_a_raw_client(lab, routed):
     unharmed(lab, listen, router)
 
 
-@pytest.mark.timeout(150)
 def test_a_frame_of_33_mib_from_a_stock_client(lab, routed):
     listen, router = routed
     greedy = lab.stock_client(
@@ -73,7 +71,7 @@ def test_a_frame_of_33_mib_from_a_stock_client(lab, routed):
         DYN_TCP_MAX_MESSAGE_SIZE=str(256 * MIB),
     )  # fmt: skip
     greedy.wait_event("ready")
-    unharmed(lab, listen, router, seconds=6)
+    unharmed(lab, listen, router)
     # Dynamo's client takes the refusal for an acceptance and waits: that is its own deadline.
     found = lab.finish(greedy)
     assert found["ok"] == 0 and found["wrong"] == 0, found
@@ -87,7 +85,6 @@ def accepted(lab, router):
 
 
 @pytest.mark.short
-@pytest.mark.timeout(240)
 def test_ten_thousand_idle_connections(lab, routed):
     listen, router = routed
     address, _ = lab_address(router)
@@ -100,12 +97,13 @@ def test_ten_thousand_idle_connections(lab, routed):
     async def test():
         writers = []
         try:
+            loop = asyncio.get_running_loop()
             for _ in range(wanted // 200):
                 dials = (asyncio.open_connection(*address) for _ in range(200))
                 writers += [writer for _, writer in await asyncio.gather(*dials)]
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(None, all_open)
-            await loop.run_in_executor(None, lambda: unharmed(lab, listen, router, 5, 128))
+                # The kernel forgets who finds the queue of a listener full that stands still.
+                await loop.run_in_executor(None, all_open, len(writers))
+            await loop.run_in_executor(None, lambda: unharmed(lab, listen, router, 128))
             # Each of them still works.
             for writer in random.sample(writers, 20):
                 assert not writer.is_closing()
@@ -114,10 +112,10 @@ def test_ten_thousand_idle_connections(lab, routed):
             for writer in writers:
                 writer.close()
 
-    def all_open():
-        wait_for("all are accepted", lambda: accepted(lab, router) >= before + wanted, 60)
+    def all_open(count):
+        wait_for("all are accepted", lambda: accepted(lab, router) >= before + count)
 
-    run(test(), 180)
+    run(test())
     wait_for("all are closed", lambda: router.open_files() < files + 100, 60)
     unharmed(lab, listen, router, grown_mib=128)
 
@@ -148,7 +146,7 @@ def test_one_byte_a_second(lab, routed):
         tasks = [asyncio.ensure_future(dribble()) for _ in range(50)]
         short = asyncio.ensure_future(whole())
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, lambda: unharmed(lab, listen, router, 8))
+        await loop.run_in_executor(None, lambda: unharmed(lab, listen, router))
         assert await short in (None, b"Server unavailable: unknown endpoint ")
         for task in tasks:
             task.cancel()
@@ -182,7 +180,7 @@ def test_a_client_that_never_reads_its_refusals(lab, routed):
         piece = frame(b"p" * 60_000)
         sent = await asyncio.gather(*(write_until_stuck(c, piece, 4_000) for c in callers))
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, lambda: unharmed(lab, listen, router, 4, 96))
+        await loop.run_in_executor(None, lambda: unharmed(lab, listen, router, 96))
         for caller in callers:
             caller.writer.transport.abort()
         return sent
@@ -205,7 +203,7 @@ def test_a_client_that_never_reads_its_acks(lab, routed):
                 if not await write_until_stuck(caller, b"".join(requests), 1):
                     break
             loop = asyncio.get_running_loop()
-            await loop.run_in_executor(None, lambda: unharmed(lab, listen, router, 4, 96))
+            await loop.run_in_executor(None, lambda: unharmed(lab, listen, router, 96))
             caller.writer.transport.abort()
 
     run(test())
@@ -229,7 +227,7 @@ def test_garbage(lab, routed):
                 await caller.send(data)
                 if round_number % 2:
                     caller.writer.write_eof()
-                    await caller.closed(5)
+                    await caller.closed()
             caller.writer.transport.abort()
 
     run(test())
@@ -244,7 +242,7 @@ def test_http_on_the_request_port(lab, routed):
         caller = await Caller.connect(address)
         await caller.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 20)
         caller.writer.write_eof()
-        await caller.closed(10)
+        await caller.closed()
 
     run(test())
     unharmed(lab, listen, router)

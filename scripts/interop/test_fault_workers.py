@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from lab import RESPONSES, progress, wait_for
+from lab import RESPONSES, progress, so_far, wait_for
 
 # A stock client inhibits an instance for 5 s after an error; the router is its only one.
 CLIENT = {"DYN_RUNTIME_INHIBITED_DURATION_SECS": "0"}
@@ -33,17 +33,19 @@ def ends(found):
 def test_a_worker_is_killed(lab, response):
     backend, listen = lab.endpoint("backend"), lab.endpoint("router")
     dead, alive = lab.stock_workers(2, backend, "--items", 4, "--delay-us", 2_000)
-    lab.router(listen, backend, policy="round_robin", response=response, env=IMPATIENT)
-    options = ("--concurrency", 16, "--items", 4, "--deadline-s", 8)
-    client = lab.stock_client(listen, "--seconds", 6, *options, **CLIENT)
+    # Who answers late on a busy machine is not to be taken for dead.
+    patient = {"DYN_TCP_REQUEST_TIMEOUT": "60"}
+    lab.router(listen, backend, policy="round_robin", response=response, env=patient)
+    options = ("--concurrency", 16, "--items", 4)
+    client = lab.stock_client(listen, "--until-told", *options, **CLIENT)
     progress(client, 300)
     dead.kill()
+    progress(client, so_far(client) + 300)
     found = lab.finish(client)
     ends(found)
     assert found["failed"] <= 2 * 16, found
-    assert found["by_worker"][alive.hex] > 300, found
 
-    # Its record is in etcd for some seconds yet: who was found dead gets nothing all the same.
+    # Its record is in etcd for a while yet: who was found dead gets nothing all the same.
     assert dead.instance in lab.etcd.instances(backend)
     found = lab.run_client(listen, "--count", 600, *options, **CLIENT)
     assert found["ok"] == 600 and set(found["by_worker"]) == {alive.hex}, found
@@ -52,18 +54,15 @@ def test_a_worker_is_killed(lab, response):
 @pytest.mark.parametrize("response", RESPONSES)
 def test_the_only_worker_is_killed_and_replaced(lab, response):
     backend, listen = lab.endpoint("backend"), lab.endpoint("router")
-    first = lab.stock_worker(backend, ETCD_LEASE_TTL=4)
+    first = lab.stock_worker(backend)
     lab.router(listen, backend, response=response, env=IMPATIENT)
-    client = lab.stock_client(
-        listen, "--seconds", 14, "--concurrency", 8, "--deadline-s", 8, **CLIENT
-    )
+    client = lab.stock_client(listen, "--until-told", "--concurrency", 8, **CLIENT)
     progress(client, 200)
     first.kill()
     progress(client, 8, "failed")
     second = lab.stock_worker(backend)
-    found = lab.finish(client)
-    ends(found)
-    assert found["by_worker"].get(second.hex, 0) > 200, found
+    progress(client, 200, worker=second)
+    ends(lab.finish(client))
 
 
 @pytest.mark.short
@@ -74,7 +73,7 @@ def test_a_worker_that_never_acknowledges(lab, ack, response):
     good = lab.stock_worker(backend)
     fake = lab.fake_worker(backend, "never-ack")
     lab.router(listen, backend, policy="round_robin", ack=ack, response=response, env=IMPATIENT)
-    options = ("--concurrency", 8, "--deadline-s", 10)
+    options = ("--concurrency", 8)
     found = lab.run_client(listen, "--count", 400, *options, **CLIENT)
     ends(found)
     assert fake.events("request"), "the silent worker was never asked"
@@ -88,7 +87,7 @@ def test_a_worker_that_never_reads(lab, response):
     lab.fake_worker(backend, "never-read")
     router = lab.router(listen, backend, policy="round_robin", response=response, env=IMPATIENT)
     before = router.rss_kib()
-    options = ("--concurrency", 8, "--deadline-s", 12, "--body-bytes", 400_000, "--no-echo")
+    options = ("--concurrency", 8, "--body-bytes", 400_000, "--no-echo")
     found = lab.run_client(listen, "--count", 200, *options, **CLIENT)
     ends(found)
     assert found["ok"] >= 150, found
@@ -104,7 +103,7 @@ def test_a_worker_that_refuses(lab, text, ack, response):
     good = lab.stock_worker(backend)
     fake = lab.fake_worker(backend, "refuse", "--text", text)
     lab.router(listen, backend, policy="round_robin", ack=ack, response=response)
-    options = ("--concurrency", 8, "--deadline-s", 10)
+    options = ("--concurrency", 8)
     found = lab.run_client(listen, "--count", 400, *options, **CLIENT)
     assert found["ok"] == 400 and found.lost() == 0, found
     assert found["by_worker"] == {good.hex: 400}, found
@@ -117,7 +116,7 @@ def test_all_workers_refuse(lab, response):
     for text in ("Server overloaded: full", "Server unavailable: draining"):
         lab.fake_worker(backend, "refuse", "--text", text)
     lab.router(listen, backend, response=response)
-    options = ("--concurrency", 4, "--deadline-s", 10)
+    options = ("--concurrency", 4)
     found = lab.run_client(listen, "--count", 100, *options, **CLIENT)
     ends(found)
     assert found["failed"] == 100, found
@@ -131,7 +130,7 @@ def test_a_worker_address_that_refuses_connections(lab, response):
     with refusing_port() as port:
         lab.etcd.register(backend, port)
         lab.router(listen, backend, policy="round_robin", response=response)
-        options = ("--concurrency", 8, "--deadline-s", 10)
+        options = ("--concurrency", 8)
         found = lab.run_client(listen, "--count", 400, *options, **CLIENT)
     assert found["ok"] == 400 and found["by_worker"] == {good.hex: 400}, found
 
@@ -142,7 +141,7 @@ def test_a_worker_that_hangs_up(lab, response):
     good = lab.stock_worker(backend)
     lab.fake_worker(backend, "close")
     lab.router(listen, backend, policy="round_robin", response=response, env=IMPATIENT)
-    options = ("--concurrency", 8, "--deadline-s", 10)
+    options = ("--concurrency", 8)
     found = lab.run_client(listen, "--count", 400, *options, **CLIENT)
     ends(found)
     assert found["by_worker"] == {good.hex: found["ok"]} and found["ok"] >= 200, found
@@ -152,22 +151,23 @@ def test_a_worker_that_hangs_up(lab, response):
 def test_no_worker_at_all(lab, response):
     backend, listen = lab.endpoint("backend"), lab.endpoint("router")
     lab.router(listen, backend, response=response)
-    found = lab.run_client(listen, "--count", 20, "--concurrency", 4, "--deadline-s", 8, **CLIENT)
+    found = lab.run_client(listen, "--count", 20, "--concurrency", 4, **CLIENT)
     ends(found)
     assert found["failed"] == 20, found
-    assert found["elapsed_s"] < 8, found
+    assert found["elapsed_s"] < 60, found
 
 
 def test_a_worker_that_drains_loses_nothing(lab):
     backend, listen = lab.endpoint("backend"), lab.endpoint("router")
     leaving, staying = lab.stock_workers(2, backend, "--items", 10, "--delay-us", 20_000)
     lab.router(listen, backend, policy="round_robin")
-    options = ("--concurrency", 16, "--items", 10, "--deadline-s", 10)
-    client = lab.stock_client(listen, "--seconds", 6, *options, **CLIENT)
+    options = ("--concurrency", 16, "--items", 10)
+    client = lab.stock_client(listen, "--until-told", *options, **CLIENT)
     progress(client, 60)
     leaving.terminate()
     wait_for("it left etcd", lambda: leaving.instance not in lab.etcd.instances(backend), 10)
+    assert leaving.wait(10) == 0, leaving.tail()
+    progress(client, so_far(client) + 60)
     found = lab.finish(client)
     assert found.lost() == 0, found
-    assert leaving.wait(10) == 0, leaving.tail()
     assert found["by_worker"][staying.hex] > found["by_worker"][leaving.hex], found

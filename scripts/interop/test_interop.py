@@ -2,7 +2,7 @@
 
 import pytest
 
-from lab import RESPONSES, progress, wait_for
+from lab import RESPONSES, progress, so_far, wait_for
 
 CODECS = ["json", "msgpack"]
 POLICIES = ["random", "power_of_two_choices", "least_loaded", "hash"]
@@ -61,9 +61,9 @@ def test_streams_of_100_items(lab, codec, response):
 @pytest.mark.parametrize("response", RESPONSES)
 @pytest.mark.parametrize("how", ["--stop-after", "--kill-after"])
 def test_cancel_reaches_the_worker(lab, how, response):
-    options = ("--items", 1_000, "--delay-us", 5_000, "--record")
+    options = ("--items", 100_000, "--delay-us", 5_000, "--record")
     listen, workers, _ = pair(lab, *options, response=response)
-    found = lab.run_client(listen, "--count", 8, "--concurrency", 8, "--items", 1_000, how, 3)
+    found = lab.run_client(listen, "--count", 8, "--concurrency", 8, "--items", 100_000, how, 3)
     assert found["cancelled"] == 8 and found.lost() == 0, found
 
     def told():
@@ -71,14 +71,14 @@ def test_cancel_reaches_the_worker(lab, how, response):
         return events if len(events) == 8 else None
 
     events = wait_for("both workers were told", told, 15)
-    assert max(event["sent"] for event in events) < 500, events
+    assert max(event["sent"] for event in events) < 50_000, events
 
 
 @pytest.mark.parametrize("response", RESPONSES)
 def test_large_bodies(lab, response):
     listen, _, _ = pair(lab, codec="json", response=response)
     found = lab.run_client(
-        listen, "--count", 24, "--concurrency", 4, "--body-bytes", 3_000_000, timeout_s=100
+        listen, "--count", 24, "--concurrency", 4, "--body-bytes", 3_000_000
     )
     assert found["ok"] == 24 and found.lost() == 0, found
 
@@ -126,16 +126,15 @@ def test_workers_come_and_go(lab):
     backend, listen = lab.endpoint("backend"), lab.endpoint("router")
     first = lab.stock_worker(backend)
     lab.router(listen, backend)
-    client = lab.stock_client(listen, "--seconds", 10, "--concurrency", 8)
+    client = lab.stock_client(listen, "--until-told", "--concurrency", 8)
     progress(client, 200)
     second = lab.stock_worker(backend)
-    sent = client.events("progress")[-1]["ok"]
-    progress(client, sent + 300)
+    progress(client, 100, worker=second)
     first.terminate()
     first.wait(20)
+    progress(client, so_far(client) + 100)
     found = lab.finish(client)
     assert found.lost() == 0, found
-    assert found["by_worker"].get(second.hex, 0) > 100, found
 
 
 def card(backend, instance):

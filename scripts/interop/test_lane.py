@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from lab import HERE, metric_sum, wait_for
+from lab import HERE, metric_sum, progress, so_far, wait_for
 
 WORKER = HERE.parent.parent / "examples" / "lane_worker.py"
 
@@ -73,10 +73,11 @@ def test_cancelled_streams(lab, how):
 @pytest.mark.short
 def test_a_worker_is_killed_and_another_one_serves_on(lab):
     listen, router, workers = pair(lab, 2)
-    client = lab.stock_client(listen, "--seconds", 6, "--concurrency", 8)
-    wait_for("it has begun", lambda: client.events("progress"), 30)
+    client = lab.stock_client(listen, "--until-told", "--concurrency", 8)
+    progress(client, 1)
     workers[0].kill()
     attached(lab, router, 1)
+    progress(client, so_far(client) + 100)
     found = lab.finish(client)
     # What the dead one had taken is lost; nothing hangs and nothing is mixed up.
     assert found["ok"] > 100 and found["hung"] == 0 and found["wrong"] == 0, found
@@ -85,7 +86,7 @@ def test_a_worker_is_killed_and_another_one_serves_on(lab):
 
 
 def test_a_worker_that_does_not_take_its_requests_loses_its_lanes(lab):
-    listen, router, workers = pair(lab, 2, ack_timeout_ms=500)
+    listen, router, workers = pair(lab, 2, ack_timeout_ms=4_000)
     workers[0].signal(signal.SIGSTOP)
     found = lab.run_client(listen, "--count", 200, "--concurrency", 4)
     assert found["hung"] == 0 and found["wrong"] == 0 and found["ok"] > 150, found

@@ -12,8 +12,8 @@ LIMIT = 33_554_432
 
 
 def run(test):
-    """Run a coroutine to its end; nothing in here may take longer than a minute."""
-    return asyncio.run(asyncio.wait_for(test, 60))
+    """Run a coroutine to its end; nothing in here may take for ever."""
+    return asyncio.run(asyncio.wait_for(test, 400))
 
 
 @pytest.fixture(params=[pytest.param("stock", marks=pytest.mark.stock), *RESPONSES])
@@ -132,7 +132,7 @@ def test_the_largest_frame_passes(routed):
             caller = await Caller.connect(address)
             await caller.send(data)
             assert await caller.reply() == b""
-            assert echoes(await stream.values(30)) == [text]
+            assert echoes(await stream.values()) == [text]
 
     run(test())
 

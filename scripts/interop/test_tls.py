@@ -142,20 +142,20 @@ def test_our_caller_on_a_stock_worker(lab, pki, mutual):
 def test_our_caller_cancels_over_tls(lab, pki):
     env = pki.env()
     backend = lab.endpoint("backend")
-    options = ("--items", 1_000, "--delay-us", 5_000, "--record")
+    options = ("--items", 100_000, "--delay-us", 5_000, "--record")
     worker = lab.stock_worker(backend, *options, **env)
     for how in ("--stop-after", "--kill-after"):
-        lab.call(backend, "--body", '{"a":1}', how, 3, timeout_s=30, **env)
-    assert worker.wait_event("cancelled", 15, count=2)["sent"] < 500, worker.tail()
+        lab.call(backend, "--body", '{"a":1}', how, 3, **env)
+    assert worker.wait_event("cancelled", 15, count=2)["sent"] < 50_000, worker.tail()
 
 
 def test_a_stock_client_cancels_on_our_worker(lab, pki):
     env = pki.env()
     backend = lab.endpoint("backend")
-    worker = lab.echo_worker(backend, "--items", 1_000, "--delay-us", 5_000, **env)
+    worker = lab.echo_worker(backend, "--items", 100_000, "--delay-us", 5_000, **env)
     for how in ("--stop-after", "--kill-after"):
         found = lab.run_client(
-            backend, "--count", 4, "--concurrency", 4, "--items", 1_000, "--plain-echo", how, 3,
+            backend, "--count", 4, "--concurrency", 4, "--items", 100_000, "--plain-echo", how, 3,
             **env,
         )  # fmt: skip
         assert found["cancelled"] == 4, (found, worker.tail())
@@ -166,7 +166,7 @@ def test_strangers_are_refused(lab, pki, tmp_path):
     backend, listen = lab.endpoint("backend"), lab.endpoint("router")
     lab.stock_worker(backend, **env)
     router = lab.router(listen, backend, env=env)
-    one = ("--count", 1, "--deadline-s", 8)
+    one = ("--count", 1, "--deadline-s", 20)
 
     def counted(reason):
         series = f'corelane_tls_failures_total{{side="accepted",reason="{reason}"}}'

@@ -10,7 +10,7 @@ import json
 import struct
 import uuid
 
-TIMEOUT_S = 15.0
+TIMEOUT_S = 60.0
 FINAL = {"complete_final": True}
 _keys = itertools.count()
 

@@ -14,13 +14,13 @@ use std::time::{Duration, Instant};
 use corelane_codec::{Decoded, reply_frame, request_frame};
 use rustix::process::{Pid, Signal, kill_process};
 
-/// Longest wait for anything; the machine may be busy.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+#[path = "../ports/mod.rs"]
+mod ports;
 
-pub fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
-}
+pub(crate) use ports::free_port;
+
+/// Longest wait for anything; the machine may be busy.
+pub const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Waits until `look` finds something; panics with `what` when it does not.
 pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
@@ -285,7 +285,6 @@ impl Caller {
     pub fn dial(address: SocketAddr) -> Caller {
         let stream = TcpStream::connect(address).unwrap();
         stream.set_nodelay(true).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         let bytes = Vec::new();
         Caller { stream, bytes }
     }
@@ -296,14 +295,20 @@ impl Caller {
 
     /// The next reply's text.
     pub fn reply(&mut self) -> String {
+        self.reply_within(PATIENCE).expect("a reply in time")
+    }
+
+    /// The same, or nothing when for so long nothing comes.
+    pub fn reply_within(&mut self, patience: Duration) -> Option<String> {
+        self.stream.set_read_timeout(Some(patience)).unwrap();
         loop {
             if let Decoded::Frame(text) = reply_frame::decode(&self.bytes, 1 << 20) {
                 let reply = String::from_utf8(self.bytes[text.clone()].to_vec()).unwrap();
                 self.bytes.drain(..text.end);
-                return reply;
+                return Some(reply);
             }
             let mut chunk = [0; 4096];
-            let read = self.stream.read(&mut chunk).expect("a reply in time");
+            let read = self.stream.read(&mut chunk).ok()?;
             assert!(read > 0, "the router closed the connection");
             self.bytes.extend_from_slice(&chunk[..read]);
         }
@@ -385,7 +390,7 @@ impl Etcd {
             };
             found.kvs().iter().map(pair).collect()
         };
-        let limited = async { tokio::time::timeout(Duration::from_secs(2), listing).await };
+        let limited = async { tokio::time::timeout(Duration::from_secs(10), listing).await };
         let outcome: Result<Vec<(String, String)>, etcd_client::Error> =
             self.runtime.block_on(limited).ok()?;
         outcome.ok()

@@ -12,13 +12,26 @@ use corelane_gpu_mem::stats::Counter;
 use std::path::Path;
 use std::time::Duration;
 
+/// With a longer time where the first is too short: on a busy machine memory may come back late.
 #[test]
 fn b23_memory_that_is_short_is_waited_for_times_out_and_dies_with_its_client() {
+    let shorter = [400, 4_000].map(Duration::from_millis);
+    let passes = |time| std::panic::catch_unwind(move || b23_within(time)).is_ok();
+    if !shorter.into_iter().any(passes) {
+        b23_within(Duration::from_secs(30));
+    }
+}
+
+fn b23_within(retry_timeout: Duration) {
     let host = HostConfig {
         capacity_bytes: Some(GRANULARITY_BYTES),
         ..HostConfig::default()
     };
-    let service = Service::with(host, |_| {});
+    let service = Service::with(host, |config| {
+        for pool in &mut config.pools {
+            pool.domain.retry_timeout = Some(retry_timeout);
+        }
+    });
     let hog = || {
         let dial = service.dial("kv_cache.sock");
         let mut hog = Session::open(&dial, LockType::Rw, Some(PATIENCE)).expect("granted");
@@ -96,14 +109,19 @@ fn b24_a_stale_socket_is_replaced_and_a_living_one_is_not() {
 fn silence_and_half_frames_have_an_end() {
     let service = Service::with(HostConfig::default(), |config| {
         config.first_frame_timeout = Duration::from_millis(50);
-        config.frame_timeout = Duration::from_millis(50);
     });
     assert!(service.raw().is_dropped(), "silence");
+    assert_eq!(service.handle.count(Counter::DeadlinesPassed), 1);
+    // Another service: there it would be a race to be the first to say something.
+    let service = Service::with(HostConfig::default(), |config| {
+        config.first_frame_timeout = PATIENCE;
+        config.frame_timeout = Duration::from_millis(50);
+    });
     let (mut writer, _) = service.holder(LockType::Rw);
     writer.say_bytes(&[0, 0, 0, 9, 1]);
     assert!(writer.is_dropped(), "half a frame");
     service.until(|state| state.state == State::Empty);
-    assert_eq!(service.handle.count(Counter::DeadlinesPassed), 2);
+    assert_eq!(service.handle.count(Counter::DeadlinesPassed), 1);
 }
 
 #[test]
