@@ -16,7 +16,7 @@
 //! The summary comes with more than one call. A call with an error item has failed.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -40,6 +40,8 @@ use self::print::{Item, Printer};
 use crate::cli::{CallArgs, Early, Exit, Target};
 use crate::config::{Backend, EndpointId};
 use crate::discovery::{Discovery, EtcdDiscovery, EtcdOptions, FileDiscovery, FileOptions};
+use crate::env::Env;
+use crate::nats::Requests;
 use crate::peer::Peer;
 use crate::trace::{self, CallSpan};
 use crate::watch::{Instance, InstanceWatch};
@@ -67,8 +69,13 @@ pub fn run(args: CallArgs) -> Result<Exit> {
     outcome
 }
 
+/// Nothing of ours is offered, so nobody dials this.
+const ANYWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
 async fn calls(args: CallArgs) -> Result<Exit> {
-    let mut targets = Targets::find(&args).await?;
+    let requests = Requests::from_env(&Env::current(), ANYWHERE).await?;
+    let gateway = requests.as_ref().map(Requests::gateway);
+    let mut targets = Targets::find(&args, gateway).await?;
     let home = HomeAddress {
         bind: SocketAddr::new(args.server.host, 0),
         advertise: args.server.advertised(),
@@ -104,7 +111,7 @@ struct Targets {
 }
 
 impl Targets {
-    async fn find(args: &CallArgs) -> Result<Targets> {
+    async fn find(args: &CallArgs, gateway: Option<SocketAddr>) -> Result<Targets> {
         let endpoint = match &args.target {
             Target::Endpoint(endpoint) => endpoint.clone(),
             Target::Address { socket, path, .. } => {
@@ -125,7 +132,7 @@ impl Targets {
             }
         };
         let discovery = open(args).await?;
-        let mut watch = InstanceWatch::new(&discovery, &endpoint);
+        let mut watch = InstanceWatch::new(&discovery, &endpoint).over_nats(gateway);
         let mut instances = Vec::new();
         let appear = async {
             watch.listed().await;

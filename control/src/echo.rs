@@ -37,6 +37,8 @@ use crate::discovery::{
 use crate::env::Env;
 use crate::health::{self, Endpoints, Settings, State};
 use crate::metrics::{ProcessNumbers, ServedNumbers, Snapshot, WorkerNumbers};
+use crate::nats::{NatsError, Requests};
+use crate::offer::{self, Place};
 use crate::peer::Peer;
 use crate::status_server::{Health, StatusOptions, StatusServer};
 use crate::supervise::Signals;
@@ -170,6 +172,7 @@ pub struct EchoWorker {
     paths: Rc<Paths>,
     discovery: Discovery,
     address: SocketAddr,
+    requests: Option<Requests>,
     follower: AbortHandle,
     /// Whether callers learn from a store when it leaves.
     is_watched: bool,
@@ -214,8 +217,15 @@ impl EchoWorker {
             if args.discovery.backend != Backend::Memory);
         let discovery = open(store, &paths).await?;
         paths.be(discovery.instance_id()).await;
-        let follower = spawn_local(follow(discovery.clone(), Rc::clone(&paths)));
-        let record = Record::instance(&options.endpoint, address, options.codec);
+        let requests = Requests::from_env(&Env::current(), address).await?;
+        let follower = follow(discovery.clone(), Rc::clone(&paths), requests.clone());
+        let follower = spawn_local(follower);
+        let id = discovery.instance_id();
+        let place = offer::place(requests.as_ref(), address, &options.endpoint, id).await?;
+        let record = match place {
+            Place::Nats => offer::record(&options.endpoint, place, options.codec),
+            Place::Tcp(address) => Record::instance(&options.endpoint, address, options.codec),
+        };
         if discovery.register(record).await? == Registered::Deferred {
             tracing::warn!("the store is away; the worker will be registered when it is back");
         }
@@ -228,6 +238,7 @@ impl EchoWorker {
             paths,
             discovery,
             address,
+            requests,
             follower: follower.abort_handle(),
             is_watched,
             endpoints,
@@ -304,6 +315,9 @@ impl EchoWorker {
         if self.is_watched {
             sleep(Duration::from_secs(drain.grace_s.into())).await;
         }
+        if let Some(requests) = &self.requests {
+            requests.stop().await;
+        }
         if let Err(error) = self.peer.command(Command::Drain).await {
             return tracing::error!("drain: {error:#}");
         }
@@ -323,6 +337,9 @@ impl EchoWorker {
     pub async fn stop(&self, drain: &Drain) {
         self.drain(drain).await;
         self.follower.abort();
+        if let Some(requests) = &self.requests {
+            requests.close().await;
+        }
         self.discovery.close().await;
         self.peer.stop().await;
         self.paths.entry.turn(State::Deregistered);
@@ -392,14 +409,29 @@ impl Paths {
     }
 }
 
-async fn follow(discovery: Discovery, paths: Rc<Paths>) {
+async fn follow(discovery: Discovery, paths: Rc<Paths>, requests: Option<Requests>) {
     let mut identity = discovery.identity();
     loop {
         let id = *identity.borrow_and_update();
         paths.be(id).await;
+        if let Err(error) = serve_nats(requests.as_ref(), &paths.endpoint, id).await {
+            tracing::error!(%error, "the worker does not take requests over NATS");
+        }
         if identity.changed().await.is_err() {
             return;
         }
+    }
+}
+
+/// Takes requests over NATS too, if that is asked for.
+async fn serve_nats(
+    requests: Option<&Requests>,
+    endpoint: &EndpointId,
+    instance_id: u64,
+) -> Result<(), NatsError> {
+    match requests {
+        Some(requests) => requests.serve(endpoint, instance_id).await,
+        None => Ok(()),
     }
 }
 

@@ -14,12 +14,13 @@ use std::time::Duration;
 
 use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::discovery::{DeviceType, EndpointRecord, Transport};
-use corelane_codec::path::{EndpointId, TcpTransport, instance_path};
+use corelane_codec::path::{EndpointId, TcpTransport, instance_path, instance_subject};
 use tokio::sync::watch;
 use tokio::time::sleep;
 
 use crate::cards::{CardPublisher, CardWatch, advertised_codec};
 use crate::discovery::{Discovery, Entry, Record, Registered};
+use crate::nats::{NatsError, Requests};
 use crate::publish::{Board, Listed};
 
 /// A record that could not be stored at once is looked at this often until it is.
@@ -35,6 +36,8 @@ pub struct Offer {
     pub discovery: Discovery,
     /// What callers are told to dial.
     pub address: SocketAddr,
+    /// Requests over NATS, which is where we are offered if they say so.
+    pub requests: Option<Requests>,
     /// Ends it.
     pub stopping: watch::Receiver<bool>,
 }
@@ -81,7 +84,15 @@ impl Offer {
     /// Answers whether the record stands in the store.
     async fn register(&self, listed: &Listed, id: u64, codec: PayloadCodec) -> bool {
         let listen = &listed.route.listen;
-        let record = record(listen, self.address, codec);
+        let place = match place(self.requests.as_ref(), self.address, listen, id).await {
+            Ok(place) => place,
+            Err(error) => {
+                tracing::error!(%listen, %error, "endpoint not offered on NATS");
+                listed.set_registered(false);
+                return false;
+            }
+        };
+        let record = record(listen, place, codec);
         let stored = match self.discovery.replace(record).await {
             Ok(outcome) => outcome == Registered::Stored,
             Err(error) => {
@@ -109,17 +120,48 @@ fn codec_word(codec: PayloadCodec) -> &'static str {
     }
 }
 
+/// Where callers reach us.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Place {
+    /// At this address.
+    Tcp(SocketAddr),
+    /// At the subject of the instance.
+    Nats,
+}
+
+/// Where an instance of ours is reached; on NATS it takes requests from here on.
+pub(crate) async fn place(
+    requests: Option<&Requests>,
+    address: SocketAddr,
+    endpoint: &EndpointId,
+    instance_id: u64,
+) -> Result<Place, NatsError> {
+    match requests.filter(|requests| requests.is_offered()) {
+        None => Ok(Place::Tcp(address)),
+        Some(requests) => {
+            requests.serve(endpoint, instance_id).await?;
+            Ok(Place::Nats)
+        }
+    }
+}
+
 /// Our instance record.
-pub(crate) fn record(endpoint: &EndpointId, address: SocketAddr, codec: PayloadCodec) -> Record {
+pub(crate) fn record(endpoint: &EndpointId, place: Place, codec: PayloadCodec) -> Record {
     let endpoint = endpoint.clone();
     let device = device_type(|name| std::env::var(name).ok());
     Record::new(Record::instance_name(&endpoint), move |id| {
         let path = instance_path(id, &endpoint);
-        let tcp = TcpTransport {
-            address,
-            path: &path,
+        let transport = match place {
+            Place::Nats => Transport::NatsTcp(instance_subject(id, &endpoint)),
+            Place::Tcp(address) => Transport::Tcp(
+                TcpTransport {
+                    address,
+                    path: &path,
+                }
+                .value(),
+            ),
         };
-        let mut record = EndpointRecord::new(&endpoint, id, Transport::Tcp(tcp.value()));
+        let mut record = EndpointRecord::new(&endpoint, id, transport);
         record.device_type = Some(device);
         record.request_plane_codec = Some(codec);
         Entry {
@@ -152,7 +194,7 @@ mod tests {
     fn the_record_is_what_dynamo_reads() {
         let endpoint = EndpointId::new("demo", "router", "generate");
         let address = "10.0.0.7:7000".parse().unwrap();
-        let entry = record(&endpoint, address, PayloadCodec::MessagePack).entry(0xa1);
+        let entry = record(&endpoint, Place::Tcp(address), PayloadCodec::MessagePack).entry(0xa1);
         assert_eq!(entry.key, "v1/instances/demo/router/generate/a1");
         let value: serde_json::Value = serde_json::from_slice(&entry.value).unwrap();
         assert_eq!(value["type"], "Endpoint");

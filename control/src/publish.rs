@@ -7,6 +7,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -201,8 +202,8 @@ impl Board {
         }
     }
 
-    /// Follows the instances of one route; never ends.
-    pub async fn follow(&self, index: usize, discovery: &Discovery) {
+    /// Follows the instances of one route; never ends. Those on NATS are dialled at `gateway`.
+    pub async fn follow(&self, index: usize, discovery: &Discovery, gateway: Option<SocketAddr>) {
         let Some(listed) = self.routes.get(index) else {
             return;
         };
@@ -211,7 +212,8 @@ impl Board {
             listed.fresh.send_replace(true);
             return std::future::pending().await;
         }
-        let mut watch = InstanceWatch::new(discovery, &listed.route.target);
+        let watch = InstanceWatch::new(discovery, &listed.route.target);
+        let mut watch = watch.over_nats(gateway);
         loop {
             watch.changed().await;
             let found = merged(&listed.statics, watch.instances());

@@ -35,6 +35,7 @@ use crate::env::Env;
 use crate::health::State;
 use crate::lanes::LaneSockets;
 use crate::metrics::{ProcessNumbers, RouteNumbers, Snapshot, WorkerNumbers};
+use crate::nats::Requests;
 use crate::offer::Offer;
 use crate::preflight::Plan;
 use crate::publish::{Board, Listed};
@@ -105,6 +106,7 @@ pub struct Router {
     pulse: Rc<Pulse>,
     drain: config::Drain,
     discovery: Discovery,
+    requests: Option<Requests>,
     status: Option<StatusServer>,
     _lanes: LaneSockets,
     stop_offers: watch::Sender<bool>,
@@ -145,10 +147,12 @@ impl Router {
         let status = status(&config.server, &pulse).await?;
         let discovery = open(config, store, &board).await?;
         pulse.discovery.replace(Some(Rc::clone(discovery.stats())));
+        let requests = Requests::from_env(&Env::current(), cores.address()).await?;
         let mut router = Self {
             pulse,
             drain: config.drain.clone(),
             discovery,
+            requests,
             status,
             _lanes: lanes,
             stop_offers: watch::Sender::new(false),
@@ -189,9 +193,11 @@ impl Router {
     async fn follow(&mut self) {
         let board = &self.pulse.board;
         board.be(self.discovery.instance_id());
+        let gateway = self.requests.as_ref().map(Requests::gateway);
         for index in 0..board.routes().len() {
             let (board, discovery) = (Rc::clone(board), self.discovery.clone());
-            let follower = spawn_local(async move { board.follow(index, &discovery).await });
+            let follower = async move { board.follow(index, &discovery, gateway).await };
+            let follower = spawn_local(follower);
             self.followers.push(follower.abort_handle());
         }
         let all = async {
@@ -230,6 +236,7 @@ impl Router {
                 index,
                 discovery: self.discovery.clone(),
                 address: self.pulse.address,
+                requests: self.requests.clone(),
                 stopping: self.stop_offers.subscribe(),
             };
             self.offers.push(spawn_local(offer.keep()));
@@ -289,11 +296,17 @@ impl Router {
             ?timeout,
             "drain: refusing new requests"
         );
+        if let Some(requests) = &self.requests {
+            requests.stop().await;
+        }
         pulse.cores.tell(|| Command::Drain).await;
         pulse.emptied(timeout).await;
         after_stop.await;
         for follower in &self.followers {
             follower.abort();
+        }
+        if let Some(requests) = self.requests.take() {
+            requests.close().await;
         }
         self.discovery.close().await;
         tracing::info!("drain: left the store");

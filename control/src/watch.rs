@@ -37,6 +37,8 @@ pub struct Instance {
 /// A watch on the instances of one endpoint.
 pub struct InstanceWatch {
     watch: Watch<EndpointRecord>,
+    /// Where those on NATS are dialled.
+    gateway: Option<SocketAddr>,
     /// What was said about which key, so that it is said once.
     complaints: BTreeMap<String, String>,
 }
@@ -48,8 +50,17 @@ impl InstanceWatch {
         let watch = discovery.watch(&prefix, |_, value| serde_json::from_slice(value));
         Self {
             watch,
+            gateway: None,
             complaints: BTreeMap::new(),
         }
+    }
+
+    /// Instances that take requests over NATS are dialled at `gateway`, with their subject for a
+    /// path; without one they cannot be used.
+    #[must_use]
+    pub fn over_nats(mut self, gateway: Option<SocketAddr>) -> Self {
+        self.gateway = gateway;
+        self
     }
 
     /// Waits until something changed since the last call; the first call returns at once.
@@ -74,7 +85,7 @@ impl InstanceWatch {
         let mut told = BTreeMap::new();
         let mut found: BTreeMap<u64, Candidate> = BTreeMap::new();
         for (key, record, suspect) in self.watch.directory().entries() {
-            let outcome = look(prefix, key, record);
+            let outcome = look(prefix, key, record, self.gateway);
             if let Some(complaint) = outcome.complaint() {
                 if self.complaints.get(key) != Some(&complaint) {
                     outcome.count(&stats);
@@ -99,7 +110,7 @@ impl InstanceWatch {
             }
         }
         self.complaints = told;
-        without_superseded(found)
+        without_superseded(found, self.gateway)
     }
 }
 
@@ -118,12 +129,16 @@ impl Candidate {
 }
 
 /// A worker that registered again under a new id after an outage would be listed twice while
-/// its old key waits for confirmation; the address tells.
-fn without_superseded(found: BTreeMap<u64, Candidate>) -> Vec<Instance> {
+/// its old key waits for confirmation; the address tells, except of those behind the gateway.
+fn without_superseded(
+    found: BTreeMap<u64, Candidate>,
+    gateway: Option<SocketAddr>,
+) -> Vec<Instance> {
     let confirmed: std::collections::BTreeSet<SocketAddr> = found
         .values()
         .filter(|candidate| !candidate.suspect)
         .map(|candidate| candidate.instance.address)
+        .filter(|address| Some(*address) != gateway)
         .collect();
     found
         .into_values()
@@ -163,7 +178,7 @@ impl Outcome {
     }
 }
 
-fn look(prefix: &str, key: &str, record: &EndpointRecord) -> Outcome {
+fn look(prefix: &str, key: &str, record: &EndpointRecord, gateway: Option<SocketAddr>) -> Outcome {
     let last = key.strip_prefix(prefix).unwrap_or(key);
     if last.contains('/') {
         return Outcome {
@@ -172,7 +187,7 @@ fn look(prefix: &str, key: &str, record: &EndpointRecord) -> Outcome {
         };
     }
     let key_id = parse_instance_hex(last);
-    let look = match dial(&record.transport) {
+    let look = match dial(&record.transport, gateway) {
         Err(why) => Look::CannotDial(why),
         Ok((address, path)) => {
             let id = record.instance_id;
@@ -206,10 +221,19 @@ fn mismatch(prefix: &str, key_id: Option<u64>, record: &EndpointRecord) -> Optio
 }
 
 /// Address and path of a TCP transport, or why it cannot be dialled.
-fn dial(transport: &Transport) -> Result<(SocketAddr, Vec<u8>), String> {
-    let text = match transport {
-        Transport::Tcp(text) => text,
-        Transport::NatsTcp(subject) => {
+fn dial(
+    transport: &Transport,
+    gateway: Option<SocketAddr>,
+) -> Result<(SocketAddr, Vec<u8>), String> {
+    let text = match (transport, gateway) {
+        (Transport::Tcp(text), _) => text,
+        (Transport::NatsTcp(subject), Some(gateway)) => {
+            return match subject.len() {
+                1..=PATH_BYTES_MAX => Ok((gateway, subject.as_bytes().to_vec())),
+                bytes => Err(format!("the subject is {bytes} bytes long")),
+            };
+        }
+        (Transport::NatsTcp(subject), None) => {
             return Err(format!(
                 "takes requests over NATS ({subject}), which is not dialled"
             ));
@@ -255,6 +279,24 @@ mod tests {
             .iter()
             .map(|instance| instance.id)
             .collect()
+    }
+
+    #[test]
+    fn instances_on_nats_are_dialled_at_the_gateway() {
+        let (store, _, watch) = setup();
+        let gateway = SocketAddr::from(([127, 0, 0, 1], 9));
+        let mut watch = watch.over_nats(Some(gateway));
+        let nats = value(2, r#"{"nats_tcp":"demo_backend.fake-2"}"#);
+        store.put(&format!("{PREFIX}1"), tcp(1, "127.0.0.1:5555").as_bytes());
+        store.put(&format!("{PREFIX}2"), nats.as_bytes());
+        let found = watch.instances();
+        assert_eq!(found.len(), 2);
+        assert_eq!(
+            (found[1].address, &found[1].path[..]),
+            (gateway, &b"demo_backend.fake-2"[..])
+        );
+        let mut without = watch.over_nats(None);
+        assert_eq!(ids(&mut without), [1]);
     }
 
     // The cases of `dumps/discovery-client-tolerance.txt`.
@@ -348,7 +390,7 @@ mod tests {
             candidate(2, 10, false),
             candidate(3, 11, true),
         ];
-        let left = without_superseded(found.into_iter().collect());
+        let left = without_superseded(found.into_iter().collect(), None);
         assert_eq!(
             left.iter().map(|instance| instance.id).collect::<Vec<_>>(),
             [2, 3]

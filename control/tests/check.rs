@@ -866,7 +866,7 @@ fn faults_of_environment_and_flags_name_them() {
     inputs.env = env(&[
         ("CORELANE_SERVER_PORT", "tcp://10.0.0.1:80"),
         ("DYN_TCP_RPC_PORT", "http"),
-        ("DYN_REQUEST_PLANE", "nats"),
+        ("DYN_REQUEST_PLANE", "http"),
         ("CORELANE_BUFFERS", "  "),
     ]);
     inputs.overrides = vec![set("core.io", "fast")];
@@ -876,8 +876,8 @@ fn faults_of_environment_and_flags_name_them() {
             "flag --set core.io: unknown io \"fast\"; write \"auto\" | \"uring\" | \"epoll\"",
             "environment CORELANE_SERVER_PORT: port is tcp://10.0.0.1:80, a service link of \
          Kubernetes; set enableServiceLinks: false in the pod, or rename the service",
-            "environment DYN_REQUEST_PLANE: the request plane is TCP in this version; \
-         write tcp, or unset it",
+            "environment DYN_REQUEST_PLANE: the request plane is tcp or nats, not \"http\"; \
+         write tcp or nats, or unset it",
             "environment DYN_TCP_RPC_PORT: port is \"http\", not a number that fits; \
          write a whole number (port, 0 to 65535)",
         ]

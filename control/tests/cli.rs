@@ -220,7 +220,7 @@ fn the_environment_is_reported_on_standard_error() {
         [
             "environment DYN_LOGGING_JSONL: makes log lines JSON when on",
             "environment ETCD_LEASE_TTL: sets lease_ttl_s of [discovery]",
-            "environment NATS_SERVER: is not honoured: there is no NATS in this version",
+            "environment NATS_SERVER: is the NATS server",
         ]
     );
 }

@@ -102,7 +102,7 @@ impl FrameWriter {
             request_stream_connection_info: Some(to(&request, StreamType::Request)),
         };
         self.control.clear();
-        message.write(&mut self.control)?;
+        message.write_offering_mux(&mut self.control)?;
         if let Some(place) = &self.quic
             && let Ok(read) = control_message::decode(&self.control)
         {

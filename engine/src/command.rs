@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::task::Waker;
 
 use crate::adopt::{Adoption, Insecure, Ticket};
 use crate::client::NewCall;
@@ -56,6 +57,9 @@ pub enum Command {
     Inbound(Inbound),
     /// Run a task on the shard. It is dropped at once when 65,536 such tasks run already.
     Run(Run),
+    /// Wake a task of the shard. Its executor hears late of those who do it from other threads:
+    /// glommio looks for them every 100 ms.
+    Wake(Waker),
     /// Refuse new requests from now on.
     Drain,
     /// End the loop after this tick.

@@ -119,6 +119,7 @@ pub(crate) fn sent<R: Ring>(shard: &mut Shard<R>, slot: u32, end: End, bytes: us
             flush(shard, slot);
             match end {
                 End::MuxLink(link) => mux_link::sent(shard, link),
+                End::MuxHome(home) => feed::shared::sent(shard, home),
                 End::Input(source) => input::sent(shard, slot, source),
                 End::Feed(call) => feed::sent(shard, slot, call),
                 _ => {}

@@ -5,7 +5,7 @@
 //! ```
 //!
 //! One closing message ends it: the sentinel when the writer has finished, stop or kill when the
-//! call ends before that.
+//! call ends before that. The worker may ask for it on a connection that is [`shared`].
 
 use std::cell::RefCell;
 use std::future::poll_fn;
@@ -23,6 +23,8 @@ use crate::responder::Gone;
 use crate::ring::Ring;
 use crate::shard::Shard;
 use crate::table::NONE;
+
+pub(crate) mod shared;
 
 /// Bytes that may wait for the worker before the writer has to.
 const BYTES_MAX: usize = 256 * 1024;
@@ -47,6 +49,7 @@ impl Feed {
                 host: host.clone(),
                 subject: 0,
                 connection: NONE,
+                shared: None,
             })),
         }
     }
@@ -98,6 +101,8 @@ pub(crate) struct State {
     /// The ticket of the worker's socket.
     pub(crate) subject: u128,
     connection: u32,
+    /// Its place on a shared connection, in place of a socket of its own.
+    shared: Option<shared::Place>,
 }
 
 /// A stream as its call and its writer hold it.
@@ -149,22 +154,22 @@ impl State {
     }
 }
 
+/// The call whose request stream a worker with this subject may read, and the stream.
+fn expected<R: Ring>(shard: &Shard<R>, subject: u128) -> Option<(u32, Shared)> {
+    let call = shard.client.of_subject(subject)?;
+    let entry = &shard.client.calls[call];
+    let feed = entry.feed.as_ref().filter(|_| !entry.is_over())?;
+    let state = feed.borrow();
+    let taken = state.connection != NONE || state.shared.is_some();
+    (state.subject == subject && !taken && !state.over).then(|| (call, Rc::clone(feed)))
+}
+
 /// A worker has dialled for a request stream. `false`: it is for none of ours.
 pub(crate) fn begin<R: Ring>(shard: &mut Shard<R>, slot: u32, subject: u128) -> bool {
-    let Some(call) = shard.client.of_subject(subject) else {
+    let Some((call, feed)) = expected(shard, subject) else {
         return false;
     };
-    let entry = &shard.client.calls[call];
-    match &entry.feed {
-        Some(feed) if !entry.is_over() => {
-            let mut feed = feed.borrow_mut();
-            if feed.subject != subject || feed.connection != NONE || feed.over {
-                return false;
-            }
-            feed.connection = slot;
-        }
-        _ => return false,
-    }
+    feed.borrow_mut().connection = slot;
     shard.connections[slot].role = Role::End(End::Feed(call));
     advance(shard, call);
     true
@@ -177,6 +182,10 @@ pub(crate) fn advance<R: Ring>(shard: &mut Shard<R>, call: u32) {
     };
     let mut state = feed.borrow_mut();
     state.touched = false;
+    if state.shared.is_some() {
+        drop(state);
+        return shared::advance(shard, call);
+    }
     let Some(connection) = shard.connections.get_mut(state.connection) else {
         return;
     };
@@ -237,7 +246,11 @@ pub(crate) fn end<R: Ring>(shard: &mut Shard<R>, feed: &Shared) {
     state.give_up();
     let rest = std::mem::take(&mut state.out);
     let slot = std::mem::replace(&mut state.connection, NONE);
+    let place = state.shared.take();
     drop(state);
+    if let Some(place) = place {
+        shared::leave(shard, &place);
+    }
     if slot != NONE {
         shard.connections[slot]
             .outgoing

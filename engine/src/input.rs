@@ -5,8 +5,11 @@
 //!      <- item... -> inbox -> handler
 //!      <- sentinel: the input is whole     stop, kill, close, anything else: the request ends
 //! ```
+//!
+//! Where the caller offers it, the same bytes come on a connection that is [`shared`].
 
 use std::cell::RefCell;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 
@@ -21,17 +24,24 @@ use crate::ends;
 use crate::handler::CallHome;
 use crate::local::{Ending, Inbox, Kind, Reply, Shared};
 use crate::mux;
+use crate::mux_link;
 use crate::respond_stream;
+use crate::responder;
 use crate::ring::Ring;
 use crate::served::Outcome;
 use crate::shard::Shard;
 use crate::table::NONE;
 
+pub(crate) mod shared;
+
 /// The largest item; Dynamo knows no limit, we do not buffer without one.
 const MESSAGE_BYTES_MAX: u64 = 64 << 20;
 
 /// What the caller of a bidirectional endpoint sends, item by item.
-pub struct Input(Reply);
+pub struct Input {
+    items: Reply,
+    response: responder::Shared,
+}
 
 impl Input {
     /// The next item, one encoded value; `None` when no more comes: see [`Input::is_complete`].
@@ -40,16 +50,20 @@ impl Input {
         std::future::poll_fn(|context| self.poll_next(context)).await
     }
 
-    /// [`Input::next`] for those who poll.
+    /// [`Input::next`] for those who poll. Whoever waits here has taken the request on: its caller
+    /// may wait for the prologue before he sends anything, as with Dynamo's `generate`.
     pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<Vec<u8>>> {
-        let next = self.0.poll_next(context);
+        let next = self.items.poll_next(context);
+        if next.is_pending() {
+            self.response.borrow_mut().take_on();
+        }
         next.map(|item| item.and_then(Result::ok).map(|item| item.into_bytes()))
     }
 
     /// Whether the caller has said that this was all. Otherwise the request is stopped or its
     /// caller is gone.
     pub fn is_complete(&self) -> bool {
-        self.0.ending() == Some(Ending::Complete)
+        self.items.ending() == Some(Ending::Complete)
     }
 }
 
@@ -59,10 +73,12 @@ impl std::fmt::Debug for Input {
     }
 }
 
-/// One request stream and its socket.
+/// One request stream, and its socket or its place on a shared one.
 pub(crate) struct Source {
     inbox: Shared,
     connection: u32,
+    shared: Option<shared::Place>,
+    address: SocketAddr,
     subject: String,
     codec: PayloadCodec,
     /// The response of the same request, by slot and generation.
@@ -72,35 +88,58 @@ pub(crate) struct Source {
     held_up: bool,
 }
 
-/// Dials for the request stream of a request whose response is at `response`. `None` when there is
-/// no room or no way to dial.
+/// Dials for the request stream of the request whose response this is. `None` when there is no
+/// room or no way to dial.
 pub(crate) fn open<R: Ring>(
     shard: &mut Shard<R>,
     home: CallHome,
-    codec: PayloadCodec,
-    response: (u32, u32),
+    response: &responder::Shared,
 ) -> Option<Input> {
     let inbox = Inbox::new(&shard.worker.host, Kind::Input);
     let inbox = Rc::new(RefCell::new(inbox));
+    let ticket = home.offers_mux.then(|| mux_link::ticket(&home.subject));
+    let (codec, place) = {
+        let response = response.borrow();
+        (response.codec(), response.place())
+    };
     let source = Source {
         inbox: Rc::clone(&inbox),
         connection: NONE,
+        shared: None,
+        address: home.address,
         subject: home.subject,
         codec,
-        response,
+        response: place,
         shut: false,
         held_up: false,
     };
     let slot = shard.worker.inputs.insert(source).ok()?;
-    let place = (slot, shard.worker.inputs.generation(slot));
-    let Ok(connection) = shard.dial(&home.address, Role::End(End::Input(slot))) else {
+    let own = (slot, shard.worker.inputs.generation(slot));
+    let shares = ticket
+        .flatten()
+        .is_some_and(|subject| shared::join(shard, slot, subject));
+    if !shares && !dial(shard, slot) {
         shard.worker.inputs.remove(slot);
         return None;
-    };
-    shard.worker.inputs[slot].connection = connection;
-    inbox.borrow_mut().placed(place);
-    respond_stream::feeds(shard, response, place);
-    Some(Input(Reply::of(inbox)))
+    }
+    inbox.borrow_mut().placed(own);
+    respond_stream::feeds(shard, place, own);
+    Some(Input {
+        items: Reply::of(inbox),
+        response: Rc::clone(response),
+    })
+}
+
+/// Dials for a socket of its own. `false`: there is no way to.
+fn dial<R: Ring>(shard: &mut Shard<R>, source: u32) -> bool {
+    let address = shard.worker.inputs[source].address;
+    match shard.dial(&address, Role::End(End::Input(source))) {
+        Ok(connection) => {
+            shard.worker.inputs[source].connection = connection;
+            true
+        }
+        Err(_) => false,
+    }
 }
 
 /// The connect has succeeded.
@@ -122,35 +161,56 @@ pub(crate) fn sent<R: Ring>(shard: &mut Shard<R>, slot: u32, source: u32) {
     }
 }
 
+/// Where reading has come to.
+enum Read {
+    /// More must come.
+    Short,
+    /// The handler must take something.
+    Full,
+    /// That was all, with an early end for the whole request: `Some(kill)`.
+    Over(Option<bool>),
+}
+
 /// What has come is taken, as long as the handler takes it.
 pub(crate) fn arrived<R: Ring>(shard: &mut Shard<R>, slot: u32, source: u32) {
-    let bytes = mux::take(shard, slot);
-    let mut taken = 0;
-    while let Some(entry) = shard.worker.inputs.get_mut(source) {
-        if !entry.inbox.borrow().has_room() {
-            entry.held_up = true;
-            entry.inbox.borrow_mut().hold_up();
-            mux::put_back(shard, slot, bytes, taken);
-            return shard.pause(slot);
-        }
-        let message = match two_part::decode(&bytes[taken..], Some(MESSAGE_BYTES_MAX)) {
-            Decoded::Frame(message) => message,
-            Decoded::Need(_) => break,
-            Decoded::Bad(_) => return over(shard, source, Some(true)),
-        };
-        let here = &bytes[taken..taken + message.frame_bytes()];
-        taken += here.len();
-        if let Some(end) = hear(entry, here, &message) {
-            return over(shard, source, end);
-        }
+    let Some(entry) = shard.worker.inputs.get_mut(source) else {
+        return;
+    };
+    if entry.held_up {
+        return;
     }
+    let bytes = mux::take(shard, slot);
+    let (taken, read) = shard.worker.inputs[source].read(&bytes);
     mux::put_back(shard, slot, bytes, taken);
-    if shard
-        .connections
-        .get(slot)
-        .is_some_and(|one| one.end_of_stream)
-    {
-        over(shard, source, Some(true));
+    match read {
+        Read::Over(end) => over(shard, source, end),
+        Read::Full => shard.pause(slot),
+        Read::Short if shard.connections[slot].end_of_stream => over(shard, source, Some(true)),
+        Read::Short => {}
+    }
+}
+
+impl Source {
+    /// Takes whole messages as long as the handler takes them. Answers how many bytes those were.
+    fn read(&mut self, bytes: &[u8]) -> (usize, Read) {
+        let mut taken = 0;
+        loop {
+            if !self.inbox.borrow().has_room() {
+                self.held_up = true;
+                self.inbox.borrow_mut().hold_up();
+                return (taken, Read::Full);
+            }
+            let message = match two_part::decode(&bytes[taken..], Some(MESSAGE_BYTES_MAX)) {
+                Decoded::Frame(message) => message,
+                Decoded::Need(_) => return (taken, Read::Short),
+                Decoded::Bad(_) => return (taken, Read::Over(Some(true))),
+            };
+            let here = &bytes[taken..taken + message.frame_bytes()];
+            taken += here.len();
+            if let Some(end) = hear(self, here, &message) {
+                return (taken, Read::Over(end));
+            }
+        }
     }
 }
 
@@ -177,9 +237,7 @@ fn hear(source: &mut Source, bytes: &[u8], message: &Message) -> Option<Option<b
 /// No more bytes will come: without a closing message that ends the request.
 pub(crate) fn ended<R: Ring>(shard: &mut Shard<R>, slot: u32, source: u32) {
     shard.connections[slot].end_of_stream = true;
-    if !shard.worker.inputs[source].held_up {
-        arrived(shard, slot, source);
-    }
+    arrived(shard, slot, source);
 }
 
 /// The handler has taken something, or wants no more.
@@ -189,10 +247,14 @@ pub(crate) fn touched<R: Ring>(shard: &mut Shard<R>, source: u32) {
     if entry.inbox.borrow_mut().seen().is_some() {
         return close(shard, source);
     }
-    if entry.inbox.borrow().has_room() && std::mem::take(&mut entry.held_up) {
-        shard.resume(connection);
-        arrived(shard, connection, source);
+    if !entry.inbox.borrow().has_room() || !std::mem::take(&mut entry.held_up) {
+        return;
     }
+    if entry.shared.is_some() {
+        return shared::go_on(shard, source);
+    }
+    shard.resume(connection);
+    arrived(shard, connection, source);
 }
 
 /// The input is over, with `end` before its end: then the whole request is.
@@ -209,11 +271,16 @@ fn over<R: Ring>(shard: &mut Shard<R>, source: u32, end: Option<bool>) {
 
 /// Closes the socket; the handler hears that no more comes.
 pub(crate) fn close<R: Ring>(shard: &mut Shard<R>, source: u32) {
-    if let Some(entry) = shard.worker.inputs.remove(source) {
-        if entry.inbox.borrow().ending().is_none() {
-            entry.inbox.borrow_mut().tell(What::Stopped);
-        }
-        shard.forget(entry.connection);
+    let Some(mut entry) = shard.worker.inputs.remove(source) else {
+        return;
+    };
+    if entry.inbox.borrow().ending().is_none() {
+        entry.inbox.borrow_mut().tell(What::Stopped);
+    }
+    match entry.shared.take() {
+        Some(place) => shared::leave(shard, &place),
+        None if entry.connection != NONE => shard.forget(entry.connection),
+        None => {}
     }
 }
 

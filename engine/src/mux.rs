@@ -7,6 +7,8 @@ use corelane_codec::{Bad, Decoded};
 use crate::ring::Ring;
 use crate::shard::Shard;
 
+/// A chunk up to this size is passed on when it is whole: a control message is one.
+const WHOLE_BYTES_MAX: usize = 64;
 /// Room for chunks beyond this is given back.
 const KEPT_BYTES_MAX: usize = 256 * 1024;
 
@@ -86,6 +88,9 @@ impl Reader {
                 let taken = PREFIX_BYTES + SUBJECT_BYTES;
                 (Piece::Open { stream, subject }, taken)
             }),
+            Kind::Data { open: false, .. } if bytes <= WHOLE_BYTES_MAX && payload.len() < bytes => {
+                None
+            }
             Kind::Data { open: false, end } => {
                 let left = bytes;
                 self.rest = Some(Rest { stream, end, left });
@@ -178,6 +183,24 @@ mod tests {
         }
         assert!(have.is_empty());
         said
+    }
+
+    /// A stop that came in two pieces would be taken for a kill.
+    #[test]
+    fn control_messages_come_whole() {
+        let (open, end) = (false, false);
+        let frame = corelane_codec::call_home::STOP_FRAME;
+        let mut wire = mux::prefix(1, Kind::Data { open, end }, frame.len()).to_vec();
+        wire.extend_from_slice(&frame);
+        for cut in 0..wire.len() {
+            assert_eq!(Reader::default().next(&wire[..cut]), Ok(None), "{cut}");
+        }
+        let piece = Piece::Bytes {
+            stream: 1,
+            bytes: &frame,
+            end,
+        };
+        assert_eq!(Reader::default().next(&wire), Ok(Some((piece, wire.len()))));
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! Connections that the responses of many calls share: the caller's end
 //! ([`corelane_codec::mux`]).
 //!
-//! A worker opens one at the call-home listener. Each stream on it is the response of one call. A
-//! call whose hearer takes nothing keeps what has come, one window at most, and gives no credit.
+//! A worker opens one at the call-home listener. Each stream on it is the response of one call, or
+//! takes the request stream of one ([`crate::feed::shared`]). A call whose hearer takes nothing
+//! keeps what has come, one window at most, and gives no credit.
 
 use std::collections::HashMap;
 
@@ -13,6 +14,7 @@ use corelane_codec::{Decoded, two_part};
 use crate::client;
 use crate::connection::{End, Role};
 use crate::ends;
+use crate::feed;
 use crate::home;
 use crate::mux::{Piece, Reader, put_back, take};
 use crate::ring::Ring;
@@ -26,10 +28,14 @@ const CREDIT_BYTES: u32 = WINDOW_BYTES / 4;
 
 /// One shared connection.
 pub(crate) struct Shared {
-    connection: u32,
+    pub(crate) connection: u32,
     reader: Reader,
     /// Calls by the number of their stream, with their generation.
     streams: HashMap<u32, (u32, u32)>,
+    /// The same by the number of their request stream.
+    pub(crate) feeds: HashMap<u32, (u32, u32)>,
+    /// Calls whose request stream waits for room, with their generation.
+    pub(crate) waiting: Vec<(u32, u32)>,
 }
 
 /// The response of a call as a stream of a shared connection.
@@ -53,6 +59,8 @@ pub(crate) fn begin<R: Ring>(shard: &mut Shard<R>, slot: u32) -> bool {
         connection: slot,
         reader: Reader::default(),
         streams: HashMap::new(),
+        feeds: HashMap::new(),
+        waiting: Vec::new(),
     };
     let Ok(shared) = shard.client.shared.insert(shared) else {
         return false;
@@ -91,18 +99,23 @@ fn hear<R: Ring>(shard: &mut Shard<R>, shared: u32, piece: Piece<'_>) -> bool {
     match piece {
         Piece::Open { stream, subject } => return open(shard, shared, stream, subject),
         Piece::Bytes { stream, bytes, end } => return more(shard, shared, stream, bytes, end),
-        Piece::Reset { stream } => {
-            if let Some(call) = of_number(shard, shared, stream) {
-                finish(shard, call);
-            }
+        Piece::Reset { stream } => match of_number(shard, shared, stream) {
+            Some(call) => finish(shard, call),
+            None => feed::shared::refused(shard, shared, stream),
+        },
+        // Of a response he sends, and takes none.
+        Piece::Credit { stream, .. } if of_number(shard, shared, stream).is_some() => {
+            return false;
         }
-        Piece::Credit { .. } | Piece::Hello => return false,
+        Piece::Credit { stream, bytes } => feed::shared::credited(shard, shared, stream, bytes),
+        Piece::Hello => return false,
     }
     true
 }
 
 fn open<R: Ring>(shard: &mut Shard<R>, shared: u32, number: u32, subject: u128) -> bool {
-    if shard.client.shared[shared].streams.contains_key(&number) {
+    let entry = &shard.client.shared[shared];
+    if entry.streams.contains_key(&number) || entry.feeds.contains_key(&number) {
         return false;
     }
     match home::expected(shard, subject) {
@@ -127,6 +140,7 @@ fn open<R: Ring>(shard: &mut Shard<R>, shared: u32, number: u32, subject: u128) 
             client::called_home(shard, call, connection, Some(stream));
             shard.stats.shard.mux_received.add(1);
         }
+        None if feed::shared::begin(shard, shared, number, subject) => {}
         None => {
             shard.stats.shard.homes_refused.add(1);
             write(shard, shared, &mux::prefix(number, Kind::Reset, 0));
@@ -297,7 +311,8 @@ fn say<R: Ring>(shard: &mut Shard<R>, shared: u32, number: u32, frame: &[u8]) {
     write(shard, shared, frame);
 }
 
-fn write<R: Ring>(shard: &mut Shard<R>, shared: u32, bytes: &[u8]) {
+/// Queues bytes for the worker.
+pub(crate) fn write<R: Ring>(shard: &mut Shard<R>, shared: u32, bytes: &[u8]) {
     let connection = shard.client.shared[shared].connection;
     let outgoing = &mut shard.connections[connection].outgoing;
     outgoing.waiting().extend_from_slice(bytes);
@@ -331,6 +346,7 @@ pub(crate) fn lost<R: Ring>(shard: &mut Shard<R>, shared: u32) {
     let Some(entry) = shard.client.shared.remove(shared) else {
         return;
     };
+    feed::shared::lost(shard, entry.feeds.into_values());
     let calls = entry.streams.into_values();
     let mut broken = false;
     for (call, generation) in calls {

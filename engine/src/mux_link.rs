@@ -18,6 +18,7 @@ use corelane_codec::{Decoded, two_part};
 
 use crate::connection::{End, Role};
 use crate::ends;
+use crate::input;
 use crate::mux::{Piece, Reader, put_back, take};
 use crate::respond_stream;
 use crate::ring::Ring;
@@ -113,19 +114,48 @@ pub(crate) fn ticket(subject: &str) -> Option<u128> {
     Some(bits)
 }
 
+/// The number of the stream that a slot has; `None`: there are no numbers for such slots.
+pub(crate) fn number(slot: u32, generation: u32) -> Option<u32> {
+    // The highest bit is left for others.
+    let number = (generation << SLOT_BITS | slot) & (u32::MAX >> 1);
+    (slot >> SLOT_BITS == 0).then_some(number)
+}
+
+/// The slot that a stream's number was made of.
+pub(crate) fn slot_of(number: u32) -> u32 {
+    number & ((1 << SLOT_BITS) - 1)
+}
+
+/// One stream more on the connection to an address, which is dialled when it is new.
+pub(crate) fn enter<R: Ring>(shard: &mut Shard<R>, address: SocketAddr) -> Option<u32> {
+    let link = of_address(shard, address)?;
+    let entry = &mut shard.worker.muxes.links[link];
+    entry.streams += 1;
+    entry.used_ns = shard.now_ns;
+    Some(link)
+}
+
+/// One stream less.
+pub(crate) fn exit<R: Ring>(shard: &mut Shard<R>, link: u32) {
+    if let Some(link) = shard.worker.muxes.links.get_mut(link) {
+        link.streams -= 1;
+        link.used_ns = shard.now_ns;
+    }
+}
+
 /// Lets a new response share the connection to its caller. `false`: it gets its own socket.
 pub(crate) fn join<R: Ring>(shard: &mut Shard<R>, slot: u32, subject: u128) -> bool {
-    if slot >> SLOT_BITS != 0 {
-        return false;
-    }
     let address = shard.worker.responses[slot].address();
-    let Some(link) = of_address(shard, address) else {
+    let generation = shard.worker.responses.generation(slot);
+    let Some(number) = number(slot, generation) else {
         return false;
     };
-    let generation = shard.worker.responses.generation(slot);
+    let Some(link) = enter(shard, address) else {
+        return false;
+    };
     shard.worker.responses[slot].lane = Some(Lane {
         link,
-        number: generation << SLOT_BITS | slot,
+        number,
         subject,
         credit: WINDOW_BYTES,
         opened: false,
@@ -133,9 +163,6 @@ pub(crate) fn join<R: Ring>(shard: &mut Shard<R>, slot: u32, subject: u128) -> b
         waits: false,
     });
     shard.stats.shard.mux_sent.add(1);
-    let entry = &mut shard.worker.muxes.links[link];
-    entry.streams += 1;
-    entry.used_ns = shard.now_ns;
     // It is looked at when its handler has had its first turn.
     shard.worker.responses[slot]
         .stream
@@ -268,9 +295,7 @@ fn end<R: Ring>(shard: &mut Shard<R>, slot: u32) {
 
 fn forget<R: Ring>(shard: &mut Shard<R>, slot: u32) -> Option<Lane> {
     let lane = shard.worker.responses[slot].lane.take()?;
-    let link = &mut shard.worker.muxes.links[lane.link];
-    link.streams -= 1;
-    link.used_ns = shard.now_ns;
+    exit(shard, lane.link);
     Some(lane)
 }
 
@@ -287,22 +312,28 @@ pub(crate) fn leave<R: Ring>(shard: &mut Shard<R>, slot: u32) {
         };
         let subject = lane.subject.to_be_bytes();
         let chunk = [&mux::prefix(lane.number, kind, SUBJECT_BYTES)[..], &subject].concat();
-        return say(shard, lane.link, &chunk);
+        say(shard, lane.link, &chunk);
+        return;
     }
     let (open, end) = (false, true);
     let chunk = mux::prefix(lane.number, Kind::Data { open, end }, 0);
     say(shard, lane.link, &chunk);
 }
 
-fn say<R: Ring>(shard: &mut Shard<R>, link: u32, chunk: &[u8]) {
-    let entry = &mut shard.worker.muxes.links[link];
-    if entry.state == State::Open {
-        let outgoing = &mut shard.connections[entry.connection].outgoing;
-        outgoing.waiting().extend_from_slice(chunk);
-        if !std::mem::replace(&mut entry.dirty, true) {
-            shard.worker.muxes.dirty.push(link);
-        }
+/// Queues a chunk for the caller, once he has greeted. Answers whether he has.
+pub(crate) fn say<R: Ring>(shard: &mut Shard<R>, link: u32, chunk: &[u8]) -> bool {
+    let Some(entry) = shard.worker.muxes.links.get_mut(link) else {
+        return false;
+    };
+    if entry.state != State::Open {
+        return false;
     }
+    let outgoing = &mut shard.connections[entry.connection].outgoing;
+    outgoing.waiting().extend_from_slice(chunk);
+    if !std::mem::replace(&mut entry.dirty, true) {
+        shard.worker.muxes.dirty.push(link);
+    }
+    true
 }
 
 /// What was queued in this tick leaves as one.
@@ -365,6 +396,7 @@ fn hear<R: Ring>(shard: &mut Shard<R>, link: u32, piece: Piece<'_>) -> bool {
             entry.state = State::Open;
             shard.stats.shard.mux_connected.add(1);
             watch(shard, link, IDLE_NS);
+            input::shared::greeted(shard, link);
             sent(shard, link);
         }
         Piece::Open { .. } => return false,
@@ -382,20 +414,21 @@ fn hear<R: Ring>(shard: &mut Shard<R>, link: u32, piece: Piece<'_>) -> bool {
                 forget(shard, slot);
                 shard.worker.responses[slot].early = Some(Outcome::Cancelled);
                 respond_stream::die(shard, slot, true);
+            } else {
+                input::shared::reset(shard, link, stream);
             }
         }
-        Piece::Bytes { stream, bytes, .. } => {
-            if let Some(slot) = of_number(shard, link, stream) {
-                said(shard, slot, bytes);
-            }
-        }
+        Piece::Bytes { stream, bytes, end } => match of_number(shard, link, stream) {
+            Some(slot) => said(shard, slot, bytes),
+            None => return input::shared::arrived(shard, link, stream, bytes, end),
+        },
     }
     true
 }
 
 /// The response with such a number, if it is under way on this connection.
 fn of_number<R: Ring>(shard: &Shard<R>, link: u32, number: u32) -> Option<u32> {
-    let slot = number & ((1 << SLOT_BITS) - 1);
+    let slot = slot_of(number);
     let lane = shard.worker.responses.get(slot)?.lane?;
     (lane.link == link && lane.number == number).then_some(slot)
 }
@@ -449,6 +482,12 @@ pub(crate) fn lost<R: Ring>(shard: &mut Shard<R>, link: u32) {
             respond_stream::die(shard, slot, true);
         } else {
             respond_stream::go_alone(shard, slot);
+        }
+    }
+    for source in input::shared::of_link(shard, link) {
+        match greeted {
+            true => input::shared::lost(shard, source),
+            false => input::shared::go_alone(shard, source),
         }
     }
 }

@@ -302,6 +302,18 @@ impl Stream {
         Poll::Pending
     }
 
+    /// The request is taken on: its prologue leaves before the first item.
+    pub(crate) fn take_on(&mut self) {
+        if !self.began && !self.over {
+            self.begin();
+            self.touch();
+        }
+    }
+
+    pub(crate) fn codec(&self) -> PayloadCodec {
+        self.codec
+    }
+
     fn begin(&mut self) {
         if !self.began {
             self.began = true;

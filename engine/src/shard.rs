@@ -547,8 +547,8 @@ impl<R: Ring> Shard<R> {
                 Command::Broken { ticket, errno } => self.broken(ticket, errno),
                 Command::Inbound(inbound) => self.come_home(inbound),
                 Command::Run(run) => run.begin(&self.worker.host),
-                // The listener stays open, so that who still dials is told by a refusal and not by
-                // a reset.
+                Command::Wake(task) => self.worker.host.wake(task),
+                // The listener stays open: who still dials is told by a refusal, not by a reset.
                 Command::Drain => {
                     self.draining = true;
                     self.stats.shard.draining.set(1);

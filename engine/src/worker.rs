@@ -389,8 +389,7 @@ fn start<R: Ring>(shard: &mut Shard<R>, waiting: Waiting) {
     shard.stats.shard.handled.add(1);
     let mut responder = Responder::new(&stream);
     if let Some(input) = input {
-        let place = stream.borrow().place();
-        match input::open(shard, input, request.codec(), place) {
+        match input::open(shard, input, &stream) {
             Some(input) => responder.set_input(input),
             None => {
                 let text = "the worker cannot dial for the request stream";

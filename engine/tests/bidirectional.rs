@@ -10,6 +10,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
 
 use common::*;
 use corelane_codec::call_home::{self, KILL, KILL_FRAME, SENTINEL, SENTINEL_FRAME, STOP_FRAME};
@@ -91,8 +92,118 @@ fn all_that_is_written_comes_back() {
             assert_eq!(ending, Some(Ending::Complete));
         }
         let (ours, theirs) = (&client.handle.stats.shard, &worker.handle.stats.shard);
+        // One connection for requests, and one for all responses and request streams.
         wait_until("all is given back", || {
-            ours.calls.get() == 0 && theirs.handling.get() == 0 && ours.connections.get() == 1
+            ours.calls.get() == 0 && theirs.handling.get() == 0 && ours.connections.get() == 2
+        });
+    }
+}
+
+#[test]
+fn many_request_streams_share_a_connection_and_none_holds_up_another() {
+    const CALLS: usize = 50;
+    for ring in rings() {
+        let (worker, client) = (Local::worker(ring, echo()), Local::client(ring));
+        let address = worker.address();
+        // Its writer waits for credit all the time: the handler's items are not read.
+        let stuck = run(&client, move |host| async move {
+            let (mut feed, reply) = host.caller().call_many(call_to(address, 0));
+            let (item, writer) = (vec![b'1'; 20_000], host.clone());
+            writer.spawn(async move { while feed.item(&item).await.is_ok() {} });
+            let alive = host.clone();
+            host.spawn(async move {
+                alive.sleep(DEADLINE).await;
+                drop(reply);
+            })
+        });
+        assert!(answer(&stuck));
+        let outcome = run(&client, move |host| async move {
+            let mut replies = Vec::new();
+            for number in 0..CALLS {
+                let (mut feed, reply) = host.caller().call_many(call_to(address, 0));
+                replies.push(reply);
+                host.spawn(async move {
+                    for _ in 0..20 {
+                        feed.item(number.to_string().as_bytes()).await.unwrap();
+                    }
+                    feed.finish();
+                });
+            }
+            let mut all = Vec::new();
+            for reply in replies {
+                all.push(read(reply).await);
+            }
+            all
+        });
+        for (number, (items, ending)) in answer(&outcome).into_iter().enumerate() {
+            assert_eq!(items, vec![number.to_string().into_bytes(); 20]);
+            assert_eq!(ending, Some(Ending::Complete));
+        }
+        let stats = &client.handle.stats.shard;
+        assert_eq!(stats.mux_received.get(), CALLS as u64 + 1);
+        wait_until("one is left", || stats.calls.get() == 1);
+        assert_eq!(stats.connections.get(), 2);
+    }
+}
+
+/// The ends that a socket's end stands for, where there is none.
+#[test]
+fn request_streams_that_share_a_connection_break_off() {
+    for ring in rings() {
+        let choosy = |_: Request, mut responder: Responder| async move {
+            let mut input = responder.take_input().expect("a stream");
+            let first = input.next().await.expect("an item");
+            responder.item(&first).await.unwrap();
+            match &first[..] {
+                // It wants no more of the input, and goes on.
+                b"0" => {
+                    drop(input);
+                    responder.stopped().await;
+                }
+                // It waits for the end of an input that is cut off.
+                b"1" => {
+                    while input.next().await.is_some() {}
+                    assert!(!input.is_complete() && responder.is_killed());
+                }
+                // The response ends before the input.
+                _ => responder.finish(),
+            }
+        };
+        let make: MakeHandler = Box::new(move |_| Rc::new(ManyIn(choosy)) as Rc<dyn Handler>);
+        let (worker, client) = (Local::worker(ring, make), Local::client(ring));
+        let address = worker.address();
+        let outcome = run(&client, move |host| async move {
+            let mut all = Vec::new();
+            for way in 0..3 {
+                let (mut feed, mut reply) = host.caller().call_many(call_to(address, 0));
+                feed.item(way.to_string().as_bytes()).await.unwrap();
+                let first = reply.next().await.unwrap().unwrap();
+                assert_eq!(&*first, way.to_string().as_bytes());
+                let mut written = Ok(());
+                match way {
+                    0 => {
+                        while written.is_ok() {
+                            written = feed.item(b"7").await;
+                            host.sleep(Duration::from_millis(1)).await;
+                        }
+                        reply.stop();
+                    }
+                    1 => drop(feed),
+                    _ => {}
+                }
+                all.push((written, read(reply).await.1));
+            }
+            all
+        });
+        let (stopped, failed) = (Some(Ending::Stopped), Some(Ending::Failed));
+        let complete = Some(Ending::Complete);
+        assert_eq!(
+            answer(&outcome),
+            [(Err(Gone), stopped), (Ok(()), failed), (Ok(()), complete)]
+        );
+        let (ours, theirs) = (&client.handle.stats.shard, &worker.handle.stats.shard);
+        wait_until("all is given back", || {
+            ours.calls.get() == 0 && theirs.handling.get() == 0 && ours.connections.get() == 2
         });
     }
 }
@@ -379,18 +490,16 @@ fn what_does_not_fit_the_endpoint_is_told() {
 #[test]
 fn a_caller_is_not_read_from_while_the_handler_takes_nothing() {
     for ring in rings() {
-        let open = Arc::<AtomicBool>::default();
-        let gate = Arc::clone(&open);
+        let gate = Arc::new(AtomicBool::new(false));
+        let open = Arc::clone(&gate);
         let serve = move |_: Request, mut responder: Responder| {
-            let gate = Arc::clone(&gate);
+            let open = Arc::clone(&open);
             async move {
                 let mut input = responder.take_input().expect("a stream");
                 let first = input.next().await.expect("an item");
                 responder.item(&first).await.unwrap();
-                // It reads no more for a while.
-                while !gate.load(Ordering::Relaxed) {
-                    let pause = std::time::Duration::from_millis(1);
-                    responder.sleep(pause).await.unwrap();
+                while !open.load(Ordering::Relaxed) {
+                    let _ = responder.sleep(Duration::from_millis(1)).await;
                 }
                 let mut count = 1u32;
                 while input.next().await.is_some() {
@@ -418,7 +527,7 @@ fn a_caller_is_not_read_from_while_the_handler_takes_nothing() {
         output.item(Json).unwrap();
         let stats = &worker.handle.stats.shard;
         wait_until("it does not read on", || stats.receives_paused.get() >= 1);
-        open.store(true, Ordering::Relaxed);
+        gate.store(true, Ordering::Relaxed);
         assert_eq!(output.item(Json).unwrap(), b"2000");
         assert_eq!(output.items_to_the_end(Json), Vec::<Vec<u8>>::new());
         writer.join().unwrap();

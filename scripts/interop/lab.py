@@ -31,6 +31,11 @@ def corelane_program():
     return Path(os.environ.get("CORELANE_BIN", built))
 
 
+def corelane_peer():
+    """Both ends of the matrix on the component API: `peer.rs`, built beside the binary."""
+    return corelane_program().parent / "examples" / "interop-peer"
+
+
 def data_cpus():
     """The CPUs that a router under test runs its shards on: two if the machine has them."""
     cpus = sorted(os.sched_getaffinity(0))[:2]
@@ -284,6 +289,7 @@ def metric_sum(samples, pattern):
 
 
 __all__ = [
-    "Etcd", "Lab", "RESPONSES", "Summary", "corelane_program", "free_port", "lab_address",
-    "metric_sum", "progress", "so_far", "split_address", "to_toml", "wait_for",
+    "Etcd", "HERE", "Lab", "RESPONSES", "Summary", "corelane_peer", "corelane_program", "data_cpus",
+    "free_port", "lab_address", "metric_sum", "progress", "so_far", "split_address", "to_toml",
+    "wait_for",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ five times a second, and at the end one `summary`.
 import argparse
 import asyncio
 import json
+import os
 import re
 import signal
 import time
@@ -193,7 +194,8 @@ class Client:
 async def main():
     """Find the endpoint, send, sum up."""
     options = parse_options()
-    runtime = DistributedRuntime(asyncio.get_running_loop(), "etcd", "tcp")
+    plane = os.environ.get("DYN_REQUEST_PLANE", "tcp")
+    runtime = DistributedRuntime(asyncio.get_running_loop(), "etcd", plane)
     endpoint = runtime.endpoint(options.endpoint.replace("/", "."))
     stock = await endpoint.client()
     await asyncio.wait_for(stock.wait_for_instances(), options.find_s)

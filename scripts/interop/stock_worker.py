@@ -80,7 +80,7 @@ async def main():
     worker = Worker(parser.parse_args())
 
     loop = asyncio.get_running_loop()
-    runtime = DistributedRuntime(loop, "etcd", "tcp")
+    runtime = DistributedRuntime(loop, "etcd", os.environ.get("DYN_REQUEST_PLANE", "tcp"))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, runtime.shutdown)
     endpoint = runtime.endpoint(worker.options.endpoint.replace("/", "."))

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import urllib.error
 import urllib.request
 
@@ -145,3 +146,28 @@ class Etcd:
             lease,
         )
         return lease
+
+
+class Nats:
+    """One nats-server on a free loopback port."""
+
+    def __init__(self, folder):
+        program = shutil.which("nats-server") or shutil.which("nats-server", path="/usr/sbin:/sbin")
+        assert program, "nats-server is not installed: apt-get install nats-server"
+        self.port = free_port()
+        self.url = f"nats://127.0.0.1:{self.port}"
+        command = [program, "-a", "127.0.0.1", "-p", str(self.port)]
+        self.process = Process("nats", command, dict(os.environ), folder)
+        wait_for("nats-server listens", self._listens, 30)
+
+    def _listens(self):
+        assert self.process.alive(), self.process.tail()
+        try:
+            socket.create_connection(("127.0.0.1", self.port), 1).close()
+        except OSError:
+            return False
+        return True
+
+    def stop(self):
+        """End it."""
+        self.process.kill()

@@ -47,33 +47,6 @@ def test_policy(lab, policy):
     assert both(found, workers, 0.2), found
 
 
-@pytest.mark.short
-@pytest.mark.parametrize("response", RESPONSES)
-@pytest.mark.parametrize("codec", CODECS)
-def test_streams_of_100_items(lab, codec, response):
-    listen, workers, _ = pair(lab, "--items", 100, codec=codec, response=response)
-    found = lab.run_client(listen, "--count", 300, "--concurrency", 16, "--items", 100)
-    assert found["ok"] == 300 and found["items"] == 30_000 and found.lost() == 0, found
-    assert both(found, workers, 0.2), found
-
-
-@pytest.mark.short
-@pytest.mark.parametrize("response", RESPONSES)
-@pytest.mark.parametrize("how", ["--stop-after", "--kill-after"])
-def test_cancel_reaches_the_worker(lab, how, response):
-    options = ("--items", 100_000, "--delay-us", 5_000, "--record")
-    listen, workers, _ = pair(lab, *options, response=response)
-    found = lab.run_client(listen, "--count", 8, "--concurrency", 8, "--items", 100_000, how, 3)
-    assert found["cancelled"] == 8 and found.lost() == 0, found
-
-    def told():
-        events = [event for worker in workers for event in worker.events("cancelled")]
-        return events if len(events) == 8 else None
-
-    events = wait_for("both workers were told", told, 15)
-    assert max(event["sent"] for event in events) < 50_000, events
-
-
 @pytest.mark.parametrize("response", RESPONSES)
 def test_large_bodies(lab, response):
     listen, _, _ = pair(lab, codec="json", response=response)

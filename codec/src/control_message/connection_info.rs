@@ -12,7 +12,9 @@ pub const TCP_SERVER: &str = "tcp_server";
 
 /// The member of `info` by which we offer [`crate::mux`]; Dynamo ignores members that it does not
 /// know.
-pub(super) const MUX_MEMBER: &str = "corelane_mux";
+const MUX_MEMBER: &str = "corelane_mux";
+/// The same as it is written, behind another member.
+const OFFER: &[u8] = br#",\"corelane_mux\":1"#;
 
 /// Which way the items on a call-home socket go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -177,6 +179,11 @@ pub struct TcpConnection<'a> {
 impl TcpConnection<'_> {
     /// Appends `{"transport":"tcp_server","info":"..."}`.
     pub fn write(&self, out: &mut Vec<u8>) {
+        self.write_with(false, out);
+    }
+
+    /// The same, with or without the offer of [`crate::mux`].
+    pub(super) fn write_with(&self, offers_mux: bool, out: &mut Vec<u8>) {
         out.extend_from_slice(br#"{"transport":"tcp_server","info":"{\"address\":\""#);
         escape_twice(self.address, out);
         out.extend_from_slice(br#"\",\"subject\":\""#);
@@ -185,7 +192,11 @@ impl TcpConnection<'_> {
         escape_twice(self.context, out);
         out.extend_from_slice(br#"\",\"stream_type\":\""#);
         out.extend_from_slice(self.stream_type.name().as_bytes());
-        out.extend_from_slice(br#"\"}"}"#);
+        out.extend_from_slice(br#"\""#);
+        if offers_mux {
+            out.extend_from_slice(OFFER);
+        }
+        out.extend_from_slice(br#"}"}"#);
     }
 }
 

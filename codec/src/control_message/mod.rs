@@ -261,6 +261,18 @@ impl NewControlMessage<'_> {
     /// # Errors
     /// It is over [`CONTROL_BYTES_MAX`] or its metadata are out of order; `out` is as before.
     pub fn write(&self, out: &mut Vec<u8>) -> Result<(), EncodeError> {
+        self.write_with(false, out)
+    }
+
+    /// The same, and offers [`crate::mux`] for every stream.
+    ///
+    /// # Errors
+    /// As [`NewControlMessage::write`].
+    pub fn write_offering_mux(&self, out: &mut Vec<u8>) -> Result<(), EncodeError> {
+        self.write_with(true, out)
+    }
+
+    fn write_with(&self, offers_mux: bool, out: &mut Vec<u8>) -> Result<(), EncodeError> {
         if self.metadata.windows(2).any(|pair| pair[0].0 >= pair[1].0) {
             return Err(EncodeError::MetadataNotSorted);
         }
@@ -276,7 +288,7 @@ impl NewControlMessage<'_> {
             write_string(value, out);
         }
         write_name("connection_info", out);
-        self.connection_info.write(out);
+        self.connection_info.write_with(offers_mux, out);
         if !self.metadata.is_empty() {
             write_name("metadata", out);
             crate::headers::write(self.metadata, out);
@@ -287,7 +299,7 @@ impl NewControlMessage<'_> {
         }
         if let Some(connection) = &self.request_stream_connection_info {
             write_name("request_stream_connection_info", out);
-            connection.write(out);
+            connection.write_with(offers_mux, out);
         }
         out.push(b'}');
         within_limit(start, out)
@@ -395,6 +407,31 @@ mod tests {
         assert_eq!(info.socket_addr(), Ok("127.0.0.1:37617".parse().unwrap()));
         assert!(info.context == view.id);
         assert_eq!(info.stream_type, StreamType::Response);
+    }
+
+    #[test]
+    fn both_streams_can_be_offered_a_shared_connection() {
+        let mut message = real();
+        let request = TcpConnection {
+            stream_type: StreamType::Request,
+            ..message.connection_info
+        };
+        message.request_stream_connection_info = Some(request);
+        for offers in [false, true] {
+            let mut out = vec![];
+            match offers {
+                true => message.write_offering_mux(&mut out).unwrap(),
+                false => message.write(&mut out).unwrap(),
+            }
+            let view = decode(&out).unwrap();
+            let request = view.request_stream_connection_info.unwrap();
+            for info in [view.connection_info, request] {
+                let mut scratch = [0; CONNECTION_INFO_SCRATCH_BYTES];
+                let info = TcpConnectionInfo::parse(&info, &mut scratch).unwrap();
+                assert_eq!(info.offers_mux, offers);
+                assert!(info.subject == real().connection_info.subject);
+            }
+        }
     }
 
     #[test]

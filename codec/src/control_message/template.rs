@@ -1,7 +1,7 @@
 //! Control messages of calls that differ in two texts only: what is the same in all of them is
 //! written once.
 
-use super::connection_info::{MUX_MEMBER, escape_twice};
+use super::connection_info::escape_twice;
 use super::{
     NewConnection, NewControlMessage, PayloadCodec, RequestType, StreamType, TcpConnection,
     within_limit, write_redirected,
@@ -37,15 +37,11 @@ impl CallTemplate {
         };
         let mut whole = Vec::new();
         // With no metadata and an address in it the message has neither of the two faults.
-        let _ = message.write(&mut whole);
-        let mut template = Self::cut(&whole, ["subject", "context"]);
-        if mux {
-            let end = String::from_utf8_lossy(&template.parts[3]).into_owned();
-            let before = "\\\"response\\\"";
-            let offer = format!("{before},\\\"{MUX_MEMBER}\\\":1");
-            template.parts[3] = end.replacen(before, &offer, 1).into_bytes();
-        }
-        template
+        let _ = match mux {
+            true => message.write_offering_mux(&mut whole),
+            false => message.write(&mut whole),
+        };
+        Self::cut(&whole, ["subject", "context"])
     }
 
     /// Calls whose caller waits on QUIC: `home` says where, its ids of one response left empty. The

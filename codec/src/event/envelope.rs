@@ -6,7 +6,7 @@
 //! ```
 
 use super::fields::{self, EventError};
-use super::frame;
+use super::{frame, topic};
 use crate::EncodeError;
 use crate::msgpack::Reader;
 
@@ -56,24 +56,32 @@ impl<'a> Envelope<'a> {
     /// The form that every writer we know of uses; `None` for any other.
     #[inline]
     fn as_written(input: &'a [u8]) -> Option<Self> {
-        let mut reader = Reader::new(input);
-        let literal = reader.literal(b"\x85\xacpublisher_id");
-        let publisher_id = reader.uint().ok()??;
-        let literal = literal & reader.literal(b"\xa8sequence");
-        let sequence = reader.uint().ok()??;
-        let literal = literal & reader.literal(b"\xacpublished_at");
-        let published_at_ms = reader.uint().ok()??;
-        let literal = literal & reader.literal(b"\xa5topic");
-        let topic = std::str::from_utf8(reader.key().ok()??).ok()?;
-        if !(literal & reader.literal(b"\xa7payload")) {
+        let rest = after(input, b"\x85\xacpublisher_id")?;
+        let (publisher_id, rest) = uint(rest)?;
+        let rest = after(rest, b"\xa8sequence")?;
+        let (sequence, rest) = uint(rest)?;
+        let rest = after(rest, b"\xacpublished_at")?;
+        let (published_at_ms, rest) = uint(rest)?;
+        let rest = after(rest, b"\xa5topic")?;
+        let (&head, rest) = rest.split_first()?;
+        if head & 0xe0 != 0xa0 {
             return None;
         }
+        let (topic, rest) = rest.split_at_checked(usize::from(head & 0x1f))?;
+        let rest = after(rest, b"\xa7payload")?;
+        let payload = match *rest {
+            [0xc4, bytes, ref rest @ ..] => rest.get(..usize::from(bytes))?,
+            [0xc5, high, low, ref rest @ ..] => {
+                rest.get(..usize::from(u16::from_be_bytes([high, low])))?
+            }
+            _ => return None,
+        };
         Some(Self {
             publisher_id,
             sequence,
             published_at_ms,
-            topic,
-            payload: reader.key().ok()??,
+            topic: topic::known(topic).or_else(|| std::str::from_utf8(topic).ok())?,
+            payload,
         })
     }
 
@@ -126,6 +134,28 @@ impl<'a> Envelope<'a> {
         out.extend_from_slice(b"\xa7payload");
         write_binary(self.payload, out);
         Ok(())
+    }
+}
+
+/// What follows these bytes, if they come first.
+#[inline]
+fn after<'a, const N: usize>(input: &'a [u8], expected: &[u8; N]) -> Option<&'a [u8]> {
+    let (front, rest) = input.split_first_chunk::<N>()?;
+    (front == expected).then_some(rest)
+}
+
+/// An integer of one of the forms that writers use, and what follows it.
+#[inline]
+fn uint(input: &[u8]) -> Option<(u64, &[u8])> {
+    match *input {
+        [0xcf, a, b, c, d, e, f, g, h, ref rest @ ..] => {
+            Some((u64::from_be_bytes([a, b, c, d, e, f, g, h]), rest))
+        }
+        [value @ 0..=0x7f, ref rest @ ..] => Some((value.into(), rest)),
+        [0xcc, value, ref rest @ ..] => Some((value.into(), rest)),
+        [0xcd, a, b, ref rest @ ..] => Some((u16::from_be_bytes([a, b]).into(), rest)),
+        [0xce, a, b, c, d, ref rest @ ..] => Some((u32::from_be_bytes([a, b, c, d]).into(), rest)),
+        _ => None,
     }
 }
 

@@ -189,12 +189,46 @@ impl<'a> KvChange<'a> {
     }
 }
 
+impl Block<'_> {
+    /// Steps over the form that every writer we know of uses, of a block with nothing else in it;
+    /// `None`, and no step, for any other.
+    #[inline]
+    fn as_written(reader: &mut Reader<'_>) -> Option<Block<'static>> {
+        let mut next = reader.clone();
+        if !next.literal(b"\x83\xaablock_hash") {
+            return None;
+        }
+        let block_hash = next.uint().ok()??;
+        if !next.literal(b"\xabtokens_hash") {
+            return None;
+        }
+        let tokens_hash = next.uint().ok()??;
+        if !next.literal(b"\xadmm_extra_info\xc0") {
+            return None;
+        }
+        *reader = next;
+        Some(Block {
+            block_hash,
+            tokens_hash,
+            mm_extra_info: None,
+        })
+    }
+}
+
 impl<'a> Blocks<'a> {
     /// Takes the array that comes next and steps over it.
     fn read(reader: &mut Reader<'a>) -> Result<Self, EventError> {
-        let mut reader = Reader::new(reader.raw()?);
-        let left = fields::array(&mut reader, "blocks")?;
-        Ok(Self { reader, left })
+        let left = fields::array(reader, "blocks")?;
+        let blocks = Self {
+            reader: reader.clone(),
+            left,
+        };
+        for _ in 0..left {
+            if Block::as_written(reader).is_none() {
+                reader.skip()?;
+            }
+        }
+        Ok(blocks)
     }
 
     /// How many are still to come, by what the message says.
@@ -211,12 +245,15 @@ impl<'a> Blocks<'a> {
         if self.left == 0 {
             return Ok(None);
         }
+        self.left -= 1;
+        if let Some(block) = Block::as_written(&mut self.reader) {
+            return Ok(Some(block));
+        }
         let mut block = Block {
             block_hash: 0,
             tokens_hash: 0,
             mm_extra_info: None,
         };
-        self.left -= 1;
         let met = fields::read_struct(
             &mut self.reader,
             "a block",

@@ -17,6 +17,7 @@ use crate::{logging, trace};
 
 mod args;
 mod check;
+mod events;
 mod extract;
 mod gms;
 mod options;
@@ -27,6 +28,7 @@ pub use args::{
 };
 pub use check::{Report, SCHEMA};
 
+use events::EventsCommand;
 use extract::TraceCommand;
 use gms::GmsTask;
 use options::{Command, EnvOptions, Options, WorkerCommand};
@@ -164,6 +166,10 @@ fn dispatch(command: Command, env: &Env, host: &Host) -> anyhow::Result<Exit> {
             let TraceCommand::Extract(extract) = trace.command;
             commands::extract(&extract.args())
         }
+        Command::Events(events) => match events.command {
+            EventsCommand::Tail(tail) => commands::tail(tail.args(env)?),
+            EventsCommand::Publish(publish) => commands::publish(publish.args(env)?),
+        },
         Command::Tune(options) => tune::tune(*options, env, host),
     }
 }

@@ -6,7 +6,10 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use super::args::{Answer, CallArgs, Codec, Early, EchoArgs, Target, UpArgs};
-use super::{Stop, check::CheckOptions, extract::TraceOptions, gms::GmsOptions, tune::TuneOptions};
+use super::{
+    Stop, check::CheckOptions, events::EventsOptions, extract::TraceOptions, gms::GmsOptions,
+    tune::TuneOptions,
+};
 use crate::config::{
     Backend, Config, EndpointId, Host, Inputs, Key, Main, Origin, Override, Purpose, Section,
     Server, address, find, keys, nearest, quoted,
@@ -55,6 +58,7 @@ pub(super) enum Command {
     Call(CallOptions),
     Gms(Box<GmsOptions>),
     Trace(TraceOptions),
+    Events(EventsOptions),
     Tune(Box<TuneOptions>),
 }
 

@@ -11,8 +11,14 @@ use crate::env::Env;
 use crate::tune::{self, Goal, Outcome, Plan, View};
 
 /// What is assumed where there is no configuration.
-const NONE: &str = "[[route]]\nlisten = \"dynamo/router/generate\"\n\
-                    target = \"dynamo/backend/generate\"\n";
+const NONE: &str = r#"
+[[route]]
+listen = "dynamo/router/generate"
+target = "dynamo/backend/generate"
+[[instance]]
+endpoint = "dynamo/backend/generate"
+address = "127.0.0.1:9001/1/dynamo/backend/generate"
+"#;
 
 /// Find and change settings of this host that cost latency
 ///

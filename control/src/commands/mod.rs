@@ -4,10 +4,12 @@ use anyhow::Result;
 
 use crate::cli::{CallArgs, EchoArgs, Exit};
 
+mod events;
 mod gms;
 mod serve;
 mod up;
 
+pub use events::{PublishArgs, TailArgs, publish, tail};
 pub use gms::{gms, probe};
 pub use serve::serve;
 pub use up::up;

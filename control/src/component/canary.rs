@@ -102,7 +102,7 @@ async fn check(inner: &Inner, serving: &Serving, patience: Duration) -> Result<(
     let run = Run::new(move |host| async move {
         let mut reply = host.caller().call(new);
         let found = match reply.next().await {
-            Some(Ok(item)) => super::local_client::error_of(&item, codec).map_or(Ok(()), Err),
+            Some(Ok(item)) => super::items::error_of(&item, codec).map_or(Ok(()), Err),
             Some(Err(error)) => Err(error),
             None => Err(DynamoError::stream_incomplete("the response has no item")),
         };

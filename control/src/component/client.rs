@@ -19,6 +19,7 @@ use corelane_engine::stats::Cell;
 use serde::Serialize;
 use tokio::time::timeout;
 
+use super::feed::Feed;
 use super::hub::Hub;
 use super::registry::{Members, Watched, now_ns};
 use super::reply::{self, Reply};
@@ -221,6 +222,11 @@ impl Client {
         }
     }
 
+    /// A bidirectional call: its values are written once it has begun.
+    pub fn request_many(&self) -> Call {
+        self.request_encoded(self.codec(), Vec::new())
+    }
+
     /// The codec that all instances read: MessagePack if every one asks for it, else JSON.
     pub fn codec(&self) -> PayloadCodec {
         let members = self.members();
@@ -249,6 +255,24 @@ impl Client {
     /// As [`Client::call`].
     pub async fn send(&self, call: Call) -> Result<Reply, DynamoError> {
         reply::send(self, call).await
+    }
+
+    /// Begins a bidirectional call: values are written to the [`Feed`] while the reply is read. It
+    /// does not wait until the instance has begun to respond, which may need the first values.
+    /// Needs a tokio runtime with time enabled.
+    ///
+    /// # Errors
+    /// No instance can take it. What goes wrong later comes out of the reply.
+    pub async fn call_many(&self) -> Result<(Feed, Reply), DynamoError> {
+        self.send_many(self.request_many()).await
+    }
+
+    /// Begins a bidirectional call; one of [`Client::request_many`].
+    ///
+    /// # Errors
+    /// As [`Client::call_many`].
+    pub async fn send_many(&self, call: Call) -> Result<(Feed, Reply), DynamoError> {
+        reply::send_many(self, call).await
     }
 
     /// The instances of the reading that has any.

@@ -3,7 +3,7 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use corelane_codec::control_message::PayloadCodec;
+use corelane_codec::control_message::{PayloadCodec, RequestType};
 use corelane_codec::item::write_value;
 use corelane_codec::path::{EndpointId, Slug};
 use corelane_engine::handler::NewHandler;
@@ -13,11 +13,13 @@ use serde::Serialize;
 use super::client::Client;
 use super::error::Error;
 use super::handler::{Handler, make};
+use super::many::{Many, ManyHandler};
 use super::names;
 use super::runtime::Runtime;
 use super::serving::{Served, Serving, StatsHandler};
 use super::shard::Shard;
 use super::tokio_handler::{Bridge, TokioHandler};
+use super::tokio_many::TokioManyHandler;
 use crate::health::State;
 
 /// A space of names, such as `production`.
@@ -49,7 +51,7 @@ impl Namespace {
 /// A kind of worker; its instances are the processes that serve its endpoints.
 #[derive(Clone)]
 pub struct Component {
-    namespace: Namespace,
+    pub(super) namespace: Namespace,
     name: String,
 }
 
@@ -79,7 +81,7 @@ impl Component {
 
 /// What can be served here and called from anywhere.
 pub struct Endpoint {
-    runtime: Runtime,
+    pub(super) runtime: Runtime,
     id: EndpointId,
     codec: PayloadCodec,
     health_check: Option<serde_json::Value>,
@@ -161,6 +163,42 @@ impl Endpoint {
         H: Handler,
         M: Fn(&Shard) -> H + Send + Sync + 'static,
     {
+        self.serve_as(RequestType::SingleIn, factory).await
+    }
+
+    /// Serves it with a handler whose request is a stream of values, as [`Endpoint::serve`] with
+    /// one whose request is one.
+    ///
+    /// # Errors
+    /// As [`Endpoint::serve`], or it has a health check.
+    pub async fn serve_many<H>(self, handler: H) -> Result<Served, Error>
+    where
+        H: ManyHandler + Clone + Send + Sync,
+    {
+        self.serve_many_with(move |_| handler.clone()).await
+    }
+
+    /// The same with a handler that is made for each shard, as [`Endpoint::serve_with`].
+    ///
+    /// # Errors
+    /// As [`Endpoint::serve_many`].
+    pub async fn serve_many_with<H, M>(self, factory: M) -> Result<Served, Error>
+    where
+        H: ManyHandler,
+        M: Fn(&Shard) -> H + Send + Sync + 'static,
+    {
+        if self.health_check.is_some() {
+            return Err(Error::NotChecked(self.id.to_string()));
+        }
+        let factory = move |shard: &Shard| Many(factory(shard));
+        self.serve_as(RequestType::ManyIn, factory).await
+    }
+
+    async fn serve_as<H, M>(mut self, takes: RequestType, factory: M) -> Result<Served, Error>
+    where
+        H: Handler,
+        M: Fn(&Shard) -> H + Send + Sync + 'static,
+    {
         names::check_all(&self.id)?;
         let inner = Rc::clone(self.runtime.inner());
         // Handlers have their index by order, which is the same on all shards.
@@ -176,7 +214,7 @@ impl Endpoint {
         let new = |index: usize| {
             let factory = Arc::clone(&factory);
             let stats = &serving.stats[index];
-            let make = make(index, Arc::clone(stats), move |shard| factory(shard));
+            let make = make(index, takes, Arc::clone(stats), move |shard| factory(shard));
             let stats = Arc::clone(stats);
             Command::Handler(NewHandler { make, stats })
         };
@@ -206,20 +244,42 @@ impl Endpoint {
         tokio: tokio::runtime::Handle,
         handler: H,
     ) -> Result<Served, Error> {
+        let factory = self.bridged(tokio, handler);
+        self.serve_with(factory).await
+    }
+
+    /// The same with a handler whose request is a stream of values.
+    ///
+    /// # Errors
+    /// As [`Endpoint::serve_many`].
+    pub async fn serve_many_on<H: TokioManyHandler>(
+        self,
+        tokio: tokio::runtime::Handle,
+        handler: H,
+    ) -> Result<Served, Error> {
+        let factory = self.bridged(tokio, handler);
+        self.serve_many_with(factory).await
+    }
+
+    fn bridged<H: Clone>(
+        &self,
+        tokio: tokio::runtime::Handle,
+        handler: H,
+    ) -> impl Fn(&Shard) -> Bridge<H> + use<H> {
         let hub = Arc::clone(&self.runtime.inner().hub);
-        self.serve_with(move |shard| Bridge {
+        move |shard: &Shard| Bridge {
             handler: handler.clone(),
             tokio: tokio.clone(),
             nudge: hub.nudge(shard.index()),
-        })
-        .await
+        }
     }
 
-    fn serving(&self) -> Result<Serving, Error> {
+    fn serving(&mut self) -> Result<Serving, Error> {
         let inner = self.runtime.inner();
         let entry = inner.endpoints.add(self.id.clone());
         let shards = inner.hub.shards();
         let mut serving = Serving::new(self.id.clone(), self.codec, entry, shards);
+        serving.stats_handler = self.stats.take();
         if let Some(payload) = &self.health_check {
             let mut body = Vec::new();
             write_value(payload, self.codec, &mut body).map_err(|why| Error::HealthCheck {

@@ -35,6 +35,9 @@ pub enum Error {
         /// What is wrong with the payload.
         why: CodecError,
     },
+    /// A health check of an endpoint that takes streams of requests.
+    #[error("{0} takes streams of requests, which no health check makes; serve it without one")]
+    NotChecked(String),
     /// The environment asks for what cannot be had.
     #[error("{0}")]
     Environment(String),

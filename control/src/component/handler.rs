@@ -7,11 +7,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use corelane_codec::control_message::PayloadCodec;
+use corelane_codec::control_message::{PayloadCodec, RequestType};
 use corelane_codec::error::{Class, DynamoError};
 use corelane_codec::item::{Annotated, CodecError, from_bytes, write_value};
 use corelane_codec::json::Text;
 use corelane_engine::handler::{self as engine, BadBody, MakeHandler};
+use corelane_engine::input::Input;
 use corelane_engine::responder::{Host, Responder};
 use corelane_engine::stats::HandlerStats;
 use serde::Serialize;
@@ -206,6 +207,11 @@ impl Stream {
         &self.shard
     }
 
+    /// The values of the request, where it is a stream of them; once.
+    pub(super) fn take_input(&mut self) -> Option<Input> {
+        self.responder.as_mut()?.take_input()
+    }
+
     fn encode<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<Vec<u8>, Fault> {
         let mut scratch = std::mem::take(&mut self.scratch);
         write_value(value, self.codec(), &mut scratch)
@@ -268,6 +274,7 @@ impl Drop for Stream {
 /// A handler as the engine wants it.
 struct Adapted<H> {
     handler: Rc<H>,
+    takes: RequestType,
     stats: Arc<HandlerStats>,
     shard: Shard,
 }
@@ -291,11 +298,16 @@ impl<H: Handler> engine::Handler for Adapted<H> {
             stream.end(outcome).await;
         })
     }
+
+    fn takes(&self) -> RequestType {
+        self.takes
+    }
 }
 
-/// Makes the handler of one shard there.
+/// Makes the handler of one shard there, for requests of one kind.
 pub(super) fn make<H: Handler>(
     index: usize,
+    takes: RequestType,
     stats: Arc<HandlerStats>,
     make: impl FnOnce(&Shard) -> H + Send + 'static,
 ) -> MakeHandler {
@@ -304,6 +316,7 @@ pub(super) fn make<H: Handler>(
         let handler = Rc::new(make(&shard));
         Rc::new(Adapted {
             handler,
+            takes,
             stats,
             shard,
         })

@@ -1,7 +1,11 @@
 //! The way from any thread to the shards.
 
+use std::future::{Future, poll_fn};
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Wake, Waker};
+use std::thread::{self, ThreadId};
 use std::time::Duration;
 
 use corelane_codec::error::DynamoError;
@@ -23,18 +27,59 @@ pub(super) struct Hub {
     stopped: watch::Receiver<bool>,
 }
 
-/// Wakes a shard: what was done to its tasks from outside is looked at soon.
+/// The way in for those who wake tasks of a shard from other threads: as commands, which a shard
+/// takes at once, while its executor would hear of them late.
 #[derive(Clone)]
 pub(super) struct Nudge(Sender<Command>);
 
 impl Nudge {
-    #[cfg(test)]
-    pub(super) fn of(shard: Sender<Command>) -> Nudge {
-        Nudge(shard)
+    /// Runs `work`, on the shard, which is woken from other threads.
+    pub(super) async fn hear<F: Future>(&self, work: F) -> F::Output {
+        let mut work = pin!(work);
+        let mut known: Option<(Waker, Waker)> = None;
+        poll_fn(|context| {
+            let task = context.waker();
+            let known = match known.take() {
+                Some(pair) if pair.0.will_wake(task) => known.insert(pair),
+                _ => known.insert((task.clone(), self.knock(task))),
+            };
+            work.as_mut().poll(&mut Context::from_waker(&known.1))
+        })
+        .await
     }
 
-    pub(super) fn now(&self) {
-        self.0.wake();
+    fn knock(&self, task: &Waker) -> Waker {
+        let knock = Knock {
+            shard: self.0.clone(),
+            task: task.clone(),
+            thread: thread::current().id(),
+        };
+        Arc::new(knock).into()
+    }
+}
+
+/// Wakes a task from any thread.
+struct Knock {
+    shard: Sender<Command>,
+    task: Waker,
+    /// That of the shard.
+    thread: ThreadId,
+}
+
+impl Wake for Knock {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        if thread::current().id() == self.thread {
+            return self.task.wake_by_ref();
+        }
+        // With a full queue it comes late, and it comes.
+        if self.shard.send(Command::Wake(self.task.clone())).is_err() {
+            self.task.wake_by_ref();
+            self.shard.wake();
+        }
     }
 }
 
@@ -53,7 +98,7 @@ impl Hub {
         self.shards.len()
     }
 
-    /// Wakes one shard.
+    /// The way in to one shard.
     pub(super) fn nudge(&self, index: usize) -> Nudge {
         Nudge(self.shards[index].clone())
     }
@@ -64,7 +109,7 @@ impl Hub {
     }
 
     /// Runs a task on the next shard, whose index it is told.
-    pub(super) async fn run(&self, make: impl FnOnce(usize) -> Run) -> Result<Nudge, DynamoError> {
+    pub(super) async fn run(&self, make: impl FnOnce(usize) -> Run) -> Result<(), DynamoError> {
         let index = self.next.fetch_add(1, Ordering::Relaxed) % self.shards.len();
         let shard = &self.shards[index];
         let mut command = Command::Run(make(index));
@@ -77,6 +122,6 @@ impl Hub {
             command = back;
             sleep(Duration::from_millis(1)).await;
         }
-        Ok(Nudge(shard.clone()))
+        Ok(())
     }
 }

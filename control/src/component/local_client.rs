@@ -10,22 +10,23 @@ use std::time::Duration;
 
 use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::error::{DynamoError, Reason};
-use corelane_codec::item::{Annotated, from_bytes};
+use corelane_codec::item::Annotated;
 use corelane_engine::call::NewCall;
 use corelane_engine::local::{self as engine, Ending};
 use corelane_engine::stats::Cell;
 use serde::Serialize;
-use serde::de::{DeserializeOwned, IgnoredAny};
+use serde::de::DeserializeOwned;
 
 use super::client::{Call, Client, none};
+use super::feed::LocalFeed;
+use super::hub::Nudge;
+use super::items::{self, Items, error_of};
 use super::registry::{Loaded, Member, Members, now_ns};
 use super::routing::{Candidate, Chance, Draw, RoutingMode, choose};
 use super::shard::Shard;
 
 /// How often a call looks whether the store has listed the instances for the first time.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
-/// An item beyond this cannot be an error: their texts are bounded.
-const ERROR_BYTES_MAX: usize = 64 * 1024;
 
 /// A [`Client`] on one shard: for handlers that call others. Nothing here hops to another thread.
 #[derive(Clone)]
@@ -72,6 +73,41 @@ impl LocalClient {
     /// # Errors
     /// As [`LocalClient::call`].
     pub async fn send(&self, call: Call) -> Result<LocalReply, DynamoError> {
+        let caller = self.shard.host().caller();
+        let mut reply = self.begin(call, |new| ((), caller.call(new))).await?.1;
+        match reply.reply.begun().await {
+            Ok(()) => Ok(reply),
+            Err(error) => {
+                reply.fault(&error);
+                Err(error)
+            }
+        }
+    }
+
+    /// Begins a bidirectional call, see [`Client::call_many`].
+    ///
+    /// # Errors
+    /// No instance can take it. What goes wrong later comes out of the reply.
+    pub async fn call_many(&self) -> Result<(LocalFeed, LocalReply), DynamoError> {
+        self.send_many(self.client.request_many()).await
+    }
+
+    /// Begins a bidirectional call; one of [`Client::request_many`].
+    ///
+    /// # Errors
+    /// As [`LocalClient::call_many`].
+    pub async fn send_many(&self, call: Call) -> Result<(LocalFeed, LocalReply), DynamoError> {
+        let caller = self.shard.host().caller();
+        let (feed, reply) = self.begin(call, |new| caller.call_many(new)).await?;
+        Ok((LocalFeed::new(feed, reply.codec), reply))
+    }
+
+    /// Chooses an instance, and begins the call there.
+    async fn begin<T>(
+        &self,
+        call: Call,
+        begin: impl FnOnce(NewCall) -> (T, engine::Reply),
+    ) -> Result<(T, LocalReply), DynamoError> {
         self.listed(call.deadlines.ack).await;
         let (member, loaded) = self.select(call.instance)?;
         let new = NewCall {
@@ -86,8 +122,9 @@ impl LocalClient {
         };
         let settings = &self.client.settings;
         let inhibited = settings.detects_faults.then_some(settings.inhibited);
-        let mut reply = LocalReply {
-            reply: self.shard.host().caller().call(new),
+        let (feed, reply) = begin(new);
+        let reply = LocalReply {
+            reply,
             codec: call.codec,
             member,
             loaded: Some(loaded),
@@ -95,13 +132,17 @@ impl LocalClient {
             inactivity: call.inactivity,
             shard: self.shard.clone(),
         };
-        match reply.reply.begun().await {
-            Ok(()) => Ok(reply),
-            Err(error) => {
-                reply.fault(&error);
-                Err(error)
-            }
-        }
+        Ok((feed, reply))
+    }
+
+    /// The way in to its shard.
+    pub(super) fn nudge(&self) -> Nudge {
+        self.client.hub.nudge(self.shard.index())
+    }
+
+    /// The shard that it calls from.
+    pub fn shard(&self) -> &Shard {
+        &self.shard
     }
 
     /// Waits, a while at most, for the first list of the store.
@@ -131,7 +172,7 @@ impl LocalClient {
                 let text = format!("instance {id:x} of {endpoint} is overloaded; try again later");
                 return Err(DynamoError::worker_overloaded(text));
             }
-            return Ok(self.begin(member));
+            return Ok(self.count(member));
         }
         if settings.mode.is_exact() {
             let text = "this client sends only to the instance that a call names; see Call::to";
@@ -143,7 +184,7 @@ impl LocalClient {
             .filter(|member| routable(member) && !member.is_overloaded(now_ns))
             .collect();
         match self.choose(settings.mode, &free) {
-            Some(index) => Ok(self.begin(free[index])),
+            Some(index) => Ok(self.count(free[index])),
             None => Err(none(endpoint, members.iter().any(|one| routable(&one)))),
         }
     }
@@ -161,7 +202,7 @@ impl LocalClient {
         choose(mode, self.client.settings.ratio, &candidates, &mut draw)
     }
 
-    fn begin(&self, member: &Arc<Member>) -> (Arc<Member>, Loaded) {
+    fn count(&self, member: &Arc<Member>) -> (Arc<Member>, Loaded) {
         (Arc::clone(member), member.begin(self.shard.index()))
     }
 
@@ -224,21 +265,12 @@ impl LocalReply {
     /// The next item. An item that is an error, and what ends the response early, come as `Err`;
     /// after the former more may come. `None` is the end.
     pub async fn next<T: DeserializeOwned>(&mut self) -> Option<Result<Annotated<T>, DynamoError>> {
-        let item = self.next_item().await?;
-        Some(item.and_then(|item| typed(&item, self.codec)))
+        items::next(self).await
     }
 
     /// The data of the next item that has any.
     pub async fn next_data<T: DeserializeOwned>(&mut self) -> Option<Result<T, DynamoError>> {
-        loop {
-            match self.next::<T>().await? {
-                Ok(item) => match item.data {
-                    Some(data) => return Some(Ok(data)),
-                    None => continue,
-                },
-                Err(error) => return Some(Err(error)),
-            }
-        }
+        items::next_data(self).await
     }
 
     /// The next item as it came: one encoded value. An error item is no `Err` here.
@@ -331,6 +363,16 @@ impl LocalReply {
     }
 }
 
+impl Items for LocalReply {
+    fn codec(&self) -> PayloadCodec {
+        self.codec
+    }
+
+    async fn next_item(&mut self) -> Option<Result<Vec<u8>, DynamoError>> {
+        LocalReply::next_item(self).await
+    }
+}
+
 /// Whether an error says that its instance is broken (`spec/request-plane.md` §11.4).
 fn is_fault(reason: Reason) -> bool {
     matches!(
@@ -344,56 +386,4 @@ fn is_fault(reason: Reason) -> bool {
             | Reason::StreamIncomplete
             | Reason::WorkerUnavailable
     )
-}
-
-/// The error that an item is, if it is one.
-pub(super) fn error_of(item: &[u8], codec: PayloadCodec) -> Option<DynamoError> {
-    let word = b"error";
-    let short = item.len() <= ERROR_BYTES_MAX;
-    if !short || !item.windows(word.len()).any(|window| window == word) {
-        return None;
-    }
-    let item: Annotated<IgnoredAny> = from_bytes(item, codec).ok()?;
-    item.to_error()
-}
-
-/// An item as a value; an error item as `Err`.
-pub(super) fn typed<T: DeserializeOwned>(
-    item: &[u8],
-    codec: PayloadCodec,
-) -> Result<Annotated<T>, DynamoError> {
-    let parsed: Annotated<T> = from_bytes(item, codec).map_err(|why| {
-        let text = format!("an item is not what was expected: {why}");
-        DynamoError::backend_protocol(text)
-    })?;
-    match parsed.to_error() {
-        Some(error) => Err(error),
-        None => Ok(parsed),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn error_items_are_told_from_items_about_errors() {
-        let error = DynamoError::disconnected("gone");
-        for codec in [PayloadCodec::Json, PayloadCodec::MessagePack] {
-            let bytes = |item: &Annotated<&str>| {
-                let mut out = Vec::new();
-                corelane_codec::item::write_value(item, codec, &mut out).unwrap();
-                out
-            };
-            let bad = bytes(&Annotated::from_error(error.clone()));
-            assert_eq!(error_of(&bad, codec), Some(error.clone()));
-            assert_eq!(typed::<String>(&bad, codec), Err(error.clone()));
-            let good = bytes(&Annotated::from_data("no error"));
-            assert_eq!(error_of(&good, codec), None);
-            let found = typed::<String>(&good, codec).unwrap();
-            assert_eq!(found.data.as_deref(), Some("no error"));
-            assert!(typed::<u32>(&good, codec).is_err());
-        }
-        assert!(is_fault(error.reason()) && !is_fault(Reason::InvalidArgument));
-    }
 }

@@ -35,6 +35,24 @@
 //! runs your `main`. A handler runs on the shard that received the request, without a hop to
 //! another thread, and needs no `Send`. It must not block: what does goes to tokio.
 //!
+//! # Streams of requests
+//!
+//! An endpoint served by [`Endpoint::serve_many`] takes a stream of values in place of one, and
+//! answers while they come. [`Client::call_many`] begins such a call: it gives a [`Feed`] for the
+//! values and a [`Reply`]. Between two processes of corelane neither takes a socket of its own.
+//!
+//! ```no_run
+//! # use corelane::component::{Input, Outcome, Request, Stream};
+//! async fn sums(_: Request, mut input: Input, stream: &mut Stream) -> Outcome {
+//!     let mut sum = 0;
+//!     while let Some(value) = input.next::<i64>().await {
+//!         sum += value?;
+//!         stream.send(&sum).await?;
+//!     }
+//!     Ok(())
+//! }
+//! ```
+//!
 //! # The life of an endpoint
 //!
 //! | state | what it means |
@@ -48,19 +66,29 @@
 //!
 //! Each change is a line of the log, and is seen in `/health` and `/metrics`.
 //!
-//! # What is not here yet
+//! # Events
 //!
-//! Requests come over TCP. A NATS service for each component would be made where
-//! [`Component::service_name`] names it, and would answer with [`Runtime::stats`].
+//! [`Endpoint::publisher`] and [`Endpoint::subscriber`] (and those of namespaces and components)
+//! exchange events over NATS with `DYN_EVENT_PLANE=nats`, as Dynamo's programs do.
+//!
+//! # Requests over NATS
+//!
+//! With `DYN_REQUEST_PLANE=nats` requests come to a NATS service for each component
+//! ([`Component::service_name`]), which answers `$SRV.STATS` with what [`Endpoint::stats`] tells.
+//! Responses go to the caller over TCP. Instances of others on NATS are called as those on TCP.
 
 pub mod busy;
 mod canary;
 mod client;
 mod endpoint;
 mod error;
+mod events;
+mod feed;
 mod handler;
 mod hub;
+mod items;
 mod local_client;
+mod many;
 mod metrics;
 mod names;
 mod open;
@@ -73,6 +101,7 @@ mod runtime;
 mod serving;
 mod shard;
 mod tokio_handler;
+mod tokio_many;
 
 pub use corelane_codec::control_message::PayloadCodec;
 pub use corelane_codec::error::{Class, DynamoError, Reason};
@@ -80,7 +109,9 @@ pub use corelane_codec::item::Annotated;
 pub use corelane_codec::path::{EndpointId, Reference};
 
 pub use crate::discovery::MemoryStore;
+pub use crate::events::{Event, EventPlane, Events, EventsError, Publisher, Subscriber};
 pub use crate::health::State;
+pub use crate::nats::{NatsAuth, NatsOptions, NatsTls, RequestPlane};
 
 pub use corelane_engine::call::Deadlines;
 pub use corelane_engine::local::Ending;
@@ -89,8 +120,10 @@ pub use corelane_engine::quic::ResponsePlane;
 pub use client::{Call, Client, SeenInstance};
 pub use endpoint::{Component, Endpoint, Namespace};
 pub use error::{Error, Fault, Outcome};
+pub use feed::{Feed, LocalFeed};
 pub use handler::{Handler, Request, Stream};
 pub use local_client::{LocalClient, LocalReply};
+pub use many::{Input, ManyHandler};
 pub use names::BadName;
 pub use options::{Admission, Checks, Options};
 pub use reply::Reply;
@@ -99,3 +132,4 @@ pub use runtime::Runtime;
 pub use serving::Served;
 pub use shard::Shard;
 pub use tokio_handler::{TokioHandler, TokioRequest, TokioStream};
+pub use tokio_many::{TokioInput, TokioManyHandler};

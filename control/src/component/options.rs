@@ -17,6 +17,8 @@ use crate::cli::Stop;
 use crate::config::{self, Backend, Drain, Host, Inputs, Main, Problem, Purpose, Server};
 use crate::discovery::MemoryStore;
 use crate::env::Env;
+use crate::events::EventPlane;
+use crate::nats::{NatsOptions, RequestPlane};
 use crate::preflight::{Plan, Planned};
 
 /// Receive buffers of a shard: it needs fewer than a router's.
@@ -48,6 +50,9 @@ pub struct Options {
     pub(super) codec: PayloadCodec,
     pub(super) checks: Checks,
     pub(super) calls: Settings,
+    pub(super) events: EventPlane,
+    pub(super) nats: NatsOptions,
+    pub(super) request_plane: RequestPlane,
     pub(super) env: Env,
     pub(super) signals: bool,
 }
@@ -186,7 +191,16 @@ impl Options {
     /// # Errors
     /// A variable cannot be understood, or asks for what this version cannot do.
     pub fn from_env() -> Result<Options> {
-        Options::read(&Env::current())
+        Options::of_env(&Env::current())
+    }
+
+    fn of_env(env: &Env) -> Result<Options> {
+        let mut options = Options::read(env)?;
+        let said = ["CORELANE_DISCOVERY_BACKEND", "DYN_DISCOVERY_BACKEND"];
+        if said.iter().all(|name| env.get(name).is_none()) {
+            options.discovery.backend = Backend::Etcd;
+        }
+        Ok(options)
     }
 
     /// For one process alone: discovery in memory, any free port on loopback, and nothing of the
@@ -254,6 +268,10 @@ impl Options {
             codec,
             checks: Checks::from_env(env)?,
             calls: settings(env)?,
+            events: EventPlane::read(env)?,
+            nats: NatsOptions::read(env)?,
+            // Another word has been an error of the configuration.
+            request_plane: RequestPlane::read(env).unwrap_or_default(),
             env: env.clone(),
             signals: true,
         })
@@ -363,6 +381,28 @@ impl Options {
         self
     }
 
+    /// What events go over; `DYN_EVENT_PLANE` unless it is said.
+    #[must_use]
+    pub fn events(mut self, plane: EventPlane) -> Self {
+        self.events = plane;
+        self
+    }
+
+    /// The NATS server, for all that goes over NATS; as `NATS_*` say unless it is said.
+    #[must_use]
+    pub fn nats(mut self, options: NatsOptions) -> Self {
+        self.nats = options;
+        self
+    }
+
+    /// Where requests to our endpoints come in; `DYN_REQUEST_PLANE` unless it is said. Instances
+    /// of others are called wherever they are.
+    #[must_use]
+    pub fn request_plane(mut self, plane: RequestPlane) -> Self {
+        self.request_plane = plane;
+        self
+    }
+
     /// Whether SIGTERM and SIGINT end the runtime; they do unless it is said.
     #[must_use]
     pub fn signals(mut self, caught: bool) -> Self {
@@ -430,6 +470,23 @@ mod tests {
             ("DYN_DYNAMO_REQUEST_QUEUE_LIMIT", "3"),
         ]);
         assert_eq!((found.running_max, found.queue_max), (8, 0));
+    }
+
+    #[test]
+    fn discovery_is_etcd_unless_it_is_said() {
+        for (set, backend) in [
+            (vec![], Backend::Etcd),
+            (
+                vec![("ETCD_ENDPOINTS", "http://127.0.0.1:1")],
+                Backend::Etcd,
+            ),
+            (vec![("DYN_DISCOVERY_BACKEND", "mem")], Backend::Memory),
+            (vec![("CORELANE_DISCOVERY_BACKEND", "file")], Backend::File),
+        ] {
+            let env = set.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned()));
+            let options = Options::of_env(&Env::of(env)).unwrap();
+            assert_eq!(options.discovery.backend, backend, "{set:?}");
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashSet};
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
@@ -209,14 +210,21 @@ pub(super) struct Registry(Rc<Entries>);
 
 struct Entries {
     discovery: Discovery,
+    /// Where instances on NATS are dialled.
+    gateway: Option<SocketAddr>,
     shards: usize,
     watched: RefCell<BTreeMap<EndpointId, Weak<Watched>>>,
 }
 
 impl Registry {
-    pub(super) fn new(discovery: &Discovery, shards: usize) -> Registry {
+    pub(super) fn new(
+        discovery: &Discovery,
+        shards: usize,
+        gateway: Option<SocketAddr>,
+    ) -> Registry {
         Registry(Rc::new(Entries {
             discovery: discovery.clone(),
+            gateway,
             shards,
             watched: RefCell::default(),
         }))
@@ -240,7 +248,7 @@ impl Registry {
             _alive: alive,
         });
         entries.insert(id.clone(), Arc::downgrade(&watched));
-        let watch = InstanceWatch::new(&self.0.discovery, id);
+        let watch = InstanceWatch::new(&self.0.discovery, id).over_nats(self.0.gateway);
         spawn_local(follow(watch, Arc::downgrade(&watched), gone));
         watched
     }

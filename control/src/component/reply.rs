@@ -4,13 +4,13 @@ use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::error::DynamoError;
 use corelane_codec::item::Annotated;
 use corelane_engine::local::{Ending, Run};
-use corelane_engine::responder::Host;
 use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, watch};
 
 use super::client::{Call, Client};
-use super::hub::Nudge;
-use super::local_client::{LocalClient, LocalReply, typed};
+use super::feed::{self, Feed, Fodder};
+use super::items::{self, Items};
+use super::local_client::{LocalClient, LocalReply};
 use super::shard::Shard;
 
 /// Items between a shard and a reply's reader; beyond them the instance is held back.
@@ -38,7 +38,6 @@ enum Wish {
 pub struct Reply {
     said: mpsc::Receiver<Said>,
     wish: watch::Sender<Wish>,
-    nudge: Nudge,
     stopped: watch::Receiver<bool>,
     codec: PayloadCodec,
     instance_id: u64,
@@ -50,18 +49,37 @@ pub struct Reply {
 
 /// Sends a call from any thread.
 pub(super) async fn send(client: &Client, call: Call) -> Result<Reply, DynamoError> {
+    carried(client, call, None).await
+}
+
+/// Begins a bidirectional call from any thread.
+pub(super) async fn send_many(client: &Client, call: Call) -> Result<(Feed, Reply), DynamoError> {
+    let (feed, fodder) = feed::channel(call.codec);
+    let reply = carried(client, call, Some(fodder)).await?;
+    Ok((feed, reply))
+}
+
+async fn carried(
+    client: &Client,
+    call: Call,
+    fodder: Option<Fodder>,
+) -> Result<Reply, DynamoError> {
     let (out, said) = mpsc::channel(ITEMS_MAX);
     let (wish, wishes) = watch::channel(Wish::default());
     let codec = call.codec;
     let own = client.clone();
     let make = move |index: usize| {
-        Run::new(move |host| carry(own, index, host, call, Out { out, wishes }))
+        Run::new(move |host| {
+            let shard = Shard::new(index, &host);
+            let nudge = own.hub.nudge(index);
+            let carried = carry(own, shard, call, fodder, Out { out, wishes });
+            async move { nudge.hear(carried).await }
+        })
     };
-    let nudge = client.hub.run(make).await?;
+    client.hub.run(make).await?;
     let mut reply = Reply {
         said,
         wish,
-        nudge,
         stopped: client.hub.stopped(),
         codec,
         instance_id: 0,
@@ -87,21 +105,12 @@ impl Reply {
     /// The next item. An item that is an error, and what ends the response early, come as `Err`;
     /// after the former more may come. `None` is the end.
     pub async fn next<T: DeserializeOwned>(&mut self) -> Option<Result<Annotated<T>, DynamoError>> {
-        let item = self.next_item().await?;
-        Some(item.and_then(|item| typed(&item, self.codec)))
+        items::next(self).await
     }
 
     /// The data of the next item that has any.
     pub async fn next_data<T: DeserializeOwned>(&mut self) -> Option<Result<T, DynamoError>> {
-        loop {
-            match self.next::<T>().await? {
-                Ok(item) => match item.data {
-                    Some(data) => return Some(Ok(data)),
-                    None => continue,
-                },
-                Err(error) => return Some(Err(error)),
-            }
-        }
+        items::next_data(self).await
     }
 
     /// The next item as it came: one encoded value. An error item is no `Err` here.
@@ -154,7 +163,6 @@ impl Reply {
             }
             stronger
         });
-        self.nudge.now();
     }
 
     /// What the shard says next. A shard that goes before the end says nothing: that is told as an
@@ -180,6 +188,16 @@ impl Reply {
     }
 }
 
+impl Items for Reply {
+    fn codec(&self) -> PayloadCodec {
+        self.codec
+    }
+
+    async fn next_item(&mut self) -> Option<Result<Vec<u8>, DynamoError>> {
+        Reply::next_item(self).await
+    }
+}
+
 impl Drop for Reply {
     fn drop(&mut self) {
         if !self.over {
@@ -197,11 +215,10 @@ struct Out {
 }
 
 /// Makes a call and hands its items over; runs on the shard.
-async fn carry(client: Client, index: usize, host: Host, call: Call, mut to: Out) {
-    let shard = Shard::new(index, &host);
+async fn carry(client: Client, shard: Shard, call: Call, fodder: Option<Fodder>, mut to: Out) {
     let local = LocalClient::new(&client, &shard);
     let begun = tokio::select! {
-        begun = local.send(call) => begun,
+        begun = begin(&local, call, fodder) => begun,
         () = to.out.closed() => return,
     };
     let mut reply = match begun {
@@ -243,6 +260,24 @@ async fn carry(client: Client, index: usize, host: Host, call: Call, mut to: Out
     }
 }
 
+async fn begin(
+    local: &LocalClient,
+    call: Call,
+    fodder: Option<Fodder>,
+) -> Result<LocalReply, DynamoError> {
+    let Some(fodder) = fodder else {
+        return local.send(call).await;
+    };
+    let (feed, reply) = local.send_many(call).await?;
+    let nudge = local.nudge();
+    let pour = async move { nudge.hear(feed::pour(fodder, feed)).await };
+    if !local.shard().spawn(pour) {
+        let text = "too many tasks run on this shard";
+        return Err(DynamoError::resource_exhausted(text));
+    }
+    Ok(reply)
+}
+
 fn obey(wish: Wish, reply: &LocalReply) {
     match wish {
         Wish::Nothing => {}
@@ -276,7 +311,6 @@ impl Out {
 #[cfg(test)]
 mod tests {
     use corelane_codec::error::Reason;
-    use corelane_engine::mesh;
 
     use super::*;
 
@@ -288,7 +322,6 @@ mod tests {
         let reply = Reply {
             said,
             wish: watch::channel(Wish::default()).0,
-            nudge: Nudge::of(mesh::lane().unwrap().0),
             stopped,
             codec: PayloadCodec::Json,
             instance_id: 0,

@@ -31,18 +31,21 @@ use super::client::Client;
 use super::endpoint::{Endpoint, Namespace};
 use super::error::Error;
 use super::hub::Hub;
+use super::metrics;
 use super::names;
+use super::open::Opened;
 use super::options::Options;
 use super::paths::Paths;
 use super::registry::Registry;
 use super::serving::Serving;
-use super::{metrics, open};
 use crate::config::Backend;
 use crate::cores::Cores;
 use crate::discovery::Discovery;
 use crate::engine_routes::EngineRoutes;
+use crate::events::Events;
 use crate::health::{Endpoints, Hold, Settings, State};
 use crate::metrics::{ProcessNumbers, ServedNumbers, Snapshot, WorkerNumbers};
+use crate::nats::{Nats, Requests};
 use crate::status_server::{Health, StatusOptions, StatusServer};
 use crate::supervise::Signals;
 use crate::trace;
@@ -57,6 +60,9 @@ pub(super) struct Inner {
     pub(super) cores: Rc<Cores>,
     pub(super) hub: Arc<Hub>,
     pub(super) discovery: Discovery,
+    pub(super) events: Events,
+    pub(super) requests: Option<Requests>,
+    nats: Option<Nats>,
     /// Where callers are told to dial.
     pub(super) address: SocketAddr,
     pub(super) endpoints: Endpoints,
@@ -122,45 +128,38 @@ impl Runtime {
             bind: SocketAddr::new(options.server.host, 0),
             advertise: options.server.advertised(),
         };
-        let (admission, shards) = (options.admission, plan.shards.len());
-        let calls_max = options.calls_max;
-        let budget = Budget::new(admission.running_max, admission.queue_max);
-        let budget = admission.is_shared(shards).then(|| Arc::new(budget));
-        let ends = move |index| {
-            let part = match &budget {
-                Some(_) => admission,
-                None => admission.part(index, shards),
-            };
-            Ends {
-                budget: budget.clone(),
-                running_max: part.running_max,
-                queue_max: part.queue_max,
-                home: Some(home),
-                calls_max,
-                ..Ends::default()
-            }
-        };
-        let cores = Cores::spawn_with(&plan, ends)?;
+        let shards = plan.shards.len();
+        let cores = Cores::spawn_with(&plan, ends(&options, shards, home))?;
         cores.started().await?;
         let address = SocketAddr::new(options.server.advertised(), cores.address().port());
         let paths = Paths::new(&cores);
-        let discovery = match open::discovery(&options, &paths).await {
-            Ok(discovery) => discovery,
+        let opened = match Opened::open(&options, &paths, cores.address()).await {
+            Ok(opened) => opened,
             Err(error) => {
                 cores.stop().await;
                 return Err(error);
             }
         };
+        let Opened {
+            discovery,
+            nats,
+            requests,
+            events,
+        } = opened;
         let (settings, complaints) = Settings::read(&options.env);
         for complaint in complaints {
             tracing::warn!("{complaint}");
         }
         let stopped = watch::Sender::new(false);
-        let registry = Registry::new(&discovery, shards);
+        let gateway = requests.as_ref().map(Requests::gateway);
+        let registry = Registry::new(&discovery, shards, gateway);
         let runtime = Runtime(Rc::new(Inner {
             hub: Hub::new(&cores, stopped.subscribe()),
             options,
             cores,
+            events,
+            requests,
+            nats,
             discovery,
             address,
             endpoints: Endpoints::new(settings),
@@ -321,6 +320,9 @@ impl Runtime {
             sleep(grace).await;
         }
         tracing::info!("drain: refusing new requests");
+        if let Some(requests) = &inner.requests {
+            requests.stop().await;
+        }
         inner.cores.tell(|| Command::Drain).await;
         let draining = |stats: &corelane_engine::stats::Stats| stats.shard.draining.get();
         inner
@@ -331,6 +333,9 @@ impl Runtime {
         for serving in &serving {
             let left = deadline.saturating_duration_since(Instant::now());
             serving.emptied(left).await;
+        }
+        if let Some(nats) = &inner.nats {
+            nats.close().await;
         }
         inner.discovery.close().await;
         tracing::info!("drain: left the store");
@@ -419,6 +424,27 @@ impl Inner {
             bounds: Some((admission.running_max, admission.queue_max)),
         };
         numbers.join(text)
+    }
+}
+
+/// What each shard takes on.
+fn ends(options: &Options, shards: usize, home: HomeAddress) -> impl Fn(usize) -> Ends + use<> {
+    let (admission, calls_max) = (options.admission, options.calls_max);
+    let budget = Budget::new(admission.running_max, admission.queue_max);
+    let budget = admission.is_shared(shards).then(|| Arc::new(budget));
+    move |index| {
+        let part = match &budget {
+            Some(_) => admission,
+            None => admission.part(index, shards),
+        };
+        Ends {
+            budget: budget.clone(),
+            running_max: part.running_max,
+            queue_max: part.queue_max,
+            home: Some(home),
+            calls_max,
+            ..Ends::default()
+        }
     }
 }
 

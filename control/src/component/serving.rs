@@ -23,10 +23,13 @@ use super::canary::keep_checking;
 use super::runtime::{Inner, Runtime};
 use crate::discovery::{Record, Registered};
 use crate::health::{self, State};
+use crate::nats::Requests;
 use crate::offer;
 
 /// A record that could not be stored at once is looked at this often until it is.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
+/// How often the service on NATS learns what an endpoint tells of itself.
+const TELL_EVERY: Duration = Duration::from_millis(500);
 /// Longest wait for what is being written when an endpoint leaves.
 const WRITE_MAX: Duration = Duration::from_secs(6);
 /// How often a drain looks whether requests have ended.
@@ -91,6 +94,11 @@ impl Serving {
         let mut tasks = self.tasks.borrow_mut();
         let keeper = keep(Rc::downgrade(inner), Rc::clone(self));
         tasks.push(spawn_local(keeper));
+        let offered = inner.requests.as_ref().is_some_and(Requests::is_offered);
+        if offered && self.stats_handler.is_some() {
+            let told = keep_told(Rc::downgrade(inner), Rc::clone(self));
+            tasks.push(spawn_local(told));
+        }
         if self.canary.is_some() && inner.options.checks.enabled {
             let checks = keep_checking(Rc::downgrade(inner), Rc::clone(self));
             tasks.push(spawn_local(checks));
@@ -173,9 +181,39 @@ async fn keep(inner: Weak<Inner>, serving: Rc<Serving>) {
     }
 }
 
+/// Has the service on NATS know what the endpoint tells of itself.
+async fn keep_told(inner: Weak<Inner>, serving: Rc<Serving>) {
+    let mut stopping = serving.stopping.subscribe();
+    loop {
+        let Some(strong) = inner.upgrade() else {
+            return;
+        };
+        let requests = strong.requests.as_ref();
+        let stats = serving.stats_handler.as_ref();
+        if let (Some(requests), Some(stats), Some(id)) =
+            (requests, stats, serving.instance_id.get())
+        {
+            requests.tell(&serving.id, id, stats());
+        }
+        drop(strong);
+        tokio::select! {
+            _ = stopping.wait_for(|stop| *stop) => return,
+            () = sleep(TELL_EVERY) => {}
+        }
+    }
+}
+
 /// Answers whether the record stands in the store.
 async fn register(inner: &Inner, serving: &Serving, id: u64) -> bool {
-    let record = offer::record(&serving.id, inner.address, serving.codec);
+    let requests = inner.requests.as_ref();
+    let place = match offer::place(requests, inner.address, &serving.id, id).await {
+        Ok(place) => place,
+        Err(error) => {
+            tracing::error!(endpoint = %serving.id, %error, "endpoint not offered on NATS");
+            return false;
+        }
+    };
+    let record = offer::record(&serving.id, place, serving.codec);
     match inner.discovery.replace(record).await {
         Ok(Registered::Stored) => {}
         Ok(Registered::Deferred) => {

@@ -2,7 +2,6 @@
 //! them. Requests go over from the shard, items come back, both over bounded queues.
 
 use std::future::Future;
-use std::panic::AssertUnwindSafe;
 
 use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::error::DynamoError;
@@ -110,7 +109,6 @@ pub struct TokioStream {
     codec: PayloadCodec,
     out: mpsc::Sender<Said>,
     stopped: watch::Receiver<bool>,
-    nudge: Nudge,
 }
 
 impl TokioStream {
@@ -170,7 +168,6 @@ impl TokioStream {
 
     async fn say(&mut self, said: Said) -> Outcome {
         let sent = self.out.send(said).await;
-        self.nudge.now();
         Ok(sent.map_err(|_| Gone)?)
     }
 }
@@ -194,48 +191,66 @@ impl Drop for Work {
 
 impl<H: TokioHandler> Handler for Bridge<H> {
     async fn handle(&self, request: Request, stream: &mut Stream) -> Outcome {
+        let handler = self.handler.clone();
+        let work = |request, stream| async move { handler.handle(request, stream).await };
+        self.run(work, request, stream).await
+    }
+}
+
+impl<H> Bridge<H> {
+    /// Runs what `make` makes on tokio, and writes what it says.
+    pub(super) async fn run<A>(
+        &self,
+        make: impl FnOnce(TokioRequest, TokioStream) -> A + Send + 'static,
+        request: Request,
+        stream: &mut Stream,
+    ) -> Outcome
+    where
+        A: Future<Output = Outcome> + Send + 'static,
+    {
         let (out, mut said) = mpsc::channel(ITEMS_MAX);
         let (tell_stopped, stopped) = watch::channel(false);
         let theirs = TokioStream {
             codec: stream.codec(),
             out: out.clone(),
             stopped,
-            nudge: self.nudge.clone(),
         };
         let request = TokioRequest::of(&request);
-        let (handler, nudge) = (self.handler.clone(), self.nudge.clone());
         let work = async move {
-            // Made inside, so that a panic of `handle` itself is one of the task.
-            let made =
-                std::panic::catch_unwind(AssertUnwindSafe(|| handler.handle(request, theirs)));
-            let outcome = match made {
-                Ok(work) => work.await,
-                Err(_) => Err(panicked()),
-            };
+            let outcome = make(request, theirs).await;
             let _ = out.send(Said::Ended(outcome)).await;
-            nudge.now();
         };
         let task = self.tokio.spawn(work);
         let _work = Work(task.abort_handle());
-        loop {
-            let next = tokio::select! {
-                next = said.recv() => next,
-                () = stream.stopped(), if !*tell_stopped.borrow() => {
-                    tell_stopped.send_replace(true);
-                    if stream.is_killed() {
-                        return Err(Gone.into());
-                    }
-                    continue;
+        let written = write(&mut said, &tell_stopped, stream);
+        self.nudge.hear(written).await
+    }
+}
+
+/// Writes what comes from tokio, until the end.
+async fn write(
+    said: &mut mpsc::Receiver<Said>,
+    tell_stopped: &watch::Sender<bool>,
+    stream: &mut Stream,
+) -> Outcome {
+    loop {
+        let next = tokio::select! {
+            next = said.recv() => next,
+            () = stream.stopped(), if !*tell_stopped.borrow() => {
+                tell_stopped.send_replace(true);
+                if stream.is_killed() {
+                    return Err(Gone.into());
                 }
-            };
-            match next {
-                Some(Said::Data(data)) => stream.send_encoded(&data).await?,
-                Some(Said::Item(item)) => stream.send_item(&item).await?,
-                Some(Said::Error(error)) => stream.send_error(&error).await?,
-                Some(Said::Ended(outcome)) => return outcome,
-                // Its task has gone without a word.
-                None => return Err(panicked()),
+                continue;
             }
+        };
+        match next {
+            Some(Said::Data(data)) => stream.send_encoded(&data).await?,
+            Some(Said::Item(item)) => stream.send_item(&item).await?,
+            Some(Said::Error(error)) => stream.send_error(&error).await?,
+            Some(Said::Ended(outcome)) => return outcome,
+            // Its task has gone without a word.
+            None => return Err(panicked()),
         }
     }
 }

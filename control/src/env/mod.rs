@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::config::{self, Origin, Problem, nearest};
+use crate::nats::RequestPlane;
 
 mod print;
 mod table;
@@ -159,6 +160,10 @@ pub fn refusals(env: &Env) -> Vec<Problem> {
         let at = || Origin::Env {
             name: name.to_owned(),
         };
+        if name == "DYN_REQUEST_PLANE" && RequestPlane::of_word(value).is_none() {
+            let what = format!("the request plane is tcp or nats, not {value:?}");
+            return Some(Problem::error(at(), what, "write tcp or nats, or unset it"));
+        }
         match variable(name)?.standing {
             Standing::Refused(reason) => {
                 Some(Problem::error(at(), reason, "unset it to go on without"))
@@ -235,7 +240,7 @@ mod tests {
         );
         assert_eq!(
             lines(&[("NATS_SERVER", "nats://a")]),
-            ["environment NATS_SERVER: is not honoured: there is no NATS in this version"]
+            ["environment NATS_SERVER: is the NATS server"]
         );
         assert_eq!(
             lines(&[("DYN_TCP_RPC_PROT", "1")]),
@@ -276,12 +281,13 @@ mod tests {
     #[test]
     fn what_stops_a_router() {
         assert!(refusals(&env(&[("DYN_REQUEST_PLANE", "tcp"), ("NATS_SERVER", "a")])).is_empty());
-        let stops = refusals(&env(&[("DYN_REQUEST_PLANE", "nats")]));
+        assert!(refusals(&env(&[("DYN_REQUEST_PLANE", "NATS")])).is_empty());
+        let stops = refusals(&env(&[("DYN_REQUEST_PLANE", "http")]));
         assert_eq!(stops.len(), 1);
         assert_eq!(
             stops[0].to_string(),
-            "environment DYN_REQUEST_PLANE: the request plane is TCP in this version; \
-             write tcp, or unset it"
+            "environment DYN_REQUEST_PLANE: the request plane is tcp or nats, not \"http\"; \
+             write tcp or nats, or unset it"
         );
     }
 

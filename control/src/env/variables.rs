@@ -4,14 +4,13 @@
 //! Names and Dynamo's defaults: `spec/request-plane.md` §13, `spec/events-discovery.md` §13,
 //! `spec/gpu-memory.md` §2.4.
 
-use super::table::Standing::{self, Elsewhere, Honoured, NotHonoured, Only};
+use super::table::Standing::{self, Elsewhere, Honoured, NotHonoured};
 use super::table::Variable;
 
 // The parts that are not here, or not as Dynamo has them. `Honoured` in its place switches a
 // part's variables on.
 
-const NATS_PLANE: Standing = Only("tcp", "the request plane is TCP in this version");
-const NATS: Standing = NotHonoured("there is no NATS in this version");
+const NATS: Standing = Honoured;
 const EVENTS: Standing =
     NotHonoured("a router neither publishes nor subscribes; [events] makes it a broker");
 const KUBERNETES: Standing = NotHonoured("Kubernetes discovery is not in this version");
@@ -69,7 +68,8 @@ pub const VARIABLES: &[Variable] = variables! {
             "makes device_type of our records cpu when none or void";
     }
     "request plane" {
-        "DYN_REQUEST_PLANE", "tcp", "tcp or nats", NATS_PLANE, "is the transport of requests";
+        "DYN_REQUEST_PLANE", "tcp", "tcp or nats", Honoured,
+            "is the transport of requests to our endpoints";
         "DYN_TOKEN_IDS_AS_BYTES", "off", "switch",
             NotHonoured("payloads are passed on unread"),
             "writes token_ids of a request as one blob of int32";
@@ -120,10 +120,13 @@ pub const VARIABLES: &[Variable] = variables! {
         "NATS_TLS_CLIENT_KEY_PATH", "unset", "path", NATS, "names its key";
         "NATS_TLS_INSECURE", "off", "switch", NATS, "trusts every certificate";
         "DYN_NATS_REQUEST_TIMEOUT_SECS", "10", "seconds", NATS, "bounds a request over NATS";
-        "DYN_NATS_STREAM_MAX_AGE", "3600", "seconds", NATS, "is how long streams keep messages";
+        "DYN_NATS_STREAM_MAX_AGE", "3600", "seconds",
+            NotHonoured("a router has no work queues"), "is how long streams keep messages";
     }
     "event plane" {
-        "DYN_EVENT_PLANE", "zmq", "zmq or nats", EVENTS, "is the transport of events";
+        "DYN_EVENT_PLANE", "zmq", "zmq or nats",
+            NotHonoured("a router has no events of its own; the component API publishes over nats"),
+            "is the transport of events";
         "DYN_EVENT_PLANE_CODEC", "unused", "json or msgpack",
             NotHonoured("it does nothing in Dynamo either"), "does nothing";
         "DYN_EVENT_PLANE_HOST", "auto", "IP address", EVENTS, "is advertised to subscribers";

@@ -1,0 +1,217 @@
+//! Publishing: an id, a sequence, and a record in discovery while it lives.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use corelane_codec::event::{
+    CHANNELS_BUCKET, Envelope, EventChannelRecord, EventKey, EventSourceRecord, EventTransport,
+    KvWorker, NatsChannel, SOURCES_BUCKET, Scope, SourceMetadata, typed,
+};
+use corelane_codec::path::EndpointId;
+use serde::Serialize;
+use tokio::sync::oneshot;
+use tokio::task::spawn_local;
+
+use super::{EventsError, Transport};
+use crate::discovery::{Discovery, Entry, Record, random_id};
+use crate::nats::Nats;
+
+/// Ids of publishers have 53 bits, so that every JSON reader holds them.
+const ID_MAX: u64 = (1 << 53) - 1;
+
+/// Publishes events of one scope and topic. Clones share id and sequence, and may be used from
+/// any thread; the record is withdrawn when the last one is dropped.
+#[derive(Clone)]
+pub struct Publisher(Arc<Inner>);
+
+struct Inner {
+    key: EventKey,
+    sequence: AtomicU64,
+    outlet: Outlet,
+    /// Dropped with us, which withdraws the records.
+    _alive: oneshot::Sender<()>,
+}
+
+enum Outlet {
+    Nowhere,
+    Nats { nats: Nats, subject: String },
+}
+
+impl Publisher {
+    pub(super) async fn open(
+        discovery: &Discovery,
+        transport: &Transport,
+        scope: &Scope,
+        topic: &str,
+    ) -> Result<Publisher, EventsError> {
+        let key = EventKey {
+            scope: scope.clone(),
+            topic: topic.to_owned(),
+            publisher_id: random_id() & ID_MAX,
+        };
+        let (outlet, channel) = match transport {
+            Transport::Off => (Outlet::Nowhere, None),
+            Transport::Zmq => return Err(EventsError::NoZmq),
+            Transport::Nats(nats) => {
+                let subject_prefix = scope.subject_prefix();
+                let outlet = Outlet::Nats {
+                    nats: nats.clone(),
+                    subject: scope.subject(topic),
+                };
+                let channel = EventTransport::Nats(NatsChannel { subject_prefix });
+                (outlet, Some(channel))
+            }
+        };
+        let (alive, gone) = oneshot::channel();
+        if let Some(channel) = channel {
+            discovery.register(channel_record(&key, channel)).await?;
+            spawn_local(withdraw(discovery.clone(), key.clone(), gone));
+        }
+        Ok(Publisher(Arc::new(Inner {
+            key,
+            sequence: AtomicU64::new(0),
+            outlet,
+            _alive: alive,
+        })))
+    }
+
+    /// Says which worker the KV events of this publisher are about: `dp_rank` of this process, as
+    /// an instance of `endpoint`. Dynamo's KV router uses no event of a publisher without this
+    /// (spec/events-discovery.md §3.9). To be called on the control thread.
+    ///
+    /// # Errors
+    /// The store can never hold the record, or it has been said before.
+    pub async fn is_source(
+        &self,
+        discovery: &Discovery,
+        endpoint: &EndpointId,
+        dp_rank: u32,
+    ) -> Result<(), EventsError> {
+        if matches!(self.0.outlet, Outlet::Nowhere) {
+            return Ok(());
+        }
+        let record = source_record(&self.0.key, endpoint.clone(), dp_rank);
+        discovery.register(record).await?;
+        Ok(())
+    }
+
+    /// Its own id; not the worker's.
+    pub fn id(&self) -> u64 {
+        self.0.key.publisher_id
+    }
+
+    /// Its scope.
+    pub fn scope(&self) -> &Scope {
+        &self.0.key.scope
+    }
+
+    /// Its topic.
+    pub fn topic(&self) -> &str {
+        &self.0.key.topic
+    }
+
+    /// How many events have been published, or tried.
+    pub fn published(&self) -> u64 {
+        self.0.sequence.load(Ordering::Relaxed)
+    }
+
+    /// Publishes a value as Dynamo does: MessagePack, structs as maps.
+    ///
+    /// # Errors
+    /// The value has no such form, or as [`Publisher::publish_bytes`].
+    pub async fn publish<T: Serialize>(&self, event: &T) -> Result<(), EventsError> {
+        self.publish_bytes(&typed::to_payload(event)?).await
+    }
+
+    /// Publishes a payload as it is. Waits while too much waits for the connection; that it
+    /// arrives anywhere is not known to anybody.
+    ///
+    /// # Errors
+    /// The event is larger than the server takes, or the connection is closed. Its number is used
+    /// up all the same.
+    pub async fn publish_bytes(&self, payload: &[u8]) -> Result<(), EventsError> {
+        let sequence = self.0.sequence.fetch_add(1, Ordering::Relaxed);
+        let Outlet::Nats { nats, subject } = &self.0.outlet else {
+            return Ok(());
+        };
+        let mut bytes = Vec::new();
+        let envelope = Envelope {
+            publisher_id: self.0.key.publisher_id,
+            sequence,
+            published_at_ms: now_ms(),
+            topic: &self.0.key.topic,
+            payload,
+        };
+        envelope.write(&mut bytes)?;
+        let max_bytes = nats.message_bytes_max();
+        if bytes.len() > max_bytes {
+            let bytes = bytes.len();
+            return Err(EventsError::TooLarge { bytes, max_bytes });
+        }
+        let sent = nats.client().publish(subject.clone(), bytes.into()).await;
+        sent.map_err(|error| EventsError::Send(error.to_string()))
+    }
+
+    /// Waits until the server has got what was published.
+    ///
+    /// # Errors
+    /// The connection is closed.
+    pub async fn flush(&self) -> Result<(), EventsError> {
+        let Outlet::Nats { nats, .. } = &self.0.outlet else {
+            return Ok(());
+        };
+        let flushed = nats.client().flush().await;
+        flushed.map_err(|error| EventsError::Send(error.to_string()))
+    }
+}
+
+/// Milliseconds since 1970; 0 on a machine whose clock is before that.
+fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| {
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    })
+}
+
+fn channel_name(key: &EventKey) -> String {
+    format!("event channel {key}")
+}
+
+fn source_name(key: &EventKey) -> String {
+    format!("event source {key}")
+}
+
+fn channel_record(key: &EventKey, transport: EventTransport) -> Record {
+    let record = EventChannelRecord::new(key, transport);
+    Record::new(channel_name(key), move |_| Entry {
+        key: record.key().in_bucket(CHANNELS_BUCKET),
+        value: serde_json::to_vec(&record).unwrap_or_default(),
+    })
+}
+
+fn source_record(key: &EventKey, endpoint: EndpointId, dp_rank: u32) -> Record {
+    let key = key.clone();
+    Record::new(source_name(&key), move |worker_id| {
+        let metadata = SourceMetadata {
+            kv_state_endpoint: endpoint.clone(),
+            worker: KvWorker { worker_id, dp_rank },
+            publisher_id: key.publisher_id,
+        };
+        let record = EventSourceRecord::new(&key, &metadata);
+        let value = record.and_then(|record| serde_json::to_vec(&record));
+        Entry {
+            key: key.in_bucket(SOURCES_BUCKET),
+            // Names and numbers always have a JSON form.
+            value: value.unwrap_or_default(),
+        }
+    })
+}
+
+/// Takes the records of a publisher back when it is gone.
+async fn withdraw(discovery: Discovery, key: EventKey, gone: oneshot::Receiver<()>) {
+    // Nothing is ever sent.
+    let _ = gone.await;
+    discovery.unregister(&source_name(&key)).await;
+    discovery.unregister(&channel_name(&key)).await;
+}

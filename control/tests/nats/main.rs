@@ -1,0 +1,8 @@
+//! All that goes over NATS, against a real server that each test starts for itself: it is Debian's
+//! package `nats-server`.
+
+mod auth;
+mod events;
+mod jetstream;
+mod lab;
+mod requests;
