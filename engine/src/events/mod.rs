@@ -93,8 +93,7 @@ pub struct PlaneConfig {
     pub queue_events_max: u32,
     /// Bytes of them, at most.
     pub queue_bytes_max: u32,
-    /// Bytes that wait for all subscribers and of unfinished events, at most; beyond it, queues
-    /// are at their bound.
+    /// Bytes that wait for all subscribers; beyond it, each may have 1 MiB waiting and no more.
     pub memory_bytes_max: u64,
     /// What happens at the bound.
     pub overflow: Overflow,
