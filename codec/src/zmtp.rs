@@ -150,7 +150,8 @@ impl Head {
 #[inline]
 pub fn decode_head(input: &[u8], max_bytes: usize) -> Decoded<Head> {
     let Some(&flags) = input.first() else {
-        return Decoded::Need(2);
+        // The flags are judged before the length is there.
+        return Decoded::Need(1);
     };
     if flags & !(MORE | LONG | COMMAND) != 0 || flags & (MORE | COMMAND) == (MORE | COMMAND) {
         return Decoded::Bad(Bad::Zmtp(Fault::Flags { flags }));
