@@ -161,8 +161,7 @@ impl Publisher {
         let Outlet::Nats { nats, .. } = &self.0.outlet else {
             return Ok(());
         };
-        let flushed = nats.client().flush().await;
-        flushed.map_err(|error| EventsError::Send(error.to_string()))
+        Ok(nats.settled().await?)
     }
 }
 

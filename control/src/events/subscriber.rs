@@ -55,7 +55,7 @@ impl Subscriber {
         let inlet = client.subscribe(scope.subject(topic)).await;
         let inlet = inlet.map_err(|error| send(&error))?;
         // What is published after this has returned must not be missed.
-        client.flush().await.map_err(|error| send(&error))?;
+        nats.settled().await?;
         Ok(Subscriber {
             topic: topic.to_owned(),
             inlet,

@@ -96,8 +96,7 @@ impl Ingress {
         let named = builder.name(subject.replace('.', "-"));
         let requests = named.add(&subject).await.map_err(refused)?;
         // The record is written after this: whoever reads it finds somebody.
-        let flushed = self.nats.client().flush().await;
-        flushed.map_err(|error| refused(error.into()))?;
+        self.nats.settled().await?;
         tracing::info!(subject, "takes requests over NATS");
         self.subjects.borrow_mut().insert(subject);
         let path = instance_path(instance_id, endpoint).into_bytes();

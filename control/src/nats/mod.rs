@@ -17,7 +17,9 @@ mod stats;
 
 use std::time::{Duration, Instant};
 
+use async_nats::client::RequestErrorKind;
 use async_nats::{Client, ConnectErrorKind, ConnectOptions};
+use bytes::Bytes;
 use thiserror::Error;
 use tokio::time::sleep;
 
@@ -156,6 +158,21 @@ impl Nats {
             // It has not said so yet.
             0 => MESSAGE_BYTES_MAX_DEFAULT,
             bytes => bytes,
+        }
+    }
+
+    /// Waits until the server has taken in all that was sent before: a flush of the library's is
+    /// over when the socket has it. It is asked for somebody who does not exist, and says so.
+    ///
+    /// # Errors
+    /// The connection is closed, or there is no answer in time.
+    pub async fn settled(&self) -> Result<(), NatsError> {
+        let nobody = self.client.new_inbox();
+        match self.client.request(nobody, Bytes::new()).await {
+            Err(error) if error.kind() != RequestErrorKind::NoResponders => {
+                Err(NatsError::Service(chain(&error)))
+            }
+            _ => Ok(()),
         }
     }
 
