@@ -5,7 +5,7 @@
 //! ```
 //!
 //! One closing message ends it: the sentinel when the writer has finished, stop or kill when the
-//! call ends before that. The worker may ask for it on a connection that is [`shared`].
+//! call ends before that. The worker may ask for it on a connection that is `shared`.
 
 use std::cell::RefCell;
 use std::future::poll_fn;

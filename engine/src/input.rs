@@ -6,7 +6,7 @@
 //!      <- sentinel: the input is whole     stop, kill, close, anything else: the request ends
 //! ```
 //!
-//! Where the caller offers it, the same bytes come on a connection that is [`shared`].
+//! Where the caller offers it, the same bytes come on a connection that is `shared`.
 
 use std::cell::RefCell;
 use std::net::SocketAddr;
