@@ -8,12 +8,16 @@
 
 mod common;
 
+#[path = "simulation/answer.rs"]
+mod answer;
 #[path = "simulation/book.rs"]
 mod book;
 #[path = "simulation/caller.rs"]
 mod caller;
 #[path = "simulation/dice.rs"]
 mod dice;
+#[path = "simulation/heard.rs"]
+mod heard;
 #[path = "simulation/home.rs"]
 mod home;
 #[path = "simulation/scenario.rs"]
@@ -24,6 +28,7 @@ mod worker;
 use corelane_engine::config::ShardConfig;
 use corelane_engine::directory::{Ack, Policy};
 use corelane_engine::ring::sim::Faults;
+use corelane_engine::stats::Stats;
 
 use caller::{Exit, State};
 use scenario::{Weather, World};
@@ -32,9 +37,10 @@ use worker::Manner;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 /// The scenarios of one test, or those that the environment names: `7`, or `2000..9000`.
-fn play_all(seeds: Range<u64>) {
+fn play_all(seeds: Range<u64>, run: fn(u64) -> Arc<Stats>, events: &[&str]) {
     // Big tables of thousands of shards: their untouched pages must stay untouched.
     // SAFETY: sets a number of the allocator.
     unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10) };
@@ -50,13 +56,13 @@ fn play_all(seeds: Range<u64>) {
         None => seeds,
         Some(Ok((first, end))) => number(first)..number(end),
         Some(Err(seed)) => {
-            scenario::run(number(seed));
+            run(number(seed));
             return;
         }
     };
     let mut seen = BTreeMap::new();
     let mut ends_badly = |seed: &u64| {
-        let stats = catch_unwind(AssertUnwindSafe(|| scenario::run(*seed)));
+        let stats = catch_unwind(AssertUnwindSafe(|| run(*seed)));
         for (name, _, _, value) in stats.iter().flat_map(|stats| stats.shard.each()) {
             *seen.entry(name).or_insert(0) += value;
         }
@@ -68,7 +74,7 @@ fn play_all(seeds: Range<u64>) {
         failed.is_empty(),
         "replay with CORELANE_SEED= one of {failed:?}"
     );
-    for name in EVENTS {
+    for name in events {
         assert!(seen[name] > 0, "no scenario shows {name}: {seen:?}");
     }
 }
@@ -92,23 +98,45 @@ const EVENTS: [&str; 15] = [
     "receives_paused",
 ];
 
+/// The same where responses pass through the router.
+const RELAYED_EVENTS: [&str; 11] = [
+    "relays_begun",
+    "relays_finished",
+    "relays_retried",
+    "relays_failed",
+    "relays_cut",
+    "relays_abandoned",
+    "relay_timeouts",
+    "homes_refused",
+    "refused_bad_envelope",
+    "protocol_errors",
+    "receives_paused",
+];
+
 const FAILURES_MAX: usize = 10;
 
 #[test]
 fn a_thousand_scenarios_end_well() {
-    play_all(0..1000);
+    play_all(0..1000, scenario::run, &EVENTS);
 }
 
 #[test]
 fn a_thousand_more_scenarios_end_well() {
-    play_all(1000..2000);
+    play_all(1000..2000, scenario::run, &EVENTS);
+}
+
+#[test]
+fn a_thousand_relayed_scenarios_end_well() {
+    play_all(0..1000, scenario::run_relayed, &RELAYED_EVENTS);
 }
 
 #[test]
 fn a_seed_is_a_run() {
     let counted = |seed| scenario::run(seed).shard.each();
+    let relayed = |seed| scenario::run_relayed(seed).shard.each();
     for seed in 3000..3020 {
         assert_eq!(counted(seed), counted(seed), "seed {seed}");
+        assert_eq!(relayed(seed), relayed(seed), "relayed seed {seed}");
     }
     assert_ne!(counted(3000), counted(3001));
 }
