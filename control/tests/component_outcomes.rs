@@ -13,8 +13,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use common::DEADLINE;
-use component_lab::{options, until, with_runtime};
+use component_lab::{DEADLINE, options, until, with_runtime};
 use corelane::component::{
     Client, Deadlines, DynamoError, Ending, MemoryStore, Reason, Reply, Runtime,
 };
