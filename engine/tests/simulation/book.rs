@@ -140,16 +140,15 @@ impl Book {
         number
     }
 
-    /// The same of a frame whose envelope names the router: its body may not have changed. Also
+    /// The same of a payload whose envelope names the router: its body may not have changed. Also
     /// where the worker calls home, and with which ticket.
-    pub fn recognize_relayed(&self, frame: &[u8]) -> (usize, (SocketAddr, String)) {
-        let frame = request_frame::decode_strict(frame).frame().unwrap();
-        let parts = two_part::decode(frame.payload, None).frame().unwrap();
-        let control = control_message::decode(&frame.payload[parts.header]).unwrap();
+    pub fn recognize_relayed(&self, payload: &[u8]) -> (usize, (SocketAddr, String)) {
+        let parts = two_part::decode(payload, None).frame().unwrap();
+        let control = control_message::decode(&payload[parts.header]).unwrap();
         let mut scratch = [0; 1024];
         let info = TcpConnectionInfo::parse(&control.connection_info, &mut scratch).unwrap();
         let ticket = info.subject.to_cow().into_owned();
-        let body = &frame.payload[parts.body];
+        let body = &payload[parts.body];
         let number = body[body.len() - 4..].try_into().unwrap();
         let number = u32::from_be_bytes(number) as usize;
         let entry = &self.entries[number];

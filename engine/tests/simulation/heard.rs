@@ -172,7 +172,7 @@ impl Ear {
             };
             let subject = handshake.subject.to_cow();
             let digits = subject.strip_prefix("subject-").expect("a subject of ours");
-            let number = digits.parse().unwrap();
+            let number: usize = digits.parse().unwrap();
             book.entries[number].heard.calls += 1;
             self.number = Some(number);
             return;

@@ -190,7 +190,7 @@ impl Worker {
             let (number, relayed) = match book.relayed {
                 false => (book.recognize(frame, prefix.path.end), None),
                 true => {
-                    let (number, home) = book.recognize_relayed(frame);
+                    let (number, home) = book.recognize_relayed(&frame[prefix.prefix_bytes..]);
                     (number, Some(home))
                 }
             };
