@@ -6,8 +6,8 @@ mod lab;
 
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use component_lab::{echo, endpoint, options, settled, until, with_runtime};
@@ -369,7 +369,10 @@ async fn sample(runtime: &Runtime, name: &str) -> f64 {
         let (series, value) = line.rsplit_once(' ')?;
         (series == name).then_some(value)
     });
-    value.unwrap_or_else(|| panic!("no {name}")).parse().unwrap()
+    value
+        .unwrap_or_else(|| panic!("no {name}"))
+        .parse()
+        .unwrap()
 }
 
 /// SIGKILL, and back on the same data: worker and client go on from what they know, and say that
@@ -397,7 +400,10 @@ fn an_etcd_that_is_killed_and_comes_back_is_not_missed() {
         let key = format!("v1/instances/production/worker/generate/{:x}", id.unwrap());
         assert_eq!(store.keys().await, [key]);
         assert_eq!(changes(runtime), [1, 1, 1, 1, 0, 0]);
-        assert_eq!(sample(runtime, "corelane_discovery_lease_losses_total").await, 0.0);
+        assert_eq!(
+            sample(runtime, "corelane_discovery_lease_losses_total").await,
+            0.0
+        );
     });
 }
 
@@ -426,8 +432,14 @@ fn an_etcd_that_comes_back_empty_gets_all_again() {
         let known = async || client.instances().iter().map(|seen| seen.id).eq([after]);
         calls_until("until the client knows him alone", &client, known).await;
         assert_eq!(changes(runtime), [2, 2, 2, 2, 0, 0]);
-        assert_eq!(sample(runtime, "corelane_discovery_lease_losses_total").await, 1.0);
-        assert_eq!(seen(runtime).await, (true, json!("ready"), "healthy".into()));
+        assert_eq!(
+            sample(runtime, "corelane_discovery_lease_losses_total").await,
+            1.0
+        );
+        assert_eq!(
+            seen(runtime).await,
+            (true, json!("ready"), "healthy".into())
+        );
     });
 }
 
@@ -447,7 +459,10 @@ fn an_etcd_that_stands_still_is_not_missed() {
         for _ in 0..100 {
             assert_eq!(first(&client).await.unwrap(), json!(1));
         }
-        assert_eq!(seen(runtime).await, (true, json!("ready"), "healthy".into()));
+        assert_eq!(
+            seen(runtime).await,
+            (true, json!("ready"), "healthy".into())
+        );
         store.do_with(|etcd| etcd.signal(Signal::CONT)).await;
         let late = endpoint(runtime, "late").serve(echo).await.unwrap();
         assert!(late.reached(State::Healthy, PATIENCE).await);
@@ -471,7 +486,11 @@ fn what_cannot_be_registered_is_created_until_it_can() {
         let created = (false, json!("notready"), "created".to_owned());
         assert_eq!(seen(runtime).await, created);
         store.do_with(|etcd| etcd.restart(true)).await;
-        assert!(served.reached(State::Healthy, component_lab::DEADLINE).await);
+        assert!(
+            served
+                .reached(State::Healthy, component_lab::DEADLINE)
+                .await
+        );
         let client = client_of(runtime, &served).await;
         assert_eq!(first(&client).await.unwrap(), json!(1));
         assert_eq!(changes(runtime), [1, 1, 1, 1, 0, 0]);
@@ -501,7 +520,9 @@ fn every_change_of_state_is_a_line_of_the_log_and_a_count() {
         }
     });
     let log = String::from_utf8(log.lock().unwrap().clone()).unwrap();
-    let lines = log.lines().filter(|line| line.contains("endpoint changed its state"));
+    let lines = log
+        .lines()
+        .filter(|line| line.contains("endpoint changed its state"));
     let word = |line: &str, name: &str| {
         let at = line.find(name).unwrap() + name.len();
         line[at..].split_whitespace().next().unwrap().to_owned()

@@ -207,7 +207,9 @@ pub(crate) fn lost<R: Ring>(shard: &mut Shard<R>, link: u32, errno: i32) {
             client::end(shard, call, What::Failed(error.clone()));
         }
     }
-    give_up(shard, |target| target.left && target.address == entry.address);
+    give_up(shard, |target| {
+        target.left && target.address == entry.address
+    });
 }
 
 /// An instance has left discovery. Whoever waits for its call home is told, if the connection to it

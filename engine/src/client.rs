@@ -19,8 +19,8 @@ use corelane_codec::call_home::{KILL_FRAME, STOP_FRAME};
 use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::error::DynamoError;
 
-pub(crate) use crate::call::{Phase, Target};
 pub use crate::call::{CallEvent, Deadlines, NewCall, What};
+pub(crate) use crate::call::{Phase, Target};
 use crate::call_frame::FrameWriter;
 use crate::call_link::{self, Link};
 use crate::ends::Ends;

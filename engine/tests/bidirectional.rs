@@ -20,8 +20,7 @@ use corelane_codec::{item, two_part};
 use corelane_engine::feed::Feed;
 use corelane_engine::handler::{Handler, MakeHandler, ManyIn, Request};
 use corelane_engine::local::{Ending, Reply};
-use corelane_engine::responder::{Gone, Host, Responder};
-use corelane_engine::shard::Command;
+use corelane_engine::responder::{Gone, Responder};
 use ends::*;
 
 /// Answers each item of the input with the same.
