@@ -169,7 +169,8 @@ async fn sums(_: Request, mut input: Input, stream: &mut Stream) -> Outcome {
 fn bidirectional_calls_respond_on_quic() {
     with_runtime(on_quic().shards(2), async |runtime| {
         let served = endpoint(runtime, "sums").serve_many(sums).await.unwrap();
-        let client = client_of(runtime, &served).await;
+        // An input that breaks off is the caller's doing, and ends as if the instance had failed.
+        let client = client_of(runtime, &served).await.detect_faults(false);
         for way in ["whole", "whole", "dropped feed", "stop", "kill", "drop"] {
             let (mut feed, mut reply) = client.call_many().await.unwrap();
             for value in 1..=20 {
