@@ -111,111 +111,92 @@ fn gave(items: &[Result<i64, Reason>], ending: Ending) -> Outcome {
     }
 }
 
-/// §4.3 and §4.4 by row: what the worker says after its handshake, whether it closes then, and what
-/// becomes of it.
-fn rows() -> Vec<(&'static str, Vec<u8>, bool, Outcome)> {
-    let hand = |name: &str| golden(&format!("hand_worker_{name}"));
+/// One row: what the worker says after its handshake, whether it closes then, and what becomes of
+/// it.
+type Row = (&'static str, Vec<u8>, bool, Outcome);
+
+fn hand(name: &str) -> Vec<u8> {
+    golden(&format!("hand_worker_{name}"))
+}
+
+fn rows_of_prologues() -> Vec<Row> {
     let invalid = DynamoError::new(Reason::BackendInvalidArgument, "prompt too long");
     let other = DynamoError::new(Reason::EngineShutdown, "going down");
     let (cannot, lost) = (Reason::CannotConnect, Reason::Disconnected);
-    let unknown = Reason::Unclassified;
+    let rows = [
+        ("§4.3 InvalidRequest", prologue(&invalid), invalid.reason()),
+        ("§4.3 any other error", prologue(&other), cannot),
+        ("§4.3 text alone", hand("prologue_error_text"), cannot),
+        ("§4.3 a data frame", hand("prologue_is_data_frame"), cannot),
+        ("§4.3 no prologue", hand("prologue_not_json"), cannot),
+        ("§4.3 closes before it", Vec::new(), lost),
+        ("§4.3 panics", SENTINEL_FRAME.to_vec(), cannot),
+    ];
+    let row = |(row, bytes, reason): (_, Vec<u8>, _)| {
+        let closes = bytes.is_empty();
+        (row, bytes, closes, refused(reason))
+    };
+    rows.into_iter().map(row).collect()
+}
+
+fn rows_of_streams() -> Vec<Row> {
+    let (one, lost) = (Ok(1), Err(Reason::Disconnected));
+    let bad = Err(Reason::Unclassified);
     let (complete, failed) = (Ending::Complete, Ending::Failed);
+    let rows: [(_, _, _, &[_], _); 9] = [
+        ("final, close", "final_then_close", true, &[one], complete),
+        (
+            "no final",
+            "sentinel_without_final",
+            false,
+            &[one, lost],
+            failed,
+        ),
+        ("close", "close_before_final", true, &[one, lost], failed),
+        (
+            "after final",
+            "data_after_final",
+            false,
+            &[one, bad],
+            complete,
+        ),
+        (
+            "final with data",
+            "final_with_data",
+            false,
+            &[Ok(9)],
+            complete,
+        ),
+        ("no data", "empty_wrapper", false, &[bad], complete),
+        ("not decoded", "bad_payload", false, &[bad], complete),
+        (
+            "no complete_final",
+            "missing_complete_final",
+            false,
+            &[bad],
+            complete,
+        ),
+        (
+            "a caller's word",
+            "worker_sends_stop",
+            false,
+            &[one, lost],
+            failed,
+        ),
+    ];
+    let rows = rows.into_iter();
+    let mut rows: Vec<Row> = rows
+        .map(|(row, name, closes, items, ending)| (row, hand(name), closes, gave(items, ending)))
+        .collect();
     let last = [&call_home::FINAL_MARKER_JSON_FRAME[..], &SENTINEL_FRAME].concat();
     let whole = [&say(&[1, 2])[..], &last].concat();
-    vec![
-        (
-            "§4.3 InvalidRequest",
-            prologue(&invalid),
-            false,
-            refused(invalid.reason()),
-        ),
-        (
-            "§4.3 any other error",
-            prologue(&other),
-            false,
-            refused(cannot),
-        ),
-        (
-            "§4.3 text alone",
-            hand("prologue_error_text"),
-            false,
-            refused(cannot),
-        ),
-        (
-            "§4.3 data first",
-            hand("prologue_is_data_frame"),
-            false,
-            refused(cannot),
-        ),
-        (
-            "§4.3 no prologue",
-            hand("prologue_not_json"),
-            false,
-            refused(cannot),
-        ),
-        ("§4.3 closes", Vec::new(), true, refused(lost)),
-        (
-            "§4.3 panics",
-            SENTINEL_FRAME.to_vec(),
-            false,
-            refused(cannot),
-        ),
-        ("§4.4 whole", whole, false, gave(&[Ok(1), Ok(2)], complete)),
-        (
-            "§4.4 final, close",
-            hand("final_then_close"),
-            true,
-            gave(&[Ok(1)], complete),
-        ),
-        (
-            "§4.4 no final",
-            hand("sentinel_without_final"),
-            false,
-            gave(&[Ok(1), Err(lost)], failed),
-        ),
-        (
-            "§4.4 close",
-            hand("close_before_final"),
-            true,
-            gave(&[Ok(1), Err(lost)], failed),
-        ),
-        (
-            "§4.4 after final",
-            hand("data_after_final"),
-            false,
-            gave(&[Ok(1), Err(unknown)], complete),
-        ),
-        (
-            "§4.4 final with data",
-            hand("final_with_data"),
-            false,
-            gave(&[Ok(9)], complete),
-        ),
-        (
-            "§4.4 no data",
-            hand("empty_wrapper"),
-            false,
-            gave(&[Err(unknown)], complete),
-        ),
-        (
-            "§4.4 does not decode",
-            hand("bad_payload"),
-            false,
-            gave(&[Err(unknown)], complete),
-        ),
-        (
-            "§4.4 no complete_final",
-            hand("missing_complete_final"),
-            false,
-            gave(&[Err(unknown)], complete),
-        ),
-        (
-            "§4.4 a word of the caller's",
-            hand("worker_sends_stop"),
-            false,
-            gave(&[Ok(1), Err(lost)], failed),
-        ),
-    ]
+    rows.push((
+        "final, sentinel",
+        whole,
+        false,
+        gave(&[one, Ok(2)], complete),
+    ));
+    rows
 }
 
 /// A prologue and these items.
@@ -228,13 +209,15 @@ fn say(numbers: &[i64]) -> Vec<u8> {
     out
 }
 
+/// §4.3 and §4.4.
 #[test]
 fn every_row_of_responses() {
     let store = MemoryStore::default();
     with_runtime(options().memory(&store), async |runtime| {
         let mut worker = HandWorker::default();
         let client = client_of(runtime, &store, &worker).await;
-        for (row, bytes, closes, wanted) in rows() {
+        let rows = rows_of_prologues().into_iter().chain(rows_of_streams());
+        for (row, bytes, closes, wanted) in rows {
             let thread = respond(worker, bytes, closes);
             let found = outcome(client.call(&7).await).await;
             assert_eq!(found, wanted, "{row}");

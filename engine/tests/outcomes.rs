@@ -1,58 +1,57 @@
 //! What a caller sees of every way in which a worker can answer, and what a worker makes of every
-//! way in which a caller can end: the tables of spec/request-plane.md, row by row. Where a row
-//! has its test elsewhere this list says where; all rows of responses are played over a shared
-//! connection as well ([`streams_mean_the_same_on_a_shared_connection`]) and by clients of the
-//! component model (`control/tests/component_outcomes.rs`).
+//! way in which a caller can end: the tables of spec/request-plane.md, row by row. A row whose test
+//! is in another file has its name here. All rows of responses are played over a shared connection
+//! as well, and by clients of the component model (`control/tests/component_outcomes.rs`).
 //!
-//! | §4.3: the worker | test |
-//! |---|---|
-//! | prologue with a typed error of class InvalidRequest | [`a_typed_prologue_keeps_its_kind_only_if_the_request_is_to_blame`] |
-//! | any other error prologue | the same; `client.rs` `golden_response_streams_...` without a type |
-//! | a data frame, or no prologue | [`messages_out_of_place_end_the_call_and_empty_ones_do_not`]; `client.rs` `golden_...` |
-//! | closes before the prologue | [`a_reset_means_what_a_close_does`]; `client.rs` `golden_...` |
-//! | panics in `generate` | [`messages_out_of_place_...`]; our worker says why: `worker.rs` `a_panic_becomes_...` |
-//! | nothing | `client.rs` `every_step_has_its_deadline`; leaves discovery: `component_outcomes.rs` |
-//! | our worker's error prologues | `worker.rs` `an_error_before_the_first_item_...` |
+//! §4.3, the worker does:
+//! * prologue with a typed error of class InvalidRequest, and any other error prologue:
+//!   `a_typed_prologue_keeps_its_kind_...`; without a type: client.rs, `golden_response_...`
+//! * a data frame, or a header that is no prologue: `messages_out_of_place_...`; client.rs, golden
+//! * closes before the prologue: `a_reset_means_what_a_close_does`; client.rs, golden
+//! * panics in `generate`: `messages_out_of_place_...`; ours says why: worker.rs, `a_panic_...`
+//! * nothing: client.rs, `every_step_has_its_deadline`; component_outcomes.rs,
+//!   `a_worker_that_is_gone_is_not_waited_for`
+//! * the prologues of our own worker: worker.rs, `an_error_before_the_first_item_...`
 //!
-//! | §4.4: the worker wrote | test |
-//! |---|---|
-//! | items, final, sentinel | `client.rs` `golden_...` (`live_response_ok_*`); our worker: `worker.rs` `one_item_and_...` |
-//! | items, final, close | `client.rs` `golden_...` (`final_then_close`); with a reset: [`a_reset_...`] |
-//! | items, sentinel, no final | `client.rs` `golden_...` (`sentinel_without_final`) |
-//! | items, close or reset; the same after a stop | `golden_...` (`close_before_final`), [`a_reset_...`] |
-//! | anything after final | `golden_...` (`data_after_final`) |
-//! | final with data | `golden_...` (`final_with_data`) |
-//! | wrapper without data, not final | `golden_...` (`empty_wrapper`) |
-//! | item that does not decode, or without `complete_final` | `golden_...` (`bad_payload`, `missing_complete_final`) |
-//! | a header that does not belong there | [`messages_out_of_place_...`] |
+//! §4.4, the worker wrote (names of golden streams in client.rs in brackets):
+//! * items, final, sentinel [live_response_ok]; ours: worker.rs, `one_item_and_a_hundred_...`
+//! * items, final, close [final_then_close]; with a reset: `a_reset_means_what_a_close_does`
+//! * items, sentinel, no final [sentinel_without_final]
+//! * items, close or reset [close_before_final], `a_reset_...`; after a stop:
+//!   `after_a_stop_every_end_is_plain`
+//! * anything after final [data_after_final]; final with data [final_with_data]
+//! * wrapper without data, not final [empty_wrapper]
+//! * item that does not decode [bad_payload], or without `complete_final` [missing_complete_final]
+//! * a header that does not belong there: `messages_out_of_place_...`
 //!
-//! | §4.6: the caller | our client | our worker |
-//! |---|---|---|
-//! | stop, kill, drop in mid-stream | [`a_task_can_end_its_call_at_every_stage`] | `worker.rs` `what_the_frontend_says_...` |
-//! | stop, kill, drop before the prologue | the same | `worker.rs` `what_is_said_before_the_prologue_...` |
-//! | stop, kill, drop before the call home | the same | `worker.rs` `a_caller_who_has_gone_...` |
-//! | stop, then kill | [`a_kill_after_a_stop_is_said_too`] | its socket is closed by then |
-//! | sentinel, data, garbage, reset; FIN alone | | `worker.rs` `what_the_frontend_says_...` |
-//! | an engine that does not look | | `worker.rs` `a_handler_that_does_not_listen_...` |
+//! §4.6, the caller's end of our client, and our worker's:
+//! * stop, kill, drop in mid-stream: `a_task_can_end_its_call_at_every_stage`; worker.rs,
+//!   `what_the_frontend_says_is_obeyed`
+//! * the same before the prologue: the same; worker.rs, `what_is_said_before_the_prologue_...`
+//! * the same before the call home: the same; a reset at the worker, in the same test
+//! * a kill after a stop: `a_kill_after_a_stop_is_said_too`; our worker has closed by then
+//! * sentinel, data, garbage, reset, FIN at the worker: worker.rs, `what_the_frontend_says_...`
+//! * an engine that does not look: worker.rs, `a_handler_that_does_not_listen_...`
 //!
-//! | §4.7: calls home | test |
-//! |---|---|
-//! | no handshake within 10 s | [`a_silent_caller_home_is_reset`] |
-//! | unknown subject, data first, bad JSON | `client.rs` `callers_home_who_are_not_expected_...` |
-//! | accept fails for lack of descriptors | `simulation.rs` (storms) |
+//! §4.7:
+//! * no handshake within 10 s: `a_silent_caller_home_is_reset`
+//! * unknown subject, data first, bad JSON: client.rs, `callers_home_who_are_not_expected_...`
+//! * accepts fail: the storms of simulation.rs
 //!
-//! | §10.2: the request | our client | our worker |
-//! |---|---|---|
-//! | each of the nine rows | silence meets a deadline: `client.rs` `every_step_...` | `worker.rs` `what_the_worker_cannot_read_...`, `a_caller_who_cannot_be_reached_...`; `bidirectional.rs` `what_does_not_fit_...` |
+//! §10.2:
+//! * our client: client.rs, `every_step_has_its_deadline` (silence after the acknowledgement)
+//! * our worker, unary: worker.rs, `what_the_worker_cannot_read_...`; call home refused: worker.rs,
+//!   `a_caller_who_cannot_be_reached_...`; bidirectional: bidirectional.rs, `what_does_not_fit_...`
 
 mod common;
 #[path = "common/ends.rs"]
 mod ends;
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use common::*;
@@ -314,12 +313,16 @@ fn a_task_can_end_its_call_at_every_stage() {
     }
 }
 
-fn ends_at(client: &Local, how: &'static str, stage: Stage) {
-    let mut worker = HandWorker::default();
-    let address = worker.address();
-    let now = Arc::new(AtomicBool::new(false));
-    let told = Arc::clone(&now);
-    let outcome = run(client, move |host| async move {
+/// A call of a task, which ends it when it is told to: whether it had begun, how many items came
+/// after that, and how it ended. `None`: it was dropped.
+fn call_to_end(
+    client: &Local,
+    address: SocketAddr,
+    how: &'static str,
+    now: &Arc<AtomicBool>,
+) -> Receiver<Option<(bool, usize, Option<Ending>)>> {
+    let told = Arc::clone(now);
+    run(client, move |host| async move {
         let mut reply = host.caller().call(call_to(address, 0));
         while !told.load(Ordering::Relaxed) {
             host.sleep(Duration::from_millis(1)).await;
@@ -335,11 +338,17 @@ fn ends_at(client: &Local, how: &'static str, stage: Stage) {
             items += usize::from(item.is_ok());
         }
         Some((begun, items, reply.ending()))
-    });
+    })
+}
+
+fn ends_at(client: &Local, how: &'static str, stage: Stage) {
+    let mut worker = HandWorker::default();
+    let now = Arc::new(AtomicBool::new(false));
+    let outcome = call_to_end(client, worker.address(), how, &now);
     let asked = worker.take();
-    worker.reply("");
     let received = &client.handle.stats.shard.received_bytes;
     let mut before = received.get();
+    worker.reply("");
     let mut arrived = |what: &str| {
         wait_until(what, || received.get() > before);
         before = received.get();

@@ -125,10 +125,8 @@ fn what_the_worker_cannot_read_is_told_by_an_error_prologue() {
         let mut called = frontend.called();
         assert_eq!(called.handshake(), "s");
         let text = called.error_prologue();
-        assert!(
-            text.contains("request.invalid_argument") && text.contains("not json"),
-            "{text}"
-        );
+        let typed = text.contains("request.invalid_argument");
+        assert!(typed && text.contains("not json"), "{text}");
 
         let address = frontend.listener.local_addr().unwrap().to_string();
         let good = envelope_in(&address, "s", Json, b"1");
