@@ -10,6 +10,7 @@ mod quic;
 mod reply;
 mod request;
 mod stream;
+mod zmtp;
 mod two_part;
 
 use std::fmt::Debug;

@@ -1,0 +1,8 @@
+//! Events over ZMQ on the component API: between publishers and subscribers of ours, and among
+//! peers that speak ZMTP byte by byte.
+
+mod broker;
+mod commands;
+mod direct;
+mod lab;
+mod rows;
