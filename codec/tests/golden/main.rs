@@ -10,8 +10,8 @@ mod quic;
 mod reply;
 mod request;
 mod stream;
-mod zmtp;
 mod two_part;
+mod zmtp;
 
 use std::fmt::Debug;
 

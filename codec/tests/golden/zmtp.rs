@@ -28,7 +28,10 @@ fn frame(bytes: &[u8]) -> (zmtp::Head, &[u8]) {
     };
     assert_eq!(head.frame_bytes(), bytes.len());
     for cut in 0..head.head_bytes {
-        assert!(matches!(zmtp::decode_head(&bytes[..cut], 1 << 20), Decoded::Need(_)));
+        assert!(matches!(
+            zmtp::decode_head(&bytes[..cut], 1 << 20),
+            Decoded::Need(_)
+        ));
     }
     (head, &bytes[head.head_bytes..])
 }
@@ -36,17 +39,23 @@ fn frame(bytes: &[u8]) -> (zmtp::Head, &[u8]) {
 #[test]
 fn greetings() {
     let captures = captures();
-    for (name, minor) in [("greeting of a SUB to 3.1", 1), ("greeting of a SUB to 3.0", 1)] {
+    // It calls itself 3.1 before it knows the other.
+    for name in ["greeting of a SUB to 3.1", "greeting of a SUB to 3.0"] {
         let bytes = &captures[name];
-        // libzmq numbers its signature; the rest is as ours.
-        assert_eq!(bytes[9..], zmtp::greeting()[9..], "{name}");
+        assert_eq!(bytes[..], zmtp::greeting()[..], "{name}");
         for cut in 0..bytes.len() {
-            assert!(matches!(zmtp::decode_greeting(&bytes[..cut]), Decoded::Need(_)), "{cut}");
+            assert!(
+                matches!(zmtp::decode_greeting(&bytes[..cut]), Decoded::Need(_)),
+                "{cut}"
+            );
         }
         let greeting = zmtp::decode_greeting(bytes).frame().unwrap();
-        assert_eq!((greeting.minor, greeting.as_server), (minor, false));
+        assert_eq!((greeting.minor, greeting.as_server), (1, false));
     }
-    for name in ["greeting of a SUB with PLAIN", "greeting of a SUB with CURVE"] {
+    for name in [
+        "greeting of a SUB with PLAIN",
+        "greeting of a SUB with CURVE",
+    ] {
         let bad = zmtp::decode_greeting(&captures[name]);
         assert_eq!(bad, Decoded::Bad(Bad::Zmtp(Fault::Mechanism)), "{name}");
     }
@@ -114,7 +123,10 @@ fn heartbeats() {
     let (_, body) = frame(&captures["PING"]);
     // Tenths of a second, and no context.
     let (ttl, context) = (100, &b""[..]);
-    assert_eq!(zmtp::decode_command(body), Ok(Command::Ping { ttl, context }));
+    assert_eq!(
+        zmtp::decode_command(body),
+        Ok(Command::Ping { ttl, context })
+    );
     let (_, body) = frame(&captures["PONG"]);
     assert_eq!(zmtp::decode_command(body), Ok(Command::Pong(b"ctx")));
     let mut ours = Vec::new();
@@ -150,8 +162,11 @@ fn events_with_short_and_long_frames() {
 fn walked(bytes: &[u8]) -> zmtp::Event {
     let mut walk = Walk::default();
     while !walk.is_done() {
-        let head = zmtp::decode_head(&bytes[walk.at()..], 1 << 20).frame().unwrap();
+        let head = zmtp::decode_head(&bytes[walk.at()..], 1 << 20)
+            .frame()
+            .unwrap();
         walk.step(&head, 1 << 20).unwrap();
     }
-    walk.event(|at, to| to.copy_from_slice(&bytes[at..at + to.len()])).unwrap()
+    walk.event(|at, to| to.copy_from_slice(&bytes[at..at + to.len()]))
+        .unwrap()
 }

@@ -96,9 +96,7 @@ impl Plane {
                 }
                 let discovery = match options.via {
                     // Nobody has to be found.
-                    Via::Url(_) => {
-                        Discovery::Memory(MemoryDiscovery::new(&MemoryStore::default()))
-                    }
+                    Via::Url(_) => Discovery::Memory(MemoryDiscovery::new(&MemoryStore::default())),
                     Via::Direct | Via::Discovered => open(&discovery).await?,
                 };
                 Ok(Plane {
@@ -146,7 +144,10 @@ pub fn tail(args: TailArgs) -> Result<Exit> {
         }
         if tap.dropped() > 0 {
             let events = tap.dropped();
-            tracing::warn!(events, "not shown: they came faster than they could be printed");
+            tracing::warn!(
+                events,
+                "not shown: they came faster than they could be printed"
+            );
         }
         drop(tap);
         plane.close().await;

@@ -136,7 +136,9 @@ impl Subscriber {
             return None;
         }
         let (publisher_id, sequence) = (envelope.publisher_id, envelope.sequence);
-        if let Inlet::Zmq(zmq::Inlet { seen: Some(seen), .. }) = &mut self.inlet
+        if let Inlet::Zmq(zmq::Inlet {
+            seen: Some(seen), ..
+        }) = &mut self.inlet
             && !seen.is_new(publisher_id, sequence)
         {
             return None;

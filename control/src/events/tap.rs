@@ -65,7 +65,10 @@ impl Tap {
 
     /// Where several brokers bring the same events, the first one counts.
     fn is_new(&mut self, envelope: &[u8]) -> bool {
-        let Inlet::Zmq(zmq::Inlet { seen: Some(seen), .. }) = &mut self.inlet else {
+        let Inlet::Zmq(zmq::Inlet {
+            seen: Some(seen), ..
+        }) = &mut self.inlet
+        else {
             return true;
         };
         let read = Envelope::decode(envelope);

@@ -111,7 +111,10 @@ fn by_its_url() {
         for sequence in 0..100 {
             for subscriber in [&mut subscriber, &mut second] {
                 let event = subscriber.next().await.unwrap().unwrap();
-                assert_eq!((event.publisher_id, event.sequence), (publisher.id(), sequence));
+                assert_eq!(
+                    (event.publisher_id, event.sequence),
+                    (publisher.id(), sequence)
+                );
             }
         }
         let losses = subscriber.losses();
@@ -153,7 +156,10 @@ fn found_in_discovery() {
         let publisher = events.publisher(&scope(), "t").await.unwrap();
         for broker in [&one, &two] {
             let stats = &broker.handle.stats;
-            until("both have the publisher", || stats.plane.publishers.get() == 1).await;
+            until("both have the publisher", || {
+                stats.plane.publishers.get() == 1
+            })
+            .await;
         }
         // A broker tells its publishers what is wanted; we have heard of one at least.
         assert!(publisher.is_wanted(DEADLINE).await.unwrap());

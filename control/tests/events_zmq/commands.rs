@@ -33,13 +33,22 @@ fn shown(env: &[(&str, &str)]) -> Vec<serde_json::Value> {
     let tail = ["tail", "--topic", "odd.topic", "--count", "2"];
     let tail = command(&tail, env).stdout(Stdio::piped()).spawn().unwrap();
     let mut tail = Ended(Some(tail));
-    let scope = ["publish", "--scope", "demo/backend/generate", "--body", "{\"a\":[1]}"];
+    let scope = [
+        "publish",
+        "--scope",
+        "demo/backend/generate",
+        "--body",
+        "{\"a\":[1]}",
+    ];
     let began = Instant::now();
     // Nobody knows when it has subscribed.
     while tail.0.as_mut().unwrap().try_wait().unwrap().is_none() {
         for topic in ["other", "odd.topic"] {
             let mut publish = command(&scope, env);
-            let sent = publish.args(["--topic", topic, "--wait-s", "1"]).output().unwrap();
+            let sent = publish
+                .args(["--topic", topic, "--wait-s", "1"])
+                .output()
+                .unwrap();
             assert!(sent.status.success(), "{sent:?}");
             let said: serde_json::Value = serde_json::from_slice(&sent.stdout).unwrap();
             assert_eq!(said["published"], 1);
@@ -57,7 +66,10 @@ fn check(lines: &[serde_json::Value]) {
     assert_eq!(lines.len(), 2, "{lines:?}");
     for line in lines {
         assert_eq!(line["scope"], "demo/backend/generate");
-        assert_eq!((&line["topic"], &line["payload"]["a"][0]), (&"odd.topic".into(), &1.into()));
+        assert_eq!(
+            (&line["topic"], &line["payload"]["a"][0]),
+            (&"odd.topic".into(), &1.into())
+        );
     }
 }
 
@@ -82,7 +94,11 @@ fn mistakes_are_told() {
     for (args, env, wanted) in [
         (vec!["--broker", "b:5555"], vec![], "names no broker"),
         (vec![], vec![("DYN_ZMQ_BROKER_URL", "")], "names no broker"),
-        (vec![], vec![("DYN_EVENT_PLANE_HOST", "0.0.0.0")], "DYN_EVENT_PLANE_HOST"),
+        (
+            vec![],
+            vec![("DYN_EVENT_PLANE_HOST", "0.0.0.0")],
+            "DYN_EVENT_PLANE_HOST",
+        ),
         (vec![], vec![("DYN_EVENT_PLANE", "none")], "--plane zmq"),
         (vec!["--plane", "kafka"], vec![], "write zmq or nats"),
     ] {

@@ -11,9 +11,7 @@ use corelane_codec::event::{
     SOURCES_BUCKET, topic,
 };
 
-use crate::lab::{
-    DEADLINE, Publisher, envelope, message, options, plane, run, scope, until,
-};
+use crate::lab::{DEADLINE, Publisher, envelope, message, options, plane, run, scope, until};
 
 const METRICS: KvMetrics = KvMetrics {
     worker_id: 0x7d7b_a1ff_9b37_7a16,
@@ -31,7 +29,10 @@ fn published_events_arrive_in_order_from_each_publisher() {
         let (others, _) = plane(&store, options());
         // One publisher is there before the subscriber, one comes later.
         let first = events.publisher(&scope(), topic::KV_METRICS).await.unwrap();
-        let mut subscriber = others.subscriber(&scope(), topic::KV_METRICS).await.unwrap();
+        let mut subscriber = others
+            .subscriber(&scope(), topic::KV_METRICS)
+            .await
+            .unwrap();
         let second = events.publisher(&scope(), topic::KV_METRICS).await.unwrap();
         let other = events.publisher(&scope(), "kv_metrics2").await.unwrap();
         for publisher in [&first, &second] {
@@ -47,7 +48,10 @@ fn published_events_arrive_in_order_from_each_publisher() {
         for _ in 0..1000 {
             let event = subscriber.next().await.unwrap().unwrap();
             let which = usize::from(event.publisher_id == second.id());
-            assert_eq!((event.sequence, &*event.topic), (next[which], topic::KV_METRICS));
+            assert_eq!(
+                (event.sequence, &*event.topic),
+                (next[which], topic::KV_METRICS)
+            );
             next[which] += 1;
             match which {
                 0 => assert_eq!(event.parse::<KvMetrics>().unwrap(), METRICS),
@@ -70,7 +74,9 @@ fn watch<T: serde::de::DeserializeOwned + 'static>(
     watcher: &corelane::discovery::Discovery,
     bucket: &str,
 ) -> Watch<T> {
-    watcher.watch(&format!("{bucket}/"), |_, value| serde_json::from_slice(value))
+    watcher.watch(&format!("{bucket}/"), |_, value| {
+        serde_json::from_slice(value)
+    })
 }
 
 /// spec/events-discovery.md §3.9, ZMQ direct: a channel and a source record for KV events.
@@ -84,25 +90,44 @@ fn publishers_stand_in_discovery_while_they_live() {
         let mut channels = watch::<EventChannelRecord>(&watcher, CHANNELS_BUCKET);
         let sources = watch::<EventSourceRecord>(&watcher, SOURCES_BUCKET);
         let namespace = runtime.namespace("demo").unwrap();
-        let endpoint = namespace.component("backend").unwrap().endpoint("generate").unwrap();
+        let endpoint = namespace
+            .component("backend")
+            .unwrap()
+            .endpoint("generate")
+            .unwrap();
         let mut subscriber = endpoint.subscriber(topic::KV_EVENTS).await.unwrap();
         let publisher = endpoint.kv_publisher(3).await.unwrap();
         let prefix = "v1/event_channels/namespace/demo/component/backend/endpoint/generate";
         {
             let directory = channels.directory();
             let (key, channel, _) = directory.entries().next().unwrap();
-            assert_eq!(key, format!("{prefix}/topic/kv-events/{:x}", publisher.id()));
+            assert_eq!(
+                key,
+                format!("{prefix}/topic/kv-events/{:x}", publisher.id())
+            );
             let EventTransport::Zmq(zmq) = &channel.transport else {
                 panic!("not ZMQ");
             };
-            assert!(zmq.endpoint.starts_with("tcp://127.0.0.1:"), "{}", zmq.endpoint);
+            assert!(
+                zmq.endpoint.starts_with("tcp://127.0.0.1:"),
+                "{}",
+                zmq.endpoint
+            );
             let directory = sources.directory();
             let (_, source, _) = directory.entries().next().unwrap();
             assert_eq!(source.kv().unwrap().publisher_id, publisher.id());
             assert_eq!(source.kv().unwrap().worker.worker_id, runtime.instance_id());
         }
         assert!(publisher.is_wanted(DEADLINE).await.unwrap());
-        let worker = sources.directory().entries().next().unwrap().1.kv().unwrap().worker;
+        let worker = sources
+            .directory()
+            .entries()
+            .next()
+            .unwrap()
+            .1
+            .kv()
+            .unwrap()
+            .worker;
         let event = KvEvent::new(worker, 1, KvChange::Cleared);
         publisher.publish(&[&event]).await.unwrap();
         let read: Vec<KvEvent> = subscriber.next().await.unwrap().unwrap().parse().unwrap();
@@ -114,7 +139,9 @@ fn publishers_stand_in_discovery_while_they_live() {
                 tokio::task::yield_now().await;
             }
         };
-        tokio::time::timeout(DEADLINE, gone).await.expect("withdrawn");
+        tokio::time::timeout(DEADLINE, gone)
+            .await
+            .expect("withdrawn");
         runtime.stop().await;
         assert!(subscriber.next().await.is_none());
     });
@@ -154,7 +181,10 @@ fn losses_are_counted_exactly() {
         let store = MemoryStore::default();
         let (events, discovery) = plane(&store, options());
         let publisher = Publisher::new();
-        discovery.register(publisher.record(&scope(), "t", 5)).await.unwrap();
+        discovery
+            .register(publisher.record(&scope(), "t", 5))
+            .await
+            .unwrap();
         let mut subscriber = events.subscriber(&scope(), "t").await.unwrap();
         let (_publisher, mut stream) = publisher.accepted("t").await;
         let numbers = [4, 5, 8, 7, 7, 20, 5, 21];
@@ -214,7 +244,9 @@ fn publishers_and_subscribers_work_on_any_thread() {
             .map(|_| {
                 let publisher = publisher.clone();
                 std::thread::spawn(move || {
-                    let tokio = tokio::runtime::Builder::new_current_thread().build().unwrap();
+                    let tokio = tokio::runtime::Builder::new_current_thread()
+                        .build()
+                        .unwrap();
                     for _ in 0..500 {
                         tokio.block_on(publisher.publish(&7)).unwrap();
                     }
@@ -250,7 +282,9 @@ fn an_event_that_is_too_large_is_refused_here() {
 fn events_can_be_switched_off() {
     run(async {
         let options = Options::local().unwrap().signals(false);
-        let runtime = Runtime::start(options.events(EventPlane::Off)).await.unwrap();
+        let runtime = Runtime::start(options.events(EventPlane::Off))
+            .await
+            .unwrap();
         let namespace = runtime.namespace("demo").unwrap();
         let publisher = namespace.publisher("t").await.unwrap();
         publisher.publish(&1).await.unwrap();

@@ -22,7 +22,9 @@ fn given(bytes: Vec<u8>) -> (Vec<Result<Event, EventsError>>, Losses) {
         let mut subscriber = events.subscriber(&scope(), "t").await.unwrap();
         let (_publisher, mut stream) = publisher.accepted("t").await;
         stream.write_all(&bytes).unwrap();
-        stream.write_all(&message("t", 5, 100, &envelope(5, 100, "t"))).unwrap();
+        stream
+            .write_all(&message("t", 5, 100, &envelope(5, 100, "t")))
+            .unwrap();
         loop {
             let next = subscriber.next().await.unwrap();
             if next.as_ref().is_ok_and(|event| event.sequence == 100) {
@@ -45,7 +47,10 @@ fn is_event(given: (Vec<Result<Event, EventsError>>, Losses)) {
     let [Ok(event)] = given.0.as_slice() else {
         panic!("{given:?}");
     };
-    assert_eq!((event.publisher_id, event.sequence, &event.payload[..]), (5, 1, &b"p"[..]));
+    assert_eq!(
+        (event.publisher_id, event.sequence, &event.payload[..]),
+        (5, 1, &b"p"[..])
+    );
 }
 
 /// §3.2, table of keys, rows 1 to 5: `publisher_id`, `sequence`, `published_at`, `topic`,
@@ -54,7 +59,10 @@ fn is_event(given: (Vec<Result<Event, EventsError>>, Losses)) {
 fn keys_in_order() {
     let bytes = b"\x85\xacpublisher_id\x05\xa8sequence\x01\xacpublished_at\x02\xa5topic\xa1t\
                   \xa7payload\xc4\x01p";
-    assert_eq!(given_envelope(bytes).0[0].as_ref().unwrap().published_at_ms, 2);
+    assert_eq!(
+        given_envelope(bytes).0[0].as_ref().unwrap().published_at_ms,
+        2
+    );
     is_event(given_envelope(bytes));
 }
 
@@ -82,7 +90,10 @@ fn payload_as_text() {
 #[test]
 fn payload_as_integers() {
     let (came, losses) = given_envelope(b"\x95\x05\x01\x02\xa1t\x91\x70");
-    assert!(matches!(came.as_slice(), [Err(EventsError::Envelope(_))]), "{came:?}");
+    assert!(
+        matches!(came.as_slice(), [Err(EventsError::Envelope(_))]),
+        "{came:?}"
+    );
     assert_eq!(losses.unreadable, 1);
 }
 
@@ -90,7 +101,10 @@ fn payload_as_integers() {
 #[test]
 fn json() {
     let (came, losses) = given_envelope(br#"{"publisher_id":5,"sequence":1}"#);
-    assert!(matches!(came.as_slice(), [Err(EventsError::Envelope(_))]), "{came:?}");
+    assert!(
+        matches!(came.as_slice(), [Err(EventsError::Envelope(_))]),
+        "{came:?}"
+    );
     assert_eq!(losses.unreadable, 1);
 }
 
@@ -107,7 +121,10 @@ fn another_topic() {
 fn repeated_numbers() {
     let twice = message("t", 5, 1, &envelope(5, 1, "t")).repeat(2);
     let (came, losses) = given(twice);
-    assert!(came.len() == 2 && came.iter().all(Result::is_ok), "{came:?}");
+    assert!(
+        came.len() == 2 && came.iter().all(Result::is_ok),
+        "{came:?}"
+    );
     assert_eq!((losses.duplicate, losses.lost), (1, 98));
 }
 
@@ -203,13 +220,20 @@ fn the_record_decides_who_is_dialled() {
         discovery.register(record).await.unwrap();
         let mut subscriber = events.subscriber(&scope(), "t").await.unwrap();
         let (publisher, mut stream) = publisher.accepted("t").await;
-        discovery.replace(moved.record(&scope(), "t", 5)).await.unwrap();
-        stream.write_all(&message("t", 5, 0, &envelope(5, 0, "t"))).unwrap();
+        discovery
+            .replace(moved.record(&scope(), "t", 5))
+            .await
+            .unwrap();
+        stream
+            .write_all(&message("t", 5, 0, &envelope(5, 0, "t")))
+            .unwrap();
         assert_eq!(subscriber.next().await.unwrap().unwrap().sequence, 0);
         // It comes again when the connection was lost: to the same address.
         drop(stream);
         let (_publisher, mut stream) = publisher.accepted("t").await;
-        stream.write_all(&message("t", 5, 1, &envelope(5, 1, "t"))).unwrap();
+        stream
+            .write_all(&message("t", 5, 1, &envelope(5, 1, "t")))
+            .unwrap();
         assert_eq!(subscriber.next().await.unwrap().unwrap().sequence, 1);
         discovery.unregister(&name).await;
         let ended = move || {

@@ -52,7 +52,8 @@ impl<R: Ring> Plane<R> {
             if state.armed {
                 let fd = door.listener.as_raw_fd();
                 let operation = Operation::new(Kind::Accept, place as u32, 0);
-                self.ring.cancel_receive(operation, Handle { fd, slot: NONE });
+                self.ring
+                    .cancel_receive(operation, Handle { fd, slot: NONE });
             } else {
                 self.close_door(place);
             }

@@ -87,7 +87,9 @@ impl FromStr for BrokerUrl {
             return Err(wrong());
         };
         let list = |key: &str| {
-            let value = [one, two].into_iter().find_map(|part| part.strip_prefix(key));
+            let value = [one, two]
+                .into_iter()
+                .find_map(|part| part.strip_prefix(key));
             let items = value?.split(';').map(|item| item.trim().to_owned());
             let items: Vec<String> = items.filter(|item| !item.is_empty()).collect();
             let good = items.iter().all(|item| item.starts_with("tcp://"));
@@ -164,11 +166,23 @@ mod tests {
     /// spec/events-discovery.md §3.7: IPv6 has to be in brackets.
     #[test]
     fn endpoints_are_ip_addresses_over_tcp() {
-        assert_eq!(endpoint("tcp://10.0.0.1:5"), Ok("10.0.0.1:5".parse().unwrap()));
+        assert_eq!(
+            endpoint("tcp://10.0.0.1:5"),
+            Ok("10.0.0.1:5".parse().unwrap())
+        );
         assert_eq!(endpoint("tcp://[::1]:5"), Ok("[::1]:5".parse().unwrap()));
         assert_eq!(url("[::1]:5".parse().unwrap()), "tcp://[::1]:5");
-        for wrong in ["tcp://::1:5", "tcp://host:5", "ipc:///x", "10.0.0.1:5", "tcp://1.2.3.4"] {
-            assert_eq!(endpoint(wrong), Err(AddressError::Endpoint(wrong.to_owned())));
+        for wrong in [
+            "tcp://::1:5",
+            "tcp://host:5",
+            "ipc:///x",
+            "10.0.0.1:5",
+            "tcp://1.2.3.4",
+        ] {
+            assert_eq!(
+                endpoint(wrong),
+                Err(AddressError::Endpoint(wrong.to_owned()))
+            );
         }
     }
 
@@ -181,7 +195,10 @@ mod tests {
         assert_eq!(url.xsub, ["tcp://b1:5555", "tcp://b2:5555"]);
         assert_eq!(url.xpub, ["tcp://b1:5556", "tcp://b2:5556"]);
         let turned: BrokerUrl = " xpub=tcp://c:2 ,xsub=tcp://c:1".parse().unwrap();
-        assert_eq!((&*turned.xsub[0], &*turned.xpub[0]), ("tcp://c:1", "tcp://c:2"));
+        assert_eq!(
+            (&*turned.xsub[0], &*turned.xpub[0]),
+            ("tcp://c:1", "tcp://c:2")
+        );
         for wrong in [
             "",
             "tcp://b:5555",
@@ -214,7 +231,10 @@ mod tests {
 
     #[tokio::test]
     async fn names_are_resolved() {
-        let endpoints = ["tcp://localhost:7".to_owned(), "tcp://127.0.0.1:8".to_owned()];
+        let endpoints = [
+            "tcp://localhost:7".to_owned(),
+            "tcp://127.0.0.1:8".to_owned(),
+        ];
         let found = resolve(&endpoints).await.unwrap();
         assert!(found[0].ip().is_loopback() && found[0].port() == 7);
         assert_eq!(found[1], "127.0.0.1:8".parse().unwrap());

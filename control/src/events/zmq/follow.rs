@@ -30,8 +30,9 @@ pub(super) async fn start(
     entrance: Entrance,
     gone: oneshot::Receiver<()>,
 ) {
-    let mut watch: Watch<EventChannelRecord> =
-        discovery.watch(&wanted.key_prefix(), |_, value| serde_json::from_slice(value));
+    let mut watch: Watch<EventChannelRecord> = discovery.watch(&wanted.key_prefix(), |_, value| {
+        serde_json::from_slice(value)
+    });
     // The last known directory is better than none.
     let _ = timeout(LISTED, watch.listed()).await;
     let mut follower = Follower {
@@ -153,7 +154,9 @@ impl Follower {
         let (link, number) = (&self.running.link, dialled.number);
         // A plane that has stopped has nothing to hang up.
         let _ = link.command(Command::Hang { dial: number }).await;
-        let _ = link.command(Command::Unsubscribe { consumer: number }).await;
+        let _ = link
+            .command(Command::Unsubscribe { consumer: number })
+            .await;
     }
 
     async fn end(self) {

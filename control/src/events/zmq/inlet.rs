@@ -182,7 +182,10 @@ impl Zmq {
             spawn_local(async move {
                 // Nothing is ever sent.
                 let _ = gone.await;
-                let _ = running.link.command(Command::Unsubscribe { consumer }).await;
+                let _ = running
+                    .link
+                    .command(Command::Unsubscribe { consumer })
+                    .await;
             });
         } else {
             let running = self.running()?;

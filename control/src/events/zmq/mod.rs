@@ -262,7 +262,10 @@ mod tests {
         let both = read(&[(key, url), (switch, "1")]).unwrap();
         assert_eq!(both.via, Via::Url(url.parse().unwrap()));
         let error = read(&[(key, ""), (switch, "1")]).unwrap_err().to_string();
-        assert!(error.starts_with("\"\" names no broker (DYN_ZMQ_BROKER_URL)"), "{error}");
+        assert!(
+            error.starts_with("\"\" names no broker (DYN_ZMQ_BROKER_URL)"),
+            "{error}"
+        );
     }
 
     /// spec/events-discovery.md §3.5: zero or garbage is the default.

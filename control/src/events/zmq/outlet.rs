@@ -79,7 +79,11 @@ impl Zmq {
             subject: key.topic.clone().into_bytes(),
         };
         let endpoint = address::url(SocketAddr::new(host, port));
-        Ok((outlet, Some(EventTransport::Zmq(ZmqChannel { endpoint })), own))
+        Ok((
+            outlet,
+            Some(EventTransport::Zmq(ZmqChannel { endpoint })),
+            own,
+        ))
     }
 }
 
