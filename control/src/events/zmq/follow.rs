@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use corelane_codec::event::{CHANNELS_BUCKET, EventChannelRecord, EventKey, EventTransport};
@@ -44,6 +45,7 @@ pub(super) async fn start(
         refused: BTreeSet::new(),
     };
     follower.look(&watch).await;
+    let link = Arc::clone(&follower.running.link);
     spawn_local(async move {
         let ended = async {
             // Nothing is ever sent.
@@ -57,6 +59,8 @@ pub(super) async fn start(
         };
         tokio::select! {
             () = ended => {}
+            // The subscriber is told by our end of its queue, which goes with us.
+            () = link.ended() => {}
             () = changes => {}
         }
         follower.end().await;

@@ -6,14 +6,13 @@ use std::collections::HashSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use corelane_engine::events::stats::Stats;
 use corelane_engine::events::{self, Command, Group, PlaneConfig, PlaneHandle, Report, Until};
 use corelane_engine::mesh::Sender;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::task::{spawn_blocking, spawn_local};
 
 use super::super::EventsError;
@@ -26,7 +25,7 @@ const BUSY: Duration = Duration::from_secs(30);
 /// The plane, from any thread.
 pub(crate) struct Link {
     commands: Sender<Command>,
-    closed: AtomicBool,
+    closed: watch::Sender<bool>,
     /// Largest message, all of its parts counted.
     pub(super) event_bytes_max: usize,
 }
@@ -39,7 +38,7 @@ impl Link {
     pub(super) async fn command(&self, mut command: Command) -> Result<(), EventsError> {
         let mut began = None;
         loop {
-            if self.closed.load(Ordering::Acquire) {
+            if *self.closed.borrow() {
                 return Err(EventsError::Closed);
             }
             match self.commands.send(command) {
@@ -52,6 +51,12 @@ impl Link {
             }
             tokio::task::yield_now().await;
         }
+    }
+
+    /// Waits for the end of the plane.
+    pub(super) async fn ended(&self) {
+        // The sender is ours.
+        let _ = self.closed.subscribe().wait_for(|closed| *closed).await;
     }
 
     /// Waits until something is so for a group; false when the time was over before.
@@ -99,7 +104,7 @@ impl Running {
         let this = Rc::new(Self {
             link: Arc::new(Link {
                 commands: handle.commands(),
-                closed: AtomicBool::new(false),
+                closed: watch::Sender::new(false),
                 event_bytes_max,
             }),
             stats: Arc::clone(&handle.stats),
@@ -131,7 +136,7 @@ impl Running {
 
     /// Empties queues for a second at most, and waits for the thread.
     pub(super) async fn stop(&self) {
-        self.link.closed.store(true, Ordering::Release);
+        self.link.closed.send_replace(true);
         let handle = self.handle.borrow_mut().take();
         if let Some(mut handle) = handle {
             // It fails only when the thread has panicked, and that was printed.
@@ -149,7 +154,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.link.closed.store(true, Ordering::Release);
+        self.link.closed.send_replace(true);
         if let Some(handle) = self.handle.get_mut() {
             // It ends by itself; nobody waits for it.
             let _ = handle.command(Command::Stop);
@@ -171,7 +176,7 @@ async fn read_reports(running: std::rc::Weak<Running>, wake: AsyncFd<OwnedFd>) {
         };
         for report in &reports {
             if let Report::Stopped { failure } = report {
-                running.link.closed.store(true, Ordering::Release);
+                running.link.closed.send_replace(true);
                 if let Some(failure) = failure {
                     tracing::error!(failure, "events: the event plane has ended by itself");
                 }
