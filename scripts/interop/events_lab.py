@@ -1,4 +1,4 @@
-"""What the tests of events share: a broker of ours, sockets of libzmq, stock peers, our commands."""
+"""What the tests of events share: our broker, sockets of libzmq, stock peers, our commands."""
 
 import struct
 import sys

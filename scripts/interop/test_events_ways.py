@@ -130,7 +130,8 @@ def test_libzmq_to_our_subscriber(lab, context):
     assert source.recv() == b"\x01" + TOPIC.encode()
     for sequence in range(3):
         # An array, which Dynamo reads as well: id, number, time, topic, payload.
-        envelope = b"\x95\xcd\x0b\x0b" + bytes([sequence, 1, 0xB4]) + TOPIC.encode() + b"\xc4\x01\x07"
+        envelope = b"\x95\xcd\x0b\x0b" + bytes([sequence, 1, 0xB4])
+        envelope += TOPIC.encode() + b"\xc4\x01\x07"
         numbers = [struct.pack(">Q", 0xB0B), struct.pack(">Q", sequence)]
         frame = struct.pack(">BI", 1, len(envelope)) + envelope
         source.send_multipart([TOPIC.encode(), *numbers, frame])

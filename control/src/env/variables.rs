@@ -126,7 +126,8 @@ pub const VARIABLES: &[Variable] = variables! {
         "DYN_EVENT_PLANE", "zmq", "zmq, nats or none", EVENTS, "is the transport of events";
         "DYN_EVENT_PLANE_CODEC", "unused", "json or msgpack",
             NotHonoured("it does nothing in Dynamo either"), "does nothing";
-        "DYN_EVENT_PLANE_HOST", "auto", "IP address or network interface", EVENTS, "is advertised to subscribers";
+        "DYN_EVENT_PLANE_HOST", "auto", "IP address or network interface", EVENTS,
+            "is advertised to subscribers";
         "DYN_ZMQ_EVENT_SUBSCRIBER_CHANNEL_CAPACITY", "100000", "events", EVENTS,
             "bounds events that wait";
         "DYN_ZMQ_IO_THREADS", "4", "threads",

@@ -1,5 +1,5 @@
-//! The event plane for programs: publishers and subscribers of a scope and a topic, over ZMQ or NATS
-//! (spec/events-discovery.md §3).
+//! The event plane for programs: publishers and subscribers of a scope and a topic, over ZMQ or
+//! NATS (spec/events-discovery.md §3).
 //!
 //! ```text
 //! publisher --envelope--> NATS subject, or ZMQ directly or by a broker --> subscriber --> Event

@@ -87,8 +87,8 @@ fn channels(discovery: &Discovery) -> usize {
     directory.len()
 }
 
-/// §3.6, items 1, 3 and 4: brokers by their URL; publishers dial and are not registered; subscribers
-/// want the full subject, and part 0 has to be exactly that.
+/// §3.6, items 1, 3 and 4: brokers by their URL; publishers dial and are not registered;
+/// subscribers want the full subject, and part 0 has to be exactly that.
 #[test]
 fn by_its_url() {
     run(async {
@@ -126,8 +126,8 @@ fn by_its_url() {
     });
 }
 
-/// §3.6, items 2 and 4: all brokers of the scope's namespace, found once; what several of them bring
-/// is taken once.
+/// §3.6, items 2 and 4: all brokers of the scope's namespace, found once; what several of them
+/// bring is taken once.
 #[test]
 fn found_in_discovery() {
     run(async {
