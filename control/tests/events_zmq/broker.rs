@@ -11,6 +11,7 @@ use corelane_engine::events::{Door, DoorKind, PlaneConfig, PlaneHandle, spawn};
 use corelane_engine::executor::listen;
 
 use crate::lab::{DEADLINE, options, plane, ring, run, scope, until};
+use crate::ports::free_port;
 
 /// A broker, on the engine's plane alone.
 pub(crate) struct Broker {
@@ -28,8 +29,9 @@ impl Drop for Broker {
 impl Broker {
     pub(crate) fn start() -> Broker {
         let door = |kind| {
-            let listener = listen("127.0.0.1:0".parse().unwrap(), false, false).unwrap();
-            let address = listener.local_addr().unwrap();
+            // A port that nobody takes while the broker is away.
+            let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
+            let listener = listen(address, false, false).unwrap();
             let group = 0;
             let door = Door {
                 listener,

@@ -5,4 +5,6 @@ mod broker;
 mod commands;
 mod direct;
 mod lab;
+#[path = "../ports/mod.rs"]
+mod ports;
 mod rows;

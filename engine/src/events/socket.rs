@@ -334,6 +334,12 @@ impl<R: Ring> Plane<R> {
     /// The end of the plane: peers see it at once. The ring, which may still hold operations, goes
     /// before the memory they work on.
     pub(super) fn hang_up(&mut self) {
+        // An accept under way holds its socket until the kernel has taken the ring down, which may
+        // be a while after us; who comes next is to have the port at once.
+        for door in self.doors.iter().filter_map(|state| state.door.as_ref()) {
+            let (fd, slot) = (door.listener.as_raw_fd(), NONE);
+            self.ring.shutdown(Handle { fd, slot });
+        }
         for slot in self.sessions.slots().collect::<Vec<u32>>() {
             let handle = self.sessions[slot].handle;
             self.ring.shutdown(handle);
