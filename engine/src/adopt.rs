@@ -186,7 +186,7 @@ impl<R: Ring> Shard<R> {
             Meaning::Nothing => self.receive(slot),
             Meaning::Farewell => recv::ended(self, slot, 0),
             Meaning::KeyUpdate => {
-                self.stats.shard.key_updates_refused.add(1);
+                self.stats.shard.tls_key_updates_refused.add(1);
                 recv::ended(self, slot, libc::EKEYREJECTED);
             }
             Meaning::Failure => recv::ended(self, slot, libc::ECONNRESET),
@@ -219,7 +219,7 @@ impl<R: Ring> Shard<R> {
         let socket = self.ring.release(handle);
         // Without the farewell if too many wait already: it is closed.
         if self.insecure.send(Errand::Farewell(socket)).is_err() {
-            self.stats.shard.farewells_lost.add(1);
+            self.stats.shard.tls_farewells_lost.add(1);
         }
     }
 
@@ -235,7 +235,7 @@ impl<R: Ring> Shard<R> {
             Err(_) => false,
         };
         if !handed {
-            self.stats.shard.farewells_lost.add(1);
+            self.stats.shard.tls_farewells_lost.add(1);
             self.ring.shutdown_write(handle);
         }
     }

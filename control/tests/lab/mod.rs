@@ -245,6 +245,12 @@ impl Worker {
         self.frames.lock().unwrap().len()
     }
 
+    /// Drops the frames that it has taken; how many are there after that.
+    pub fn forget(&self) -> usize {
+        self.frames.lock().unwrap().clear();
+        self.taken()
+    }
+
     /// The lines that make it an instance of `endpoint` in a configuration.
     pub fn instance(&self, endpoint: &str) -> String {
         let address = self.address;

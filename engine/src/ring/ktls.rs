@@ -223,15 +223,19 @@ pub fn farewell(socket: BorrowedFd<'_>) -> io::Result<bool> {
     if unsent > 0 && 2 * unsent + FAREWELL_ROOM_BYTES > room {
         return Ok(false);
     }
-    match send_record(fd, ALERT, &CLOSE_NOTIFY) {
+    match send_record(socket, ALERT, &CLOSE_NOTIFY) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
         Err(error) => Err(error),
     }
 }
 
-/// Sends one record of another type than data.
-fn send_record(fd: RawFd, kind: u8, bytes: &[u8]) -> io::Result<()> {
+/// Sends one record of another type than data, without blocking.
+///
+/// # Errors
+/// The connection is gone, or takes nothing now.
+pub fn send_record(socket: BorrowedFd<'_>, kind: u8, bytes: &[u8]) -> io::Result<()> {
+    let fd = socket.as_raw_fd();
     let mut control = Control([0; CONTROL_BYTES]);
     let mut span = libc::iovec {
         iov_base: bytes.as_ptr().cast_mut().cast(),
