@@ -559,7 +559,7 @@ fn what_encryption_costs() {
                 if round > 0 {
                     costs.push(spent as f64 / f64::from(count) / 1e3);
                 }
-                wait_until("the worker has all", || plain.forget() == 0);
+                plain.forget();
             }
         }
         for ((way, ..), costs) in ways.iter().zip(&mut costs) {

@@ -245,10 +245,9 @@ impl Worker {
         self.frames.lock().unwrap().len()
     }
 
-    /// Drops the frames that it has taken; how many are there after that.
-    pub fn forget(&self) -> usize {
+    /// Drops the frames that it has taken.
+    pub fn forget(&self) {
         self.frames.lock().unwrap().clear();
-        self.taken()
     }
 
     /// The lines that make it an instance of `endpoint` in a configuration.
