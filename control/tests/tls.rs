@@ -127,12 +127,7 @@ fn call(address: &str, variables: &Variables, more: &[&str]) -> (i32, Program) {
     call_with("{\"text\":\"grüße\"}", address, variables, more)
 }
 
-fn call_with(
-    body: &str,
-    address: &str,
-    variables: &Variables,
-    more: &[&str],
-) -> (i32, Program) {
+fn call_with(body: &str, address: &str, variables: &Variables, more: &[&str]) -> (i32, Program) {
     let args = ["call", "--address", address, "--body", body];
     let mut call = Program::command_in(&[&args, more].concat(), &variables.pairs());
     (call.ended(), call)

@@ -25,10 +25,10 @@ use crate::command::Report;
 use crate::connection::{End, Role};
 use crate::decode::SCRATCH_BYTES;
 use crate::operation::Kind;
+use crate::recv;
 use crate::ring::ktls::{self, Meaning, RECORD_BYTES_MAX};
 use crate::ring::{Handle, Ring};
 use crate::shard::Shard;
-use crate::recv;
 
 const _: () = assert!(RECORD_BYTES_MAX <= SCRATCH_BYTES);
 

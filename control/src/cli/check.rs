@@ -299,7 +299,11 @@ fn contents(config: &Config) -> String {
         }
     );
     if !config.server.tls.is_off() {
-        let _ = writeln!(text, "  TLS: {}", tls::who_encrypts(config.server.tls.kernel));
+        let _ = writeln!(
+            text,
+            "  TLS: {}",
+            tls::who_encrypts(config.server.tls.kernel)
+        );
     }
     if let Some(gpu) = &config.gpu {
         let devices: Vec<usize> = gpu.devices.iter().map(|n| *n as usize).collect();

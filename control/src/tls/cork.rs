@@ -57,7 +57,8 @@ impl Gate {
             prefix[begun..begun + bytes.len()].copy_from_slice(bytes);
             self.prefix.set(prefix);
             self.begun.set(begun + bytes.len());
-            self.left.set(u16::from_be_bytes([prefix[3], prefix[4]]).into());
+            self.left
+                .set(u16::from_be_bytes([prefix[3], prefix[4]]).into());
         } else {
             self.left.set(self.left.get() - bytes.len());
         }

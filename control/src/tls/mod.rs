@@ -431,7 +431,9 @@ impl Connection {
             cork::exactly(&gate, accept).await?.into()
         } else {
             let dialling = material.client.ok_or(io::ErrorKind::Unsupported)?;
-            let name = dialling.name.unwrap_or(ServerName::IpAddress(address.into()));
+            let name = dialling
+                .name
+                .unwrap_or(ServerName::IpAddress(address.into()));
             let connect = TlsConnector::from(dialling.config).connect(name, socket);
             cork::exactly(&gate, connect).await?.into()
         };

@@ -26,8 +26,6 @@ const USER_CANCELED: u8 = 90;
 const NEW_SESSION_TICKET: u8 = 4;
 const KEY_UPDATE: u8 = 24;
 
-/// The kernel's TLS_RX_EXPECT_NO_PAD.
-const EXPECT_NO_PADDING: i32 = 4;
 /// Room that a farewell finds when all before it is to leave first: two records that the kernel
 /// may still hold outside of the socket's buffer.
 const FAREWELL_ROOM_BYTES: usize = 40 * 1024;
@@ -161,7 +159,12 @@ pub fn install(socket: BorrowedFd<'_>, direction: Direction, keys: &Keys<'_>) ->
     if direction == Direction::Receive && keys.version == Version::Tls13 {
         // Records are decrypted to where they are wanted, on the assumption that nobody pads
         // them; one that is padded costs a second pass. Kernels before 6.0 do not know of it.
-        let _ = set(socket, libc::SOL_TLS, EXPECT_NO_PADDING, &1i32.to_ne_bytes());
+        let _ = set(
+            socket,
+            libc::SOL_TLS,
+            libc::TLS_RX_EXPECT_NO_PAD,
+            &1i32.to_ne_bytes(),
+        );
     }
     installed
 }
@@ -170,7 +173,13 @@ fn set(socket: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -> io::Resul
     // SAFETY: an open socket, and an option of so many bytes, which the kernel copies.
     let result = unsafe {
         let length = value.len() as libc::socklen_t;
-        libc::setsockopt(socket.as_raw_fd(), level, name, value.as_ptr().cast(), length)
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            value.as_ptr().cast(),
+            length,
+        )
     };
     match result {
         0 => Ok(()),

@@ -41,7 +41,8 @@ fn tcp_pair() -> (TcpStream, TcpStream) {
     (one, listener.accept().unwrap().0)
 }
 
-fn give(socket: BorrowedFd<'_>, direction: Direction, cipher: Cipher, secret: u8) {
+/// Gives a socket the keys of one direction; whether the kernel has the cipher.
+fn give(socket: BorrowedFd<'_>, direction: Direction, cipher: Cipher, secret: u8) -> bool {
     let keys = Keys {
         version: Version::Tls13,
         cipher,
@@ -49,21 +50,29 @@ fn give(socket: BorrowedFd<'_>, direction: Direction, cipher: Cipher, secret: u8
         iv: &[secret; IV_BYTES],
         sequence: 0,
     };
-    install(socket, direction, &keys).unwrap();
+    let installed = install(socket, direction, &keys);
+    if let Err(error) = &installed {
+        assert_eq!(error.kind(), std::io::ErrorKind::NotFound, "{error}");
+    }
+    installed.is_ok()
 }
 
 /// A pair whose ends have changed keys.
-fn sealed<R: Ring>(host: &mut Host<R>, slot: u32, cipher: Cipher) -> (Handle, TcpStream) {
+fn sealed<R: Ring>(host: &mut Host<R>, slot: u32, cipher: Cipher) -> Option<(Handle, TcpStream)> {
     let (handle, peer) = host.pair(slot);
     // SAFETY: the host keeps the descriptor open until its end.
     let ours = unsafe { BorrowedFd::borrow_raw(handle.fd) };
     for (socket, out, into) in [(ours, 1, 2), (peer.as_fd(), 2, 1)] {
         prepare(socket).unwrap();
-        give(socket, Direction::Send, cipher, out);
-        give(socket, Direction::Receive, cipher, into);
+        let given = give(socket, Direction::Send, cipher, out)
+            && give(socket, Direction::Receive, cipher, into);
+        if !given {
+            eprintln!("not tested: the kernel has no {cipher:?}");
+            return None;
+        }
     }
     host.ring.secured(handle);
-    (handle, peer)
+    Some((handle, peer))
 }
 
 fn some_bytes(count: usize) -> Vec<u8> {
@@ -84,14 +93,16 @@ fn sealed_bytes_pass_both_ways<R: Ring>(mut host: Host<R>) {
         return;
     }
     let bytes: &'static [u8] = some_bytes(LARGE_BYTES).leak();
-    host.ring.register_fixed(&bytes[..LARGE_BYTES / 2]);
+    host.ring.register_fixed(bytes);
     let ciphers = [
         Cipher::Aes128Gcm,
         Cipher::Aes256Gcm,
         Cipher::Chacha20Poly1305,
     ];
     for (slot, cipher) in (1..).zip(ciphers) {
-        let (handle, mut peer) = sealed(&mut host, slot, cipher);
+        let Some((handle, mut peer)) = sealed(&mut host, slot, cipher) else {
+            continue;
+        };
         let peer = thread::spawn(move || {
             peer.write_all(bytes).unwrap();
             let mut read = vec![0; LARGE_BYTES];
@@ -126,7 +137,7 @@ fn other_records_wait_to_be_taken<R: Ring>(mut host: Host<R>) {
     if !kernel_has_tls() {
         return;
     }
-    let (handle, mut peer) = sealed(&mut host, 1, Cipher::Aes256Gcm);
+    let (handle, mut peer) = sealed(&mut host, 1, Cipher::Aes256Gcm).unwrap();
     let ticket = some_bytes(300);
     send_record(peer.as_fd(), HANDSHAKE, &ticket).unwrap();
     peer.write_all(b"between").unwrap();
@@ -158,7 +169,7 @@ fn other_records_wait_to_be_taken<R: Ring>(mut host: Host<R>) {
 fn seal(bytes: &[u8]) -> Vec<u8> {
     let (mut from, mut to) = tcp_pair();
     prepare(from.as_fd()).unwrap();
-    give(from.as_fd(), Direction::Send, Cipher::Aes256Gcm, 2);
+    assert!(give(from.as_fd(), Direction::Send, Cipher::Aes256Gcm, 2));
     from.write_all(bytes).unwrap();
     drop(from);
     let mut sealed = Vec::new();
@@ -176,7 +187,7 @@ fn half_a_record_is_nothing_yet<R: Ring>(mut host: Host<R>) {
     // SAFETY: the host keeps the descriptor open until its end.
     let ours = unsafe { BorrowedFd::borrow_raw(handle.fd) };
     prepare(ours).unwrap();
-    give(ours, Direction::Receive, Cipher::Aes256Gcm, 2);
+    assert!(give(ours, Direction::Receive, Cipher::Aes256Gcm, 2));
     host.ring.secured(handle);
     host.ring.receive(receive(1, 0), handle);
     let (first, rest) = record.split_at(record.len() / 2);
@@ -185,8 +196,14 @@ fn half_a_record_is_nothing_yet<R: Ring>(mut host: Host<R>) {
     let early = host.next_within(Duration::from_millis(300));
     let (cpu, wall) = (cpu_time() - cpu, wall.elapsed());
     assert!(early.is_none(), "{early:?}");
-    eprintln!("{}: {cpu:?} of CPU in {wall:?} with half a record", host.ring.name());
-    assert!(cpu < wall / 2, "the wait for the other half costs {cpu:?} in {wall:?}");
+    eprintln!(
+        "{}: {cpu:?} of CPU in {wall:?} with half a record",
+        host.ring.name()
+    );
+    assert!(
+        cpu < wall / 2,
+        "the wait for the other half costs {cpu:?} in {wall:?}"
+    );
     peer.write_all(rest).unwrap();
     assert!(host.receive_bytes(receive(1, 0), bytes.len()) == bytes);
 }
@@ -230,7 +247,10 @@ fn read_filled(peer: &mut TcpStream, bytes: &[u8], mut left: usize) {
     while left > 0 {
         let count = left.min(bytes.len());
         peer.read_exact(&mut read[..count]).unwrap();
-        assert!(read[..count] == bytes[..count], "{left} bytes before the end");
+        assert!(
+            read[..count] == bytes[..count],
+            "{left} bytes before the end"
+        );
         left -= count;
     }
 }
@@ -239,7 +259,7 @@ fn what_is_under_way_can_be_ended<R: Ring>(mut host: Host<R>) {
     if !kernel_has_tls() {
         return;
     }
-    let (handle, mut peer) = sealed(&mut host, 1, Cipher::Aes128Gcm);
+    let (handle, mut peer) = sealed(&mut host, 1, Cipher::Aes128Gcm).unwrap();
     host.ring.receive(receive(1, 0), handle);
     host.assert_quiet();
     host.ring.cancel_receive(receive(1, 0), handle);
@@ -259,7 +279,7 @@ fn a_farewell_waits_for_what_was_sent_before<R: Ring>(mut host: Host<R>) {
     if !kernel_has_tls() {
         return;
     }
-    let (handle, mut peer) = sealed(&mut host, 1, Cipher::Aes128Gcm);
+    let (handle, mut peer) = sealed(&mut host, 1, Cipher::Aes128Gcm).unwrap();
     // SAFETY: the host keeps the descriptor open until its end.
     let ours = unsafe { BorrowedFd::borrow_raw(handle.fd) };
     let bytes: &'static [u8] = some_bytes(LARGE_BYTES).leak();
