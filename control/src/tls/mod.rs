@@ -2,8 +2,8 @@
 //! comes here for its handshake and goes back as one that carries what was inside.
 //!
 //! ```text
-//! shard --Handshake--> [thread "tls-N": handshake] --Adopt(the same)--> shard ==TLS of the kernel==
-//!                                                 '-Adopt(one end of a pair)--> shard
+//! shard --Handshake--> [thread "tls-N": handshake] --Adopt(the same)--> shard ==TLS, kernel== peer
+//!                                                '--Adopt(one end of a pair)--> shard
 //!                           peer ==TLS== [pump] == the other end
 //! ```
 //!
