@@ -49,12 +49,6 @@ pub struct TlsClient {
     pub server_name: Option<String>,
 }
 
-impl Default for KernelTls {
-    fn default() -> KernelTls {
-        KernelTls::Auto
-    }
-}
-
 impl Tls {
     /// Whether there is none at all.
     pub fn is_off(&self) -> bool {

@@ -87,8 +87,10 @@ words! {
 
 words! {
     /// Who encrypts once hands are shaken.
+    #[derive(Default)]
     KernelTls {
         /// The kernel where it can, else threads of this process.
+        #[default]
         Auto = "auto",
         /// Threads of this process.
         Off = "off",
