@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use corelane_gpu_mem::lane::layout::Wish;
 
-use crate::adopt::Insecure;
+use crate::adopt::Errand;
 use crate::buffers::Buffers;
 use crate::client::Client;
 use crate::config::{Idle, ShardConfig};
@@ -105,7 +105,7 @@ pub struct Shard<R: Ring> {
     pub(crate) client: Client,
     pub(crate) lanes: WorkerLanes,
     pub(crate) due: Vec<u64>,
-    pub(crate) insecure: Sender<Insecure>,
+    pub(crate) insecure: Sender<Errand>,
     pub(crate) outbound: Sender<Outbound>,
     /// No peer that speaks TLS is reported before this time.
     pub(crate) stranger_told_ns: u64,
@@ -436,6 +436,8 @@ impl<R: Ring> Shard<R> {
     pub(crate) fn reset(&mut self, slot: u32) {
         let operation = self.operation(Kind::Receive, slot);
         let connection = &mut self.connections[slot];
+        // A farewell would make it an end of stream.
+        connection.kernel_tls = false;
         if !connection.closing {
             connection.closing = true;
             if connection.receiving {
@@ -556,7 +558,7 @@ impl<R: Ring> Shard<R> {
                     self.draining = true;
                     self.stats.shard.draining.set(1);
                 }
-                Command::Stop => self.stopping = true,
+                Command::Stop => self.stop(),
             }
         }
     }
