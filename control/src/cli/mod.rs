@@ -17,6 +17,7 @@ use crate::{logging, trace};
 
 mod args;
 mod check;
+mod doctor;
 mod events;
 mod extract;
 mod gms;
@@ -171,6 +172,7 @@ fn dispatch(command: Command, env: &Env, host: &Host) -> anyhow::Result<Exit> {
             EventsCommand::Publish(publish) => commands::publish(publish.args(env)?),
         },
         Command::Tune(options) => tune::tune(*options, env, host),
+        Command::Doctor(options) => doctor::doctor(&options, env, host),
     }
 }
 

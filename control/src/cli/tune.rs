@@ -97,36 +97,38 @@ struct UndoOptions {
     record: PathBuf,
 }
 
-impl LookOptions {
-    fn inputs(&self, env: &Env, host: &Host) -> Inputs {
-        let path = self.file.path(env);
-        // Whoever named a file wants that one; else a host can be looked at without any.
-        let named = self.file.config.is_some() || env.get("CORELANE_CONFIG").is_some();
-        let main = match named || path.exists() {
-            true => Main::File(path),
-            false => Main::Text {
-                name: "corelane tune".into(),
-                text: NONE.into(),
-            },
-        };
-        Inputs {
-            purpose: Purpose::Serve,
-            main,
-            overrides: self.settings.set.clone(),
-            env: env.clone(),
-            host: host.clone(),
-        }
+/// The configuration that a host is looked at for.
+pub(super) fn inputs(file: &ConfigFile, settings: &Settings, env: &Env, host: &Host) -> Inputs {
+    let path = file.path(env);
+    // Whoever named a file wants that one; else a host can be looked at without any.
+    let named = file.config.is_some() || env.get("CORELANE_CONFIG").is_some();
+    let main = match named || path.exists() {
+        true => Main::File(path),
+        false => Main::Text {
+            name: "no configuration".into(),
+            text: NONE.into(),
+        },
+    };
+    Inputs {
+        purpose: Purpose::Serve,
+        main,
+        overrides: settings.set.clone(),
+        env: env.clone(),
+        host: host.clone(),
     }
+}
 
+impl LookOptions {
     fn make(&self, env: &Env, host: &Host) -> Result<(View, Plan), Stop> {
-        let config = super::config(&self.inputs(env, host))?;
+        let config = super::config(&inputs(&self.file, &self.settings, env, host))?;
         let view = View::host();
         let plan = Plan::make(&view, &goal(&config, &self.devices));
         Ok((view, plan))
     }
 }
 
-fn goal(config: &Config, devices: &[String]) -> Goal {
+/// What it asks of the host.
+pub(super) fn goal(config: &Config, devices: &[String]) -> Goal {
     let connections = config
         .cores
         .iter()
