@@ -513,7 +513,11 @@ mod tests {
         write(root, "sys/fs/cgroup/pods/one/cpu.max", "50000 0\n");
         assert_eq!(CpuQuota::read(root).unwrap().cpus(), 2.5);
         let old = "sys/fs/cgroup/cpu";
-        write(root, "proc/self/cgroup", "4:cpuset:/\n1:cpu,cpuacct:/old\n0::/\n");
+        write(
+            root,
+            "proc/self/cgroup",
+            "4:cpuset:/\n1:cpu,cpuacct:/old\n0::/\n",
+        );
         write(root, &format!("{old}/cgroup.procs"), "1\n");
         write(root, &format!("{old}/old/cpu.cfs_quota_us"), "-1\n");
         write(root, &format!("{old}/old/cpu.cfs_period_us"), "100000\n");

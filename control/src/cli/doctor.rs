@@ -36,7 +36,7 @@ use crate::env::Env;
 use crate::tune::View;
 
 /// Name and version of the JSON form.
-pub const SCHEMA: &str = "corelane.doctor/1";
+const SCHEMA: &str = "corelane.doctor/1";
 
 /// Time between two looks at counters.
 const WINDOW: Duration = Duration::from_secs(1);
@@ -77,7 +77,7 @@ pub(super) struct DoctorOptions {
 
 /// What `--json` prints.
 #[derive(Debug, Serialize)]
-pub struct Report<'a> {
+struct Report<'a> {
     /// Always [`SCHEMA`].
     pub schema: &'static str,
     /// The file that the host was judged for.
@@ -130,9 +130,9 @@ impl DoctorOptions {
     fn read(&self, env: &Env, host: &Host) -> Result<(Inputs, Config), Stop> {
         let mut inputs = tune::inputs(&self.file, &self.settings, env, host);
         let settings = config::load(&inputs).settings;
-        let named = settings.iter().find(|setting| {
-            setting.path == "core.cpus" && setting.origin != Origin::Default
-        });
+        let named = settings
+            .iter()
+            .find(|setting| setting.path == "core.cpus" && setting.origin != Origin::Default);
         let named = named.and_then(|setting| setting.value.as_deref());
         let named = named.and_then(|list| parse_cpu_list(list).ok());
         let mut cpus = named.unwrap_or_default();
@@ -149,7 +149,8 @@ impl DoctorOptions {
         let etcd = match config.discovery.backend {
             Backend::Etcd => {
                 let options = EtcdOptions::from_env(|name| config.discovery.variable(name));
-                Some(options.map_err(|error| Stop::Usage(error.to_string()))?)
+                let options = options.map_err(|error| Stop::Usage(error.to_string()))?;
+                Some((options.endpoints, options.auth))
             }
             _ => None,
         };

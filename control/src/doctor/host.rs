@@ -243,8 +243,8 @@ pub(super) fn settings(sight: &Sight) -> Outcome {
     }
     Outcome::one(
         finding
-        .because("Each costs something under load; nothing shows that it does now.")
-        .remedy("`corelane tune` says what and why, `corelane tune apply` changes them."),
+            .because("Each costs something under load; nothing shows that it does now.")
+            .remedy("`corelane tune` says what and why, `corelane tune apply` changes them."),
     )
 }
 

@@ -46,8 +46,7 @@ pub(super) fn swap(sight: &Sight) -> Outcome {
         line.split_whitespace().nth(column)?.parse().ok()
     };
     let lines: Vec<&str> = table.lines().skip(1).collect();
-    let sum =
-        |column| -> u64 { lines.iter().filter_map(|line| number(line, column)).sum() };
+    let sum = |column| -> u64 { lines.iter().filter_map(|line| number(line, column)).sum() };
     let (size, used) = (sum(2), sum(3));
     if size == 0 {
         return Outcome::Well("there is none".into());

@@ -10,7 +10,7 @@
 
 use std::sync::{Arc, mpsc};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde::Serialize;
 
@@ -222,9 +222,11 @@ impl Diagnosis {
             match outcome.unwrap_or_else(late) {
                 Outcome::Well(what) => diagnosis.well.push(Well { check, what }),
                 Outcome::Unseen(why) => diagnosis.unseen.push(Unseen { check, why }),
-                Outcome::Found(found) => diagnosis
-                    .findings
-                    .extend(found.into_iter().map(|finding| Finding { check, ..finding })),
+                Outcome::Found(found) => diagnosis.findings.extend(
+                    found
+                        .into_iter()
+                        .map(|finding| Finding { check, ..finding }),
+                ),
             }
         }
         // Those of the same weight stay in the order of the checks.

@@ -13,7 +13,7 @@ use rustls::pki_types::ServerName;
 use rustls::{ClientConnection, StreamOwned};
 
 use super::{Finding, Outcome, Sight, Weight};
-use crate::discovery::{EtcdAuth, EtcdOptions};
+use crate::discovery::EtcdAuth;
 use crate::tls::material::client_of_text;
 
 /// Peers that are asked at most, of each kind.
@@ -41,13 +41,13 @@ enum NoClock {
 
 /// Whether etcd is there, and its clock is ours.
 pub(super) fn etcd(sight: &Sight) -> Outcome {
-    let Some(options) = &sight.wish.etcd else {
+    let Some((endpoints, auth)) = &sight.wish.etcd else {
         return Outcome::Well("not used: discovery is elsewhere".into());
     };
     let patience = sight.wish.patience / 2;
-    let endpoints = options.endpoints.iter().take(PEERS_MAX).cloned();
+    let endpoints = endpoints.iter().take(PEERS_MAX).cloned();
     let ask = |endpoint: String| {
-        let clock = clock(&endpoint, options, patience);
+        let clock = clock(&endpoint, auth, patience);
         (endpoint, clock)
     };
     let asked = side_by_side(endpoints.collect(), ask);
@@ -132,8 +132,10 @@ fn unreachable(endpoint: &str, why: &str, all: bool) -> Finding {
     Finding::new(weight, format!("etcd at {endpoint} cannot be reached"))
         .seen(why, endpoint)
         .because(match all {
-            true => "Without etcd `corelane serve` does not start; one that runs keeps its last \
-                     known directory.",
+            true => {
+                "Without etcd `corelane serve` does not start; one that runs keeps its last \
+                     known directory."
+            }
             false => "The others serve, and this one is missing when one of them ends.",
         })
         .remedy(
@@ -143,7 +145,7 @@ fn unreachable(endpoint: &str, why: &str, all: bool) -> Finding {
 }
 
 /// Asks etcd's HTTP side for its version; the answer has its time.
-fn clock(endpoint: &str, options: &EtcdOptions, patience: Duration) -> Result<Clock, NoClock> {
+fn clock(endpoint: &str, auth: &EtcdAuth, patience: Duration) -> Result<Clock, NoClock> {
     let (host, address, secure) = split(endpoint);
     let away = |error: std::io::Error| NoClock::Away(error.to_string());
     let found = address.to_socket_addrs().map_err(away)?.next();
@@ -153,7 +155,7 @@ fn clock(endpoint: &str, options: &EtcdOptions, patience: Duration) -> Result<Cl
     limits
         .and_then(|()| stream.set_write_timeout(Some(patience)))
         .map_err(away)?;
-    match (secure, &options.auth) {
+    match (secure, auth) {
         (false, _) => date(&mut stream, &host),
         (
             true,
@@ -186,7 +188,9 @@ fn clock(endpoint: &str, options: &EtcdOptions, patience: Duration) -> Result<Cl
 /// Host, `host:port`, and whether TLS is spoken.
 fn split(endpoint: &str) -> (String, String, bool) {
     let secure = endpoint.starts_with("https://");
-    let rest = endpoint.split_once("://").map_or(endpoint, |(_, rest)| rest);
+    let rest = endpoint
+        .split_once("://")
+        .map_or(endpoint, |(_, rest)| rest);
     let rest = rest.split('/').next().unwrap_or(rest);
     let port = rest
         .rsplit_once(':')
@@ -276,7 +280,10 @@ pub(super) fn nagle(sight: &Sight) -> Outcome {
     }
     Outcome::of(findings, || match failed.is_empty() {
         true => format!("{count} asked, none holds answers back"),
-        false => format!("none asked holds answers back; not seen: {}", failed.join("; ")),
+        false => format!(
+            "none asked holds answers back; not seen: {}",
+            failed.join("; ")
+        ),
     })
 }
 
@@ -427,7 +434,11 @@ mod tests {
         };
         let old = ask("HTTP/1.1 200 OK\ndate: Sun, 06 Nov 1994 08:49:37 GMT\n\n{}");
         assert!(old.is_ok_and(|clock| clock.skew.1 < -1e8));
-        for mute in ["", "HTTP/1.1 200 OK\n\n", "HTTP/1.1 200 OK\nDate: today\n\n"] {
+        for mute in [
+            "",
+            "HTTP/1.1 200 OK\n\n",
+            "HTTP/1.1 200 OK\nDate: today\n\n",
+        ] {
             assert!(matches!(ask(mute), Err(NoClock::Mute(_))), "{mute:?}");
         }
     }

@@ -13,7 +13,7 @@ use corelane_engine::placement::{
 use corelane_engine::preflight::Report;
 
 use crate::config::Io;
-use crate::discovery::EtcdOptions;
+use crate::discovery::EtcdAuth;
 use crate::tune::{self, Goal, Item, Plan, Standing, Topic, View};
 
 /// What the host is to be good for.
@@ -27,8 +27,8 @@ pub struct Wish {
     pub connections_max: u64,
     /// How each data core moves bytes.
     pub io: Vec<Io>,
-    /// How etcd is reached, if it is discovery.
-    pub etcd: Option<EtcdOptions>,
+    /// etcd's endpoints and who we are there, if it is discovery.
+    pub etcd: Option<(Vec<String>, EtcdAuth)>,
     /// Workers to ask.
     pub peers: Vec<SocketAddr>,
     /// How long all checks may take.

@@ -110,7 +110,10 @@ pub(super) fn ports(sight: &Sight) -> Outcome {
         _ => return Outcome::Well(format!("at most {used} of {all} towards one address")),
     };
     let settings = ["net.ipv4.ip_local_port_range", "net.ipv4.tcp_tw_reuse"];
-    let wrong: Vec<_> = settings.iter().filter_map(|name| sight.wrong(name)).collect();
+    let wrong: Vec<_> = settings
+        .iter()
+        .filter_map(|name| sight.wrong(name))
+        .collect();
     let fix = match wrong.is_empty() {
         false => remedy(&wrong),
         true => "Spread the load over more addresses of that peer; between corelane processes \
@@ -167,19 +170,16 @@ pub(super) fn sidecar(sight: &Sight) -> Outcome {
         .filter(|(_, ports, _)| ports.iter().all(|port| listens(*port)));
     let findings: Vec<Finding> = found
         .map(|(name, [out, into], fix)| {
-            Finding::new(
-                Weight::Cost,
-                format!("{name} is in the way of connections"),
-            )
-            .seen(
-                format!("ports {out} (outbound) and {into} (inbound) are listened on"),
-                TABLES[0],
-            )
-            .because(
-                "Rules of the network namespace send connections through a proxy, each request \
+            Finding::new(Weight::Cost, format!("{name} is in the way of connections"))
+                .seen(
+                    format!("ports {out} (outbound) and {into} (inbound) are listened on"),
+                    TABLES[0],
+                )
+                .because(
+                    "Rules of the network namespace send connections through a proxy, each request \
                  twice through user space, and it parses what is not HTTP.",
-            )
-            .remedy(*fix)
+                )
+                .remedy(*fix)
         })
         .collect();
     Outcome::of(findings, || {

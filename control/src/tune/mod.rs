@@ -20,8 +20,8 @@ mod view;
 mod wanted;
 
 pub use apply::{Done, Outcome, RECORD, Record, apply, undo};
-pub use print::{command, drop_in, script, text};
 pub(crate) use nic::looked_at;
+pub use print::{command, drop_in, script, text};
 pub use view::View;
 
 /// Where a value of the host is kept.
