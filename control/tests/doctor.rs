@@ -140,6 +140,19 @@ fn every_check_answers_and_the_exit_code_says_how() {
         "{out}"
     );
     assert!(matches!(output.status.code(), Some(0 | 1)), "{out}");
+    // What the environment says of discovery counts without a file too.
+    let mut command = Command::new(PROGRAM);
+    command.args(["doctor", "--timeout-s", "300"]).env_clear();
+    let endpoints = etcd(0);
+    command
+        .env("DYN_DISCOVERY_BACKEND", "etcd")
+        .env("ETCD_ENDPOINTS", &endpoints);
+    let output = command.current_dir(folder.path()).output().unwrap();
+    let out = text(&output.stdout);
+    assert!(
+        out.contains(&format!("well    etcd: {endpoints} answers in ")),
+        "{out}"
+    );
     let bad = run(&[PROGRAM, "doctor", "--config", "/not/there.toml"]);
     assert_eq!(bad.status.code(), Some(2));
     assert!(bad.stdout.is_empty() && text(&bad.stderr).contains("no such file"));

@@ -5,7 +5,7 @@
 //! ```json
 //! {"schema":"corelane.doctor/1","config":"corelane.toml","ok":false,
 //!  "findings":[{"check":"steering","weight":"cost","required":false,
-//!               "what":"RPS hands packets of 1 queues to other cores",
+//!               "what":"RPS hands packets of 1 of 2 receive queues to other cores",
 //!               "evidence":[{"value":"eth0 rx-0 RPS: f",
 //!                            "at":"/sys/class/net/eth0/queues/rx-0/rps_cpus"}],
 //!               "cause":"The device has chosen ...","remedy":"`corelane tune apply`, or ..."}],

@@ -180,8 +180,8 @@ pub(super) fn pressure(sight: &Sight) -> Outcome {
                  answers milliseconds later.",
             )
             .remedy(format!(
-                "Find it with `top -H`, and keep it off CPUs {}: AllowedCPUs= of its unit, \
-                 `taskset`, or `isolcpus={}` at boot.",
+                "Find it with `top -H`, and keep it off the data cores ({}): AllowedCPUs= of its \
+                 unit, `taskset`, or `isolcpus={}` at boot.",
                 cpu_list(&data),
                 cpu_list(&data)
             )),

@@ -111,7 +111,11 @@ pub(super) fn frequency(sight: &Sight) -> Outcome {
     if wrong.is_empty() {
         return Outcome::Well("the clock of the data cores stays up".into());
     }
-    let what = format!("the clock of {} data cores is scaled", wrong.len());
+    let what = format!(
+        "the clock of {} of {} data cores is scaled",
+        wrong.len(),
+        all.len()
+    );
     Outcome::one(
         evidence(Finding::new(Weight::Cost, what), &wrong)
             .because(format!("{}.", sentence(wrong[0].why)))

@@ -26,7 +26,7 @@ pub(super) fn interrupts(sight: &Sight) -> Outcome {
     let balance = balance.next();
     if wrong.is_empty() {
         return match balance {
-            None => Outcome::Well(format!("{} queues, each on its core", all.len())),
+            None => Outcome::Well(format!("each of {} on the core of its queue", all.len())),
             Some(note) => Outcome::one(
                 Finding::new(
                     Weight::Hint,
@@ -39,7 +39,7 @@ pub(super) fn interrupts(sight: &Sight) -> Outcome {
         };
     }
     let what = format!(
-        "interrupts of {} of {} queues go to other cores",
+        "{} of {} interrupts of device queues go to other cores",
         wrong.len(),
         all.len()
     );
@@ -63,9 +63,13 @@ pub(super) fn steering(sight: &Sight) -> Outcome {
         return Outcome::Unseen("no receive queue of a network device is to be seen".into());
     }
     if wrong.is_empty() {
-        return Outcome::Well(format!("RPS is off on {} queues", all.len()));
+        return Outcome::Well("RPS is off on all receive queues".into());
     }
-    let what = format!("RPS hands packets of {} queues to other cores", wrong.len());
+    let what = format!(
+        "RPS hands packets of {} of {} receive queues to other cores",
+        wrong.len(),
+        all.len()
+    );
     Outcome::one(
         evidence(Finding::new(Weight::Cost, what), &wrong)
             .because(

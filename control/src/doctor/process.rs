@@ -93,7 +93,7 @@ pub(super) fn memlock(sight: &Sight) -> Outcome {
 
 /// Open files for all connections.
 pub(super) fn nofile(sight: &Sight) -> Outcome {
-    let cores = sight.wish.io.len() as u64;
+    let cores = sight.assignment().data.len() as u64;
     let (limit, most) = (sight.report.files.soft, sight.wish.connections_max);
     let Some(found) = sight.report.too_few_files(most, cores) else {
         return Outcome::Well(match limit {
