@@ -424,7 +424,7 @@ fn the_clock_of_etcd_is_compared() {
         Config::new(&text).doctor(&[], &[]).1
     };
     let (right, behind) = (etcd(0), etcd(-3_600));
-    let report = ask(&[right.clone()]);
+    let report = ask(std::slice::from_ref(&right));
     assert!(
         other(&report, "well", "etcd").is_some_and(|well| well.contains(&right)),
         "{report:#}"

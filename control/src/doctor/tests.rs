@@ -461,7 +461,10 @@ fn how_the_machine_is_set_up_is_judged_as_tune_judges_it() {
         "ns to read it (measured)",
         &echo,
     );
+}
 
+#[test]
+fn memory_that_is_far_or_stalls_is_seen() {
     let node = format!("{NET}/device/numa_node");
     let seen = format!("node 1 (/{node})");
     let fake = Fake::new();
@@ -569,7 +572,11 @@ fn queues_that_overflow_are_told_by_their_counters() {
             .contains("echo 4096 > /proc/sys/net/core/somaxconn"),
         "{finding:#?}"
     );
+}
 
+#[test]
+fn packets_that_are_dropped_are_told_by_where() {
+    let netstat = "proc/net/netstat";
     let missed = format!("{NET}/statistics/rx_missed_errors");
     let cases = [
         (
@@ -602,7 +609,10 @@ fn queues_that_overflow_are_told_by_their_counters() {
             remedy,
         );
     }
+}
 
+#[test]
+fn tables_and_memory_that_run_out_are_seen() {
     let count = "proc/sys/net/netfilter/nf_conntrack_count";
     let most = "sysctl -w net.netfilter.nf_conntrack_max=4000";
     file(
