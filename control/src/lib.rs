@@ -13,6 +13,7 @@ pub mod component;
 pub mod config;
 pub mod cores;
 pub mod discovery;
+pub mod doctor;
 pub mod echo;
 pub mod engine_routes;
 pub mod env;

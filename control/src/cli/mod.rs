@@ -17,6 +17,7 @@ use crate::{logging, trace};
 
 mod args;
 mod check;
+mod doctor;
 mod events;
 mod extract;
 mod gms;
@@ -177,6 +178,7 @@ fn dispatch(command: Command, env: &Env, host: &Host) -> anyhow::Result<Exit> {
             }
         },
         Command::Tune(options) => tune::tune(*options, env, host),
+        Command::Doctor(options) => doctor::doctor(&options, env, host),
     }
 }
 
