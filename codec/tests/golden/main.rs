@@ -6,6 +6,7 @@ mod common;
 mod discovery;
 mod event;
 mod payload;
+mod plain;
 mod quic;
 mod reply;
 mod request;
