@@ -16,12 +16,13 @@ use anyhow::{Context, Result};
 use corelane_codec::event::{
     CHANNELS_BUCKET, EventChannelRecord, EventKey, EventTransport, Scope, ZmqBrokerChannel,
 };
-use corelane_engine::config::RingKind;
+use corelane_engine::config::{Idle, RingKind};
 use corelane_engine::events::stats::Stats;
 use corelane_engine::events::{
-    self, Door, DoorKind, Overflow, PlaneConfig, PlaneHandle, Report, Side,
+    self, Command, Door, DoorKind, Overflow, PlaneConfig, PlaneHandle, Report, Side,
 };
 use corelane_engine::executor::listen;
+use corelane_engine::mesh::Sender;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::task::spawn_local;
@@ -53,6 +54,12 @@ impl Broker {
     pub fn start(config: &Config, broker: &config::Broker, ring: RingKind) -> Result<Rc<Self>> {
         let (xsub, publishers) = door(broker.xsub, DoorKind::Publishers, "xsub")?;
         let (xpub, subscribers) = door(broker.xpub, DoorKind::Subscribers, "xpub")?;
+        let mut doors = vec![publishers, subscribers];
+        if let Some(address) = broker.tcp {
+            let (tcp, plain) = door(address, DoorKind::Plain, "tcp")?;
+            tracing::info!(%tcp, "events: listening for plain TCP");
+            doors.push(plain);
+        }
         let url = |bound: SocketAddr| {
             let told = told(bound.ip(), config);
             vec![format!("tcp://{}", SocketAddr::new(told, bound.port()))]
@@ -61,7 +68,7 @@ impl Broker {
             xsub_endpoints: url(xsub),
             xpub_endpoints: url(xpub),
         };
-        let plane = events::spawn(plane_config(broker, ring), vec![publishers, subscribers]);
+        let plane = events::spawn(plane_config(config, broker, ring), doors);
         let plane = plane.context("cannot start the event plane")?;
         tracing::info!(
             xsub = channel.xsub_endpoints[0], xpub = channel.xpub_endpoints[0],
@@ -80,6 +87,11 @@ impl Broker {
         });
         spawn_local(read_reports(Rc::clone(&this), wake));
         Ok(this)
+    }
+
+    /// Hands its plane commands, as long as it runs.
+    pub fn commands(&self) -> Sender<Command> {
+        self.plane.borrow().commands()
     }
 
     /// Its counters.
@@ -164,6 +176,9 @@ impl Broker {
                 let publisher = format!("{publisher_id:x}");
                 tracing::warn!(publisher, so_far, "events: a publisher's events have a gap");
             }
+            Report::NotPinned { cpu, why } => {
+                tracing::warn!(cpu, why, "events: the thread of the broker is not pinned");
+            }
             Report::Stopped { failure } => {
                 if !self.stopping.get() {
                     let failure = failure.unwrap_or_else(|| "for no known reason".to_owned());
@@ -216,8 +231,13 @@ fn told(bound: IpAddr, config: &Config) -> IpAddr {
     bound
 }
 
-fn plane_config(broker: &config::Broker, ring: RingKind) -> PlaneConfig {
+fn plane_config(config: &Config, broker: &config::Broker, ring: RingKind) -> PlaneConfig {
     PlaneConfig {
+        cpu: broker.cpu.unwrap_or(config.control.cpu),
+        idle: match broker.idle {
+            config::Idle::Block => Idle::Block,
+            config::Idle::Spin => Idle::Spin,
+        },
         overflow: match broker.overflow {
             config::Overflow::DropNewest => Overflow::DropNewest,
             config::Overflow::DropOldest => Overflow::DropOldest,

@@ -38,7 +38,7 @@ mod value;
 mod words;
 
 pub use corelane_codec::path::EndpointId;
-pub use events::Broker;
+pub use events::{BridgeConfig, Broker};
 pub use host::Host;
 pub use keys::{Alias, Dialect, Fallback, Key, Section, find, keys};
 pub use layers::Setting;

@@ -20,14 +20,14 @@ pub struct Losses {
 
 /// The next number of each publisher.
 #[derive(Debug, Default)]
-pub(super) struct Numbers {
+pub(crate) struct Numbers {
     next: HashMap<u64, u64>,
-    pub(super) losses: Losses,
+    pub(crate) losses: Losses,
 }
 
 impl Numbers {
     /// An event has come.
-    pub(super) fn came(&mut self, publisher_id: u64, sequence: u64) {
+    pub(crate) fn came(&mut self, publisher_id: u64, sequence: u64) {
         if self.next.len() >= PUBLISHERS_MAX && !self.next.contains_key(&publisher_id) {
             self.next.clear();
         }

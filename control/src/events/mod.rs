@@ -10,6 +10,7 @@
 
 mod losses;
 mod publisher;
+pub(crate) mod seen;
 mod subscriber;
 
 use std::rc::Rc;
@@ -20,6 +21,7 @@ use corelane_codec::{EncodeError, event};
 use thiserror::Error;
 
 pub use losses::Losses;
+pub(crate) use losses::Numbers;
 pub use publisher::Publisher;
 pub use subscriber::{Event, Subscriber};
 
