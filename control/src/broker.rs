@@ -16,7 +16,7 @@ use anyhow::{Context, Result};
 use corelane_codec::event::{
     CHANNELS_BUCKET, EventChannelRecord, EventKey, EventTransport, Scope, ZmqBrokerChannel,
 };
-use corelane_engine::config::{Idle, RingKind};
+use corelane_engine::config::RingKind;
 use corelane_engine::events::stats::Stats;
 use corelane_engine::events::{
     self, Command, Door, DoorKind, Overflow, PlaneConfig, PlaneHandle, Report, Side,
@@ -30,6 +30,7 @@ use tokio::task::spawn_local;
 use crate::config::{self, Config};
 use crate::cores;
 use crate::discovery::{Discovery, Entry, Record, Registered};
+use crate::preflight;
 
 /// The component that Dynamo looks for brokers under, and their topic.
 const COMPONENT: &str = "zmq_broker";
@@ -234,10 +235,7 @@ fn told(bound: IpAddr, config: &Config) -> IpAddr {
 fn plane_config(config: &Config, broker: &config::Broker, ring: RingKind) -> PlaneConfig {
     PlaneConfig {
         cpu: broker.cpu.unwrap_or(config.control.cpu),
-        idle: match broker.idle {
-            config::Idle::Block => Idle::Block,
-            config::Idle::Spin => Idle::Spin,
-        },
+        idle: preflight::idle(broker.idle),
         overflow: match broker.overflow {
             config::Overflow::DropNewest => Overflow::DropNewest,
             config::Overflow::DropOldest => Overflow::DropOldest,

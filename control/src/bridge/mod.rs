@@ -21,7 +21,6 @@ mod on_nats;
 mod outbox;
 
 use std::cell::{Cell, RefCell};
-use std::hash::{DefaultHasher, Hasher};
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -32,6 +31,7 @@ use corelane_codec::event::origin::Origin;
 use corelane_codec::event::{Envelope, encode_segment, frame};
 use corelane_engine::events::{Command, Group, LocalEvent, Side};
 use corelane_engine::mesh::{self, Receiver, Sender};
+use sha2::{Digest, Sha256};
 use tokio::io::unix::AsyncFd;
 use tokio::task::{JoinSet, yield_now};
 use tokio::time::{sleep, timeout};
@@ -272,12 +272,10 @@ fn doors_id(config: &BridgeConfig, me: u64) -> u64 {
     }
 }
 
-/// The same number for the same name in every process of this version: marks hold no names.
+/// The same number for the same name everywhere: marks hold no names.
 fn number(name: &[u8]) -> u64 {
-    // Its keys are fixed, unlike those of a `HashMap`.
-    let mut hasher = DefaultHasher::new();
-    hasher.write(name);
-    hasher.finish()
+    let hash = Sha256::digest(name);
+    hash.iter().take(8).fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 
 /// Takes what the plane receives in a group.
