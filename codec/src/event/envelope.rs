@@ -146,7 +146,7 @@ impl<'a> EnvelopeFront<'a> {
     #[must_use]
     pub fn decode(input: &'a [u8]) -> Option<Self> {
         let (front, rest) = Self::read(input)?;
-        let (head, payload) = match *rest {
+        let (head, payload): (usize, u64) = match *rest {
             [0xc4, bytes, ..] => (2, bytes.into()),
             [0xc5, a, b, ..] => (3, u16::from_be_bytes([a, b]).into()),
             [0xc6, a, b, c, d, ..] => (5, u32::from_be_bytes([a, b, c, d]).into()),
