@@ -42,6 +42,7 @@ pub struct Broker {
     plane: RefCell<PlaneHandle>,
     stats: Arc<Stats>,
     channel: ZmqBrokerChannel,
+    tcp: Option<SocketAddr>,
     namespace: String,
     stopping: Cell<bool>,
     ended: Notify,
@@ -56,10 +57,12 @@ impl Broker {
         let (xsub, publishers) = door(broker.xsub, DoorKind::Publishers, "xsub")?;
         let (xpub, subscribers) = door(broker.xpub, DoorKind::Subscribers, "xpub")?;
         let mut doors = vec![publishers, subscribers];
+        let mut tcp = None;
         if let Some(address) = broker.tcp {
-            let (tcp, plain) = door(address, DoorKind::Plain, "tcp")?;
-            tracing::info!(%tcp, "events: listening for plain TCP");
+            let (bound, plain) = door(address, DoorKind::Plain, "tcp")?;
+            tracing::info!(tcp = %bound, "events: listening for plain TCP");
             doors.push(plain);
+            tcp = Some(bound);
         }
         let url = |bound: SocketAddr| {
             let told = told(bound.ip(), config);
@@ -82,12 +85,23 @@ impl Broker {
             stats: Arc::clone(&plane.stats),
             plane: RefCell::new(plane),
             channel,
+            tcp,
             namespace: broker.namespace.clone(),
             stopping: Cell::new(false),
             ended: Notify::new(),
         });
         spawn_local(read_reports(Rc::clone(&this), wake));
         Ok(this)
+    }
+
+    /// Where Dynamo's peers are told to go.
+    pub fn channel(&self) -> &ZmqBrokerChannel {
+        &self.channel
+    }
+
+    /// Where it listens for plain TCP.
+    pub fn tcp(&self) -> Option<SocketAddr> {
+        self.tcp
     }
 
     /// Hands its plane commands, as long as it runs.

@@ -63,7 +63,8 @@ impl Course {
     }
 
     /// Their numbers.
-    pub(super) fn ids(&self) -> Vec<u64> {
+    #[cfg(test)]
+    fn ids(&self) -> Vec<u64> {
         self.sides.iter().map(|side| side.id).collect()
     }
 

@@ -112,8 +112,9 @@ impl Collector for Snapshot {
         let help = "Events that wait to be brought to a side.";
         let mut family = encoder.encode_descriptor("waiting", help, None, MetricType::Gauge)?;
         for side in &self.sides {
-            let mut of_side = family.encode_family(&[("side", side.side)])?;
-            of_side.encode_gauge(&side.waiting)?;
+            family
+                .encode_family(&[("side", side.side)])?
+                .encode_gauge(&side.waiting)?;
         }
         let help = "Other bridges that pass events on.";
         encoder

@@ -46,7 +46,7 @@ pub use problem::{Origin, Problem, Severity};
 pub use tls::{Tls, TlsClient, TlsServer};
 pub use value::{Kind, Value, address};
 pub use words::{
-    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, Overflow, PlannerNames, Policy,
+    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Io, Overflow, PlannerNames, Policy,
     RelayPlane, Response, ResponsePlane, Switch, Word,
 };
 
