@@ -207,7 +207,8 @@ proptest! {
 
     #[test]
     fn plain_hellos(publisher in any::<bool>(), payload_bytes_max in any::<u32>(),
-                    prefixes in vec(vec(any::<u8>(), 0..40), 1..5), behind in vec(any::<u8>(), 0..9)) {
+                    prefixes in vec(vec(any::<u8>(), 0..40), 1..5),
+                    behind in vec(any::<u8>(), 0..9)) {
         let role = if publisher { Role::Publisher } else { Role::Subscriber };
         let count = if publisher { 1 } else { prefixes.len() };
         let prefixes: Vec<&[u8]> = prefixes[..count].iter().map(Vec::as_slice).collect();

@@ -234,8 +234,10 @@ const AFTER_ROUTE: &[(&str, &[&str])] = &[
     ),
     (
         "[events]\nbroker = true\ncpu = 77\n",
-        &["c.toml:9:7: cpu is 77, which this process may not use (0-3); \
-         write one of these, or \"last\""],
+        &[
+            "c.toml:9:7: cpu is 77, which this process may not use (0-3); \
+         write one of these, or \"last\"",
+        ],
     ),
     (
         "[discovery]\nbackend = \"kubernetes\"\n",

@@ -86,7 +86,10 @@ impl Plane {
             prefixes,
             events,
         });
-        let dials = [(other.xpub, Side::Publisher, 5), (other.xsub, Side::Subscriber, 6)];
+        let dials = [
+            (other.xpub, Side::Publisher, 5),
+            (other.xsub, Side::Subscriber, 6),
+        ];
         for (dial, (address, side, group)) in dials.into_iter().enumerate() {
             let dial = dial as u64;
             self.tell(Command::Dial {
@@ -191,7 +194,11 @@ impl Peer {
 
     fn sequence(&mut self) -> Option<u64> {
         let frame = self.frame()?;
-        Some(Envelope::decode(frame::payload(&frame).unwrap()).unwrap().sequence)
+        Some(
+            Envelope::decode(frame::payload(&frame).unwrap())
+                .unwrap()
+                .sequence,
+        )
     }
 }
 
@@ -296,8 +303,16 @@ fn who_is_turned_away_is_told_why() {
             bytes
         };
         let cases = [
-            (b"GET / HTTP/1.1\r\n\r\n".to_vec(), Verdict::NotUnderstood, "hello"),
-            (hello(Role::Publisher, 10_001, &[b""]), Verdict::TooLarge, "10000"),
+            (
+                b"GET / HTTP/1.1\r\n\r\n".to_vec(),
+                Verdict::NotUnderstood,
+                "hello",
+            ),
+            (
+                hello(Role::Publisher, 10_001, &[b""]),
+                Verdict::TooLarge,
+                "10000",
+            ),
             (
                 hello(Role::Subscriber, 0, &[b"a", b"b", b"c", b"d"]),
                 Verdict::TooManyPrefixes,
@@ -338,7 +353,10 @@ fn liars_are_named_and_hurt_only_themselves() {
         publisher.stream.write_all(&bytes).unwrap();
         assert_eq!(all.sequence(), Some(4));
         let stats = &plane.handle.stats.plane;
-        assert_eq!((stats.events_bad.get(), stats.sessions_refused.get()), (4, 0));
+        assert_eq!(
+            (stats.events_bad.get(), stats.sessions_refused.get()),
+            (4, 0)
+        );
         // As an array, and its members in another order: both are taken.
         let array = b"\x95\x01\x05\x00\xa1t\xc4\x01x";
         let turned = b"\x85\xa5topic\xa1t\xa8sequence\x06\xa7payload\xc4\x01x\
@@ -401,9 +419,18 @@ fn what_a_slow_subscriber_loses_is_counted_exactly() {
         assert!(dropped > 0 && dropped < MANY, "{dropped}");
         let came: Vec<u64> = (dropped..MANY).map(|_| slow.sequence().unwrap()).collect();
         assert!(came.is_sorted());
-        assert_eq!(overflow == Overflow::DropOldest, came.last() == Some(&(MANY - 1)));
+        assert_eq!(
+            overflow == Overflow::DropOldest,
+            came.last() == Some(&(MANY - 1))
+        );
         // What it can take it still gets.
-        publisher.stream.write_all(&event("t", 1, MANY, 10)).unwrap();
-        assert_eq!((slow.sequence(), small.sequence()), (Some(MANY), Some(MANY)));
+        publisher
+            .stream
+            .write_all(&event("t", 1, MANY, 10))
+            .unwrap();
+        assert_eq!(
+            (slow.sequence(), small.sequence()),
+            (Some(MANY), Some(MANY))
+        );
     }
 }

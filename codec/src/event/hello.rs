@@ -372,7 +372,10 @@ mod tests {
     fn what_is_no_hello_is_told_early() {
         assert_eq!(fault(b"GET / "), HelloFault::Magic);
         assert_eq!(fault(b"\xff\0\0\0\0\0"), HelloFault::Magic);
-        assert_eq!(fault(b"\xc1EVT\x02\x01"), HelloFault::Version { version: 2 });
+        assert_eq!(
+            fault(b"\xc1EVT\x02\x01"),
+            HelloFault::Version { version: 2 }
+        );
         let whole = hello(Role::Publisher, &[b"ab"]);
         let with = |at: usize, byte: u8| {
             let mut bytes = whole.clone();

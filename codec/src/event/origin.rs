@@ -133,7 +133,10 @@ mod tests {
     #[test]
     fn what_is_no_mark_is_none() {
         for trailer in [&b""[..], b"x", b"\xc1ORG", b"\xc1ORG\x01\0\0", b"\xc1ORF\0"] {
-            assert_eq!(Origin::decode(trailer).unwrap_or_default(), Origin::default());
+            assert_eq!(
+                Origin::decode(trailer).unwrap_or_default(),
+                Origin::default()
+            );
         }
         assert_eq!(Origin::of_frame(b"\x02"), Origin::default());
         let many = [&b"\xc1ORG\xff"[..], &[0x55; 255 * 8]].concat();

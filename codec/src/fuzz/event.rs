@@ -7,8 +7,8 @@ use crate::Decoded;
 use crate::event::typed::{self, from_payload, to_payload};
 use crate::event::{
     self, CHANNELS_BUCKET, Envelope, EventChannelRecord, EventKey, EventSourceRecord, ForwardPass,
-    Hashes, KvChange, KvEvents, KvMetrics, SOURCES_BUCKET, Sequence, SequenceChange, frame,
-    hello, multipart, origin::Origin,
+    Hashes, KvChange, KvEvents, KvMetrics, SOURCES_BUCKET, Sequence, SequenceChange, frame, hello,
+    multipart, origin::Origin,
 };
 
 /// Frames, as a stream and as a whole message.

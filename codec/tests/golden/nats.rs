@@ -63,12 +63,21 @@ pub(crate) fn check(vector: &Vector) {
     let first: Value = serde_json::from_str(&all[0].words[1..].join(" ")).expect(name);
     match all[0].words[0] {
         "CONNECT" => {
-            assert_eq!((&first["user"], &first["pass"]), (&"user".into(), &"user".into()));
-            assert!(first["headers"] == true && first["no_responders"] == true, "{name}");
+            assert_eq!(
+                (&first["user"], &first["pass"]),
+                (&"user".into(), &"user".into())
+            );
+            assert!(
+                first["headers"] == true && first["no_responders"] == true,
+                "{name}"
+            );
             let subscribed = |to: &str| all.iter().any(|op| op.words[..2] == ["SUB", to]);
             for verb in ["PING", "INFO", "STATS"] {
                 assert!(subscribed(&format!("$SRV.{verb}")), "{name} {verb}");
-                assert!(subscribed(&format!("$SRV.{verb}.{}", service.as_str())), "{name}");
+                assert!(
+                    subscribed(&format!("$SRV.{verb}.{}", service.as_str())),
+                    "{name}"
+                );
             }
         }
         _ => assert_eq!(first["max_payload"], 1 << 20, "{name}"),
@@ -102,12 +111,20 @@ fn request(name: &str, operation: &Operation<'_>) {
     let headers: BTreeMap<&str, &str> = lines.filter_map(|line| line.split_once(": ")).collect();
     let names: Vec<&str> = headers.keys().copied().collect();
     assert_eq!(names, ["request-id", "x-frontend-send-ts-ns"], "{name}");
-    let message = two_part::decode(operation.payload, None).frame().expect(name);
+    let message = two_part::decode(operation.payload, None)
+        .frame()
+        .expect(name);
     let control = control_message::decode(&operation.payload[message.header]).expect(name);
     assert!(control.id == headers["request-id"], "{name}");
     assert_eq!(control.payload_codec, PayloadCodec::MessagePack, "{name}");
     let mut scratch = [0; 512];
     let info = TcpConnectionInfo::parse(&control.connection_info, &mut scratch).expect(name);
-    assert!(info.socket_addr().is_ok() && info.context == headers["request-id"], "{name}");
-    assert_eq!(&operation.payload[message.body], b"\x82\xa4mode\xa2ok\xa1n\x02");
+    assert!(
+        info.socket_addr().is_ok() && info.context == headers["request-id"],
+        "{name}"
+    );
+    assert_eq!(
+        &operation.payload[message.body],
+        b"\x82\xa4mode\xa2ok\xa1n\x02"
+    );
 }

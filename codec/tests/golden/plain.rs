@@ -58,7 +58,10 @@ fn answers() {
         text: "frames of 4096 bytes; 1019 are taken",
         ..accepted
     };
-    for (name, answer) in [("answer_accepted", accepted), ("answer_too_large", too_large)] {
+    for (name, answer) in [
+        ("answer_accepted", accepted),
+        ("answer_too_large", too_large),
+    ] {
         let input = bytes(name);
         byte_by_byte(name, &input, decode_answer, |answer| answer.bytes());
         assert_eq!(decode_answer(&input), Decoded::Frame(answer), "{name}");
@@ -81,6 +84,10 @@ fn what_is_no_hello() {
     for (name, fault) in cases {
         let input = bytes(name);
         byte_by_byte(name, &input, decode_hello, |hello| hello.bytes());
-        assert_eq!(decode_hello(&input), Decoded::Bad(Bad::Hello(fault)), "{name}");
+        assert_eq!(
+            decode_hello(&input),
+            Decoded::Bad(Bad::Hello(fault)),
+            "{name}"
+        );
     }
 }

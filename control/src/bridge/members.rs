@@ -121,7 +121,10 @@ impl Members {
 
     /// How many others pass events on.
     pub(super) fn others(&self) -> usize {
-        let others = self.known.iter().filter(|(id, member)| **id != self.me && member.active);
+        let others = self
+            .known
+            .iter()
+            .filter(|(id, member)| **id != self.me && member.active);
         others.count()
     }
 
@@ -143,7 +146,10 @@ impl Members {
 
 /// The same number for the same two everywhere.
 fn draw(bridge: u64, publisher_id: u64) -> u64 {
-    let mut x = bridge ^ publisher_id.rotate_left(32).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mut x = bridge
+        ^ publisher_id
+            .rotate_left(32)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15);
     for factor in [0xbf58_476d_1ce4_e5b9, 0x94d0_49bb_1331_11eb] {
         x = (x ^ (x >> 30)).wrapping_mul(factor);
     }
@@ -189,12 +195,15 @@ mod tests {
     fn words_are_read_as_they_were_written() {
         let word = Members::new(0x1f, vec![1, u64::MAX], Instant::now()).word(false);
         let text = serde_json::to_string(&word).unwrap();
-        let want = r#"{"bridge":"1f","sides":["1","ffffffffffffffff"],"active":false,"leaving":false}"#;
+        let want =
+            r#"{"bridge":"1f","sides":["1","ffffffffffffffff"],"active":false,"leaving":false}"#;
         assert_eq!(text, want);
         assert_eq!(serde_json::from_str::<Word>(&text).unwrap(), word);
         let short = r#"{"bridge":"1f","sides":[],"active":true}"#;
         assert!(!serde_json::from_str::<Word>(short).unwrap().leaving);
-        assert!(serde_json::from_str::<Word>(r#"{"bridge":"x","sides":[],"active":true}"#).is_err());
+        assert!(
+            serde_json::from_str::<Word>(r#"{"bridge":"x","sides":[],"active":true}"#).is_err()
+        );
     }
 
     #[test]
@@ -212,7 +221,9 @@ mod tests {
         assert_eq!(ours.others(), 0);
         word.active = true;
         assert_eq!(ours.heard(&word, later), Some("passes events on"));
-        let mine = (0..64).filter(|publisher| ours.is_mine(7, 8, *publisher)).count();
+        let mine = (0..64)
+            .filter(|publisher| ours.is_mine(7, 8, *publisher))
+            .count();
         assert!((8..57).contains(&mine), "{mine}");
         // What only we join is ours.
         assert!((0..64).all(|publisher| ours.is_mine(7, 6, publisher)));

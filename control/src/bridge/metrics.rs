@@ -25,17 +25,21 @@ const COUNTERS: [(&str, &str, Read); 6] = [
     ("passed", "Events brought to a side", |place| {
         place.counts.passed.get()
     }),
-    ("came_back", "Events that had been on the side before", |place| {
-        place.counts.came_back.get()
-    }),
+    (
+        "came_back",
+        "Events that had been on the side before",
+        |place| place.counts.came_back.get(),
+    ),
     (
         "left",
         "Events of a side left to another bridge, once for each other side",
         |place| place.counts.left.get(),
     ),
-    ("unreadable", "Messages of a side that are no events", |place| {
-        place.counts.unreadable.get()
-    }),
+    (
+        "unreadable",
+        "Messages of a side that are no events",
+        |place| place.counts.unreadable.get(),
+    ),
     (
         "lost",
         "Numbers of publishers that were passed over on a side",

@@ -163,7 +163,10 @@ impl Bridge {
 
     fn begin(self: &Rc<Self>, config: &BridgeConfig) -> Result<()> {
         if let Some((xsub, xpub)) = config.other {
-            let dials = [(xpub, Side::Publisher, OTHER_IN), (xsub, Side::Subscriber, OTHER_OUT)];
+            let dials = [
+                (xpub, Side::Publisher, OTHER_IN),
+                (xsub, Side::Subscriber, OTHER_OUT),
+            ];
             for (dial, (address, side, group)) in (1..).zip(dials) {
                 self.tell(Command::Dial {
                     dial,
@@ -213,7 +216,10 @@ impl Bridge {
             return add(&counts.unreadable, 1);
         };
         let (publisher_id, sequence) = (read.publisher_id, read.sequence);
-        self.places[from].numbers.borrow_mut().came(publisher_id, sequence);
+        self.places[from]
+            .numbers
+            .borrow_mut()
+            .came(publisher_id, sequence);
         let mut course = self.course.borrow_mut();
         let verdict = course.decide(from, publisher_id, sequence, origin);
         add(&counts.came_back, u64::from(verdict.came_back));
@@ -275,16 +281,13 @@ fn doors_id(config: &BridgeConfig, me: u64) -> u64 {
 /// The same number for the same name everywhere: marks hold no names.
 fn number(name: &[u8]) -> u64 {
     let hash = Sha256::digest(name);
-    hash.iter().take(8).fold(0, |number, byte| number << 8 | u64::from(*byte))
+    hash.iter()
+        .take(8)
+        .fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 
 /// Takes what the plane receives in a group.
-async fn take(
-    bridge: Rc<Bridge>,
-    at: usize,
-    taken: Receiver<LocalEvent>,
-    wake: AsyncFd<OwnedFd>,
-) {
+async fn take(bridge: Rc<Bridge>, at: usize, taken: Receiver<LocalEvent>, wake: AsyncFd<OwnedFd>) {
     loop {
         let Ok(mut ready) = wake.readable().await else {
             return;

@@ -135,9 +135,16 @@ fn listen(bridge: &Bridge, payload: &[u8]) {
     let Ok(word) = serde_json::from_slice::<Word>(payload) else {
         return;
     };
-    let news = bridge.course.borrow_mut().members.heard(&word, Instant::now());
+    let news = bridge
+        .course
+        .borrow_mut()
+        .members
+        .heard(&word, Instant::now());
     if let Some(news) = news {
-        tracing::info!(bridge = format!("{:x}", word.bridge), "events: a bridge {news}");
+        tracing::info!(
+            bridge = format!("{:x}", word.bridge),
+            "events: a bridge {news}"
+        );
     }
 }
 
@@ -171,7 +178,16 @@ mod tests {
     fn only_subjects_that_nats_takes_go_there() {
         let ours = b"namespace.demo.component.a%2Fb.kv-events";
         assert_eq!(subject(ours).as_deref(), std::str::from_utf8(ours).ok());
-        for other in [&b""[..], b"namespace.", b"a..b", b"a.*", b"a.>", b"a b", b"a\r\nPUB", b"\xff"] {
+        for other in [
+            &b""[..],
+            b"namespace.",
+            b"a..b",
+            b"a.*",
+            b"a.>",
+            b"a b",
+            b"a\r\nPUB",
+            b"\xff",
+        ] {
             assert_eq!(subject(other), None);
         }
         assert_eq!(subject(&[b'a'; SUBJECT_BYTES_MAX + 1]), None);

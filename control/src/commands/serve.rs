@@ -101,7 +101,10 @@ fn broker(config: &Config, plan: &Plan) -> Result<Option<Rc<Broker>>> {
 
 /// What joins the broker to others, if the configuration has it.
 async fn bridge(config: &Config, broker: Option<&Broker>) -> Result<Option<Rc<Bridge>>> {
-    let settings = config.broker.as_ref().and_then(|broker| broker.bridge.as_ref());
+    let settings = config
+        .broker
+        .as_ref()
+        .and_then(|broker| broker.bridge.as_ref());
     let Some((settings, broker)) = settings.zip(broker) else {
         return Ok(None);
     };

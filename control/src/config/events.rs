@@ -70,8 +70,7 @@ pub(super) fn broker(
     }
     let is_on = layers.word(&keys::EVENTS_BROKER, Switch::parse, Switch::Off) == Switch::On;
     let broker = Broker {
-        namespace: named(layers, &keys::EVENTS_NAMESPACE)
-            .unwrap_or_else(|| "dynamo".to_owned()),
+        namespace: named(layers, &keys::EVENTS_NAMESPACE).unwrap_or_else(|| "dynamo".to_owned()),
         xsub: bind(layers, &keys::EVENTS_XSUB, SocketAddr::new(host, 5555)),
         xpub: bind(layers, &keys::EVENTS_XPUB, SocketAddr::new(host, 5556)),
         tcp: address(layers, &keys::EVENTS_TCP, SocketAddr::new(host, 5557)),

@@ -3,8 +3,8 @@
 
 use super::value::Kind;
 use super::words::{
-    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Io, Overflow, PlannerNames, Policy,
-    RelayPlane, Response, ResponsePlane, Switch,
+    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Io, Overflow, PlannerNames,
+    Policy, RelayPlane, Response, ResponsePlane, Switch,
 };
 
 /// A table of `corelane.toml`.

@@ -342,7 +342,9 @@ pub(super) fn cpu(
 
 fn control(layers: &mut Layers, host: &Host, cores: &[Core]) -> Option<Control> {
     let is_data = |cpu: usize| cores.iter().find(|core| core.cpu == cpu);
-    let (cpu, at) = cpu(layers, host, &keys::CONTROL_CPU, |cpu| is_data(cpu).is_none())?;
+    let (cpu, at) = cpu(layers, host, &keys::CONTROL_CPU, |cpu| {
+        is_data(cpu).is_none()
+    })?;
     if is_data(cpu).is_some_and(|core| core.idle == Idle::Spin) {
         let what = format!("the control core shares CPU {cpu} with a data core that spins");
         layers.warn(

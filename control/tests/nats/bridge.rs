@@ -12,9 +12,9 @@ use corelane::broker::Broker;
 use corelane::config::{Config, Host, Inputs, Main, Purpose, load};
 use corelane::env::Env;
 use corelane::nats::Nats;
+use corelane_codec::Decoded;
 use corelane_codec::event::hello::{Role, Verdict, decode_answer, write_hello};
 use corelane_codec::event::{Envelope, frame, multipart};
-use corelane_codec::Decoded;
 use corelane_engine::config::RingKind;
 use futures_util::StreamExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -149,7 +149,9 @@ fn envelope(publisher_id: u64, sequence: u64, payload: &[u8]) -> Envelope<'_> {
 
 fn on_nats(publisher_id: u64, sequence: u64) -> Vec<u8> {
     let mut out = Vec::new();
-    envelope(publisher_id, sequence, b"xyz").write(&mut out).unwrap();
+    envelope(publisher_id, sequence, b"xyz")
+        .write(&mut out)
+        .unwrap();
     out
 }
 
@@ -162,7 +164,10 @@ fn framed(publisher_id: u64, sequence: u64, payload: &[u8]) -> Vec<u8> {
 fn addresses(broker: &Broker) -> (SocketAddr, SocketAddr) {
     let address = |urls: &[String]| urls[0].strip_prefix("tcp://").unwrap().parse().unwrap();
     let channel = broker.channel();
-    (address(&channel.xsub_endpoints), address(&channel.xpub_endpoints))
+    (
+        address(&channel.xsub_endpoints),
+        address(&channel.xpub_endpoints),
+    )
 }
 
 const PUBLISHERS: u64 = 8;
@@ -171,6 +176,31 @@ const EVENTS: u64 = 20;
 /// Publishers of one place have these numbers.
 fn publishers(place: u64) -> impl Iterator<Item = u64> {
     (0..PUBLISHERS).map(move |publisher| 1000 * (place + 1) + publisher)
+}
+
+/// Events of several publishers on NATS and at each broker's plain door; how often each is to come.
+async fn publish_everywhere(client: &Client, brokers: [&Broker; 3]) -> BTreeMap<(u64, u64), u32> {
+    let mut wanted = BTreeMap::new();
+    let mut doors = Vec::new();
+    for broker in brokers {
+        doors.push(plain(broker, Role::Publisher, SCOPE).await);
+    }
+    for sequence in 0..EVENTS {
+        for publisher in publishers(0) {
+            let subject = format!("{SCOPE}.{TOPIC}");
+            let event = on_nats(publisher, sequence);
+            client.publish(subject, event.into()).await.unwrap();
+            wanted.insert((publisher, sequence), 1);
+        }
+        for (place, door) in (1..).zip(&mut doors) {
+            for publisher in publishers(place) {
+                let event = framed(publisher, sequence, b"xyz");
+                door.write_all(&event).await.unwrap();
+                wanted.insert((publisher, sequence), 1);
+            }
+        }
+    }
+    wanted
 }
 
 /// Two bridges, each with peers of its own, between one NATS and one other broker.
@@ -192,43 +222,35 @@ fn two_bridges_bring_every_event_to_every_side_once() {
         }
         nats.settled().await.unwrap();
         until("the bridges know each other", || {
-            [&first, &second].iter().all(|bridge| metric(bridge, "corelane_bridge_others") == 1)
+            [&first, &second]
+                .iter()
+                .all(|bridge| metric(bridge, "corelane_bridge_others") == 1)
         })
         .await;
         // Its own doors, the other broker's events, the plain one, and what the other broker wants.
         let subscriptions = |broker: &Broker| broker.stats().plane.subscriptions.get();
         until("joined", || {
-            subscriptions(&other) == 3 && [&one, &two].iter().all(|broker| subscriptions(broker) == 4)
+            subscriptions(&other) == 3
+                && [&one, &two].iter().all(|broker| subscriptions(broker) == 4)
         })
         .await;
-        let mut wanted = BTreeMap::new();
-        let mut doors = Vec::new();
-        for broker in [&other, &one, &two] {
-            doors.push(plain(broker, Role::Publisher, SCOPE).await);
-        }
-        for sequence in 0..EVENTS {
-            for publisher in publishers(0) {
-                let subject = format!("{SCOPE}.{TOPIC}");
-                let event = on_nats(publisher, sequence);
-                nats.client().publish(subject, event.into()).await.unwrap();
-                wanted.insert((publisher, sequence), 1);
-            }
-            for (place, door) in (1..).zip(&mut doors) {
-                for publisher in publishers(place) {
-                    let event = framed(publisher, sequence, b"xyz");
-                    door.write_all(&event).await.unwrap();
-                    wanted.insert((publisher, sequence), 1);
-                }
-            }
-        }
+        let wanted = publish_everywhere(nats.client(), [&other, &one, &two]).await;
         for came in &all {
-            until("all events at one place", || came.borrow().len() == wanted.len()).await;
+            until("all events at one place", || {
+                came.borrow().len() == wanted.len()
+            })
+            .await;
         }
         // What comes twice comes until nothing is under way any more.
         let waiting = |bridge: &Bridge| {
             ["doors", "nats", "zmq"]
                 .iter()
-                .map(|side| metric(bridge, &format!("corelane_bridge_waiting{{side=\"{side}\"}}")))
+                .map(|side| {
+                    metric(
+                        bridge,
+                        &format!("corelane_bridge_waiting{{side=\"{side}\"}}"),
+                    )
+                })
                 .sum::<u64>()
         };
         until("nothing waits", || waiting(&first) + waiting(&second) == 0).await;
@@ -240,7 +262,10 @@ fn two_bridges_bring_every_event_to_every_side_once() {
         let mark = "corelane_bridge_left_total{side=\"nats\"}";
         assert!(metric(&first, mark) > 0 && metric(&second, mark) > 0);
         for bridge in [&first, &second] {
-            assert_eq!(metric(bridge, "corelane_bridge_lost_total{side=\"nats\"}"), 0);
+            assert_eq!(
+                metric(bridge, "corelane_bridge_lost_total{side=\"nats\"}"),
+                0
+            );
             bridge.stop().await;
         }
         [&one, &two, &other].iter().for_each(|broker| broker.stop());
@@ -267,10 +292,16 @@ fn nats_goes_and_comes_back_and_what_was_missed_is_counted() {
         while came.borrow().get(&(2, sequence)).is_none() {
             sequence += 1;
             let event = on_nats(2, sequence);
-            nats.client().publish(subject(), event.into()).await.unwrap();
+            nats.client()
+                .publish(subject(), event.into())
+                .await
+                .unwrap();
             sleep(Duration::from_millis(50)).await;
         }
-        until("all that it has heard of", || came.borrow().contains_key(&(2, sequence))).await;
+        until("all that it has heard of", || {
+            came.borrow().contains_key(&(2, sequence))
+        })
+        .await;
         server.kill();
         until("disconnected", || metric(&bridge, connected) == 0).await;
         for sequence in 1..101 {
@@ -285,7 +316,10 @@ fn nats_goes_and_comes_back_and_what_was_missed_is_counted() {
         let lost = "corelane_bridge_lost_total{side=\"nats\"}";
         let before = metric(&bridge, lost);
         let event = on_nats(2, sequence + 4);
-        nats.client().publish(subject(), event.into()).await.unwrap();
+        nats.client()
+            .publish(subject(), event.into())
+            .await
+            .unwrap();
         until("the gap is seen", || metric(&bridge, lost) == before + 3).await;
         // What NATS does not take stays here, by name; the next one passes.
         door.write_all(&framed(1, 101, &[0; 65_500])).await.unwrap();

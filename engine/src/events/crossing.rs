@@ -11,6 +11,7 @@ use corelane_codec::event::frame;
 use corelane_codec::zmtp::{self, Event};
 
 use super::memory::{BlockId, Memory, Slice};
+use super::plain::Subjects;
 use super::session::{Memo, Wire};
 use super::{incoming, plain};
 
@@ -35,6 +36,15 @@ impl Crossed {
 }
 
 impl Wire {
+    /// The subject of an event that [`Wire::decode`] has named.
+    #[inline]
+    pub(super) fn subject<'a>(self, named: &'a [u8], subjects: &'a mut Subjects) -> &'a [u8] {
+        match self {
+            Wire::Zmtp => named,
+            Wire::Plain => subjects.of(named),
+        }
+    }
+
     /// An event that lies whole at the beginning of `bytes`, and its subject, or its topic where
     /// the wire has no more.
     #[inline]
@@ -79,7 +89,11 @@ pub(super) fn run(
         });
         at += event.end;
     }
-    settle(memory, fronts, into.iter_mut().filter_map(|event| event.front.as_mut()))
+    settle(
+        memory,
+        fronts,
+        into.iter_mut().filter_map(|event| event.front.as_mut()),
+    )
 }
 
 /// An event in pieces: its pieces for the other wire.

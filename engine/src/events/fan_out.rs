@@ -130,13 +130,7 @@ impl<R: Ring> Plane<R> {
 }
 
 /// Whole events that follow each other: as one run if they fit, otherwise one by one.
-fn queue_run<R: Ring>(
-    plane: &mut Plane<R>,
-    slot: u32,
-    wire: Wire,
-    slice: Slice,
-    events: u32,
-) {
+fn queue_run<R: Ring>(plane: &mut Plane<R>, slot: u32, wire: Wire, slice: Slice, events: u32) {
     let bounds = plane.bounds();
     // What would be dropped at once stays small beside the bound.
     let merge = (bounds.messages / 8).clamp(1, 4096) as u32;

@@ -147,12 +147,7 @@ fn publish<R: Ring>(plane: &mut Plane<R>, group: Group, event: &LocalEvent) {
 }
 
 /// Whole events that follow each other, for a task.
-pub(super) fn deliver_run<R: Ring>(
-    plane: &mut Plane<R>,
-    member: u32,
-    memo: &Memo,
-    slice: Slice,
-) {
+pub(super) fn deliver_run<R: Ring>(plane: &mut Plane<R>, member: u32, memo: &Memo, slice: Slice) {
     let max_bytes = plane.config.event_bytes_max as usize;
     let mut rest = plane.memory.bytes(slice);
     let Some(Some(consumer)) = plane.consumers.get_mut((member - CONSUMERS) as usize) else {

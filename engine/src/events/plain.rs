@@ -1,4 +1,5 @@
-//! Peers without ZMTP: a hello, its answer, and then frames (layout: `corelane_codec::event::hello`).
+//! Peers without ZMTP: a hello, its answer, and then frames (`corelane_codec::event::hello` has
+//! the layout).
 //!
 //! ```text
 //! publisher  --hello: its scope-->     <--answer--    --frame--frame--frame-->
@@ -224,13 +225,7 @@ fn in_any_form<R: Ring>(plane: &mut Plane<R>, slot: u32, source: &mut Source, en
     }
 }
 
-fn pass<R: Ring>(
-    plane: &mut Plane<R>,
-    slot: u32,
-    source: &mut Source,
-    topic: &str,
-    event: &Event,
-) {
+fn pass<R: Ring>(plane: &mut Plane<R>, slot: u32, source: &mut Source, topic: &str, event: &Event) {
     let mut subjects = std::mem::take(&mut source.subjects);
     take::pass_pieces(plane, slot, source, subjects.of(topic.as_bytes()), event);
     source.subjects = subjects;

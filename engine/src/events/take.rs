@@ -119,10 +119,7 @@ fn find_runs<R: Ring>(plane: &mut Plane<R>, slot: u32, source: &mut Source) -> u
     let mut at = 0;
     let (wire, mut subjects) = (source.wire, std::mem::take(&mut source.subjects));
     while let Some((event, named)) = wire.decode(&bytes[at..], max_bytes) {
-        let subject = match wire {
-            Wire::Zmtp => named,
-            Wire::Plain => subjects.of(named),
-        };
+        let subject = wire.subject(named, &mut subjects);
         let version = subscriptions.version();
         let known = source.find(subject, event.publisher_id, version);
         let memo = match known {
