@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use corelane_codec::event::hello::{Answer, Role, Verdict, decode_answer, write_hello};
 use corelane_codec::event::{Envelope, multipart};
 use corelane_codec::{Decoded, event::frame};
-use corelane_engine::config::RingKind;
+use corelane_engine::config::{Idle, RingKind};
 use corelane_engine::events::{
     Command, Door, DoorKind, LocalEvent, Overflow, PlaneConfig, PlaneHandle, Report, Side, spawn,
 };
 use corelane_engine::executor::listen;
 use corelane_engine::mesh::{self, Receiver};
+use corelane_engine::placement::{CPUS_MAX, affinity};
 use corelane_engine::preflight;
 use socket2::{Domain, Socket, Type};
 
@@ -432,5 +433,36 @@ fn what_a_slow_subscriber_loses_is_counted_exactly() {
             (slow.sequence(), small.sequence()),
             (Some(MANY), Some(MANY))
         );
+    }
+}
+
+#[test]
+fn the_thread_has_the_cpu_and_the_idleness_that_it_is_told() {
+    let cpu = affinity().unwrap()[0];
+    for ring in rings() {
+        let plane = Plane::start(ring, |config| {
+            config.cpu = cpu;
+            config.idle = Idle::Spin;
+        });
+        let stats = &plane.handle.stats.plane;
+        until("it spins", || stats.idle_ticks.get() > 100);
+        until("its time is shown", || stats.cpu_us.get() > 0);
+        assert_eq!(stats.pinned.get(), 1);
+        // One that this host has not: told, and it goes on.
+        let plane = Plane::start(ring, |config| config.cpu = CPUS_MAX);
+        let mut told = None;
+        until("told", || {
+            told = plane.handle.reports.next();
+            told.is_some()
+        });
+        assert!(matches!(
+            told,
+            Some(Report::NotPinned { cpu: CPUS_MAX, .. })
+        ));
+        let mut all = Peer::new(&plane, Role::Subscriber, 0, &[""]);
+        let mut publisher = Peer::publisher(&plane);
+        publisher.stream.write_all(&event("t", 1, 0, 1)).unwrap();
+        assert_eq!(all.sequence(), Some(0));
+        assert_eq!(plane.handle.stats.plane.pinned.get(), 0);
     }
 }
