@@ -71,7 +71,7 @@ pub(crate) fn check(vector: &Vector) {
                 first["headers"] == true && first["no_responders"] == true,
                 "{name}"
             );
-            let subscribed = |to: &str| all.iter().any(|op| op.words[..2] == ["SUB", to]);
+            let subscribed = |to: &str| all.iter().any(|op| op.words.starts_with(&["SUB", to]));
             for verb in ["PING", "INFO", "STATS"] {
                 assert!(subscribed(&format!("$SRV.{verb}")), "{name} {verb}");
                 assert!(
