@@ -85,7 +85,7 @@ impl Plane {
             consumer,
             group,
             prefixes,
-            events,
+            events: Box::new(events),
         });
         let dials = [
             (other.xpub, Side::Publisher, 5),

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from events_lab import PATIENCE_S, Broker, stock
 from lab import free_port, metric_sum, wait_for
 from store import Nats
-from test_events_zmq import PATIENCE_S, Broker, stock
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))

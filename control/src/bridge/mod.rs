@@ -195,7 +195,7 @@ impl Bridge {
                 consumer: at as u64,
                 group: taking,
                 prefixes: vec![self.prefix.clone().into_bytes()],
-                events,
+                events: Box::new(events),
             })?;
             tasks.spawn_local(take(Rc::clone(self), at, taken, wake));
             tasks.spawn_local(give(Rc::clone(self), at, giving));

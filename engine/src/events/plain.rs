@@ -16,6 +16,7 @@ use corelane_codec::{Bad, Decoded};
 
 use super::plane::Plane;
 use super::session::{Session, Source, Stage};
+use super::socket::LEAVE_NS;
 use super::{Side, take};
 use crate::ring::Ring;
 
@@ -171,6 +172,7 @@ fn turn_away<R: Ring>(plane: &mut Plane<R>, slot: u32, verdict: Verdict, why: &s
     plane.stats.plane.sessions_refused.add(1);
     let session = &mut plane.sessions[slot];
     session.stage = Stage::Leaving;
+    session.leave_ns = Some(plane.now_ns + LEAVE_NS);
     session.why = Some(why.to_owned());
     false
 }

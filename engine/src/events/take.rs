@@ -6,12 +6,12 @@
 
 use std::fmt::Display;
 
+use corelane_codec::event::Verdict;
 use corelane_codec::zmtp::{self, Event, Walk};
 use corelane_codec::{Bad, Decoded};
 
 use super::memory::Slice;
 use super::plane::Plane;
-use super::sequence::Verdict;
 use super::session::{self, Memo, Small, Source, Stage, Wire};
 use super::{Report, Side, fan_out, plain, wishes};
 use crate::ring::Ring;
