@@ -4,7 +4,7 @@
 
 mod event;
 
-pub use event::{event_envelope, event_frame, event_names, event_payload};
+pub use event::{event_envelope, event_frame, event_hello, event_names, event_payload};
 
 use crate::control_message::{
     ConnectionInfo, NewControlMessage, PayloadCodec, TcpConnection, TcpConnectionInfo,
@@ -40,6 +40,7 @@ pub const ALL: &[(&str, Hook)] = &[
     ("names", names),
     ("discovery", discovery),
     ("event_frame", event_frame),
+    ("event_hello", event_hello),
     ("event_envelope", event_envelope),
     ("event_payload", event_payload),
     ("event_names", event_names),

@@ -3,6 +3,7 @@
 //! Everything here runs on the control core; the shards of `corelane-engine` are told what they
 //! need by snapshots and never wait for it.
 
+pub mod bridge;
 pub mod broker;
 pub mod broker_metrics;
 pub mod call;

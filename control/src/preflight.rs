@@ -125,12 +125,17 @@ fn io(io: config::Io) -> host::Io {
     }
 }
 
+/// The engine's word for it.
+pub(crate) fn idle(idle: config::Idle) -> Idle {
+    match idle {
+        config::Idle::Block => Idle::Block,
+        config::Idle::Spin => Idle::Spin,
+    }
+}
+
 fn shard_config(core: &Core, defaults: ShardConfig) -> ShardConfig {
     ShardConfig {
-        idle: match core.idle {
-            config::Idle::Block => Idle::Block,
-            config::Idle::Spin => Idle::Spin,
-        },
+        idle: idle(core.idle),
         connections_max: core.connections_max,
         buffer_bytes: core.buffer_bytes,
         buffers: core.buffers,

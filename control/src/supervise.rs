@@ -159,6 +159,9 @@ impl Router {
             offers: Vec::new(),
             followers: Vec::new(),
         };
+        if let Some(requests) = router.requests.clone() {
+            router.add_metrics(Box::new(move |out| requests.write_metrics(out)));
+        }
         router.follow().await;
         Ok(router)
     }

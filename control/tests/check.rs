@@ -217,6 +217,29 @@ const AFTER_ROUTE: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "[events]\ntcp = \"tcp://127.0.0.1:5557\"\n",
+        &["c.toml:8:7: tcp is written, and there is no broker; \
+         write broker = true under [events] as well"],
+    ),
+    (
+        "[events]\nbroker = true\nxsub = \"tcp://127.0.0.1:1\"\ntcp = \"tcp://127.0.0.1:1\"\n",
+        &["c.toml:10:7: tcp is 127.0.0.1:1, which is xsub too; write another port"],
+    ),
+    (
+        "[events]\nbroker = true\nbridge = \"zmq\"\n",
+        &[
+            "c.toml:9:10: bridge is zmq, and the other broker is not named; \
+         write bridge_xsub and bridge_xpub, tcp://IP:PORT each",
+        ],
+    ),
+    (
+        "[events]\nbroker = true\ncpu = 77\n",
+        &[
+            "c.toml:9:7: cpu is 77, which this process may not use (0-3); \
+         write one of these, or \"last\"",
+        ],
+    ),
+    (
         "[discovery]\nbackend = \"kubernetes\"\n",
         &[
             "c.toml:8:11: backend = \"kubernetes\" is not in this version; \

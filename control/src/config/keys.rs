@@ -3,7 +3,7 @@
 
 use super::value::Kind;
 use super::words::{
-    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, KernelTls, Overflow,
+    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Io, KernelTls, Overflow,
     PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Switch,
 };
 
@@ -448,6 +448,26 @@ keys! {
     EVENTS_XPUB = Events "xpub", Kind::Text { bytes_max: 64 }, Unset("[server] host, port 5556"),
         [same("ZMQ_BROKER_XPUB_BIND")],
         "Where subscribers connect: tcp://IP:PORT; port 0 is any";
+    EVENTS_TCP = Events "tcp", Kind::Text { bytes_max: 64 }, Unset("no plain TCP"), [],
+        "Where publishers and subscribers without ZMTP connect: tcp://IP:PORT; port 0 is any";
+    EVENTS_CPU = Events "cpu", Kind::CpuOrLast, Unset("that of the control core"), [],
+        "CPU that the thread of the broker is pinned to";
+    EVENTS_IDLE = Events "idle", Kind::Words(Idle::WORDS), Value("block"), [],
+        "What that thread does with nothing to do";
+    EVENTS_BRIDGE = Events "bridge", Kind::Words(Bridge::WORDS), Value("off"), [],
+        "What the broker exchanges events with: NATS, another ZMQ broker, both, or nothing";
+    EVENTS_BRIDGE_XSUB = Events "bridge_xsub", Kind::Text { bytes_max: 64 },
+        Unset("no other broker"), [],
+        "Where the other broker takes events: tcp://IP:PORT";
+    EVENTS_BRIDGE_XPUB = Events "bridge_xpub", Kind::Text { bytes_max: 64 },
+        Unset("no other broker"), [],
+        "Where the other broker gives events: tcp://IP:PORT";
+    EVENTS_BRIDGE_NAMESPACE = Events "bridge_namespace", Kind::Text { bytes_max: 256 },
+        Unset("all namespaces"), [],
+        "The one namespace whose events are exchanged";
+    EVENTS_BRIDGE_SIDE = Events "bridge_side", Kind::Text { bytes_max: 256 },
+        Unset("nobody shares them"), [],
+        "Name of our own peers, if they connect to other brokers of the same name as well";
     EVENTS_OVERFLOW = Events "overflow", Kind::Words(Overflow::WORDS), Value("drop_newest"), [],
         "What happens to an event that a subscriber's queue has no room for";
     EVENTS_QUEUE_EVENTS_MAX = Events "queue_events_max", int(1, 1 << 24, "events"),

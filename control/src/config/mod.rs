@@ -38,7 +38,7 @@ mod value;
 mod words;
 
 pub use corelane_codec::path::EndpointId;
-pub use events::Broker;
+pub use events::{BridgeConfig, Broker};
 pub use host::Host;
 pub use keys::{Alias, Dialect, Fallback, Key, Section, find, keys};
 pub use layers::Setting;
@@ -46,7 +46,7 @@ pub use problem::{Origin, Problem, Severity};
 pub use tls::{Tls, TlsClient, TlsServer};
 pub use value::{Kind, Value, address};
 pub use words::{
-    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, KernelTls, Overflow,
+    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Io, KernelTls, Overflow,
     PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Switch, Word,
 };
 

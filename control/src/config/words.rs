@@ -173,6 +173,20 @@ words! {
 }
 
 words! {
+    /// What the broker of events exchanges events with.
+    Bridge {
+        /// Nothing.
+        Off = "off",
+        /// A NATS server.
+        Nats = "nats",
+        /// Another broker, by ZMQ.
+        Zmq = "zmq",
+        /// NATS and another broker.
+        Both = "both",
+    }
+}
+
+words! {
     /// Which kernel interface moves bytes.
     Io {
         /// io_uring where it is allowed, else epoll.
