@@ -3,6 +3,7 @@
 //! Everything here runs on the control core; the shards of `corelane-engine` are told what they
 //! need by snapshots and never wait for it.
 
+pub mod activation;
 pub mod broker;
 pub mod broker_metrics;
 pub mod call;
@@ -23,12 +24,14 @@ pub mod health;
 pub mod lanes;
 pub mod lease;
 pub mod logging;
+pub mod manager;
 pub mod metrics;
 pub mod nats;
 pub mod offer;
 pub mod peer;
 pub mod planner;
 pub mod preflight;
+pub mod progress;
 pub mod publish;
 pub mod quic;
 pub mod status_server;

@@ -1,7 +1,8 @@
 //! From the configuration and this host to the shards of this process: limits, and the ring and
 //! the CPU of each. Opens nothing but the probe of io_uring.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
 
 use corelane_engine::config::{Idle, RingKind, ShardConfig};
 use corelane_engine::ends::HomeAddress;
@@ -36,6 +37,8 @@ pub struct Plan {
     pub tls: config::Tls,
     /// How their responses travel.
     pub responses: config::Responses,
+    /// A socket for the status server that listens already.
+    pub status: Option<Arc<TcpListener>>,
 }
 
 /// Raises the limits of this process, looks at the host, and decides. What is not as it was asked
@@ -66,6 +69,7 @@ pub fn plan(config: &Config) -> Result<Plan, Stop> {
         shards,
         tls: config.server.tls.clone(),
         responses: config.server.responses,
+        status: None,
     })
 }
 

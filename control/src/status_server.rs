@@ -3,7 +3,7 @@
 //!
 //! | route | answer |
 //! |---|---|
-//! | `/live` | 200 while this process runs at all (unlike Dynamo's, which repeats `/health`) |
+//! | `/live` | 200 (unlike Dynamo's, which repeats `/health`); 503 when a core stands still |
 //! | `/health` | 200 or 503, an object of `status`, `uptime`, `endpoints`, `paths`, `states` |
 //! | `/metrics` | 200, text |
 //! | `/engine/{path}` | what a worker's callback answers, 400, 404 or 500 with JSON |
@@ -70,6 +70,8 @@ pub struct Health {
     pub paths: Vec<(String, String)>,
     /// Each endpoint, and how far its life has come.
     pub states: Vec<(String, State)>,
+    /// Parts of the process that have made no progress for long; with one it is not live.
+    pub stuck: Vec<String>,
 }
 
 impl Health {
@@ -81,6 +83,7 @@ impl Health {
             ready: endpoints.is_ready(),
             endpoints: seen.iter().map(|seen| (named(seen), seen.ready)).collect(),
             paths: Vec::new(),
+            stuck: Vec::new(),
             states: seen.iter().map(|seen| (named(seen), seen.state)).collect(),
         }
     }
@@ -102,6 +105,8 @@ impl<F: Fn() -> Health> HealthSource for F {
 pub struct StatusOptions {
     /// Where to listen; port 0 takes any.
     pub address: SocketAddr,
+    /// A socket that listens already, in place of `address`.
+    pub handed: Option<std::net::TcpListener>,
     /// `DYN_SYSTEM_HEALTH_PATH`.
     pub health_path: String,
     /// `DYN_SYSTEM_LIVE_PATH`.
@@ -117,6 +122,7 @@ impl StatusOptions {
     pub fn new(address: SocketAddr) -> Self {
         Self {
             address,
+            handed: None,
             health_path: "/health".to_owned(),
             live_path: "/live".to_owned(),
             metrics_content_type: OPENMETRICS,
@@ -169,11 +175,17 @@ impl StatusServer {
     /// # Errors
     /// When the address cannot be bound.
     pub async fn start(
-        options: StatusOptions,
+        mut options: StatusOptions,
         health: impl HealthSource + 'static,
         metrics: impl Fn() -> String + 'static,
     ) -> io::Result<Self> {
-        let listener = TcpListener::bind(options.address).await?;
+        let listener = match options.handed.take() {
+            Some(handed) => {
+                handed.set_nonblocking(true)?;
+                TcpListener::from_std(handed)?
+            }
+            None => TcpListener::bind(options.address).await?,
+        };
         let address = listener.local_addr()?;
         let routes = Rc::new(Routes {
             options,
@@ -315,8 +327,11 @@ impl Routes {
             return response;
         }
         if is_live {
-            let body = self.body("live", &Health::default());
-            return respond(StatusCode::OK, PLAIN, body);
+            let (status, word) = match self.health.health().stuck.is_empty() {
+                true => (StatusCode::OK, "live"),
+                false => (StatusCode::SERVICE_UNAVAILABLE, "stuck"),
+            };
+            return respond(status, PLAIN, self.body(word, &Health::default()));
         }
         if is_health {
             let health = self.health.health();

@@ -1,7 +1,8 @@
 //! What one shard is told at its start. Plain numbers: defaults, files and flags were resolved
 //! before.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
 
 use crate::ends::HomeAddress;
 use crate::quic::{QuicHome, ResponsePlane};
@@ -22,6 +23,9 @@ pub struct ShardConfig {
     pub idle: Idle,
     /// Where requests are accepted; `None` for a shard that only calls.
     pub listen: Option<SocketAddr>,
+    /// A socket that listens already and is used in place of `listen`; other shards may share it.
+    /// For epoll it must not block.
+    pub handed: Option<Arc<TcpListener>>,
     /// Connections of all kinds, at most.
     pub connections_max: u32,
     /// Bytes of one receive buffer.
@@ -76,6 +80,7 @@ impl ShardConfig {
             ring,
             idle: Idle::Block,
             listen,
+            handed: None,
             connections_max: 16_384,
             buffer_bytes: 16_384,
             buffers: 4_096,

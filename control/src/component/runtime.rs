@@ -402,8 +402,8 @@ impl Inner {
     fn metrics(&self) -> String {
         let process = ProcessNumbers {
             uptime: self.began.elapsed(),
-            directories: 0,
             draining: self.is_stopping(),
+            ..ProcessNumbers::default()
         };
         let stats = Some(&**self.discovery.stats());
         let cores = Snapshot::take(&self.cores.view(), Vec::new(), process, stats);
