@@ -532,6 +532,7 @@ mod tests {
             uptime: Duration::from_millis(1_500),
             directories: 7,
             draining: false,
+            stuck: 0,
         }
     }
 

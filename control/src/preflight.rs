@@ -138,6 +138,7 @@ fn shard_config(core: &Core, defaults: ShardConfig) -> ShardConfig {
         buffers: core.buffers,
         in_flight_max: core.in_flight_max,
         upstream_queue_bytes: core.upstream_queue_bytes,
+        flight_records: core.flight_records,
         ..defaults
     }
 }

@@ -38,6 +38,8 @@ pub struct ShardConfig {
     pub message_bytes_max: u64,
     /// Bytes that may wait for one instance's socket before its requests are refused.
     pub upstream_queue_bytes: u32,
+    /// Records of the flight recorder, rounded up to a power of two; 0 is none.
+    pub flight_records: u32,
     /// Where workers call home whose responses are relayed; `None` when no route relays.
     pub relay_home: Option<HomeAddress>,
     /// Accepted connections speak TLS, calls home too; see [`crate::adopt`].
@@ -87,6 +89,7 @@ impl ShardConfig {
             in_flight_max: 65_536,
             message_bytes_max: 33_554_432,
             upstream_queue_bytes: 64 << 20,
+            flight_records: 65_536,
             relay_home: None,
             secure_accepts: false,
             secure_dials: false,

@@ -202,7 +202,7 @@ pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartE
     let (report_sender, reports) = mesh::lane().map_err(resources("eventfd"))?;
     let (insecure_sender, insecure) = mesh::lane().map_err(resources("eventfd"))?;
     let (outbound_sender, outbound) = mesh::lane().map_err(resources("eventfd"))?;
-    let stats = Arc::new(Stats::default());
+    let stats = Arc::new(Stats::new(config.flight_records));
     let parts = Parts {
         config,
         listener,

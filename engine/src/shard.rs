@@ -38,7 +38,7 @@ use crate::relay::Relays;
 use crate::ring::{Completion, Event, Ring, SPANS_MAX, Span};
 use crate::route::Chooser;
 use crate::send_pool::SendPool;
-use crate::stats::Stats;
+use crate::stats::{Stats, flight};
 use crate::table::Table;
 use crate::tell::Tells;
 use crate::timer_wheel::TimerWheel;
@@ -421,6 +421,7 @@ impl<R: Ring> Shard<R> {
             return;
         }
         let role = self.connections[slot].role;
+        self.note_socket(flight::Kind::Lost, slot, errno.unsigned_abs().into());
         self.close(slot);
         match role {
             Role::Downstream => respond::downstream_lost(self, slot),
@@ -532,6 +533,7 @@ impl<R: Ring> Shard<R> {
             let Some(command) = self.commands.next() else {
                 return;
             };
+            self.note_command(&command);
             match command {
                 Command::Directory(directory) => link::publish(self, directory),
                 Command::Handler(new) => self.worker.add(new),

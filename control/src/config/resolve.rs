@@ -311,6 +311,7 @@ fn core(layers: &mut Layers, cpu: usize) -> Core {
         buffers: layers.int(&keys::CORE_BUFFERS, of),
         in_flight_max: layers.int(&keys::CORE_IN_FLIGHT_MAX, of),
         upstream_queue_bytes: layers.int(&keys::CORE_UPSTREAM_QUEUE_BYTES, of),
+        flight_records: layers.int(&keys::CORE_FLIGHT_RECORDS, of),
     }
 }
 

@@ -78,6 +78,8 @@ pub const VARIABLES: &[Variable] = variables! {
         "LISTEN_PID", "this process", "number", Honoured, "is the process that this is meant for";
         "LISTEN_FDNAMES", "requests", "names between colons", Honoured,
             "says what each is for: requests or status";
+        "LOGS_DIRECTORY", "unset", "paths between colons", Honoured,
+            "is where flight records go when [control] flight_dir is not set";
     }
     "request plane" {
         "DYN_REQUEST_PLANE", "tcp", "tcp or nats", Honoured,
