@@ -6,6 +6,7 @@
 //! | `/live` | 200 (unlike Dynamo's, which repeats `/health`); 503 when a core stands still |
 //! | `/health` | 200 or 503, an object of `status`, `uptime`, `endpoints`, `paths`, `states` |
 //! | `/metrics` | 200, text |
+//! | what is added ([`StatusOptions::extras`]) | what that says |
 //! | `/engine/{path}` | what a worker's callback answers, 400, 404 or 500 with JSON |
 //! | `/metadata`, `/v1/metadata/..` | 404 in Dynamo's words: nothing is published here |
 //! | else | 404 `Route not found` |
@@ -101,6 +102,9 @@ impl<F: Fn() -> Health> HealthSource for F {
     }
 }
 
+/// Answers a GET, whose query it is given: status, content type, body.
+pub type Extra = Box<dyn Fn(&str) -> (StatusCode, &'static str, Vec<u8>)>;
+
 /// What to serve and where.
 pub struct StatusOptions {
     /// Where to listen; port 0 takes any.
@@ -115,6 +119,8 @@ pub struct StatusOptions {
     pub metrics_content_type: &'static str,
     /// What answers below `/engine/`.
     pub engine: EngineRoutes,
+    /// Further paths, and what answers there.
+    pub extras: Vec<(&'static str, Extra)>,
 }
 
 impl StatusOptions {
@@ -127,6 +133,7 @@ impl StatusOptions {
             live_path: "/live".to_owned(),
             metrics_content_type: OPENMETRICS,
             engine: EngineRoutes::default(),
+            extras: Vec::new(),
         }
     }
 
@@ -310,7 +317,9 @@ impl Routes {
         let path = request.uri().path();
         let is_live = path == self.options.live_path;
         let is_health = path == self.options.health_path;
-        if !is_live && !is_health && path != METRICS {
+        let mut extras = self.options.extras.iter();
+        let extra = extras.find(|(at, _)| *at == path);
+        if !is_live && !is_health && path != METRICS && extra.is_none() {
             let text = match path {
                 // Of Kubernetes discovery, and of files of models that are published.
                 "/metadata" => "Discovery metadata not available",
@@ -325,6 +334,10 @@ impl Routes {
                 .headers_mut()
                 .insert(ALLOW, HeaderValue::from_static("GET,HEAD"));
             return response;
+        }
+        if let Some((_, extra)) = extra {
+            let (status, kind, body) = extra(request.uri().query().unwrap_or(""));
+            return respond(status, kind, body);
         }
         if is_live {
             let (status, word) = match self.health.health().stuck.is_empty() {

@@ -11,6 +11,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ use corelane_engine::lane::RESPONSES_MAX;
 use corelane_engine::shard::Command;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
-use tokio::task::{AbortHandle, JoinHandle, spawn_local};
+use tokio::task::{AbortHandle, JoinHandle, spawn_blocking, spawn_local};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::cli::Exit;
@@ -32,6 +33,7 @@ use crate::discovery::{
     FileDiscovery, FileOptions, MemoryDiscovery, MemoryStore,
 };
 use crate::env::Env;
+use crate::flight;
 use crate::health::State;
 use crate::lanes::LaneSockets;
 use crate::manager::{Manager, Standing};
@@ -103,6 +105,7 @@ struct Pulse {
     discovery: RefCell<Option<Rc<DiscoveryStats>>>,
     progress: RefCell<Progress>,
     manager: Manager,
+    flight_dir: Option<PathBuf>,
 }
 
 /// A running router.
@@ -143,6 +146,7 @@ impl Router {
             more: RefCell::default(),
             progress: RefCell::new(watch_cores(&cores)),
             manager: Manager::from_env(&Env::current()),
+            flight_dir: flight::folder(config.control.flight_dir.as_deref(), &Env::current()),
         });
         cores.started().await?;
         tracing::info!(
@@ -272,6 +276,7 @@ impl Router {
             }
             () = self.pulse.cores.failed() => {
                 tracing::error!("a core has ended: draining the others");
+                self.pulse.save_flight();
                 Exit::Failed
             }
             () = others_failed => {
@@ -409,6 +414,9 @@ async fn status(
     let address = SocketAddr::new(server.status_host, port);
     let (health, metrics) = (Rc::clone(pulse), Rc::clone(pulse));
     let mut options = StatusOptions::read(address, &Env::current());
+    let cores = Rc::clone(&pulse.cores);
+    let records = move |query: &str| flight::answer(&cores.view(), query);
+    options.extras.push((flight::PATH, Box::new(records)));
     options.handed = handed.map(TcpListener::try_clone).transpose()?;
     let started =
         StatusServer::start(options, move || health.health(), move || metrics.metrics()).await;
@@ -426,10 +434,22 @@ impl Pulse {
     async fn attend(&self) {
         let every = self.manager.look_every();
         loop {
-            self.progress.borrow_mut().look(Instant::now().into_std());
+            let stuck = self.progress.borrow_mut().look(Instant::now().into_std());
+            if !stuck.is_empty() {
+                self.save_flight();
+            }
             self.say();
             sleep(every).await;
         }
+    }
+
+    /// Writes down what the cores have done last. Does not wait for the disk.
+    fn save_flight(&self) -> Option<JoinHandle<()>> {
+        let (folder, cores) = (self.flight_dir.clone()?, self.cores.view());
+        Some(spawn_blocking(move || match flight::save(&cores, &folder) {
+            Ok(path) => tracing::info!(path = %path.display(), "flight records saved"),
+            Err(error) => tracing::error!(%error, "flight records not saved"),
+        }))
     }
 
     /// Tells the service manager how we are.

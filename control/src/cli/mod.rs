@@ -17,6 +17,7 @@ use crate::{logging, trace};
 
 mod args;
 mod check;
+mod dump;
 mod events;
 mod extract;
 mod gms;
@@ -170,6 +171,7 @@ fn dispatch(command: Command, env: &Env, host: &Host) -> anyhow::Result<Exit> {
             EventsCommand::Tail(tail) => commands::tail(tail.args(env)?),
             EventsCommand::Publish(publish) => commands::publish(publish.args(env)?),
         },
+        Command::Dump(dump) => commands::dump(&dump.args()),
         Command::Tune(options) => tune::tune(*options, env, host),
     }
 }

@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 
 use super::args::{Answer, CallArgs, Codec, Early, EchoArgs, Target, UpArgs};
 use super::{
-    Stop, check::CheckOptions, events::EventsOptions, extract::TraceOptions, gms::GmsOptions,
+    Stop, check::CheckOptions, dump::DumpOptions, events::EventsOptions, extract::TraceOptions, gms::GmsOptions,
     tune::TuneOptions,
 };
 use crate::config::{
@@ -60,6 +60,7 @@ pub(super) enum Command {
     Trace(TraceOptions),
     Events(EventsOptions),
     Tune(Box<TuneOptions>),
+    Dump(DumpOptions),
 }
 
 /// Where settings come from.

@@ -341,7 +341,11 @@ fn control(layers: &mut Layers, host: &Host, cores: &[Core]) -> Option<Control> 
             r#"write idle = "block", or keep a CPU out of cpus"#,
         );
     }
-    Some(Control { cpu })
+    let flight_dir = layers.text(&keys::CONTROL_FLIGHT_DIR, Of::Once);
+    Some(Control {
+        cpu,
+        flight_dir: flight_dir.map(|(dir, _)| PathBuf::from(dir)),
+    })
 }
 
 /// Whether the kernel lets us have as many sockets as are promised.
