@@ -496,7 +496,10 @@ impl Cores {
 /// The address to bind. Shards share their port with whoever of the same user asks for it, so a
 /// port that another process has is found out by asking for it alone.
 fn wanted_address(plan: &Plan) -> Result<SocketAddr, CoresError> {
-    let mut handed = plan.shards.iter().filter_map(|shard| shard.config.handed.as_ref());
+    let mut handed = plan
+        .shards
+        .iter()
+        .filter_map(|shard| shard.config.handed.as_ref());
     if let Some(address) = handed.find_map(|socket| socket.local_addr().ok()) {
         return Ok(address);
     }

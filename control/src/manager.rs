@@ -67,7 +67,9 @@ impl Manager {
             let failed = |error: &io::Error| tracing::warn!(%error, "NOTIFY_SOCKET {name}");
             opened.inspect_err(failed).ok()
         });
-        let watchdog = told.as_ref().and_then(|_| watchdog(env, std::process::id()));
+        let watchdog = told
+            .as_ref()
+            .and_then(|_| watchdog(env, std::process::id()));
         Self {
             told,
             watchdog,
@@ -185,7 +187,11 @@ mod tests {
     const LIMIT: Duration = Duration::from_secs(30);
 
     fn env(pairs: &[(&str, &str)]) -> Env {
-        Env::of(pairs.iter().map(|(name, value)| ((*name).into(), (*value).into())))
+        Env::of(
+            pairs
+                .iter()
+                .map(|(name, value)| ((*name).into(), (*value).into())),
+        )
     }
 
     fn standing(status: &str) -> Standing {
@@ -210,7 +216,10 @@ mod tests {
         now.ready = true;
         assert_eq!(news(&now, at(4)), "", "ready is said once");
         now.stopping = true;
-        assert_eq!(news(&now, at(5)), "STOPPING=1\nEXTEND_TIMEOUT_USEC=30000000\n");
+        assert_eq!(
+            news(&now, at(5)),
+            "STOPPING=1\nEXTEND_TIMEOUT_USEC=30000000\n"
+        );
         assert_eq!(news(&now, at(14)), "");
         assert_eq!(news(&now, at(15)), "EXTEND_TIMEOUT_USEC=30000000\n");
     }
@@ -224,7 +233,10 @@ mod tests {
             ..Standing::default()
         };
         let news = said.news(&now, None, Instant::now());
-        assert!(news.starts_with("STOPPING=1\n") && !news.contains("READY"), "{news}");
+        assert!(
+            news.starts_with("STOPPING=1\n") && !news.contains("READY"),
+            "{news}"
+        );
     }
 
     #[test]
@@ -234,7 +246,8 @@ mod tests {
         let mut now = Standing::default();
         let mut beats = |still: u64, second| {
             now.still = Duration::from_secs(still);
-            said.news(&now, Some(LIMIT), at(second)).contains("WATCHDOG=1")
+            said.news(&now, Some(LIMIT), at(second))
+                .contains("WATCHDOG=1")
         };
         assert!(beats(0, 0) && !beats(0, 9) && beats(9, 10));
         assert!(!beats(10, 20) && !beats(40, 50), "a part stands still");
@@ -261,8 +274,14 @@ mod tests {
         let name = format!("corelane-test-{}", std::process::id());
         let abstracted = SocketAddr::from_abstract_name(&name).unwrap();
         let places = [
-            (UnixDatagram::bind(&path).unwrap(), path.to_str().unwrap().to_owned()),
-            (UnixDatagram::bind_addr(&abstracted).unwrap(), format!("@{name}")),
+            (
+                UnixDatagram::bind(&path).unwrap(),
+                path.to_str().unwrap().to_owned(),
+            ),
+            (
+                UnixDatagram::bind_addr(&abstracted).unwrap(),
+                format!("@{name}"),
+            ),
         ];
         for (listener, name) in places {
             let manager = Manager::from_env(&env(&[("NOTIFY_SOCKET", &name)]));

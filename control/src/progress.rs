@@ -98,7 +98,10 @@ mod tests {
     #[test]
     fn one_that_stands_still_is_noticed_and_forgiven() {
         let mut progress = Progress::default();
-        let (one, other) = (watched(&mut progress, "core 0"), watched(&mut progress, "core 1"));
+        let (one, other) = (
+            watched(&mut progress, "core 0"),
+            watched(&mut progress, "core 1"),
+        );
         let start = Instant::now();
         let mut told = Vec::new();
         for half in 0..62 {
@@ -110,7 +113,11 @@ mod tests {
         assert!(progress.still() >= STILL_DEAD);
         other.set(Some(1));
         assert!(progress.look(start + Duration::from_secs(32)).is_empty());
-        assert_eq!(progress.still(), Duration::from_millis(500), "core 0 stood still since");
+        assert_eq!(
+            progress.still(),
+            Duration::from_millis(500),
+            "core 0 stood still since"
+        );
         assert!(progress.stuck(STILL_TOLD).is_empty());
     }
 
@@ -130,7 +137,11 @@ mod tests {
         watched(&mut progress, "core 0").set(None);
         let start = Instant::now();
         for second in 0..60 {
-            assert!(progress.look(start + Duration::from_secs(second)).is_empty());
+            assert!(
+                progress
+                    .look(start + Duration::from_secs(second))
+                    .is_empty()
+            );
         }
         assert_eq!(progress.still(), Duration::ZERO);
     }

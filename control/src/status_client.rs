@@ -55,7 +55,12 @@ mod tests {
         let answer = b"HTTP/1.1 404 Not Found\r\na: b\r\n\r\nbody\r\n\r\nand more";
         let (status, body) = parse(answer).unwrap();
         assert_eq!((status, &body[..]), (404, &b"body\r\n\r\nand more"[..]));
-        for wrong in [&b""[..], b"HTTP/1.1 200 OK\r\n", b"SSH-2.0\r\n\r\n", b"HTTP/1.1 x\r\n\r\n"] {
+        for wrong in [
+            &b""[..],
+            b"HTTP/1.1 200 OK\r\n",
+            b"SSH-2.0\r\n\r\n",
+            b"HTTP/1.1 x\r\n\r\n",
+        ] {
             assert_eq!(parse(wrong), None);
         }
     }

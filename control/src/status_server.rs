@@ -475,6 +475,7 @@ mod tests {
             ],
             paths: vec![("generate".to_owned(), "127.0.0.1:1/0/a/b/c".to_owned())],
             states: vec![("generate".to_owned(), State::Running)],
+            stuck: Vec::new(),
         };
         let set = [
             ("DYN_SYSTEM_LIVE_PATH", "/alive"),
@@ -634,6 +635,49 @@ mod tests {
             timeout(Duration::from_secs(60), server.stop())
                 .await
                 .unwrap();
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_part_that_stands_still_ends_liveness_and_extras_answer() {
+        let test = async {
+            let stuck = Rc::new(Cell::new(false));
+            let seen = Rc::clone(&stuck);
+            let health = move || Health {
+                ready: true,
+                stuck: seen
+                    .get()
+                    .then(|| "core 1".to_owned())
+                    .into_iter()
+                    .collect(),
+                ..Health::default()
+            };
+            let mut options = StatusOptions::new("127.0.0.1:0".parse().unwrap());
+            let echo = |query: &str| (StatusCode::ACCEPTED, PLAIN, query.as_bytes().to_vec());
+            options.extras.push(("/more", Box::new(echo)));
+            let server = StatusServer::start(options, health, String::new)
+                .await
+                .unwrap();
+            let address = server.address();
+            assert!(ask(address, "GET /live").await.starts_with("HTTP/1.1 200 "));
+            stuck.set(true);
+            let answer = ask(address, "GET /live").await;
+            assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+            assert!(body(&answer).contains("\"status\":\"stuck\""), "{answer}");
+            let answer = ask(address, "GET /more?a=1&b").await;
+            assert!(answer.starts_with("HTTP/1.1 202 ") && body(&answer) == "a=1&b");
+            assert!(
+                ask(address, "POST /more")
+                    .await
+                    .starts_with("HTTP/1.1 405 ")
+            );
+            assert!(
+                ask(address, "GET /more/")
+                    .await
+                    .starts_with("HTTP/1.1 404 ")
+            );
+            server.stop().await;
         };
         LocalSet::new().run_until(test).await;
     }

@@ -398,7 +398,10 @@ fn watch_cores(cores: &Rc<Cores>) -> Progress {
     let mut progress = Progress::default();
     for index in 0..cores.count() {
         let cores = Rc::clone(cores);
-        progress.watch(format!("core {index}"), Box::new(move || cores.turns(index)));
+        progress.watch(
+            format!("core {index}"),
+            Box::new(move || cores.turns(index)),
+        );
     }
     progress
 }
@@ -446,9 +449,11 @@ impl Pulse {
     /// Writes down what the cores have done last. Does not wait for the disk.
     fn save_flight(&self) -> Option<JoinHandle<()>> {
         let (folder, cores) = (self.flight_dir.clone()?, self.cores.view());
-        Some(spawn_blocking(move || match flight::save(&cores, &folder) {
-            Ok(path) => tracing::info!(path = %path.display(), "flight records saved"),
-            Err(error) => tracing::error!(%error, "flight records not saved"),
+        Some(spawn_blocking(move || {
+            match flight::save(&cores, &folder) {
+                Ok(path) => tracing::info!(path = %path.display(), "flight records saved"),
+                Err(error) => tracing::error!(%error, "flight records not saved"),
+            }
         }))
     }
 
@@ -462,7 +467,12 @@ impl Pulse {
             (false, false) => "not ready: /health says what is missing".to_owned(),
         };
         let still = self.progress.borrow().still();
-        let standing = Standing { ready, stopping, still, status };
+        let standing = Standing {
+            ready,
+            stopping,
+            still,
+            status,
+        };
         self.manager.tell(&standing, Instant::now().into_std());
     }
 

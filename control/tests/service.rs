@@ -90,8 +90,14 @@ fn ready_is_said_when_it_serves_and_stopping_as_long_as_it_drains() {
     wait_until("the worker has it", || worker.taken() == 1);
     router.signal(Signal::TERM);
     wait_until("it says that it leaves", || manager.has("STOPPING=1"));
-    wait_until("and what it waits for", || manager.has("STATUS=draining: 1 requests in flight"));
-    assert!(manager.has("EXTEND_TIMEOUT_USEC=30000000"), "{}", manager.heard);
+    wait_until("and what it waits for", || {
+        manager.has("STATUS=draining: 1 requests in flight")
+    });
+    assert!(
+        manager.has("EXTEND_TIMEOUT_USEC=30000000"),
+        "{}",
+        manager.heard
+    );
     worker.hold(false);
     assert_eq!(held.reply(), "");
     assert_eq!(router.ended(), 0);
@@ -171,22 +177,35 @@ fn signs_of_life_end_with_the_progress_of_one_core() {
         eprintln!("left out: no thread of another process can be stopped here");
         return;
     };
-    wait_until("it is noticed", || router.log().contains("core 0 makes no progress"));
+    wait_until("it is noticed", || {
+        router.log().contains("core 0 makes no progress")
+    });
     manager.forget();
     assert_eq!(router.metric(&["corelane_process_stuck "]), 1.0);
-    wait_until("the records are saved", || router.log().contains("flight records saved"));
+    wait_until("the records are saved", || {
+        router.log().contains("flight records saved")
+    });
     assert_eq!(beats(&mut manager), 0, "{}", manager.heard);
     drop(frozen);
     wait_until("it lives again", || beats(&mut manager) > 0);
     wait_until("that is said", || router.log().contains("core 0 goes on"));
 
-    let saved = std::fs::read_dir(logs.path()).unwrap().next().unwrap().unwrap();
+    let saved = std::fs::read_dir(logs.path())
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap();
     let saved = saved.path().display().to_string();
     let mut dump = Program::command(&["dump", &saved, "--json"]);
     assert_eq!(dump.ended(), 0, "{}", dump.log());
     for kind in ["begun", "routed", "forwarded", "answered", "replied"] {
         let word = format!("\"kind\":\"{kind}\"");
-        assert_eq!(dump.out().matches(&word).count(), 1, "{kind}: {}", dump.out());
+        assert_eq!(
+            dump.out().matches(&word).count(),
+            1,
+            "{kind}: {}",
+            dump.out()
+        );
     }
     router.signal(Signal::TERM);
     assert_eq!(router.ended(), 0);
@@ -201,7 +220,10 @@ fn cpus() -> Vec<usize> {
 
 fn on_cpus(cpus: &[usize]) -> String {
     let cpus: Vec<String> = cpus.iter().map(ToString::to_string).collect();
-    format!("[drain]\ngrace_s = 0\n[core]\ncpus = \"{}\"\n", cpus.join(","))
+    format!(
+        "[drain]\ngrace_s = 0\n[core]\ncpus = \"{}\"\n",
+        cpus.join(",")
+    )
 }
 
 /// Sockets to be handed over.
@@ -270,7 +292,10 @@ fn with_a_socket_for_each_core_every_one_is_served() {
     let text = [route(""), worker.instance(TARGET), on_cpus(&cpus)].concat();
     let first = listen("127.0.0.1:0".parse().unwrap(), true, false).unwrap();
     let address = first.local_addr().unwrap();
-    let more = cpus.iter().skip(1).map(|_| listen(address, true, false).unwrap());
+    let more = cpus
+        .iter()
+        .skip(1)
+        .map(|_| listen(address, true, false).unwrap());
     let sockets = Sockets::new(std::iter::once(first).chain(more).collect());
     let mut router = sockets.serve("", &text);
     router.ready();
@@ -293,7 +318,11 @@ fn sockets_that_make_no_sense_are_named() {
     for (sockets, names, words) in [
         (vec![any()], "other", "FileDescriptorName=requests"),
         (vec![any(), any()], "requests:requests", "write one address"),
-        (vec![shared, again], "requests:requests", "2 sockets for the requests of 1 data cores"),
+        (
+            vec![shared, again],
+            "requests:requests",
+            "2 sockets for the requests of 1 data cores",
+        ),
         (vec![connected], "requests", "no listening TCP socket"),
     ] {
         let mut router = Sockets::new(sockets).serve(names, &text);
@@ -310,7 +339,11 @@ fn a_running_router_is_asked_for_its_last_records() {
     router.ready();
     let (mut caller, path) = router.dial(LISTEN);
     assert_eq!(caller.ask(&path), "");
-    assert!(caller.ask("0/no/such/one").starts_with("Server unavailable"));
+    assert!(
+        caller
+            .ask("0/no/such/one")
+            .starts_with("Server unavailable")
+    );
     wait_until("the answer is counted", || {
         router.metric(&["corelane_accepted_upstream_total"]) == 1.0
     });
@@ -334,16 +367,28 @@ fn a_running_router_is_asked_for_its_last_records() {
         assert!(text.contains(word), "{word}\n{text}");
     }
     let lines = dumped(&["--json", "--core", "0"]);
-    let records: Vec<serde_json::Value> =
-        lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    let times: Vec<u64> = records.iter().map(|one| one["unix_ns"].as_u64().unwrap()).collect();
+    let records: Vec<serde_json::Value> = lines
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let times: Vec<u64> = records
+        .iter()
+        .map(|one| one["unix_ns"].as_u64().unwrap())
+        .collect();
     assert!(times.is_sorted() && times.len() >= 9, "{lines}");
 
     let mut nobody = Program::command(&["dump", "--status", &format!("127.0.0.1:{}", free_port())]);
     assert_eq!(nobody.ended(), 1);
-    assert!(nobody.log().contains("name its status server"), "{}", nobody.log());
+    assert!(
+        nobody.log().contains("name its status server"),
+        "{}",
+        nobody.log()
+    );
     let mut none = Program::command(&["dump", "--status", &status, "--core", "7"]);
     assert_eq!(none.ended(), 1);
-    assert!(none.log().contains("there is no core 7; there are 1"), "{}", none.log());
+    assert!(
+        none.log().contains("there is no core 7; there are 1"),
+        "{}",
+        none.log()
+    );
 }
-

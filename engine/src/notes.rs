@@ -34,7 +34,10 @@ impl<R: Ring> Shard<R> {
 
     /// A request is refused; its connection may be gone.
     pub(crate) fn note_refused(&self, request: u32, why: Why) {
-        let connection = self.requests.get(request).map_or(NONE, |entry| entry.downstream);
+        let connection = self
+            .requests
+            .get(request)
+            .map_or(NONE, |entry| entry.downstream);
         self.note(Kind::Refused, why as u32, connection, request.into());
     }
 

@@ -22,8 +22,12 @@ pub(super) struct DumpOptions {
     /// A file, in place of a running process
     file: Option<PathBuf>,
     /// Where the status server of the process is
-    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:9090",
-          conflicts_with = "file")]
+    #[arg(
+        long,
+        value_name = "HOST:PORT",
+        default_value = "127.0.0.1:9090",
+        conflicts_with = "file"
+    )]
     status: String,
     /// How far back: 500ms, 10s, 5m
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration,
@@ -77,7 +81,16 @@ mod tests {
         for (text, ms) in [("500ms", 500), ("10s", 10_000), ("5m", 300_000), ("0s", 0)] {
             assert_eq!(duration(text), Ok(Duration::from_millis(ms)), "{text}");
         }
-        for wrong in ["", "10", "s", "-1s", "1.5s", "10 s", "1h", "99999999999999999999s"] {
+        for wrong in [
+            "",
+            "10",
+            "s",
+            "-1s",
+            "1.5s",
+            "10 s",
+            "1h",
+            "99999999999999999999s",
+        ] {
             assert!(duration(wrong).is_err(), "{wrong}");
         }
     }

@@ -7,8 +7,8 @@ use clap::{Args, Parser, Subcommand};
 
 use super::args::{Answer, CallArgs, Codec, Early, EchoArgs, Target, UpArgs};
 use super::{
-    Stop, check::CheckOptions, dump::DumpOptions, events::EventsOptions, extract::TraceOptions, gms::GmsOptions,
-    tune::TuneOptions,
+    Stop, check::CheckOptions, dump::DumpOptions, events::EventsOptions, extract::TraceOptions,
+    gms::GmsOptions, tune::TuneOptions,
 };
 use crate::config::{
     Backend, Config, EndpointId, Host, Inputs, Key, Main, Origin, Override, Purpose, Section,

@@ -436,6 +436,7 @@ impl Options {
             shards: cpus.iter().enumerate().map(planned).collect(),
             tls: self.server.tls.clone(),
             responses: self.server.responses,
+            status: None,
         })
     }
 }

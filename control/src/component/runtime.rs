@@ -43,6 +43,7 @@ use crate::cores::Cores;
 use crate::discovery::Discovery;
 use crate::engine_routes::EngineRoutes;
 use crate::events::Events;
+use crate::flight;
 use crate::health::{Endpoints, Hold, Settings, State};
 use crate::metrics::{ProcessNumbers, ServedNumbers, Snapshot, WorkerNumbers};
 use crate::nats::{Nats, Requests};
@@ -364,9 +365,12 @@ impl Runtime {
         let (health, numbers) = (Rc::downgrade(&self.0), Rc::downgrade(&self.0));
         let health = move || health.upgrade().map(|inner| inner.health());
         let numbers = move || numbers.upgrade().map(|inner| inner.metrics());
+        let cores = Rc::clone(&self.0.cores);
+        let records = move |query: &str| flight::answer(&cores.view(), query);
         let started = StatusServer::start(
             StatusOptions {
                 engine: self.0.engine.clone(),
+                extras: vec![(flight::PATH, Box::new(records))],
                 ..StatusOptions::read(address, &self.0.options.env)
             },
             move || health().unwrap_or_default(),

@@ -96,12 +96,22 @@ impl Block {
     pub fn parse(bytes: &[u8]) -> Option<(Self, &[u8])> {
         let (head, rest) = bytes.split_at_checked(HEAD_BYTES)?;
         let (magic, numbers) = head.split_at_checked(MAGIC.len())?;
-        let short = |at: usize| Some(u32::from_le_bytes(numbers.get(at..at + 4)?.try_into().ok()?));
-        let long = |at: usize| Some(u64::from_le_bytes(numbers.get(at..at + 8)?.try_into().ok()?));
+        let short = |at: usize| {
+            Some(u32::from_le_bytes(
+                numbers.get(at..at + 4)?.try_into().ok()?,
+            ))
+        };
+        let long = |at: usize| {
+            Some(u64::from_le_bytes(
+                numbers.get(at..at + 8)?.try_into().ok()?,
+            ))
+        };
         if magic != MAGIC || short(0)? != VERSION {
             return None;
         }
-        let length = usize::try_from(short(12)?).ok()?.checked_mul(RECORD_BYTES)?;
+        let length = usize::try_from(short(12)?)
+            .ok()?
+            .checked_mul(RECORD_BYTES)?;
         let (records, rest) = rest.split_at_checked(length)?;
         let record = |bytes: &[u8]| Some(Record::from_bytes(bytes.try_into().ok()?));
         let block = Self {
@@ -111,7 +121,10 @@ impl Block {
             unix_ns: long(24)?,
             next: long(32)?,
             written: long(40)?,
-            records: records.chunks_exact(RECORD_BYTES).filter_map(record).collect(),
+            records: records
+                .chunks_exact(RECORD_BYTES)
+                .filter_map(record)
+                .collect(),
         };
         Some((block, rest))
     }
@@ -171,7 +184,9 @@ fn wrong(why: &str) -> (StatusCode, &'static str, Vec<u8>) {
 
 /// Where files go: as configured, else where the service manager wants logs.
 pub fn folder(configured: Option<&Path>, env: &Env) -> Option<PathBuf> {
-    let logs = env.get("LOGS_DIRECTORY").and_then(|logs| logs.split(':').next());
+    let logs = env
+        .get("LOGS_DIRECTORY")
+        .and_then(|logs| logs.split(':').next());
     configured.or(logs.map(Path::new)).map(Path::to_owned)
 }
 
@@ -204,7 +219,10 @@ fn make_room(folder: &Path) -> io::Result<()> {
     let mut files: Vec<PathBuf> = Vec::new();
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or("");
+        let name = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .unwrap_or("");
         if name.starts_with("flight-") && name.ends_with(".bin") {
             files.push(path);
         }
@@ -218,7 +236,9 @@ fn make_room(folder: &Path) -> io::Result<()> {
 fn now() -> (u64, u64) {
     let monotonic = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let ns = |seconds: i64, ns: i64| seconds as u64 * 1_000_000_000 + ns as u64;
-    let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let unix = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     let unix_ns = u64::try_from(unix.as_nanos()).unwrap_or(u64::MAX);
     (ns(monotonic.tv_sec, monotonic.tv_nsec), unix_ns)
 }

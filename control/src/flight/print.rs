@@ -14,7 +14,11 @@ pub fn text_line(core: u32, unix_ns: u64, record: &Record) -> String {
         |_| unix_ns.to_string(),
         |time| time.strftime("%H:%M:%S%.6f").to_string(),
     );
-    let plain = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let plain = |value: &Value| {
+        value
+            .as_str()
+            .map_or_else(|| value.to_string(), str::to_owned)
+    };
     let fields: Vec<String> = fields(record)
         .iter()
         .map(|(name, value)| format!("{name} {}", plain(value)))
@@ -68,7 +72,11 @@ fn fields(record: &Record) -> Vec<(&'static str, Value)> {
             ("connection", json!(upper)),
             ("bytes", json!(lower)),
         ],
-        Kind::Handled => vec![connection, ("handler", json!(detail)), ("bytes", json!(value))],
+        Kind::Handled => vec![
+            connection,
+            ("handler", json!(detail)),
+            ("bytes", json!(value)),
+        ],
         Kind::Laned => vec![
             ("job", json!(subject)),
             ("route", json!(detail)),
@@ -86,7 +94,11 @@ fn fields(record: &Record) -> Vec<(&'static str, Value)> {
         }
         Kind::Replied => {
             let reply = if detail == 0 { "accepted" } else { "text" };
-            vec![request, ("reply", json!(reply)), ("connection", json!(value))]
+            vec![
+                request,
+                ("reply", json!(reply)),
+                ("connection", json!(value)),
+            ]
         }
         Kind::Refused => {
             let why = ("why", named(Why::of(detail).map(Why::word), detail));
@@ -138,13 +150,49 @@ mod tests {
     #[test]
     fn lines_say_what_the_numbers_are() {
         for (kind, detail, subject, value, wanted) in [
-            (Kind::Begun, 3, 17, 5 << 32 | 1234, "request 17, route 3, connection 5, bytes 1234"),
-            (Kind::Routed, 0, 17, 0xab, "request 17, attempt 1, instance ab"),
-            (Kind::Answered, 1, 17, 900, "request 17, answer overloaded, ns 900"),
-            (Kind::Replied, 0, 17, 5, "request 17, reply accepted, connection 5"),
-            (Kind::Refused, 6, 5, u64::from(NONE), "why queue_full, connection 5"),
+            (
+                Kind::Begun,
+                3,
+                17,
+                5 << 32 | 1234,
+                "request 17, route 3, connection 5, bytes 1234",
+            ),
+            (
+                Kind::Routed,
+                0,
+                17,
+                0xab,
+                "request 17, attempt 1, instance ab",
+            ),
+            (
+                Kind::Answered,
+                1,
+                17,
+                900,
+                "request 17, answer overloaded, ns 900",
+            ),
+            (
+                Kind::Replied,
+                0,
+                17,
+                5,
+                "request 17, reply accepted, connection 5",
+            ),
+            (
+                Kind::Refused,
+                6,
+                5,
+                u64::from(NONE),
+                "why queue_full, connection 5",
+            ),
             (Kind::Refused, 6, NONE, 17, "why queue_full, request 17"),
-            (Kind::Lost, 1, 8, 104, "connection 8, side upstream, errno 104"),
+            (
+                Kind::Lost,
+                1,
+                8,
+                104,
+                "connection 8, side upstream, errno 104",
+            ),
             (Kind::Command, 99, 0, 1, "order 99, of 1"),
         ] {
             let line = text_line(1, AT, &record(kind as u8, detail, subject, value));

@@ -412,7 +412,11 @@ mod tests {
         assert_eq!(flight.read(15, 2, &mut some), 17);
         assert_eq!(some, records[2..4]);
         assert_eq!(flight.read(21, 2, &mut some), 21, "nothing new");
-        assert_eq!(flight.read(99, 2, &mut some), 21, "a number of another life");
+        assert_eq!(
+            flight.read(99, 2, &mut some),
+            21,
+            "a number of another life"
+        );
         let since = [0, 130, 131, 190, 191].map(|at_ns| flight.since(at_ns));
         assert_eq!(since, [13, 14, 15, 20, 21]);
     }
@@ -437,10 +441,16 @@ mod tests {
     #[test]
     fn words_stand_at_their_numbers() {
         for (number, kind) in Kind::ALL.iter().enumerate() {
-            assert_eq!((*kind as usize, Kind::of(number as u32)), (number, Some(*kind)));
+            assert_eq!(
+                (*kind as usize, Kind::of(number as u32)),
+                (number, Some(*kind))
+            );
         }
         assert_eq!(Kind::of(200), None);
-        assert_eq!(Why::of(Why::QueueFull as u32).map(Why::word), Some("queue_full"));
+        assert_eq!(
+            Why::of(Why::QueueFull as u32).map(Why::word),
+            Some("queue_full")
+        );
     }
 
     /// Torn records would show values that do not belong together.
