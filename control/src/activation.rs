@@ -143,7 +143,10 @@ fn address(socket: &TcpListener) -> SocketAddr {
 
 #[cfg(test)]
 mod tests {
+    use corelane_engine::config::ShardConfig;
+
     use super::*;
+    use crate::preflight::Planned;
 
     fn socket() -> Arc<TcpListener> {
         Arc::new(TcpListener::bind("127.0.0.1:0").unwrap())
@@ -168,5 +171,56 @@ mod tests {
     fn nothing_is_taken_where_nothing_is_handed_over() {
         let handed = Handed::take(&Env::default()).unwrap();
         assert!(handed.requests.is_empty() && handed.status.is_none());
+    }
+
+    fn plan(cores: usize) -> Plan {
+        let core = |shard| Planned {
+            config: ShardConfig::new(shard, shard, RingKind::Epoll, None),
+            cause: "configured",
+            required: false,
+        };
+        Plan {
+            control_cpu: 0,
+            shards: (0..cores).map(core).collect(),
+            tls: Default::default(),
+            responses: Default::default(),
+            status: None,
+        }
+    }
+
+    #[test]
+    fn cores_share_one_socket_or_have_one_each() {
+        for (sockets, cores, works) in [
+            (0, 2, true),
+            (1, 1, true),
+            (1, 3, true),
+            (3, 3, true),
+            (2, 3, false),
+            (3, 1, false),
+        ] {
+            let mut handed = Handed::default();
+            for _ in 0..sockets {
+                handed.sort_in("requests", socket()).unwrap();
+            }
+            let mut plan = plan(cores);
+            assert_eq!(
+                handed.distribute(&mut plan).is_ok(),
+                works,
+                "{sockets} for {cores}"
+            );
+            if !works {
+                continue;
+            }
+            assert_eq!(plan.is_handed(), sockets > 0);
+            for (index, core) in plan.shards.iter().enumerate() {
+                let got = core
+                    .config
+                    .handed
+                    .as_ref()
+                    .map(|socket| socket.local_addr().unwrap());
+                let wanted = handed.requests.get(index % sockets.max(1));
+                assert_eq!(got, wanted.map(|socket| socket.local_addr().unwrap()));
+            }
+        }
     }
 }

@@ -41,6 +41,15 @@ pub struct Plan {
     pub status: Option<Arc<TcpListener>>,
 }
 
+impl Plan {
+    /// Whether the cores take connections from sockets that were handed over.
+    pub fn is_handed(&self) -> bool {
+        self.shards
+            .iter()
+            .any(|shard| shard.config.handed.is_some())
+    }
+}
+
 /// Raises the limits of this process, looks at the host, and decides. What is not as it was asked
 /// for is logged with its remedy. To be called once, before threads are made.
 ///

@@ -170,6 +170,9 @@ impl Router {
             followers: Vec::new(),
         };
         router.follow().await;
+        if plan.is_handed() {
+            router.pulse.cores.tell(|| Command::Accept).await;
+        }
         let attending = Rc::clone(&router.pulse);
         let attending = spawn_local(async move { attending.attend().await });
         router.followers.push(attending.abort_handle());

@@ -24,7 +24,7 @@ pub struct ShardConfig {
     /// Where requests are accepted; `None` for a shard that only calls.
     pub listen: Option<SocketAddr>,
     /// A socket that listens already and is used in place of `listen`; other shards may share it.
-    /// For epoll it must not block.
+    /// For epoll it must not block. Nothing is accepted before [`crate::command::Command::Accept`].
     pub handed: Option<Arc<TcpListener>>,
     /// Connections of all kinds, at most.
     pub connections_max: u32,

@@ -54,6 +54,7 @@ impl<R: Ring> Shard<R> {
             Command::Adopt { .. } => (Order::Adopt, 0),
             Command::Broken { .. } => (Order::Broken, 0),
             Command::Inbound(_) => (Order::Inbound, 0),
+            Command::Accept => (Order::Accept, 0),
             Command::Drain => (Order::Drain, 0),
             Command::Stop => (Order::Stop, 0),
             Command::Run(_) | Command::Wake(_) => return,

@@ -228,7 +228,7 @@ impl<R: Ring> Shard<R> {
     /// Begins to accept, and to watch for commands.
     pub fn start(&mut self) {
         self.watch_wake();
-        accept::arm(self);
+        accept::begin(self);
         home::arm(self);
         relay_home::arm(self);
         local::show_places(self);
@@ -550,6 +550,7 @@ impl<R: Ring> Shard<R> {
                 Command::Inbound(inbound) => self.come_home(inbound),
                 Command::Run(run) => run.begin(&self.worker.host),
                 Command::Wake(task) => self.worker.host.wake(task),
+                Command::Accept => accept::arm(self),
                 // The listener stays open: who still dials is told by a refusal, not by a reset.
                 Command::Drain => {
                     self.draining = true;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use common::*;
 use corelane_engine::config::RingKind;
 use corelane_engine::directory::{Ack, Policy};
+use corelane_engine::shard::Command;
 use corelane_engine::stats::flight::{Answered, Kind, Order, Record, Side, Why};
 
 fn records(router: &Router) -> Vec<Record> {
@@ -18,7 +19,10 @@ fn records(router: &Router) -> Vec<Record> {
 }
 
 fn of(records: &[Record], kind: Kind) -> Vec<&Record> {
-    records.iter().filter(|record| record.kind == kind as u8).collect()
+    records
+        .iter()
+        .filter(|record| record.kind == kind as u8)
+        .collect()
 }
 
 #[test]
@@ -34,7 +38,11 @@ fn a_request_is_followed_from_its_beginning_to_its_reply() {
         assert!(caller.reply().starts_with("Server unavailable"));
         drop(caller);
         wait_until("the connection is closed", || {
-            of(&records(&router), Kind::Closed).iter().any(|one| one.detail == Side::Downstream as u32)
+            let all = records(&router);
+            let closed = of(&all, Kind::Closed);
+            closed
+                .iter()
+                .any(|one| one.detail == Side::Downstream as u32)
         });
         let all = records(&router);
         assert!(all.iter().map(|one| one.number).eq(1..=all.len() as u64));
@@ -53,7 +61,13 @@ fn a_request_is_followed_from_its_beginning_to_its_reply() {
             .take(5)
             .collect();
         let kinds: Vec<u8> = life.iter().map(|one| one.kind).collect();
-        let wanted = [Kind::Begun, Kind::Routed, Kind::Forwarded, Kind::Answered, Kind::Replied];
+        let wanted = [
+            Kind::Begun,
+            Kind::Routed,
+            Kind::Forwarded,
+            Kind::Answered,
+            Kind::Replied,
+        ];
         assert_eq!(kinds, wanted.map(|kind| kind as u8), "{ring:?}: {all:?}");
         assert_eq!((life[1].detail, life[1].value), (0, 0xab));
         assert_eq!(life[2].value, life[2].at_ns - begun.at_ns);
@@ -61,8 +75,14 @@ fn a_request_is_followed_from_its_beginning_to_its_reply() {
         assert_eq!((life[4].detail, life[4].value), (0, connection.into()));
 
         let refused = of(&all, Kind::Refused)[0];
-        assert_eq!((refused.detail, refused.subject), (Why::UnknownEndpoint as u32, connection));
-        let opened: Vec<u32> = of(&all, Kind::Opened).iter().map(|one| one.detail).collect();
+        assert_eq!(
+            (refused.detail, refused.subject),
+            (Why::UnknownEndpoint as u32, connection)
+        );
+        let opened: Vec<u32> = of(&all, Kind::Opened)
+            .iter()
+            .map(|one| one.detail)
+            .collect();
         assert_eq!(opened, [Side::Upstream as u32, Side::Downstream as u32]);
         let order = of(&all, Kind::Command)[0];
         assert_eq!((order.detail, order.value), (Order::Directory as u32, 1));
@@ -83,8 +103,14 @@ fn the_second_instance_is_the_second_attempt() {
         let all = records(&router);
         let routed = of(&all, Kind::Routed);
         let attempts: Vec<_> = routed.iter().map(|one| (one.detail, one.value)).collect();
-        assert!(attempts.windows(2).any(|two| two == [(0, 1), (1, 2)]), "{attempts:?}");
-        let said: Vec<u32> = of(&all, Kind::Answered).iter().map(|one| one.detail).collect();
+        assert!(
+            attempts.windows(2).any(|two| two == [(0, 1), (1, 2)]),
+            "{attempts:?}"
+        );
+        let said: Vec<u32> = of(&all, Kind::Answered)
+            .iter()
+            .map(|one| one.detail)
+            .collect();
         assert!(said.contains(&(Answered::Overloaded as u32)), "{said:?}");
     }
 }
@@ -123,6 +149,7 @@ fn shards_on_different_rings_share_a_socket() {
         let router = Router::with(*ring, |config| config.handed = Some(Arc::clone(&listener)));
         assert_eq!(router.address, address);
         router.route_to(Policy::RoundRobin, Ack::OnAccept, &[&worker]);
+        router.handle.command(Command::Accept).unwrap();
         router
     };
     let routers: Vec<Router> = shared.iter().map(start).collect();
@@ -131,7 +158,10 @@ fn shards_on_different_rings_share_a_socket() {
         for caller in &mut callers {
             caller.send(&frame(LISTEN_PATH, b"x"));
         }
-        assert!(callers.iter_mut().all(|caller| caller.reply().is_empty()), "{round}");
+        assert!(
+            callers.iter_mut().all(|caller| caller.reply().is_empty()),
+            "{round}"
+        );
     }
     let accepted = |router: &Router| router.handle.stats.shard.connections_accepted.get();
     assert_eq!(routers.iter().map(accepted).sum::<u64>(), 60);

@@ -52,8 +52,6 @@ fn fields(record: &Record) -> Vec<(&'static str, Value)> {
         value,
         ..
     } = *record;
-    let (upper, lower) = ((value >> 32) as u32, value as u32);
-    let request = ("request", json!(subject));
     let connection = ("connection", json!(subject));
     let Some(kind) = Kind::of(record.kind.into()) else {
         return vec![
@@ -66,12 +64,6 @@ fn fields(record: &Record) -> Vec<(&'static str, Value)> {
     let side = ("side", named(Side::of(detail).map(Side::word), detail));
     match kind {
         Kind::Nothing => Vec::new(),
-        Kind::Begun => vec![
-            request,
-            ("route", json!(detail)),
-            ("connection", json!(upper)),
-            ("bytes", json!(lower)),
-        ],
         Kind::Handled => vec![
             connection,
             ("handler", json!(detail)),
@@ -82,12 +74,42 @@ fn fields(record: &Record) -> Vec<(&'static str, Value)> {
             ("route", json!(detail)),
             ("connection", json!(value)),
         ],
+        Kind::Opened | Kind::Closed => vec![connection, side],
+        Kind::Lost => vec![connection, side, ("errno", json!(value))],
+        Kind::Shortage => {
+            let what = named(Buffers::of(detail).map(Buffers::word), detail);
+            vec![("what", what), ("held", json!(subject))]
+        }
+        Kind::Command => {
+            let order = named(Order::of(detail).map(Order::word), detail);
+            vec![("order", order), ("of", json!(value))]
+        }
+        Kind::Relayed => {
+            let what = named(Relayed::of(detail).map(Relayed::word), detail);
+            vec![("relay", json!(subject)), ("what", what)]
+        }
+        Kind::Told => vec![("waiting", json!(subject))],
+        _ => fields_of_request(kind, record),
+    }
+}
+
+/// The same of what happens to requests.
+fn fields_of_request(kind: Kind, record: &Record) -> Vec<(&'static str, Value)> {
+    let (detail, subject, value) = (record.detail, record.subject, record.value);
+    let (upper, lower) = ((value >> 32) as u32, value as u32);
+    let request = ("request", json!(subject));
+    match kind {
+        Kind::Begun => vec![
+            request,
+            ("route", json!(detail)),
+            ("connection", json!(upper)),
+            ("bytes", json!(lower)),
+        ],
         Kind::Routed => vec![
             request,
             ("attempt", json!(u64::from(detail) + 1)),
             ("instance", json!(format!("{value:x}"))),
         ],
-        Kind::Forwarded => vec![request, ("ns", json!(value))],
         Kind::Answered => {
             let answer = named(Answered::of(detail).map(Answered::word), detail);
             vec![request, ("answer", answer), ("ns", json!(value))]
@@ -107,21 +129,7 @@ fn fields(record: &Record) -> Vec<(&'static str, Value)> {
             let there = there.map(|(name, number)| (name, json!(number)));
             std::iter::once(why).chain(there).collect()
         }
-        Kind::Opened | Kind::Closed => vec![connection, side],
-        Kind::Lost => vec![connection, side, ("errno", json!(value))],
-        Kind::Shortage => {
-            let what = named(Buffers::of(detail).map(Buffers::word), detail);
-            vec![("what", what), ("held", json!(subject))]
-        }
-        Kind::Command => {
-            let order = named(Order::of(detail).map(Order::word), detail);
-            vec![("order", order), ("of", json!(value))]
-        }
-        Kind::Relayed => {
-            let what = named(Relayed::of(detail).map(Relayed::word), detail);
-            vec![("relay", json!(subject)), ("what", what)]
-        }
-        Kind::Told => vec![("waiting", json!(subject))],
+        _ => vec![request, ("ns", json!(value))],
     }
 }
 

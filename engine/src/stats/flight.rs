@@ -19,7 +19,9 @@ pub const RECORD_BYTES: usize = 32;
 pub const RECORDS_MAX: u32 = 1 << 22;
 
 macro_rules! words {
-    ($(#[$meta:meta])* $name:ident { $($(#[doc = $doc:literal])+ $variant:ident = $word:literal,)+ }) => {
+    ($(#[$meta:meta])* $name:ident {
+        $($(#[doc = $doc:literal])+ $variant:ident = $word:literal,)+
+    }) => {
         $(#[$meta])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         #[repr(u8)]
@@ -189,6 +191,8 @@ words! {
         Broken = "broken",
         /// A response on QUIC
         Inbound = "inbound",
+        /// Accept from the socket that was handed over
+        Accept = "accept",
         /// Refuse new requests
         Drain = "drain",
         /// End
@@ -456,7 +460,7 @@ mod tests {
     /// Torn records would show values that do not belong together.
     #[test]
     fn a_reader_never_sees_half_a_record() {
-        let flight = Arc::new(Flight::new(16));
+        let flight = Arc::new(Flight::new(256));
         let stop = Arc::new(AtomicBool::new(false));
         let (written, stopped) = (Arc::clone(&flight), Arc::clone(&stop));
         let writer = std::thread::spawn(move || {
@@ -467,10 +471,10 @@ mod tests {
             }
         });
         let (mut seen, mut from) = (0u64, 0);
-        while seen < 20_000 {
+        while seen < 5_000 {
             std::thread::yield_now();
             let mut out = Vec::new();
-            from = flight.read(from, 16, &mut out);
+            from = flight.read(from, 256, &mut out);
             for record in out {
                 let n = record.number;
                 assert_eq!((record.at_ns, record.value), (n, n));
