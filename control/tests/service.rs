@@ -177,8 +177,14 @@ fn signs_of_life_end_with_the_progress_of_one_core() {
         eprintln!("left out: no thread of another process can be stopped here");
         return;
     };
-    wait_until("it is noticed", || router.metric(&["corelane_process_stuck "]) == 1.0);
-    assert!(router.log().contains("core 0 makes no progress"), "{}", router.log());
+    wait_until("it is noticed", || {
+        router.metric(&["corelane_process_stuck "]) == 1.0
+    });
+    assert!(
+        router.log().contains("core 0 makes no progress"),
+        "{}",
+        router.log()
+    );
     manager.forget();
     wait_until("the records are saved", || {
         router.log().contains("flight records saved")
