@@ -114,6 +114,11 @@ impl Broker {
         &self.stats
     }
 
+    /// How many turns its thread has made; `None` once it is to end.
+    pub fn turns(&self) -> Option<u64> {
+        (!self.stopping.get()).then(|| self.stats.plane.ticks.get())
+    }
+
     /// Registers it, so that Dynamo's publishers and subscribers find it.
     pub async fn offer(&self, discovery: &Discovery) {
         match discovery.replace(self.record()).await {

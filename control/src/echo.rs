@@ -280,8 +280,8 @@ impl EchoWorker {
     fn metrics(&self) -> String {
         let process = ProcessNumbers {
             uptime: self.began.elapsed(),
-            directories: 0,
             draining: self.peer.stats().shard.draining.get() == 1,
+            ..ProcessNumbers::default()
         };
         let discovery = Some(&**self.discovery.stats());
         let text = Snapshot::take(&[self.peer.view()], Vec::new(), process, discovery);

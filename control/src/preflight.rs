@@ -1,7 +1,8 @@
 //! From the configuration and this host to the shards of this process: limits, and the ring and
 //! the CPU of each. Opens nothing but the probe of io_uring.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
 
 use corelane_engine::config::{Idle, RingKind, ShardConfig};
 use corelane_engine::ends::HomeAddress;
@@ -37,6 +38,17 @@ pub struct Plan {
     pub tls: config::Tls,
     /// How their responses travel.
     pub responses: config::Responses,
+    /// A socket for the status server that listens already.
+    pub status: Option<Arc<TcpListener>>,
+}
+
+impl Plan {
+    /// Whether the cores take connections from sockets that were handed over.
+    pub fn is_handed(&self) -> bool {
+        self.shards
+            .iter()
+            .any(|shard| shard.config.handed.is_some())
+    }
 }
 
 /// Raises the limits of this process, looks at the host, and decides. What is not as it was asked
@@ -68,6 +80,7 @@ pub fn plan(config: &Config) -> Result<Plan, Stop> {
         shards,
         tls: config.server.tls.clone(),
         responses: config.server.responses,
+        status: None,
     })
 }
 
@@ -141,6 +154,7 @@ fn shard_config(core: &Core, defaults: ShardConfig) -> ShardConfig {
         buffers: core.buffers,
         in_flight_max: core.in_flight_max,
         upstream_queue_bytes: core.upstream_queue_bytes,
+        flight_records: core.flight_records,
         ..defaults
     }
 }

@@ -52,6 +52,7 @@ fn plan(shards: Vec<Planned>) -> Plan {
         shards,
         tls: Default::default(),
         responses: Default::default(),
+        status: None,
     }
 }
 

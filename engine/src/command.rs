@@ -67,6 +67,8 @@ pub enum Command {
     /// Wake a task of the shard. Its executor hears late of those who do it from other threads:
     /// glommio looks for them every 100 ms.
     Wake(Waker),
+    /// Accept connections from the socket that was handed over; to be said once.
+    Accept,
     /// Refuse new requests from now on.
     Drain,
     /// End the loop after this tick.

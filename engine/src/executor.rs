@@ -148,6 +148,13 @@ pub fn listen(address: SocketAddr, shared: bool, nonblocking: bool) -> io::Resul
     Ok(socket.into())
 }
 
+/// A socket that somebody else has made, as [`listen`] would have.
+fn take_over(handed: &TcpListener) -> io::Result<TcpListener> {
+    let listener = handed.try_clone()?;
+    SockRef::from(&listener).set_tcp_nodelay(true)?;
+    Ok(listener)
+}
+
 /// Starts the thread of a shard.
 ///
 /// # Errors
@@ -171,12 +178,13 @@ pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartE
         }
     };
     let nonblocking = config.ring == RingKind::Epoll;
-    let listener = match config.listen {
-        Some(address) => {
+    let listener = match (&config.handed, config.listen) {
+        (Some(handed), _) => Some(take_over(handed).map_err(resources("socket handed over"))?),
+        (None, Some(address)) => {
             let listener = listen(address, true, nonblocking);
             Some(listener.map_err(|source| StartError::Listen { address, source })?)
         }
-        None => None,
+        (None, None) => None,
     };
     let address = listener
         .as_ref()
@@ -194,7 +202,7 @@ pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartE
     let (report_sender, reports) = mesh::lane().map_err(resources("eventfd"))?;
     let (insecure_sender, insecure) = mesh::lane().map_err(resources("eventfd"))?;
     let (outbound_sender, outbound) = mesh::lane().map_err(resources("eventfd"))?;
-    let stats = Arc::new(Stats::default());
+    let stats = Arc::new(Stats::new(config.flight_records));
     let parts = Parts {
         config,
         listener,

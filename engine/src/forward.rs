@@ -18,6 +18,7 @@ use crate::respond::{self, Refusal};
 use crate::ring::{Ring, SPANS_MAX, Span};
 use crate::route::Candidates;
 use crate::shard::{Shard, TimerKind};
+use crate::stats::flight::Kind;
 use crate::table::{NONE, Table};
 use crate::upstream::{InstanceState, Upstream, UpstreamState};
 use crate::{collect, link, recv, relay_life, settle};
@@ -58,9 +59,11 @@ pub(crate) fn enter<R: Ring>(shard: &mut Shard<R>, slot: u32, mut request: Reque
     let left = request.frame_bytes - here;
     request.streaming = left > 0;
     shard.stats.shard.requests.add(1);
-    let relay = request.relay;
+    let (relay, route, bytes) = (request.relay, request.route, request.frame_bytes);
     match shard.requests.insert(request) {
         Ok(request) => {
+            let of = u64::from(slot) << 32 | bytes.min(u32::MAX.into());
+            shard.note(Kind::Begun, route, request, of);
             if let Some(relay) = shard.relays.table.get_mut(relay) {
                 relay.request = request;
             }
@@ -244,7 +247,8 @@ pub(crate) fn enqueue<R: Ring>(shard: &mut Shard<R>, request: u32, instance: u32
     target.give(shard.now_ns);
     let entry = &mut shard.requests[request];
     let lead_bytes = target.prefix.len() as u64 + u64::from(entry.head_bytes);
-    entry.try_on(target.id);
+    let (before, id) = (u32::from(entry.attempts), target.id);
+    entry.try_on(id);
     entry.instance = instance;
     entry.upstream = upstream;
     entry.next_upstream = NONE;
@@ -275,6 +279,7 @@ pub(crate) fn enqueue<R: Ring>(shard: &mut Shard<R>, request: u32, instance: u32
         );
     }
     soil(shard, upstream);
+    shard.note(Kind::Routed, before, request, id);
 }
 
 /// What goes before a request's frame: the path of its instance, and a head of our own.
@@ -403,11 +408,14 @@ fn complete<R: Ring>(shard: &mut Shard<R>, request: u32) {
     entry.sent = true;
     entry.sent_ns = now_ns;
     shard.stats.shard.forwarded.add(1);
+    let hop_ns = now_ns - entry.received_ns;
     if entry.attempts == 1 {
-        shard.stats.hop.record(now_ns - entry.received_ns);
+        shard.stats.hop.record(hop_ns);
     }
     let ack = shard.directory.routes[entry.route as usize].ack;
     let relay = entry.relay;
+    shard.note(Kind::Forwarded, 0, request, hop_ns);
+    let entry = &shard.requests[request];
     if entry.held && !may_hold {
         settle::note_caller(shard, request);
         shard.requests[request].held = false;

@@ -35,6 +35,7 @@ pub mod mesh;
 mod mux;
 mod mux_home;
 mod mux_link;
+mod notes;
 pub mod operation;
 pub mod outgoing;
 pub mod pieces;

@@ -29,6 +29,7 @@ use crate::respond::{self, Refusal};
 use crate::ring::Ring;
 use crate::send_pool::ChunkQueue;
 use crate::shard::Shard;
+use crate::stats::flight::Why;
 use crate::{forward, recv, tell};
 
 /// What is wrong with an envelope, in words for its sender.
@@ -140,6 +141,7 @@ fn refuse<R: Ring>(shard: &mut Shard<R>, slot: u32, prefix: &Prefix, fault: Faul
         return false;
     }
     shard.stats.shard.refused_bad_envelope.add(1);
+    shard.note_refused_frame(slot, Why::BadEnvelope);
     let error = DynamoError::invalid_argument(why);
     tell::tell_error(shard, &envelope, tell::Cause::BadEnvelope, &error);
     decode::skip(shard, slot, prefix.frame_bytes());

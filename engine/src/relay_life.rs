@@ -21,12 +21,17 @@ use crate::relay::{Leg, Phase};
 use crate::ring::Ring;
 use crate::send_pool::ChunkQueue;
 use crate::shard::Shard;
+use crate::stats::flight::{Kind, Relayed};
 use crate::table::NONE;
 use crate::upstream::UpstreamState;
 use crate::{forward, link, relay_admit, relay_flow, relay_home, relay_time, respond, settle};
 
 /// Frames up to this size are copied out of short buffers rather than let go.
 const KEPT_BYTES_MAX: usize = 8 * 1024;
+
+pub(crate) fn note<R: Ring>(shard: &Shard<R>, relay: u32, what: Relayed) {
+    shard.note(Kind::Relayed, what as u32, relay, 0);
+}
 
 /// A request is about to be queued for an instance. `false`: there is no room for its head.
 pub(crate) fn place<R: Ring>(shard: &mut Shard<R>, request: u32, instance: u32) -> bool {
@@ -196,6 +201,7 @@ fn try_again<R: Ring>(shard: &mut Shard<R>, relay: u32) -> ControlFlow<()> {
     (entry.ready, entry.left) = (0, 0);
     shard.stats.shard.retried.add(1);
     shard.stats.shard.relays_retried.add(1);
+    note(shard, relay, Relayed::Retried);
     forward::enqueue(shard, request, instance);
     ControlFlow::Break(())
 }
@@ -252,11 +258,18 @@ pub(crate) fn fail<R: Ring>(shard: &mut Shard<R>, relay: u32, error: &DynamoErro
     detach(shard, relay);
     leave(shard, relay);
     let mut words = Vec::with_capacity(1024);
+    let what = match passing {
+        true => {
+            shard.stats.shard.relays_cut.add(1);
+            Relayed::Cut
+        }
+        false => {
+            shard.stats.shard.relays_failed.add(1);
+            Relayed::Failed
+        }
+    };
+    note(shard, relay, what);
     let entry = &mut shard.relays.table[relay];
-    match passing {
-        true => shard.stats.shard.relays_cut.add(1),
-        false => shard.stats.shard.relays_failed.add(1),
-    }
     if greeted {
         // Who reads other items than Dynamo's, or half of one, is told by the end itself: he
         // makes the same error of it (§4.4).
@@ -321,6 +334,7 @@ fn over<R: Ring>(shard: &mut Shard<R>, relay: u32, phase: Phase) {
     detach(shard, relay);
     leave(shard, relay);
     shard.stats.shard.relays_finished.add(1);
+    note(shard, relay, Relayed::Finished);
     close(shard, relay, phase);
 }
 
@@ -354,6 +368,7 @@ pub(crate) fn all_sent<R: Ring>(shard: &mut Shard<R>, relay: u32) {
 /// The caller is gone, cannot be dialled, or has said that he wants nothing more.
 pub(crate) fn abandon<R: Ring>(shard: &mut Shard<R>, relay: u32) {
     shard.stats.shard.relays_abandoned.add(1);
+    note(shard, relay, Relayed::Abandoned);
     end(shard, relay);
 }
 

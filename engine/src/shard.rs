@@ -38,7 +38,7 @@ use crate::relay::Relays;
 use crate::ring::{Completion, Event, Ring, SPANS_MAX, Span};
 use crate::route::Chooser;
 use crate::send_pool::SendPool;
-use crate::stats::Stats;
+use crate::stats::{Stats, flight};
 use crate::table::Table;
 use crate::tell::Tells;
 use crate::timer_wheel::TimerWheel;
@@ -228,7 +228,7 @@ impl<R: Ring> Shard<R> {
     /// Begins to accept, and to watch for commands.
     pub fn start(&mut self) {
         self.watch_wake();
-        accept::arm(self);
+        accept::begin(self);
         home::arm(self);
         relay_home::arm(self);
         local::show_places(self);
@@ -421,6 +421,7 @@ impl<R: Ring> Shard<R> {
             return;
         }
         let role = self.connections[slot].role;
+        self.note_socket(flight::Kind::Lost, slot, errno.unsigned_abs().into());
         self.close(slot);
         match role {
             Role::Downstream => respond::downstream_lost(self, slot),
@@ -534,6 +535,7 @@ impl<R: Ring> Shard<R> {
             let Some(command) = self.commands.next() else {
                 return;
             };
+            self.note_command(&command);
             match command {
                 Command::Directory(directory) => link::publish(self, directory),
                 Command::Handler(new) => self.worker.add(new),
@@ -553,6 +555,7 @@ impl<R: Ring> Shard<R> {
                 Command::Inbound(inbound) => self.come_home(inbound),
                 Command::Run(run) => run.begin(&self.worker.host),
                 Command::Wake(task) => self.worker.host.wake(task),
+                Command::Accept => accept::arm(self),
                 // The listener stays open: who still dials is told by a refusal, not by a reset.
                 Command::Drain => {
                     self.draining = true;

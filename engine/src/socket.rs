@@ -8,6 +8,7 @@ use crate::lane;
 use crate::operation::Kind;
 use crate::ring::{Handle, Ring, Span};
 use crate::shard::Shard;
+use crate::stats::flight::Kind as Noted;
 use crate::table::NONE;
 
 /// Received at once of frames whose bodies may belong into a slab.
@@ -21,6 +22,7 @@ impl<R: Ring> Shard<R> {
             Ok(slot) => {
                 self.connections[slot].handle.slot = slot;
                 self.ring.attach(self.connections[slot].handle);
+                self.note_socket(Noted::Opened, slot, 0);
                 Some(slot)
             }
             Err(connection) => {
@@ -137,6 +139,7 @@ impl<R: Ring> Shard<R> {
     }
 
     pub(crate) fn retire(&mut self, slot: u32) {
+        self.note_socket(Noted::Closed, slot, 0);
         let Some(mut connection) = self.connections.remove(slot) else {
             return;
         };

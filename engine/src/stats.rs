@@ -10,6 +10,10 @@ use corelane_codec::path::EndpointId;
 
 use crate::times::Times;
 
+pub mod flight;
+
+use flight::Flight;
+
 /// A number with one writer.
 #[derive(Debug, Default)]
 pub struct Cell(AtomicU64);
@@ -377,6 +381,18 @@ pub struct Stats {
     pub answer: Latency,
     /// One entry for each relayed route, under its place in the directory.
     pub routes: Routes,
+    /// The last things that happened.
+    pub flight: Flight,
+}
+
+impl Stats {
+    /// With a flight recorder of so many records.
+    pub fn new(flight_records: u32) -> Stats {
+        Stats {
+            flight: Flight::new(flight_records),
+            ..Stats::default()
+        }
+    }
 }
 
 /// Latencies of one relayed route.

@@ -131,7 +131,7 @@ impl Bare {
         let address = listener.local_addr().unwrap();
         let (commands, command_receiver) = mesh::lane().unwrap();
         let (report_sender, _) = mesh::lane().unwrap();
-        let stats = Arc::new(Stats::default());
+        let stats = Arc::new(Stats::new(4096));
         let shown = Arc::clone(&stats);
         let drive = move || {
             let bytes = config.buffer_bytes as usize;

@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use tokio::runtime::Builder;
 use tokio::task::LocalSet;
 
+use crate::activation::Handed;
 use crate::bridge::Bridge;
 use crate::broker::Broker;
 use crate::broker_metrics;
@@ -25,8 +26,11 @@ use crate::trace;
 /// # Errors
 /// The host cannot do what is required, a port is taken, or the store cannot be reached.
 pub fn serve(args: ServeArgs) -> Result<Exit> {
-    let config = args.config;
-    let plan = preflight::plan(&config)?;
+    let mut config = args.config;
+    let handed = Handed::take(&Env::current())?;
+    handed.configure(&mut config)?;
+    let mut plan = preflight::plan(&config)?;
+    handed.distribute(&mut plan)?;
     pin(plan.control_cpu);
     on_this_thread(async move {
         let mut signals = Signals::catch().context("cannot catch signals")?;
@@ -53,6 +57,8 @@ pub fn serve(args: ServeArgs) -> Result<Exit> {
                 if let Some(broker) = broker.clone() {
                     let discovery = router.discovery().clone();
                     broker.offer(&discovery).await;
+                    let turns = Rc::clone(&broker);
+                    router.watch("the event broker", Box::new(move || turns.turns()));
                     router.add_metrics(Box::new(move |out| broker_metrics::write(&broker, out)));
                 }
                 if let Some(bridge) = bridge.clone() {

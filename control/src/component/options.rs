@@ -445,6 +445,7 @@ impl Options {
             shards: cpus.iter().enumerate().map(planned).collect(),
             tls: self.server.tls.clone(),
             responses: self.server.responses,
+            status: None,
         })
     }
 }

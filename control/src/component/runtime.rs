@@ -44,6 +44,7 @@ use crate::cores::Cores;
 use crate::discovery::Discovery;
 use crate::engine_routes::EngineRoutes;
 use crate::events::Events;
+use crate::flight;
 use crate::health::{Endpoints, Hold, Settings, State};
 use crate::metrics::{ProcessNumbers, ServedNumbers, Snapshot, WorkerNumbers};
 use crate::nats::{Nats, Requests};
@@ -370,9 +371,12 @@ impl Runtime {
         let (health, numbers) = (Rc::downgrade(&self.0), Rc::downgrade(&self.0));
         let health = move || health.upgrade().map(|inner| inner.health());
         let numbers = move || numbers.upgrade().map(|inner| inner.metrics());
+        let cores = Rc::clone(&self.0.cores);
+        let records = move |query: &str| flight::answer(&cores.view(), query);
         let started = StatusServer::start(
             StatusOptions {
                 engine: self.0.engine.clone(),
+                extras: vec![(flight::PATH, Box::new(records))],
                 ..StatusOptions::read(address, &self.0.options.env)
             },
             move || health().unwrap_or_default(),
@@ -408,8 +412,8 @@ impl Inner {
     fn metrics(&self) -> String {
         let process = ProcessNumbers {
             uptime: self.began.elapsed(),
-            directories: 0,
             draining: self.is_stopping(),
+            ..ProcessNumbers::default()
         };
         let stats = Some(&**self.discovery.stats());
         let cores = Snapshot::take(&self.cores.view(), Vec::new(), process, stats);

@@ -351,9 +351,14 @@ keys! {
     CORE_UPSTREAM_QUEUE_BYTES = Core "upstream_queue_bytes", int(65_536, 1 << 30, "bytes"),
         Value("67108864"), [],
         "Bytes waiting for one instance's socket; more are refused";
+    CORE_FLIGHT_RECORDS = Core "flight_records", int(0, 1 << 22, "records"), Value("65536"), [],
+        "Last things that happened on a core, 32 bytes each, for corelane dump; 0 keeps none";
 
     CONTROL_CPU = Control "cpu", Kind::CpuOrLast, Value("last"), [],
         "CPU of the control core; last is the last one, free of data cores where there is one";
+    CONTROL_FLIGHT_DIR = Control "flight_dir", Kind::Path,
+        Unset("the first of LOGS_DIRECTORY, which systemd sets, else nothing is written"), [],
+        "Folder for the last records of a core that ends by itself, or makes no progress";
 
     TLS_CERT = Tls "cert", Kind::Path, Unset("accept connections without TLS"),
         [same("DYN_TCP_TLS_CERT_PATH")],

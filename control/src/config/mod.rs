@@ -309,6 +309,8 @@ pub struct Core {
     pub in_flight_max: u32,
     /// Bytes waiting for one instance's socket at most.
     pub upstream_queue_bytes: u32,
+    /// Records of the flight recorder.
+    pub flight_records: u32,
 }
 
 /// `[control]`.
@@ -316,6 +318,8 @@ pub struct Core {
 pub struct Control {
     /// The CPU of the control core; may be one of the data cores on a small machine.
     pub cpu: usize,
+    /// Where flight records of a core in trouble are written.
+    pub flight_dir: Option<PathBuf>,
 }
 
 /// `[drain]`.

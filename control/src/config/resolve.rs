@@ -311,6 +311,7 @@ fn core(layers: &mut Layers, cpu: usize) -> Core {
         buffers: layers.int(&keys::CORE_BUFFERS, of),
         in_flight_max: layers.int(&keys::CORE_IN_FLIGHT_MAX, of),
         upstream_queue_bytes: layers.int(&keys::CORE_UPSTREAM_QUEUE_BYTES, of),
+        flight_records: layers.int(&keys::CORE_FLIGHT_RECORDS, of),
     }
 }
 
@@ -353,7 +354,11 @@ fn control(layers: &mut Layers, host: &Host, cores: &[Core]) -> Option<Control> 
             r#"write idle = "block", or keep a CPU out of cpus"#,
         );
     }
-    Some(Control { cpu })
+    let flight_dir = layers.text(&keys::CONTROL_FLIGHT_DIR, Of::Once);
+    Some(Control {
+        cpu,
+        flight_dir: flight_dir.map(|(dir, _)| PathBuf::from(dir)),
+    })
 }
 
 /// Whether the kernel lets us have as many sockets as are promised.
