@@ -29,7 +29,7 @@ use crate::respond::{self, Refusal};
 use crate::ring::Ring;
 use crate::send_pool::ChunkQueue;
 use crate::shard::Shard;
-use crate::{forward, recv, tell};
+use crate::{forward, kv, recv, tell};
 
 /// What is wrong with an envelope, in words for its sender.
 struct Fault(String);
@@ -165,6 +165,7 @@ fn begin<R: Ring>(
     shard.relays.envelope = envelope;
     let mut request = made?;
     request.hint = hint;
+    kv::read_headers(shard, slot, prefix, route);
     shard.stats.shard.relays_begun.add(1);
     forward::enter(shard, slot, request, front);
     Ok(())

@@ -28,6 +28,7 @@ use crate::directory::Directory;
 use crate::ends::Ends;
 use crate::executor::Spawner;
 use crate::in_flight::Request;
+use crate::kv::Kv;
 use crate::lane::Lanes as WorkerLanes;
 use crate::ledger::{ENVELOPE_BYTES_MAX, Ledger};
 use crate::mesh::{self, Receiver, Sender};
@@ -45,7 +46,7 @@ use crate::timer_wheel::TimerWheel;
 use crate::upstream::{InstanceState, Upstream};
 use crate::worker::Worker;
 use crate::{
-    accept, client, collect, decode, ends, forward, home, lane, link, local, recv, relay_flow,
+    accept, client, collect, decode, ends, forward, home, kv, lane, link, local, recv, relay_flow,
     relay_home, respond, tell,
 };
 
@@ -57,6 +58,8 @@ pub(crate) struct RouteState {
     pub(crate) chooser: Chooser,
     /// Slots of its instances, sorted by id.
     pub(crate) instances: Vec<u32>,
+    /// Their ids.
+    pub(crate) ids: Vec<u64>,
 }
 
 /// All state of one core. The ring comes first so that it is dropped first: no operation may
@@ -77,6 +80,7 @@ pub struct Shard<R: Ring> {
     pub(crate) ledger: Ledger,
     pub(crate) tells: Tells,
     pub(crate) relays: Relays,
+    pub(crate) kv: Kv,
     /// Connections with something in `out`.
     pub(crate) dirty_connections: Vec<u32>,
     /// Upstreams with something unsent.
@@ -168,6 +172,7 @@ impl<R: Ring> Shard<R> {
             ledger: Ledger::new(LEDGER_BYTES),
             tells: Tells::new(),
             relays: Relays::none(),
+            kv: Kv::new(),
             dirty_connections: Vec::with_capacity(connections_max),
             dirty_upstreams: Vec::with_capacity(UPSTREAMS_MAX),
             collecting: Vec::with_capacity(UPSTREAMS_MAX),
@@ -534,6 +539,9 @@ impl<R: Ring> Shard<R> {
             };
             match command {
                 Command::Directory(directory) => link::publish(self, directory),
+                Command::Kv(batch) => kv::apply(self, &batch),
+                Command::Loads(reports) => kv::hear(self, &reports),
+                Command::Weigh(question) => kv::weigh(self, *question),
                 Command::Handler(new) => self.worker.add(new),
                 Command::Serve(paths) => {
                     self.worker.serve(paths);
