@@ -17,6 +17,7 @@ pub mod echo;
 pub mod engine_routes;
 pub mod env;
 pub mod events;
+pub mod feeds;
 pub mod gpu_memory;
 pub mod gpu_metrics;
 pub mod health;

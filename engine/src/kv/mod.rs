@@ -18,7 +18,7 @@ use corelane_codec::limits::TWO_PART_PREFIX_BYTES;
 use corelane_codec::request_frame::Prefix;
 use corelane_codec::{Decoded, two_part};
 
-use crate::directory::{Directory, KvRule};
+use crate::directory::{Directory, KvRule, LoadSource};
 use crate::forward::{self, View};
 use crate::in_flight::Request;
 use crate::load::Work;
@@ -75,10 +75,12 @@ pub enum Change {
 }
 
 /// Instances have said how busy they are.
-#[derive(Debug, Default, PartialEq)]
+#[derive(Debug, PartialEq)]
 pub struct Reports {
     /// Number of the feed.
     pub feed: u32,
+    /// Which rules they are for.
+    pub source: LoadSource,
     /// Instance ids, and the work of each, all its ranks added up.
     pub instances: Vec<(u64, Work)>,
 }
@@ -373,7 +375,7 @@ pub(crate) fn hear<R: Ring>(shard: &mut Shard<R>, reports: &Reports) {
     let directory = Arc::clone(&shard.directory);
     for (index, route) in directory.routes.iter().enumerate() {
         let rule = route.load;
-        if rule.feed != reports.feed || rule.source == crate::directory::LoadSource::Own {
+        if (rule.feed, rule.source) != (reports.feed, reports.source) {
             continue;
         }
         let Some(state) = shard.routes.get(index) else {
