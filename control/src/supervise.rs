@@ -32,6 +32,7 @@ use crate::discovery::{
     FileDiscovery, FileOptions, MemoryDiscovery, MemoryStore,
 };
 use crate::env::Env;
+use crate::feeds::{self, Feeds};
 use crate::health::State;
 use crate::lanes::LaneSockets;
 use crate::metrics::{ProcessNumbers, RouteNumbers, Snapshot, WorkerNumbers};
@@ -112,6 +113,7 @@ pub struct Router {
     stop_offers: watch::Sender<bool>,
     offers: Vec<JoinHandle<()>>,
     followers: Vec<AbortHandle>,
+    feeds: Option<Rc<Feeds>>,
 }
 
 impl Router {
@@ -158,8 +160,10 @@ impl Router {
             stop_offers: watch::Sender::new(false),
             offers: Vec::new(),
             followers: Vec::new(),
+            feeds: None,
         };
         router.follow().await;
+        router.listen_to_workers(config).await?;
         Ok(router)
     }
 
@@ -225,6 +229,21 @@ impl Router {
         while cores.sum(missing) > 0 && Instant::now() < deadline {
             sleep(LOOK_EVERY).await;
         }
+    }
+
+    /// Hears what workers publish about themselves, if a route wants to know.
+    async fn listen_to_workers(&mut self, config: &Config) -> Result<()> {
+        if !feeds::are_wanted(&config.routes) {
+            return Ok(());
+        }
+        let nats = self.requests.as_ref().map(Requests::nats);
+        let events = feeds::open(&Env::current(), &self.discovery, nats).await?;
+        let feeds = Feeds::start(events, &self.pulse.board, &self.pulse.cores);
+        let feeds = Rc::new(feeds);
+        let written = Rc::clone(&feeds);
+        self.add_metrics(Box::new(move |out| written.write(out)));
+        self.feeds = Some(feeds);
+        Ok(())
     }
 
     /// Registers the listen endpoints and their cards, and keeps them so. Does not wait; from here
@@ -304,6 +323,9 @@ impl Router {
         after_stop.await;
         for follower in &self.followers {
             follower.abort();
+        }
+        if let Some(feeds) = &self.feeds {
+            feeds.stop();
         }
         if let Some(requests) = self.requests.take() {
             requests.close().await;

@@ -20,7 +20,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use corelane_codec::event::{Scope, topic};
 use corelane_codec::path::EndpointId;
 use corelane_engine::directory::LoadSource;
@@ -31,7 +31,10 @@ use tokio::time::sleep;
 
 use crate::config;
 use crate::cores::Cores;
-use crate::events::{Event, Events, EventsError, Losses, Subscriber};
+use crate::discovery::Discovery;
+use crate::env::Env;
+use crate::events::{Event, EventPlane, Events, EventsError, Losses, Subscriber};
+use crate::nats::{Nats, NatsOptions};
 use crate::publish::Board;
 
 pub use caches::{Counts, Digest};
@@ -46,7 +49,6 @@ const AGAIN: Duration = Duration::from_secs(2);
 
 /// All feeds of a router.
 pub struct Feeds {
-    events: Events,
     list: Vec<Rc<Feed>>,
     tasks: Vec<AbortHandle>,
 }
@@ -96,6 +98,23 @@ fn wanted(board: &Board) -> BTreeMap<(u32, &'static str), (EndpointId, What)> {
     wanted
 }
 
+/// The event plane as the environment asks for it; over the NATS connection that stands, if one
+/// does.
+///
+/// # Errors
+/// A variable cannot be used.
+pub async fn open(env: &Env, discovery: &Discovery, nats: Option<&Nats>) -> Result<Events> {
+    Ok(match (EventPlane::read(env)?, nats) {
+        (EventPlane::Off, _) => Events::off(discovery),
+        (EventPlane::Zmq, _) => Events::zmq(discovery),
+        (EventPlane::Nats, Some(nats)) => Events::nats(discovery, nats),
+        (EventPlane::Nats, None) => {
+            let nats = Nats::connect_later(&NatsOptions::read(env)?).await?;
+            Events::nats(discovery, &nats)
+        }
+    })
+}
+
 /// Whether a configuration wants any feed.
 pub fn are_wanted(routes: &[config::Route]) -> bool {
     let wants = |route: &config::Route| {
@@ -126,11 +145,7 @@ impl Feeds {
             tasks.push(task.abort_handle());
             list.push(feed);
         }
-        Feeds {
-            events,
-            list,
-            tasks,
-        }
+        Feeds { list, tasks }
     }
 
     /// Writes metric families, without the mark of the end.
@@ -139,11 +154,10 @@ impl Feeds {
     }
 
     /// Hears no more.
-    pub async fn stop(&self) {
+    pub fn stop(&self) {
         for task in &self.tasks {
             task.abort();
         }
-        self.events.close().await;
     }
 }
 

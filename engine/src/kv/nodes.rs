@@ -12,7 +12,7 @@
 //! moved.
 
 /// The key above the first block of a sequence; no block has it.
-pub const ROOT: u64 = 0;
+pub(super) const ROOT: u64 = 0;
 
 /// Parts of the table; the highest bits of a key name one.
 const SEGMENTS: usize = 64;
@@ -22,7 +22,7 @@ const SLOTS_MIN: usize = 16;
 /// The key of a block below `parent` whose tokens have the hash `tokens`.
 #[inline]
 #[must_use]
-pub fn step(parent: u64, tokens: u64) -> u64 {
+pub(super) fn step(parent: u64, tokens: u64) -> u64 {
     mix(parent.rotate_left(23) ^ tokens).max(1)
 }
 
@@ -37,7 +37,7 @@ pub fn mix(value: u64) -> u64 {
 }
 
 /// All blocks that some rank holds.
-pub struct Nodes {
+pub(super) struct Nodes {
     segments: Vec<Segment>,
     /// Words of ranks in a slot.
     words: usize,
@@ -53,7 +53,7 @@ struct Segment {
 
 impl Nodes {
     /// None, for `words` times 64 ranks.
-    pub fn new(words: usize) -> Nodes {
+    pub(super) fn new(words: usize) -> Nodes {
         let segment = |_| Segment::new(SLOTS_MIN, words);
         Nodes {
             segments: (0..SEGMENTS).map(segment).collect(),
@@ -63,20 +63,20 @@ impl Nodes {
     }
 
     /// How many there are.
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.used
     }
 
     /// The ranks that hold a block; `None` if nobody does.
     #[inline]
-    pub fn ranks(&self, key: u64) -> Option<&[u64]> {
+    pub(super) fn ranks(&self, key: u64) -> Option<&[u64]> {
         let segment = &self.segments[place(key)];
         let at = segment.find(key, self.words)?;
         segment.slots.get(at + 1..=at + self.words)
     }
 
     /// Notes that `rank` holds a block.
-    pub fn set(&mut self, key: u64, rank: usize) {
+    pub(super) fn set(&mut self, key: u64, rank: usize) {
         let words = self.words;
         let segment = &mut self.segments[place(key)];
         let at = match segment.find(key, words) {
@@ -90,7 +90,7 @@ impl Nodes {
     }
 
     /// Notes that `rank` no longer holds it. A block that nobody holds is forgotten.
-    pub fn clear(&mut self, key: u64, rank: usize) {
+    pub(super) fn clear(&mut self, key: u64, rank: usize) {
         let words = self.words;
         let segment = &mut self.segments[place(key)];
         let Some(at) = segment.find(key, words) else {
