@@ -243,7 +243,8 @@ mod tests {
             assert_eq!((instance.load(0), instance.is_reported(0)), (load, true));
             instance.work.reported(0, Work::default());
             assert_eq!(instance.load(0), 0.0);
-            instance.work = Load { rule: instance.work.rule, ..Load::default() };
+            let rule = std::mem::take(&mut instance.work).rule;
+            instance.work.rule = rule;
             instance.work.give(0, one);
             assert_eq!((instance.load(0), instance.is_reported(0)), (own, false));
             instance.relayed = true;
