@@ -1,6 +1,6 @@
 //! Keys of a route about what its workers say of themselves: KV caches and load.
 
-use super::keys::{self, Key};
+use super::keys::{self, Fallback, Key};
 use super::layers::{Layers, Of};
 use super::routes::typed;
 use super::words::{LoadSource, Policy, Response};
@@ -43,15 +43,6 @@ impl Default for RouteLoad {
     }
 }
 
-const KV_KEYS: [&Key; 6] = [
-    &keys::ROUTE_KV_BODY_BYTES_MAX,
-    &keys::ROUTE_KV_BLOCKS_MAX,
-    &keys::ROUTE_KV_RANKS_MAX,
-    &keys::ROUTE_KV_OVERLAP_CREDIT_PCT,
-    &keys::ROUTE_KV_PREFILL_SCALE_PCT,
-    &keys::ROUTE_KV_TEMPERATURE_PCT,
-];
-
 /// The keys of the policy `kv`, which nobody else reads.
 pub(super) fn kv(layers: &mut Layers, index: usize, policy: Policy) -> Option<RouteKv> {
     let of = Of::Item(index);
@@ -64,8 +55,19 @@ pub(super) fn kv(layers: &mut Layers, index: usize, policy: Policy) -> Option<Ro
         temperature_pct: layers.int(&keys::ROUTE_KV_TEMPERATURE_PCT, of),
     };
     if policy != Policy::Kv {
+        let keys = [
+            (&keys::ROUTE_KV_BODY_BYTES_MAX, kv.body_bytes_max),
+            (&keys::ROUTE_KV_BLOCKS_MAX, kv.blocks_max),
+            (&keys::ROUTE_KV_RANKS_MAX, kv.ranks_max),
+            (&keys::ROUTE_KV_OVERLAP_CREDIT_PCT, kv.overlap_credit_pct),
+            (&keys::ROUTE_KV_PREFILL_SCALE_PCT, kv.prefill_scale_pct),
+            (&keys::ROUTE_KV_TEMPERATURE_PCT, kv.temperature_pct),
+        ];
         let why = format!("policy = \"{policy}\"");
-        idle(layers, index, &KV_KEYS, &why, "write policy = \"kv\", or take it out");
+        let instead = "write policy = \"kv\", or take it out";
+        for (key, value) in keys {
+            idle(layers, (index, key), &value.to_string(), &why, instead);
+        }
         return None;
     }
     if let Some(at) = typed(layers, index, &keys::ROUTE_LANE) {
@@ -90,33 +92,40 @@ pub(super) fn load(
         request_blocks: layers.int(&keys::ROUTE_LOAD_REQUEST_BLOCKS, of),
     };
     if load.source == LoadSource::Own {
-        let keys = [&keys::ROUTE_LOAD_STALE_MS];
         let instead = "write load = \"forward_pass\" or \"kv_metrics\", or take it out";
-        idle(layers, index, &keys, "load = \"own\"", instead);
+        let (place, value) = ((index, &keys::ROUTE_LOAD_STALE_MS), load.stale_ms);
+        idle(layers, place, &value.to_string(), "load = \"own\"", instead);
         return load;
     }
     let by_load = matches!(
         policy,
         Policy::LeastLoaded | Policy::PowerOfTwoChoices | Policy::Kv
     );
-    let keys = [&keys::ROUTE_LOAD];
+    let (place, value) = ((index, &keys::ROUTE_LOAD), load.source.as_str());
     if !by_load {
         let why = format!("policy = \"{policy}\"");
         let instead = "write policy = \"least_loaded\", or take it out";
-        idle(layers, index, &keys, &why, instead);
+        idle(layers, place, value, &why, instead);
     } else if response == Response::Relay {
         let instead = "take it out: where responses pass through, load is known exactly";
-        idle(layers, index, &keys, "response = \"relay\"", instead);
+        idle(layers, place, value, "response = \"relay\"", instead);
     }
     load
 }
 
-/// Warns of keys that were typed and do nothing.
-fn idle(layers: &mut Layers, index: usize, keys: &[&'static Key], why: &str, instead: &str) {
-    for key in keys {
-        if let Some(at) = typed(layers, index, key) {
-            let what = format!("{} does nothing with {why}", key.name);
-            layers.warn(&at, what, instead.to_owned());
-        }
+/// Warns of a key that was typed and does nothing. A default that is written down is no mistake.
+fn idle(
+    layers: &mut Layers,
+    (index, key): (usize, &'static Key),
+    value: &str,
+    why: &str,
+    instead: &str,
+) {
+    if key.fallback == Fallback::Value(value) {
+        return;
+    }
+    if let Some(at) = typed(layers, index, key) {
+        let what = format!("{} does nothing with {why}", key.name);
+        layers.warn(&at, what, instead);
     }
 }
