@@ -1,8 +1,8 @@
 //! Keys of a route about what its workers say of themselves: KV caches and load.
 
-use super::keys::{self, Fallback, Key};
+use super::keys;
 use super::layers::{Layers, Of};
-use super::routes::typed;
+use super::routes::{idle, typed};
 use super::words::{LoadSource, Policy, Response};
 
 /// The index of a route with the policy `kv`, and its costs.
@@ -111,21 +111,4 @@ pub(super) fn load(
         idle(layers, place, value, "response = \"relay\"", instead);
     }
     load
-}
-
-/// Warns of a key that was typed and does nothing. A default that is written down is no mistake.
-fn idle(
-    layers: &mut Layers,
-    (index, key): (usize, &'static Key),
-    value: &str,
-    why: &str,
-    instead: &str,
-) {
-    if key.fallback == Fallback::Value(value) {
-        return;
-    }
-    if let Some(at) = typed(layers, index, key) {
-        let what = format!("{} does nothing with {why}", key.name);
-        layers.warn(&at, what, instead);
-    }
 }

@@ -195,16 +195,26 @@ fn useless(layers: &mut Layers, index: usize, relay: &RelayTimes) {
             relay.inactivity_timeout_ms,
         ),
     ] {
-        // A default that is written down is no mistake.
-        let default =
-            matches!(key.fallback, keys::Fallback::Value(text) if text == value.to_string());
-        if default {
-            continue;
-        }
-        if let Some(at) = typed(layers, index, key) {
-            let what = format!("{} does nothing with response = \"direct\"", key.name);
-            layers.warn(&at, what, r#"write response = "relay", or take it out"#);
-        }
+        let instead = r#"write response = "relay", or take it out"#;
+        let (place, value) = ((index, key), value.to_string());
+        idle(layers, place, &value, "response = \"direct\"", instead);
+    }
+}
+
+/// Warns of a key that was typed and does nothing. A default that is written down is no mistake.
+pub(super) fn idle(
+    layers: &mut Layers,
+    (index, key): (usize, &'static keys::Key),
+    value: &str,
+    why: &str,
+    instead: &str,
+) {
+    if matches!(key.fallback, keys::Fallback::Value(text) if text == value) {
+        return;
+    }
+    if let Some(at) = typed(layers, index, key) {
+        let what = format!("{} does nothing with {why}", key.name);
+        layers.warn(&at, what, instead);
     }
 }
 
