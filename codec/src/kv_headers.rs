@@ -106,7 +106,9 @@ mod tests {
     #[test]
     fn reads_what_it_writes() {
         for count in [0, 1, 2, 95, 96, 97, 1000] {
-            let all: Vec<u64> = (0..count).map(|n: u64| n.wrapping_mul(u64::MAX / 7)).collect();
+            let all: Vec<u64> = (0..count)
+                .map(|n: u64| n.wrapping_mul(u64::MAX / 7))
+                .collect();
             let text = block_hashes(&all);
             assert_eq!(hashes(&text), Ok(all.clone()));
             assert_eq!(hashes(text.trim_end_matches('=')), Ok(all));

@@ -136,7 +136,10 @@ impl Board {
     /// The number of what the workers of a route publish: routes to one target share it.
     pub fn feed(&self, index: usize) -> u32 {
         let target = &self.routes[index].route.target;
-        let first = self.routes.iter().position(|other| other.route.target == *target);
+        let first = self
+            .routes
+            .iter()
+            .position(|other| other.route.target == *target);
         first.unwrap_or(index) as u32
     }
 

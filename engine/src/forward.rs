@@ -14,13 +14,13 @@ use corelane_codec::request_frame::Prefix;
 use crate::connection::Intake;
 use crate::directory::{Ack, LoadSource, Policy};
 use crate::in_flight::{Reply, Request};
+use crate::load::Work;
 use crate::respond::{self, Refusal};
 use crate::ring::{Ring, SPANS_MAX, Span};
 use crate::route::Candidates;
 use crate::shard::{Shard, TimerKind};
 use crate::table::{NONE, Table};
 use crate::upstream::{InstanceState, Upstream, UpstreamState};
-use crate::load::Work;
 use crate::{collect, kv, link, recv, relay_life, settle};
 
 /// Bytes gathered into one send: enough to fill a socket buffer, not so much that the first

@@ -249,7 +249,10 @@ mod tests {
             counts
         };
         let soft = counts(1.0);
-        assert!(soft[1] > soft[3] && soft[3] > soft[0] && soft[0] > 300, "{soft:?}");
+        assert!(
+            soft[1] > soft[3] && soft[3] > soft[0] && soft[0] > 300,
+            "{soft:?}"
+        );
         assert_eq!(soft[2], 0);
         assert_eq!(counts(0.001), [0, 3000, 0, 0]);
         let nobody = Fixed(vec![(1, false, 0.0)]);

@@ -223,8 +223,10 @@ mod tests {
 
     #[test]
     fn a_report_counts_in_the_measure_of_its_rule() {
-        for (source, load, own) in [(LoadSource::Requests, 4.0, 2.0), (LoadSource::Blocks, 71.0, 33.0)]
-        {
+        for (source, load, own) in [
+            (LoadSource::Requests, 4.0, 2.0),
+            (LoadSource::Blocks, 71.0, 33.0),
+        ] {
             let mut instance = InstanceState::new(1, 0, ([127, 0, 0, 1], 1).into(), b"1/a/b/c");
             instance.work.rule = LoadRule {
                 source,
@@ -232,11 +234,14 @@ mod tests {
                 request_blocks: 32,
                 ..LoadRule::OWN
             };
-            instance.work.reported(0, Work {
-                requests: 3.0,
-                prefill_blocks: 10.0,
-                decode_blocks: 60.0,
-            });
+            instance.work.reported(
+                0,
+                Work {
+                    requests: 3.0,
+                    prefill_blocks: 10.0,
+                    decode_blocks: 60.0,
+                },
+            );
             let mut one = Work::request(1, 1);
             one.decode_blocks = 1.0;
             instance.give(0, one);

@@ -183,7 +183,10 @@ fn requests_go_where_their_prompt_is() {
             caller.send(&frame);
             assert_eq!(caller.reply(), "");
         }
-        let unread = (stats.kv_prompts_unknown.get(), stats.kv_prompts_unreadable.get());
+        let unread = (
+            stats.kv_prompts_unknown.get(),
+            stats.kv_prompts_unreadable.get(),
+        );
         assert_eq!((unread, stats.kv_lookups.get()), ((1, 2), 8));
     }
 }
@@ -225,7 +228,10 @@ fn the_front_of_a_large_body_is_enough() {
         assert_eq!(caller.reply(), "");
         assert_eq!(workers[1].taken(), 1);
         let blocks = (stats.kv_prompt_blocks.get(), stats.kv_overlap_blocks.get());
-        assert!(blocks.0 > 1000 && blocks.0 < 5000 && blocks.1 == 100, "{blocks:?}");
+        assert!(
+            blocks.0 > 1000 && blocks.0 < 5000 && blocks.1 == 100,
+            "{blocks:?}"
+        );
     }
 }
 
@@ -245,7 +251,13 @@ fn what_changes_in_caches_is_known_at_once() {
         let rank = |worker_id, dp_rank| RankId { worker_id, dp_rank };
         let blocks = 0..1;
         let rank_0 = rank(1, 0);
-        router.feed(changed(Change::Removed { rank: rank_0, blocks }, vec![3]));
+        router.feed(changed(
+            Change::Removed {
+                rank: rank_0,
+                blocks,
+            },
+            vec![3],
+        ));
         assert_eq!(router.overlaps(prompt()), [(1, 2), (2, 3)]);
         router.feed(changed(Change::Cleared(rank(2, 1)), vec![]));
         assert_eq!(router.overlaps(prompt()), [(1, 2), (2, 2)]);
@@ -332,14 +344,21 @@ fn caches_are_weighed_against_load() {
         assert_eq!(caller.reply(), "");
         assert_eq!((workers[1].taken(), stats.chosen_by_report.get()), (1, 1));
         let second = router.weigh(vec![]).candidates[1];
-        assert_eq!((second.busy.decode_blocks, second.busy.requests), (8.0, 1.0));
+        assert_eq!(
+            (second.busy.decode_blocks, second.busy.requests),
+            (8.0, 1.0)
+        );
         report(0.0);
         assert_eq!(router.weigh(vec![]).candidates[1].busy.decode_blocks, 0.0);
         // One that is too old does not count.
         route.load.stale_ns = 0;
         router.publish(route);
         wait_until("the report is stale", || {
-            router.weigh(vec![]).candidates.iter().all(|one| !one.is_reported)
+            router
+                .weigh(vec![])
+                .candidates
+                .iter()
+                .all(|one| !one.is_reported)
         });
         caller.send(&frame);
         assert_eq!(caller.reply(), "");

@@ -298,13 +298,21 @@ mod tests {
     fn long_events_are_cut_and_nothing_is_lost() {
         let (mut digest, mut index) = (Digest::new(3), Index::new(10_000, 64));
         let prompt: Vec<u64> = (0..5000).collect();
-        came(&mut digest, 1, &[stored(0, None, 0..2500), stored(1, Some(3499), 2500..5000)]);
+        came(
+            &mut digest,
+            1,
+            &[stored(0, None, 0..2500), stored(1, Some(3499), 2500..5000)],
+        );
         let largest = digest.batches.iter().map(|batch| batch.stored.len()).max();
         assert_eq!((digest.batches.len(), largest), (5, Some(BATCH_BLOCKS)));
         assert!(digest.batches.iter().all(|batch| batch.feed == 3));
         assert_eq!(overlap(&mut digest, &mut index, &prompt), 5000);
         let block_hashes = (1100..6000).rev().collect();
-        came(&mut digest, 1, &[changed(2, typed::KvChange::Removed { block_hashes })]);
+        came(
+            &mut digest,
+            1,
+            &[changed(2, typed::KvChange::Removed { block_hashes })],
+        );
         assert_eq!(overlap(&mut digest, &mut index, &prompt), 100);
         assert_eq!((digest.counts.taken, digest.counts.lost), (3, 0));
     }
@@ -334,7 +342,11 @@ mod tests {
     fn counts_tell_what_became_of_events() {
         let mut digest = Digest::new(0);
         came(&mut digest, 1, &[stored(1, None, 0..1)]);
-        came(&mut digest, 1, &[stored(4, None, 0..1), stored(4, None, 0..1)]);
+        came(
+            &mut digest,
+            1,
+            &[stored(4, None, 0..1), stored(4, None, 0..1)],
+        );
         let mut host = stored(5, None, 0..1);
         host.storage_tier = "host_pinned".into();
         came(&mut digest, 1, &[host, stored(6, None, 0..1)]);

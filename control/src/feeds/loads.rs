@@ -61,7 +61,8 @@ impl Gauge {
         };
         if self.ranks.len() >= RANKS_MAX && !self.ranks.contains_key(&rank) {
             let stale = self.stale;
-            self.ranks.retain(|_, (at, _)| now.duration_since(*at) <= stale);
+            self.ranks
+                .retain(|_, (at, _)| now.duration_since(*at) <= stale);
             if self.ranks.len() >= RANKS_MAX {
                 self.ranks.clear();
             }
@@ -119,7 +120,11 @@ impl Gauge {
         if self.news.is_empty() {
             return None;
         }
-        let mut sums: HashMap<u64, Work> = self.news.drain(..).map(|id| (id, Work::default())).collect();
+        let mut sums: HashMap<u64, Work> = self
+            .news
+            .drain(..)
+            .map(|id| (id, Work::default()))
+            .collect();
         for (rank, (at, work)) in &self.ranks {
             if now.duration_since(*at) > self.stale {
                 continue;

@@ -60,9 +60,21 @@ fn numbers(feed: &Feed) -> Vec<Number> {
                     "KV events about other storage than the memory of the GPU",
                     counts.other_tiers,
                 ),
-                number("kv_repeated", "KV events that had come before", counts.repeated),
-                number("kv_lost", "KV events that never came, by their numbers", counts.lost),
-                number("kv_gaps", "Ranks learned anew because some were lost", counts.gaps),
+                number(
+                    "kv_repeated",
+                    "KV events that had come before",
+                    counts.repeated,
+                ),
+                number(
+                    "kv_lost",
+                    "KV events that never came, by their numbers",
+                    counts.lost,
+                ),
+                number(
+                    "kv_gaps",
+                    "Ranks learned anew because some were lost",
+                    counts.gaps,
+                ),
                 number(
                     "kv_restarts",
                     "Ranks learned anew because another publisher tells of them",
@@ -74,11 +86,31 @@ fn numbers(feed: &Feed) -> Vec<Number> {
     let events = feed.events.get() as f64;
     let lost = (before.lost + now.lost) as f64;
     more.extend([
-        ("connected", Gauge, "1 while the subscription stands", is_connected),
-        ("lag_seconds", Gauge, "Age of the last event when it came", lag_s),
+        (
+            "connected",
+            Gauge,
+            "1 while the subscription stands",
+            is_connected,
+        ),
+        (
+            "lag_seconds",
+            Gauge,
+            "Age of the last event when it came",
+            lag_s,
+        ),
         ("events", Counter, "Events that came", events),
-        ("lost", Counter, "Events that never came, by their publishers' numbers", lost),
-        ("unreadable", Counter, "Events that are none", unreadable as f64),
+        (
+            "lost",
+            Counter,
+            "Events that never came, by their publishers' numbers",
+            lost,
+        ),
+        (
+            "unreadable",
+            Counter,
+            "Events that are none",
+            unreadable as f64,
+        ),
     ]);
     more
 }

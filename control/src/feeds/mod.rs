@@ -117,9 +117,8 @@ pub async fn open(env: &Env, discovery: &Discovery, nats: Option<&Nats>) -> Resu
 
 /// Whether a configuration wants any feed.
 pub fn are_wanted(routes: &[config::Route]) -> bool {
-    let wants = |route: &config::Route| {
-        route.kv.is_some() || route.load.source != config::LoadSource::Own
-    };
+    let wants =
+        |route: &config::Route| route.kv.is_some() || route.load.source != config::LoadSource::Own;
     routes.iter().any(wants)
 }
 
@@ -240,7 +239,8 @@ impl Feed {
         self.events.set(self.events.get() + 1);
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let now_ms = now.map_or(0, |now| now.as_millis() as u64);
-        self.lag_ms.set(now_ms.saturating_sub(event.published_at_ms));
+        self.lag_ms
+            .set(now_ms.saturating_sub(event.published_at_ms));
         match &self.what {
             What::Caches(digest) => {
                 let mut digest = digest.borrow_mut();

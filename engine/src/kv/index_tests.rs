@@ -69,7 +69,12 @@ fn behind_an_unknown_block_nothing_is_stored() {
 #[test]
 fn a_rank_that_is_cleared_counts_at_once_and_goes_bit_by_bit() {
     let mut index = Index::new(100_000, 64);
-    let blocks: Vec<Stored> = (1..=5_000).map(|n| Stored { block: n, tokens: n }).collect();
+    let blocks: Vec<Stored> = (1..=5_000)
+        .map(|n| Stored {
+            block: n,
+            tokens: n,
+        })
+        .collect();
     let prompt: Vec<u64> = (1..=5_000).collect();
     index.stored(rank(1), None, &blocks);
     assert_eq!(overlaps(&mut index, &prompt), BTreeMap::from([(1, 5_000)]));

@@ -97,7 +97,10 @@ impl Nodes {
             return;
         };
         segment.slots[at + 1 + rank / 64] &= !(1 << (rank % 64));
-        if segment.slots[at + 1..=at + words].iter().all(|word| *word == 0) {
+        if segment.slots[at + 1..=at + words]
+            .iter()
+            .all(|word| *word == 0)
+        {
             segment.remove(at, words);
             self.used -= 1;
         }

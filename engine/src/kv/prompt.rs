@@ -178,9 +178,15 @@ mod tests {
             assert_eq!(prompt.source(), Source::Headers);
         }
         prompt.read_headers(&headers_of(&[(TOKEN_IDS, "x")]), 4);
-        assert_eq!((prompt.hashes().len(), prompt.source()), (0, Source::Unreadable));
+        assert_eq!(
+            (prompt.hashes().len(), prompt.source()),
+            (0, Source::Unreadable)
+        );
         prompt.read_headers(b"{}", 4);
-        assert_eq!((prompt.hashes().len(), prompt.source()), (0, Source::Nothing));
+        assert_eq!(
+            (prompt.hashes().len(), prompt.source()),
+            (0, Source::Nothing)
+        );
     }
 
     #[test]
@@ -192,10 +198,16 @@ mod tests {
         for cut in [0, 7, 30, body.len()] {
             let (front, back) = body.as_bytes().split_at(cut);
             prompt.read_body([front, back].into_iter(), 64 << 10, 16);
-            assert_eq!((prompt.hashes(), prompt.source()), (&want[..], Source::Body));
+            assert_eq!(
+                (prompt.hashes(), prompt.source()),
+                (&want[..], Source::Body)
+            );
         }
         prompt.read_body([body.as_bytes()].into_iter(), 26 + 6 * 40, 16);
-        assert_eq!((prompt.hashes(), prompt.source()), (&want[..2], Source::Body));
+        assert_eq!(
+            (prompt.hashes(), prompt.source()),
+            (&want[..2], Source::Body)
+        );
         prompt.read_body([body.as_bytes()].into_iter(), 20, 16);
         assert_eq!(prompt.source(), Source::Unreadable);
         prompt.read_body([&b"{}"[..]].into_iter(), 20, 16);
