@@ -4,7 +4,7 @@
 //!
 //! | header | integers | from the first block or token on |
 //! |---|---|---|
-//! | [`BLOCK_HASHES`] | `u64`, one for each whole block | [`crate::event::block_hash`] of its tokens |
+//! | [`BLOCK_HASHES`] | `u64`, one for each whole block | [`crate::event::block_hash`] of it |
 //! | [`TOKEN_IDS`] | `u32`, one for each token | as the engine gets them |
 //!
 //! A front of the prompt is enough: what is not there counts as not cached. All headers of a

@@ -473,8 +473,8 @@ const IN_ROUTE: &[(&str, &[&str])] = &[
     (
         "policy = \"kv\"\nlane = \"/tmp/lane.sock\"",
         &[
-            "c.toml:7:8: policy = \"kv\" does not go with a lane: its workers publish no KV events; \
-         write policy = \"least_loaded\", or take lane out",
+            "c.toml:7:8: policy = \"kv\" does not go with a lane: its workers publish no KV \
+         events; write policy = \"least_loaded\", or take lane out",
         ],
     ),
     (

@@ -569,16 +569,13 @@ impl<R: Ring> Shard<R> {
     fn show(&self, completions: u32) {
         let stats = &self.stats.shard;
         stats.ticks.add(1);
-        if completions == 0 {
-            stats.idle_ticks.add(1);
-        }
+        stats.idle_ticks.add(u64::from(completions == 0));
         stats.connections.set(self.connections.used() as u64);
         stats.in_flight.set(self.requests.used() as u64);
         let held = self.pieces.buffers.held() as u64;
         stats.buffers_held.set(held);
-        if held > stats.buffers_held_peak.get() {
-            stats.buffers_held_peak.set(held);
-        }
+        let peak = held.max(stats.buffers_held_peak.get());
+        stats.buffers_held_peak.set(peak);
         stats.pieces.set(self.pieces.used() as u64);
         stats.chunks.set(self.pool.used() as u64);
         stats.timers.set(self.timers.len() as u64);

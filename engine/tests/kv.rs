@@ -16,6 +16,7 @@ use common::*;
 use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::event::block_hashes;
 use corelane_codec::kv_headers;
+use corelane_engine::config::RingKind;
 use corelane_engine::directory::{Ack, Instance, KvRule, LoadRule, LoadSource, Policy, Route};
 use corelane_engine::kv::{Batch, Change, Question, RankId, Reports, Stored, Weighed, Weighing};
 use corelane_engine::load::Work;
@@ -274,9 +275,15 @@ fn what_changes_in_caches_is_known_at_once() {
     }
 }
 
-#[test]
-fn caches_are_weighed_against_load() {
-    for ring in rings() {
+/// Two workers whose reports count, and the second has the prompt.
+struct Lab2 {
+    router: Router,
+    workers: [Worker; 2],
+    route: Route,
+}
+
+impl Lab2 {
+    fn start(ring: RingKind) -> Lab2 {
         let workers = [1, 2].map(|id| Worker::start(id, Manner::Accept));
         let rule = KvRule {
             prefill_scale_pct: 100,
@@ -294,26 +301,45 @@ fn caches_are_weighed_against_load() {
         let stats = &router.handle.stats.shard;
         wait_until("both are connected", || stats.instances_ready.get() == 2);
         router.feed(stored(2, 0, 8));
-        let report = |decode_blocks: f64| {
-            let busy = Work {
-                requests: 0.0,
-                prefill_blocks: 1.0,
-                decode_blocks,
-            };
-            let reports = Reports {
-                feed: RULE.feed,
-                source: LoadSource::Blocks,
-                instances: vec![(1, Work::default()), (2, busy), (77, busy)],
-            };
-            let heard = &stats.load_reports;
-            let before = heard.get();
-            let reports = Command::Loads(Arc::new(reports));
-            router.handle.command(reports).unwrap();
-            wait_until("the reports are heard", || heard.get() == before + 2);
+        Lab2 {
+            router,
+            workers,
+            route,
+        }
+    }
+
+    /// The second says that it is so busy, the first that it is idle.
+    fn report(&self, decode_blocks: f64) -> Work {
+        let busy = Work {
+            requests: 0.0,
+            prefill_blocks: 1.0,
+            decode_blocks,
         };
+        let reports = Reports {
+            feed: RULE.feed,
+            source: LoadSource::Blocks,
+            instances: vec![(1, Work::default()), (2, busy), (77, busy)],
+        };
+        let heard = &self.router.handle.stats.shard.load_reports;
+        let before = heard.get();
+        let reports = Command::Loads(Arc::new(reports));
+        self.router.handle.command(reports).unwrap();
+        wait_until("the reports are heard", || heard.get() == before + 2);
+        busy
+    }
+
+    fn second(&self) -> Weighed {
+        self.router.weigh(vec![]).candidates[1]
+    }
+}
+
+#[test]
+fn caches_are_weighed_against_load() {
+    for ring in rings() {
+        let lab = Lab2::start(ring);
         for (decode_blocks, chosen) in [(2.0, 2), (7.5, 1)] {
-            report(decode_blocks);
-            let weighing = router.weigh(hashes(0..8));
+            let busy = lab.report(decode_blocks);
+            let weighing = lab.router.weigh(hashes(0..8));
             let want = |id: u64, overlap_blocks: u32, busy: Work, cost: f64| Weighed {
                 id,
                 is_routable: true,
@@ -323,11 +349,6 @@ fn caches_are_weighed_against_load() {
                 load: busy.blocks(),
                 cost,
             };
-            let busy = Work {
-                requests: 0.0,
-                prefill_blocks: 1.0,
-                decode_blocks,
-            };
             let candidates = vec![
                 want(1, 0, Work::default(), 16.0),
                 want(2, 8, busy, 1.0 + decode_blocks + 8.0),
@@ -335,31 +356,32 @@ fn caches_are_weighed_against_load() {
             assert_eq!(weighing.candidates, candidates);
             assert_eq!((weighing.prompt_blocks, weighing.chosen), (8, Some(chosen)));
         }
-        // What a core gives counts until the next report.
-        report(0.0);
+    }
+}
+
+#[test]
+fn what_was_given_counts_until_the_next_report_and_old_reports_do_not() {
+    for ring in rings() {
+        let lab = Lab2::start(ring);
+        let stats = &lab.router.handle.stats.shard;
+        lab.report(0.0);
         let by_hash = kv_headers::block_hashes(&hashes(0..8));
         let frame = frame_about(&[(kv_headers::BLOCK_HASHES, &by_hash)], b"x");
-        let mut caller = Caller::dial(router.address);
+        let mut caller = Caller::dial(lab.router.address);
         caller.send(&frame);
         assert_eq!(caller.reply(), "");
-        assert_eq!((workers[1].taken(), stats.chosen_by_report.get()), (1, 1));
-        let second = router.weigh(vec![]).candidates[1];
         assert_eq!(
-            (second.busy.decode_blocks, second.busy.requests),
-            (8.0, 1.0)
+            (lab.workers[1].taken(), stats.chosen_by_report.get()),
+            (1, 1)
         );
-        report(0.0);
-        assert_eq!(router.weigh(vec![]).candidates[1].busy.decode_blocks, 0.0);
-        // One that is too old does not count.
+        let busy = lab.second().busy;
+        assert_eq!((busy.decode_blocks, busy.requests), (8.0, 1.0));
+        lab.report(0.0);
+        assert_eq!(lab.second().busy.decode_blocks, 0.0);
+        let mut route = lab.route.clone();
         route.load.stale_ns = 0;
-        router.publish(route);
-        wait_until("the report is stale", || {
-            router
-                .weigh(vec![])
-                .candidates
-                .iter()
-                .all(|one| !one.is_reported)
-        });
+        lab.router.publish(route);
+        wait_until("the report is stale", || !lab.second().is_reported);
         caller.send(&frame);
         assert_eq!(caller.reply(), "");
         assert_eq!(stats.chosen_by_own_count.get(), 1);

@@ -15,7 +15,7 @@ use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet, text};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
-use super::{Feed, What};
+use super::{Counts, Feed, What};
 
 /// One number of one feed.
 type Number = (&'static str, CellKind, &'static str, f64);
@@ -38,81 +38,66 @@ pub(super) fn write(feeds: &[Rc<Feed>], out: &mut String) {
 fn numbers(feed: &Feed) -> Vec<Number> {
     use CellKind::{Counter, Gauge};
     let (before, now) = feed.missed.get();
-    let is_connected = f64::from(u8::from(feed.connected.get()));
-    let lag_s = feed.lag_ms.get() as f64 / 1000.0;
-    let mut unreadable = before.unreadable + now.unreadable;
-    let mut more: Vec<Number> = match &feed.what {
+    let (mut numbers, unreadable) = match &feed.what {
         What::Loads(gauge) => {
             let gauge = gauge.borrow();
-            unreadable += gauge.unreadable;
             let fresh = gauge.fresh(Instant::now()) as f64;
             let help = "Instances whose own word counts as their load";
-            vec![("fresh_instances", Gauge, help, fresh)]
+            let fresh = ("fresh_instances", Gauge, help, fresh);
+            (vec![fresh], gauge.unreadable)
         }
         What::Caches(digest) => {
             let counts = digest.borrow().counts;
-            unreadable += counts.unreadable;
-            let number = |name, help, value: u64| (name, Counter, help, value as f64);
-            vec![
-                number("kv_taken", "KV events taken over", counts.taken),
-                number(
-                    "kv_other_tiers",
-                    "KV events about other storage than the memory of the GPU",
-                    counts.other_tiers,
-                ),
-                number(
-                    "kv_repeated",
-                    "KV events that had come before",
-                    counts.repeated,
-                ),
-                number(
-                    "kv_lost",
-                    "KV events that never came, by their numbers",
-                    counts.lost,
-                ),
-                number(
-                    "kv_gaps",
-                    "Ranks learned anew because some were lost",
-                    counts.gaps,
-                ),
-                number(
-                    "kv_restarts",
-                    "Ranks learned anew because another publisher tells of them",
-                    counts.restarts,
-                ),
-            ]
+            (of_caches(counts), counts.unreadable)
         }
     };
-    let events = feed.events.get() as f64;
-    let lost = (before.lost + now.lost) as f64;
-    more.extend([
-        (
-            "connected",
-            Gauge,
-            "1 while the subscription stands",
-            is_connected,
-        ),
-        (
-            "lag_seconds",
-            Gauge,
-            "Age of the last event when it came",
-            lag_s,
-        ),
-        ("events", Counter, "Events that came", events),
+    let unreadable = before.unreadable + now.unreadable + unreadable;
+    let lost = before.lost + now.lost;
+    let lag_s = feed.lag_ms.get() as f64 / 1000.0;
+    let is_connected = f64::from(u8::from(feed.connected.get()));
+    let help = "1 while the subscription stands";
+    numbers.push(("connected", Gauge, help, is_connected));
+    let help = "Age of the last event when it came";
+    numbers.push(("lag_seconds", Gauge, help, lag_s));
+    for (name, help, value) in [
+        ("events", "Events that came", feed.events.get()),
         (
             "lost",
-            Counter,
             "Events that never came, by their publishers' numbers",
             lost,
         ),
+        ("unreadable", "Events that are none", unreadable),
+    ] {
+        numbers.push((name, Counter, help, value as f64));
+    }
+    numbers
+}
+
+fn of_caches(counts: Counts) -> Vec<Number> {
+    let tiers = "KV events about other storage than the memory of the GPU";
+    let restarts = "Ranks learned anew because another publisher tells of them";
+    let all = [
+        ("kv_taken", "KV events taken over", counts.taken),
+        ("kv_other_tiers", tiers, counts.other_tiers),
         (
-            "unreadable",
-            Counter,
-            "Events that are none",
-            unreadable as f64,
+            "kv_repeated",
+            "KV events that had come before",
+            counts.repeated,
         ),
-    ]);
-    more
+        (
+            "kv_lost",
+            "KV events that never came, by their numbers",
+            counts.lost,
+        ),
+        (
+            "kv_gaps",
+            "Ranks learned anew because some were lost",
+            counts.gaps,
+        ),
+        ("kv_restarts", restarts, counts.restarts),
+    ];
+    let number = |(name, help, value): (_, _, u64)| (name, CellKind::Counter, help, value as f64);
+    all.into_iter().map(number).collect()
 }
 
 impl Collector for Snapshot {
@@ -137,7 +122,7 @@ impl Collector for Snapshot {
                 let mut metric = family.encode_family(labels)?;
                 match kind {
                     CellKind::Counter => {
-                        metric.encode_counter::<NoLabelSet, _, u64>(&number.3, None)?;
+                        metric.encode_counter::<NoLabelSet, _, u64>(&(number.3 as u64), None)?;
                     }
                     CellKind::Gauge => metric.encode_gauge(&number.3)?,
                 }

@@ -1,5 +1,5 @@
-//! Requests go where their prompt is in the KV cache: what each core knows of its instances' caches,
-//! and the choice by that and by load.
+//! Requests go where their prompt is in the KV cache: what each core knows of its instances'
+//! caches, and the choice by that and by load.
 //!
 //! ```text
 //! control --batches of events--> index (one for each feed)         each core has its own
