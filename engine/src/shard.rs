@@ -28,7 +28,6 @@ use crate::directory::Directory;
 use crate::ends::Ends;
 use crate::executor::Spawner;
 use crate::in_flight::Request;
-use crate::kv::Kv;
 use crate::lane::Lanes as WorkerLanes;
 use crate::ledger::{ENVELOPE_BYTES_MAX, Ledger};
 use crate::mesh::{self, Receiver, Sender};
@@ -80,7 +79,7 @@ pub struct Shard<R: Ring> {
     pub(crate) ledger: Ledger,
     pub(crate) tells: Tells,
     pub(crate) relays: Relays,
-    pub(crate) kv: Kv,
+    pub(crate) kv: kv::Kv,
     /// Connections with something in `out`.
     pub(crate) dirty_connections: Vec<u32>,
     /// Upstreams with something unsent.
@@ -172,7 +171,7 @@ impl<R: Ring> Shard<R> {
             ledger: Ledger::new(LEDGER_BYTES),
             tells: Tells::new(),
             relays: Relays::none(),
-            kv: Kv::new(),
+            kv: kv::Kv::new(),
             dirty_connections: Vec::with_capacity(connections_max),
             dirty_upstreams: Vec::with_capacity(UPSTREAMS_MAX),
             collecting: Vec::with_capacity(UPSTREAMS_MAX),
