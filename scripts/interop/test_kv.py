@@ -69,7 +69,7 @@ def routed(lab, nats, backend, **env):
     ]:
         for _ in range(4):
             status, call = lab.call(listen, *options)
-            assert status == 0 and holder.hex in call.log(), call.log()
+            assert status == 0 and holder.hex in call.out(), call.log()
     assert count(lab, router, "kv_hits_total") == count(lab, router, "kv_lookups_total") == 8
     assert count(lab, router, "kv_prompt_blocks_total") == 8 * len(PROMPT) // BLOCK_TOKENS
     assert count(lab, router, "kv_overlap_blocks_total") == 8 * len(CACHED) // BLOCK_TOKENS
