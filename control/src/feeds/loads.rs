@@ -176,7 +176,7 @@ mod tests {
             active_prefill_tokens: tokens,
             kv_used_blocks: 99,
         };
-        let mut came = |gauge: &mut Gauge, metrics: KvMetrics, at| {
+        let came = |gauge: &mut Gauge, metrics: KvMetrics, at| {
             gauge.came(&typed::to_payload(&metrics).unwrap(), at);
         };
         came(&mut gauge, metrics(0, 10, None), begin);

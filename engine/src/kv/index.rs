@@ -93,11 +93,12 @@ pub struct Index {
 }
 
 impl Index {
-    /// An empty one for `blocks_max` blocks and `ranks_max` ranks, which is rounded up to a
-    /// multiple of 64, [`RANKS_MAX`] at most.
+    /// An empty one for `blocks_max` blocks and `ranks_max` ranks, which is rounded up to 64, 128,
+    /// ... [`RANKS_MAX`].
     #[must_use]
     pub fn new(blocks_max: usize, ranks_max: usize) -> Index {
         let words = ranks_max.div_ceil(64).clamp(1, WORDS_MAX);
+        let words = words.next_power_of_two();
         Index {
             nodes: Nodes::new(words),
             held: Held::new(blocks_max.clamp(1, NONE as usize / 2)),
@@ -315,37 +316,47 @@ impl Index {
     /// are not listed. Allocates nothing.
     pub fn overlaps(&mut self, prompt: &[u64]) -> &[Overlap] {
         self.overlaps.clear();
-        let words = self.words;
-        let mut active = [0; WORDS_MAX];
-        active[..words].copy_from_slice(&self.live[..words]);
-        let mut key = ROOT;
-        let mut depth = 0;
+        match self.words {
+            1 => self.walk::<1>(prompt),
+            2 => self.walk::<2>(prompt),
+            4 => self.walk::<4>(prompt),
+            8 => self.walk::<8>(prompt),
+            _ => self.walk::<WORDS_MAX>(prompt),
+        }
+        &self.overlaps
+    }
+
+    /// The walk down the tree, for tables of so many words.
+    fn walk<const WORDS: usize>(&mut self, prompt: &[u64]) {
+        let mut active: [u64; WORDS] = std::array::from_fn(|word| self.live[word]);
+        let (mut key, mut depth) = (ROOT, 0);
         for tokens in prompt {
             key = step(key, *tokens);
-            let Some(ranks) = self.nodes.ranks(key) else {
+            let Some(ranks) = self.nodes.ranks::<WORDS>(key) else {
                 break;
             };
-            let mut any = 0;
-            for (word, (active, holds)) in active[..words].iter_mut().zip(ranks).enumerate() {
-                let fallen = *active & !holds;
-                *active &= holds;
-                any |= *active;
-                if fallen != 0 && depth > 0 {
-                    note(&mut self.overlaps, &self.ranks, (word, fallen), depth);
+            let next: [u64; WORDS] = std::array::from_fn(|word| active[word] & ranks[word]);
+            if next != active && depth > 0 {
+                for (word, (before, now)) in active.iter().zip(next).enumerate() {
+                    note(
+                        &mut self.overlaps,
+                        &self.ranks,
+                        (word, before & !now),
+                        depth,
+                    );
                 }
             }
-            if any == 0 {
-                active = [0; WORDS_MAX];
-                break;
+            active = next;
+            if active == [0; WORDS] {
+                return;
             }
             depth += 1;
         }
         if depth > 0 {
-            for (word, active) in active[..words].iter().enumerate() {
+            for (word, active) in active.iter().enumerate() {
                 note(&mut self.overlaps, &self.ranks, (word, *active), depth);
             }
         }
-        &self.overlaps
     }
 }
 

@@ -67,12 +67,24 @@ impl Nodes {
         self.used
     }
 
-    /// The ranks that hold a block; `None` if nobody does.
+    /// The ranks that hold a block, in as many words as the table was made for; `None` if nobody
+    /// does.
     #[inline]
-    pub(super) fn ranks(&self, key: u64) -> Option<&[u64]> {
+    pub(super) fn ranks<const WORDS: usize>(&self, key: u64) -> Option<&[u64; WORDS]> {
+        debug_assert_eq!(WORDS, self.words, "the walk is that of another index");
         let segment = &self.segments[place(key)];
-        let at = segment.find(key, self.words)?;
-        segment.slots.get(at + 1..=at + self.words)
+        let mask = segment.mask;
+        let mut slot = key as usize & mask;
+        loop {
+            let (found, ranks) = segment.slots.get(slot * (1 + WORDS)..)?.split_first()?;
+            if *found == key {
+                return ranks.first_chunk();
+            }
+            if *found == ROOT {
+                return None;
+            }
+            slot = (slot + 1) & mask;
+        }
     }
 
     /// Notes that `rank` holds a block.
@@ -233,7 +245,7 @@ mod tests {
             }
             prop_assert_eq!(nodes.len(), model.len());
             for n in 0..90 {
-                let words = nodes.ranks(key(n));
+                let words = nodes.ranks::<3>(key(n));
                 let ranks = words.map(|words| {
                     (0..192).filter(|rank| words[rank / 64] >> (rank % 64) & 1 == 1).collect()
                 });
