@@ -38,7 +38,7 @@ mod print;
 
 use self::print::{Item, Printer};
 use crate::cli::{CallArgs, Early, Exit, Target};
-use crate::config::{Backend, EndpointId};
+use crate::config::{self, Backend, EndpointId};
 use crate::discovery::{Discovery, EtcdDiscovery, EtcdOptions, FileDiscovery, FileOptions};
 use crate::env::Env;
 use crate::nats::Requests;
@@ -131,7 +131,7 @@ impl Targets {
                 });
             }
         };
-        let discovery = open(args).await?;
+        let discovery = open(&args.discovery).await?;
         let mut watch = InstanceWatch::new(&discovery, &endpoint).over_nats(gateway);
         let mut instances = Vec::new();
         let appear = async {
@@ -182,9 +182,13 @@ fn nobody(endpoint: &EndpointId, args: &CallArgs) -> String {
     )
 }
 
-async fn open(args: &CallArgs) -> Result<Discovery> {
-    let lookup = |name: &str| args.discovery.variable(name);
-    Ok(match args.discovery.backend {
+/// The store of a command that looks others up.
+///
+/// # Errors
+/// It cannot be reached, or it is our own memory.
+pub(crate) async fn open(discovery: &config::Discovery) -> Result<Discovery> {
+    let lookup = |name: &str| discovery.variable(name);
+    Ok(match discovery.backend {
         Backend::Etcd => {
             Discovery::Etcd(EtcdDiscovery::connect(EtcdOptions::from_env(lookup)?).await?)
         }

@@ -243,7 +243,7 @@ impl Peer {
 }
 
 /// The ring that `CORELANE_IO` and this host allow, why, and whether it must be that one.
-fn ring() -> Result<(RingKind, &'static str, bool), Stop> {
+pub(crate) fn ring() -> Result<(RingKind, &'static str, bool), Stop> {
     let env = Env::current();
     let io = match env.get("CORELANE_IO") {
         Some(text) => text

@@ -163,7 +163,7 @@ impl Router {
             feeds: None,
         };
         router.follow().await;
-        router.listen_to_workers(config).await?;
+        router.listen_to_workers(config, plan).await?;
         Ok(router)
     }
 
@@ -232,12 +232,13 @@ impl Router {
     }
 
     /// Hears what workers publish about themselves, if a route wants to know.
-    async fn listen_to_workers(&mut self, config: &Config) -> Result<()> {
-        if !feeds::are_wanted(&config.routes) {
+    async fn listen_to_workers(&mut self, config: &Config, plan: &Plan) -> Result<()> {
+        let ring = plan.shards.first().map(|shard| shard.config.ring);
+        let Some(ring) = ring.filter(|_| feeds::are_wanted(&config.routes)) else {
             return Ok(());
-        }
+        };
         let nats = self.requests.as_ref().map(Requests::nats);
-        let events = feeds::open(&Env::current(), &self.discovery, nats).await?;
+        let events = feeds::open(&Env::current(), &self.discovery, nats, ring).await?;
         let feeds = Feeds::start(events, &self.pulse.board, &self.pulse.cores);
         let feeds = Rc::new(feeds);
         let written = Rc::clone(&feeds);
@@ -325,7 +326,7 @@ impl Router {
             follower.abort();
         }
         if let Some(feeds) = &self.feeds {
-            feeds.stop();
+            feeds.stop().await;
         }
         if let Some(requests) = self.requests.take() {
             requests.close().await;

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from events_lab import Broker
 from lab import metric_sum, wait_for
 from store import MODEL_CARDS, Nats, card
-from test_events_zmq import Broker
 
 HERE = Path(__file__).resolve().parent
 PATIENCE_S = 120
@@ -50,9 +50,9 @@ def count(lab, router, name):
     return metric_sum(lab.metrics(router), rf"^corelane_{name}\{{")
 
 
-def routed(lab, nats, backend, **env):
+def routed(lab, **env):
     """Requests through our router, which hears the workers' events over `env`'s transport."""
-    listen = lab.endpoint("router")
+    backend, listen = lab.endpoint("backend"), lab.endpoint("router")
     holder, *_ = workers(lab, backend, **env)
     router = lab.router(
         listen, backend, env=env, policy="kv", block_tokens=BLOCK_TOKENS, kv_body_bytes_max=4096,
@@ -80,8 +80,11 @@ def routed(lab, nats, backend, **env):
 
 
 def test_our_router_follows_events_over_nats(lab, nats):
-    env = {"DYN_EVENT_PLANE": "nats", "NATS_SERVER": nats.url}
-    routed(lab, nats, lab.endpoint("backend"), **env)
+    routed(lab, DYN_EVENT_PLANE="nats", NATS_SERVER=nats.url)
+
+
+def test_our_router_follows_events_over_zmq(lab):
+    routed(lab, DYN_EVENT_PLANE="zmq")
 
 
 def test_a_stock_kv_router_uses_events_that_passed_our_broker(lab):

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 
 use anyhow::Result;
+use corelane_engine::config::RingKind;
 
 use super::options::Options;
 use super::paths::Paths;
@@ -12,7 +13,7 @@ use crate::discovery::{
     BeforeRegister, Discovery, EtcdDiscovery, EtcdOptions, FileDiscovery, FileOptions,
     MemoryDiscovery,
 };
-use crate::events::{EventPlane, Events};
+use crate::events::{EventPlane, Events, ZmqOptions};
 use crate::nats::{Nats, RequestPlane, Requests};
 
 /// What a runtime has of the world outside.
@@ -24,15 +25,23 @@ pub(super) struct Opened {
 }
 
 impl Opened {
-    /// Opens all of it; the shards listen at `address`.
+    /// Opens all of it; the shards listen at `address`, on this kind of ring.
     pub(super) async fn open(
         options: &Options,
         paths: &Rc<Paths>,
         address: SocketAddr,
+        ring: RingKind,
     ) -> Result<Opened> {
+        let zmq = zmq(options, ring)?;
         let (nats, requests) = nats(options, address).await?;
         let discovery = discovery(options, paths).await?;
-        let events = events(options.events, &discovery, nats.as_ref());
+        let events = match (zmq, &nats) {
+            (Some(zmq), _) => Events::zmq(&discovery, zmq),
+            (None, Some(nats)) if options.events == EventPlane::Nats => {
+                Events::nats(&discovery, nats)
+            }
+            _ => Events::off(&discovery),
+        };
         Ok(Opened {
             discovery,
             nats,
@@ -83,11 +92,12 @@ async fn nats(options: &Options, address: SocketAddr) -> Result<(Option<Nats>, O
     Ok((Some(nats), Some(requests)))
 }
 
-/// The event plane of these.
-fn events(plane: EventPlane, discovery: &Discovery, nats: Option<&Nats>) -> Events {
-    match (plane, nats) {
-        (EventPlane::Nats, Some(nats)) => Events::nats(discovery, nats),
-        (EventPlane::Zmq, _) => Events::zmq(discovery),
-        _ => Events::off(discovery),
-    }
+/// How events go over ZMQ, if they do.
+fn zmq(options: &Options, ring: RingKind) -> Result<Option<ZmqOptions>> {
+    let zmq = match (options.events, &options.zmq) {
+        (EventPlane::Zmq, Some(zmq)) => zmq.clone(),
+        (EventPlane::Zmq, None) => ZmqOptions::read(&options.env, ring)?,
+        _ => return Ok(None),
+    };
+    Ok(Some(zmq))
 }

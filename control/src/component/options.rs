@@ -17,7 +17,7 @@ use crate::cli::Stop;
 use crate::config::{self, Backend, Drain, Host, Inputs, Main, Problem, Purpose, Server};
 use crate::discovery::MemoryStore;
 use crate::env::Env;
-use crate::events::EventPlane;
+use crate::events::{EventPlane, ZmqOptions};
 use crate::nats::{NatsOptions, RequestPlane};
 use crate::preflight::{Plan, Planned};
 
@@ -51,6 +51,7 @@ pub struct Options {
     pub(super) checks: Checks,
     pub(super) calls: Settings,
     pub(super) events: EventPlane,
+    pub(super) zmq: Option<ZmqOptions>,
     pub(super) nats: NatsOptions,
     pub(super) request_plane: RequestPlane,
     pub(super) env: Env,
@@ -269,6 +270,7 @@ impl Options {
             checks: Checks::from_env(env)?,
             calls: settings(env)?,
             events: EventPlane::read(env)?,
+            zmq: None,
             nats: NatsOptions::read(env)?,
             // Another word has been an error of the configuration.
             request_plane: RequestPlane::read(env).unwrap_or_default(),
@@ -385,6 +387,13 @@ impl Options {
     #[must_use]
     pub fn events(mut self, plane: EventPlane) -> Self {
         self.events = plane;
+        self
+    }
+
+    /// How events go over ZMQ; as `DYN_ZMQ_*` and `DYN_EVENT_PLANE_HOST` say unless it is said.
+    #[must_use]
+    pub fn zmq(mut self, options: ZmqOptions) -> Self {
+        self.zmq = Some(options);
         self
     }
 

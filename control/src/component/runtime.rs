@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use corelane_codec::path::{EndpointId, Reference, instance_path};
+use corelane_engine::config::RingKind;
 use corelane_engine::ends::{Ends, HomeAddress};
 use corelane_engine::mesh::budget::Budget;
 use corelane_engine::shard::Command;
@@ -133,7 +134,10 @@ impl Runtime {
         cores.started().await?;
         let address = SocketAddr::new(options.server.advertised(), cores.address().port());
         let paths = Paths::new(&cores);
-        let opened = match Opened::open(&options, &paths, cores.address()).await {
+        // There is at least one shard.
+        let ring = plan.shards.first().map(|shard| shard.config.ring);
+        let ring = ring.unwrap_or(RingKind::Epoll);
+        let opened = match Opened::open(&options, &paths, cores.address(), ring).await {
             Ok(opened) => opened,
             Err(error) => {
                 cores.stop().await;
@@ -338,6 +342,8 @@ impl Runtime {
             nats.close().await;
         }
         inner.discovery.close().await;
+        // Nobody is led to our publishers any more.
+        inner.events.close().await;
         tracing::info!("drain: left the store");
         for serving in &serving {
             serving.entry.turn(State::Deregistered);

@@ -23,6 +23,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::Result;
 use corelane_codec::event::{Scope, topic};
 use corelane_codec::path::EndpointId;
+use corelane_engine::config::RingKind;
 use corelane_engine::directory::LoadSource;
 use corelane_engine::shard::Command;
 use futures_util::FutureExt;
@@ -33,7 +34,7 @@ use crate::config;
 use crate::cores::Cores;
 use crate::discovery::Discovery;
 use crate::env::Env;
-use crate::events::{Event, EventPlane, Events, EventsError, Losses, Subscriber};
+use crate::events::{Event, EventPlane, Events, EventsError, Losses, Subscriber, ZmqOptions};
 use crate::nats::{Nats, NatsOptions};
 use crate::publish::Board;
 
@@ -49,6 +50,7 @@ const AGAIN: Duration = Duration::from_secs(2);
 
 /// All feeds of a router.
 pub struct Feeds {
+    events: Events,
     list: Vec<Rc<Feed>>,
     tasks: Vec<AbortHandle>,
 }
@@ -98,15 +100,20 @@ fn wanted(board: &Board) -> BTreeMap<(u32, &'static str), (EndpointId, What)> {
     wanted
 }
 
-/// The event plane as the environment asks for it; over the NATS connection that stands, if one
-/// does.
+/// The event plane as the environment asks for it: over the NATS connection that stands, if one
+/// does, or over ZMQ on this kind of ring.
 ///
 /// # Errors
 /// A variable cannot be used.
-pub async fn open(env: &Env, discovery: &Discovery, nats: Option<&Nats>) -> Result<Events> {
+pub async fn open(
+    env: &Env,
+    discovery: &Discovery,
+    nats: Option<&Nats>,
+    ring: RingKind,
+) -> Result<Events> {
     Ok(match (EventPlane::read(env)?, nats) {
         (EventPlane::Off, _) => Events::off(discovery),
-        (EventPlane::Zmq, _) => Events::zmq(discovery),
+        (EventPlane::Zmq, _) => Events::zmq(discovery, ZmqOptions::read(env, ring)?),
         (EventPlane::Nats, Some(nats)) => Events::nats(discovery, nats),
         (EventPlane::Nats, None) => {
             let nats = Nats::connect_later(&NatsOptions::read(env)?).await?;
@@ -144,7 +151,11 @@ impl Feeds {
             tasks.push(task.abort_handle());
             list.push(feed);
         }
-        Feeds { list, tasks }
+        Feeds {
+            events,
+            list,
+            tasks,
+        }
     }
 
     /// Writes metric families, without the mark of the end.
@@ -153,10 +164,11 @@ impl Feeds {
     }
 
     /// Hears no more.
-    pub fn stop(&self) {
+    pub async fn stop(&self) {
         for task in &self.tasks {
             task.abort();
         }
+        self.events.close().await;
     }
 }
 
