@@ -19,6 +19,7 @@ mod hop_report;
 mod hop_scene;
 mod instructions;
 mod interrupt;
+mod kv;
 mod lane;
 mod lane_handoff;
 mod lane_path;
@@ -77,6 +78,8 @@ enum Job {
     Events(Box<events::EventsArgs>),
     /// Reading an event in place, and with rmp-serde: instructions and nanoseconds
     EventCodec(event_codec::EventCodecArgs),
+    /// Looking a prompt up in the index of KV caches: instructions and nanoseconds
+    Kv(kv::KvArgs),
     /// The writer that `gms` kills
     #[command(hide = true)]
     GmsWriter(gms_client::WriterArgs),
@@ -117,6 +120,7 @@ fn main() -> ExitCode {
         Job::GmsWriter(args) => gms_client::hold(&args),
         Job::Events(args) => events::run(&args),
         Job::EventCodec(args) => event_codec::run(&args),
+        Job::Kv(args) => kv::run(&args),
         Job::Sink(args) => sink::run(&args),
     };
     match done {

@@ -20,6 +20,7 @@ pub mod echo;
 pub mod engine_routes;
 pub mod env;
 pub mod events;
+pub mod feeds;
 pub mod flight;
 pub mod gpu_memory;
 pub mod gpu_metrics;

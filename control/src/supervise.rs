@@ -33,6 +33,7 @@ use crate::discovery::{
     FileDiscovery, FileOptions, MemoryDiscovery, MemoryStore,
 };
 use crate::env::Env;
+use crate::feeds::{self, Feeds};
 use crate::flight;
 use crate::health::State;
 use crate::lanes::LaneSockets;
@@ -119,6 +120,7 @@ pub struct Router {
     stop_offers: watch::Sender<bool>,
     offers: Vec<JoinHandle<()>>,
     followers: Vec<AbortHandle>,
+    feeds: Option<Rc<Feeds>>,
 }
 
 impl Router {
@@ -168,6 +170,7 @@ impl Router {
             stop_offers: watch::Sender::new(false),
             offers: Vec::new(),
             followers: Vec::new(),
+            feeds: None,
         };
         if let Some(requests) = router.requests.clone() {
             router.add_metrics(Box::new(move |out| requests.write_metrics(out)));
@@ -179,6 +182,7 @@ impl Router {
         let attending = Rc::clone(&router.pulse);
         let attending = spawn_local(async move { attending.attend().await });
         router.followers.push(attending.abort_handle());
+        router.listen_to_workers(config, plan).await?;
         Ok(router)
     }
 
@@ -249,6 +253,22 @@ impl Router {
         while cores.sum(missing) > 0 && Instant::now() < deadline {
             sleep(LOOK_EVERY).await;
         }
+    }
+
+    /// Hears what workers publish about themselves, if a route wants to know.
+    async fn listen_to_workers(&mut self, config: &Config, plan: &Plan) -> Result<()> {
+        let ring = plan.shards.first().map(|shard| shard.config.ring);
+        let Some(ring) = ring.filter(|_| feeds::are_wanted(&config.routes)) else {
+            return Ok(());
+        };
+        let nats = self.requests.as_ref().map(Requests::nats);
+        let events = feeds::open(&Env::current(), &self.discovery, nats, ring).await?;
+        let feeds = Feeds::start(events, &self.pulse.board, &self.pulse.cores);
+        let feeds = Rc::new(feeds);
+        let written = Rc::clone(&feeds);
+        self.add_metrics(Box::new(move |out| written.write(out)));
+        self.feeds = Some(feeds);
+        Ok(())
     }
 
     /// Registers the listen endpoints and their cards, and keeps them so. Does not wait; from here
@@ -330,6 +350,9 @@ impl Router {
         after_stop.await;
         for follower in &self.followers {
             follower.abort();
+        }
+        if let Some(feeds) = &self.feeds {
+            feeds.stop().await;
         }
         if let Some(requests) = self.requests.take() {
             requests.close().await;

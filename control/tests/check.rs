@@ -490,7 +490,46 @@ const IN_ROUTE: &[(&str, &[&str])] = &[
             "c.toml:6:10: unknown policy \"leastloaded\"; did you mean \"least_loaded\"? \
              possible are \
          \"round_robin\" | \"random\" | \"power_of_two_choices\" | \"least_loaded\" | \"direct\" | \
-         \"hash\"",
+         \"hash\" | \"kv\"",
+        ],
+    ),
+    (
+        "policy = \"kv\"\nlane = \"/tmp/lane.sock\"",
+        &[
+            "c.toml:7:8: policy = \"kv\" does not go with a lane: its workers publish no KV \
+         events; write policy = \"least_loaded\", or take lane out",
+        ],
+    ),
+    (
+        "kv_blocks_max = 2048",
+        &[
+            "c.toml:6:17: warning: kv_blocks_max does nothing with policy = \"least_loaded\"; \
+         write policy = \"kv\", or take it out",
+        ],
+    ),
+    (
+        "policy = \"kv\"\nkv_body_bytes_max = 70000",
+        &["c.toml:7:21: kv_body_bytes_max is 70000, outside 0 to 65536 (bytes); write 65536"],
+    ),
+    (
+        "policy = \"round_robin\"\nload = \"forward_pass\"",
+        &[
+            "c.toml:7:8: warning: load does nothing with policy = \"round_robin\"; \
+         write policy = \"least_loaded\", or take it out",
+        ],
+    ),
+    (
+        "response = \"relay\"\nload = \"kv_metrics\"",
+        &[
+            "c.toml:7:8: warning: load does nothing with response = \"relay\"; \
+         take it out: where responses pass through, load is known exactly",
+        ],
+    ),
+    (
+        "load_stale_ms = 1000",
+        &[
+            "c.toml:6:17: warning: load_stale_ms does nothing with load = \"own\"; \
+         write load = \"forward_pass\" or \"kv_metrics\", or take it out",
         ],
     ),
     (

@@ -76,6 +76,9 @@ fn route() -> Route {
         hold_bytes: 1 << 16,
         relay: corelane::config::RelayTimes::default(),
         lane: None,
+        block_tokens: 16,
+        kv: None,
+        load: corelane::config::RouteLoad::default(),
     }
 }
 

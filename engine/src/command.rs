@@ -8,6 +8,7 @@ use crate::adopt::{Adoption, Errand, Ticket};
 use crate::client::NewCall;
 use crate::directory::Directory;
 use crate::handler::NewHandler;
+use crate::kv::{Batch, Question, Reports};
 use crate::lane::NewLane;
 use crate::local::Run;
 use crate::mesh::{Receiver, Sender};
@@ -19,6 +20,12 @@ use crate::served::SpanRecord;
 pub enum Command {
     /// A new directory.
     Directory(Arc<Directory>),
+    /// KV caches have changed.
+    Kv(Arc<Batch>),
+    /// Instances have said how busy they are.
+    Loads(Arc<Reports>),
+    /// What would be chosen, and why.
+    Weigh(Box<Question>),
     /// One more handler: the next index, served once [`Command::Serve`] gives it a path.
     Handler(NewHandler),
     /// From now on exactly these paths are served by handlers of this process.

@@ -30,6 +30,7 @@ use crate::ring::Ring;
 use crate::send_pool::ChunkQueue;
 use crate::shard::Shard;
 use crate::stats::flight::Why;
+use crate::{forward, kv, recv, tell};
 use crate::{forward, recv, tell};
 
 /// What is wrong with an envelope, in words for its sender.
@@ -167,6 +168,7 @@ fn begin<R: Ring>(
     shard.relays.envelope = envelope;
     let mut request = made?;
     request.hint = hint;
+    kv::read_headers(shard, slot, prefix, route);
     shard.stats.shard.relays_begun.add(1);
     forward::enter(shard, slot, request, front);
     Ok(())

@@ -16,6 +16,7 @@ use corelane_codec::{item, two_part};
 
 use crate::connection::Role;
 use crate::in_flight::{Reply, Request};
+use crate::load::Work;
 use crate::pieces::PieceList;
 use crate::relay::{Leg, Phase};
 use crate::ring::Ring;
@@ -36,7 +37,7 @@ pub(crate) fn note<R: Ring>(shard: &Shard<R>, relay: u32, what: Relayed) {
 /// A request is about to be queued for an instance. `false`: there is no room for its head.
 pub(crate) fn place<R: Ring>(shard: &mut Shard<R>, request: u32, instance: u32) -> bool {
     let entry = &shard.requests[request];
-    let (relay, again) = (entry.relay, entry.attempts > 0);
+    let (relay, again, work) = (entry.relay, entry.attempts > 0, entry.work);
     if relay == NONE {
         return true;
     }
@@ -50,9 +51,11 @@ pub(crate) fn place<R: Ring>(shard: &mut Shard<R>, request: u32, instance: u32) 
     }
     leave(shard, relay);
     shard.instances[instance].streams += 1;
+    shard.instances[instance].work.begin(work);
     let now_ns = shard.now_ns;
     let entry = &mut shard.relays.table[relay];
     entry.instance = instance;
+    entry.work = work;
     entry.phase = Phase::Called;
     entry.accepted = false;
     entry.placed_ns = now_ns;
@@ -110,7 +113,16 @@ pub(crate) fn called_home<R: Ring>(shard: &mut Shard<R>, relay: u32) {
 
 /// From now on the caller gets what comes: nothing can be tried again.
 pub(crate) fn pass<R: Ring>(shard: &mut Shard<R>, relay: u32) {
-    shard.relays.table[relay].phase = Phase::Passing;
+    let entry = &mut shard.relays.table[relay];
+    entry.phase = Phase::Passing;
+    // The first item says that the prompt has been computed.
+    let prefill_blocks = std::mem::take(&mut entry.work.prefill_blocks);
+    if let Some(instance) = shard.instances.get_mut(entry.instance) {
+        instance.work.end(Work {
+            prefill_blocks,
+            ..Work::default()
+        });
+    }
     detach(shard, relay);
     relay_time::watch(shard, relay);
 }
@@ -138,7 +150,9 @@ fn detach<R: Ring>(shard: &mut Shard<R>, relay: u32) {
 fn leave<R: Ring>(shard: &mut Shard<R>, relay: u32) {
     let instance = std::mem::replace(&mut shard.relays.table[relay].instance, NONE);
     if instance != NONE {
+        let work = std::mem::take(&mut shard.relays.table[relay].work);
         shard.instances[instance].streams -= 1;
+        shard.instances[instance].work.end(work);
         link::release_instance(shard, instance);
     }
 }

@@ -45,7 +45,7 @@ use crate::timer_wheel::TimerWheel;
 use crate::upstream::{InstanceState, Upstream};
 use crate::worker::Worker;
 use crate::{
-    accept, call_link, client, collect, decode, ends, forward, home, lane, link, local, recv,
+    accept, call_link, client, collect, decode, ends, forward, home, kv, lane, link, local, recv,
     relay_flow, relay_home, respond, tell,
 };
 
@@ -57,6 +57,8 @@ pub(crate) struct RouteState {
     pub(crate) chooser: Chooser,
     /// Slots of its instances, sorted by id.
     pub(crate) instances: Vec<u32>,
+    /// Their ids.
+    pub(crate) ids: Vec<u64>,
 }
 
 /// All state of one core. The ring comes first so that it is dropped first: no operation may
@@ -77,6 +79,7 @@ pub struct Shard<R: Ring> {
     pub(crate) ledger: Ledger,
     pub(crate) tells: Tells,
     pub(crate) relays: Relays,
+    pub(crate) kv: kv::Kv,
     /// Connections with something in `out`.
     pub(crate) dirty_connections: Vec<u32>,
     /// Upstreams with something unsent.
@@ -168,6 +171,7 @@ impl<R: Ring> Shard<R> {
             ledger: Ledger::new(LEDGER_BYTES),
             tells: Tells::new(),
             relays: Relays::none(),
+            kv: kv::Kv::new(),
             dirty_connections: Vec::with_capacity(connections_max),
             dirty_upstreams: Vec::with_capacity(UPSTREAMS_MAX),
             collecting: Vec::with_capacity(UPSTREAMS_MAX),
@@ -538,6 +542,9 @@ impl<R: Ring> Shard<R> {
             self.note_command(&command);
             match command {
                 Command::Directory(directory) => link::publish(self, directory),
+                Command::Kv(batch) => kv::apply(self, &batch),
+                Command::Loads(reports) => kv::hear(self, &reports),
+                Command::Weigh(question) => kv::weigh(self, *question),
                 Command::Handler(new) => self.worker.add(new),
                 Command::Serve(paths) => {
                     self.worker.serve(paths);
@@ -569,16 +576,13 @@ impl<R: Ring> Shard<R> {
     fn show(&self, completions: u32) {
         let stats = &self.stats.shard;
         stats.ticks.add(1);
-        if completions == 0 {
-            stats.idle_ticks.add(1);
-        }
+        stats.idle_ticks.add(u64::from(completions == 0));
         stats.connections.set(self.connections.used() as u64);
         stats.in_flight.set(self.requests.used() as u64);
         let held = self.pieces.buffers.held() as u64;
         stats.buffers_held.set(held);
-        if held > stats.buffers_held_peak.get() {
-            stats.buffers_held_peak.set(held);
-        }
+        let peak = held.max(stats.buffers_held_peak.get());
+        stats.buffers_held_peak.set(peak);
         stats.pieces.set(self.pieces.used() as u64);
         stats.chunks.set(self.pool.used() as u64);
         stats.timers.set(self.timers.len() as u64);

@@ -3,8 +3,8 @@
 
 use super::value::Kind;
 use super::words::{
-    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Io, KernelTls, Overflow,
-    PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Switch,
+    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Io, KernelTls, LoadSource,
+    Overflow, PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Switch,
 };
 
 /// A table of `corelane.toml`.
@@ -319,6 +319,33 @@ keys! {
         int(0, 86_400_000, "milliseconds"), Value("0"),
         [Alias { name: "DYN_HTTP_BACKEND_STREAM_TIMEOUT_SECS", dialect: Dialect::SecondsToMillis }],
         "relay: how long a response may pause between two items; 0 is for ever";
+
+    ROUTE_BLOCK_TOKENS = Route "block_tokens", int(1, 4_096, "tokens"), Value("16"), [],
+        "Tokens of a block of KV cache at the workers (kv_cache_block_size of their model card)";
+    ROUTE_KV_BODY_BYTES_MAX = Route "kv_body_bytes_max", int(0, 65_536, "bytes"), Value("0"), [],
+        "kv: bytes of a body that are looked into for token_ids; 0: bodies are left alone";
+    ROUTE_KV_BLOCKS_MAX = Route "kv_blocks_max", int(1_024, 1 << 26, "blocks"), Value("1048576"),
+        [],
+        "kv: blocks that a core remembers, each for every worker; beyond it the oldest leaf goes";
+    ROUTE_KV_RANKS_MAX = Route "kv_ranks_max", int(1, 1_024, "ranks"), Value("256"), [],
+        "kv: workers that a core remembers blocks of, each data-parallel rank for itself";
+    ROUTE_KV_OVERLAP_CREDIT_PCT = Route "kv_overlap_credit_pct", int(0, 1_000, "percent"),
+        Value("100"), [],
+        "kv: what a block in the cache takes off the blocks to be computed";
+    ROUTE_KV_PREFILL_SCALE_PCT = Route "kv_prefill_scale_pct", int(0, 10_000, "percent"),
+        Value("100"), [],
+        "kv: what a block to be computed costs beside one that is held";
+    ROUTE_KV_TEMPERATURE_PCT = Route "kv_temperature_pct", int(0, 10_000, "percent"), Value("0"),
+        [],
+        "kv: 0 takes the least cost; more draws by chance, the more evenly the higher it is";
+    ROUTE_LOAD = Route "load", Kind::Words(LoadSource::WORDS), Value("own"), [],
+        "Load of an instance: what each core gave it, or what the instance publishes as events";
+    ROUTE_LOAD_STALE_MS = Route "load_stale_ms", int(100, 3_600_000, "milliseconds"),
+        Value("5000"), [],
+        "How long what an instance published counts; after that, what this core gave it";
+    ROUTE_LOAD_REQUEST_BLOCKS = Route "load_request_blocks", int(1, 65_536, "blocks"),
+        Value("32"), [],
+        "Blocks that a request is taken for whose prompt is not known";
 
     INSTANCE_ENDPOINT = Instance "endpoint", Kind::Endpoint, Required, [],
         "Endpoint that the instance serves";

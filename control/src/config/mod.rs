@@ -25,6 +25,7 @@ mod events;
 mod gpu;
 mod host;
 mod keys;
+mod kv;
 mod layers;
 mod lists;
 mod planner;
@@ -41,13 +42,14 @@ pub use corelane_codec::path::EndpointId;
 pub use events::{BridgeConfig, Broker};
 pub use host::Host;
 pub use keys::{Alias, Dialect, Fallback, Key, Section, find, keys};
+pub use kv::{RouteKv, RouteLoad};
 pub use layers::Setting;
 pub use problem::{Origin, Problem, Severity};
 pub use tls::{Tls, TlsClient, TlsServer};
 pub use value::{Kind, Value, address};
 pub use words::{
-    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Io, KernelTls, Overflow,
-    PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Switch, Word,
+    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Io, KernelTls, LoadSource,
+    Overflow, PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Switch, Word,
 };
 
 pub(crate) use host::cpu_list;
@@ -253,6 +255,12 @@ pub struct Route {
     pub relay: RelayTimes,
     /// Workers that share memory take the place of instances.
     pub lane: Option<RouteLane>,
+    /// Tokens of a block of KV cache.
+    pub block_tokens: u32,
+    /// What is remembered of KV caches; for [`Policy::Kv`] only.
+    pub kv: Option<RouteKv>,
+    /// What the load of its instances is.
+    pub load: RouteLoad,
 }
 
 /// The deadlines of a relayed route; 0 is for ever.

@@ -139,6 +139,20 @@ words! {
         Direct = "direct",
         /// The same one for the same value of a header, as long as it is there.
         Hash = "hash",
+        /// The one with most of the prompt in its KV cache, load considered.
+        Kv = "kv",
+    }
+}
+
+words! {
+    /// What the load of an instance is taken from.
+    LoadSource {
+        /// What each core has given it.
+        Own = "own",
+        /// The requests in its forward-pass metrics.
+        ForwardPass = "forward_pass",
+        /// The blocks in its KV metrics.
+        KvMetrics = "kv_metrics",
     }
 }
 

@@ -107,6 +107,11 @@ impl Requests {
         })))
     }
 
+    /// The connection.
+    pub fn nats(&self) -> &Nats {
+        &self.0.nats
+    }
+
     /// Where shards dial instances on NATS.
     pub fn gateway(&self) -> SocketAddr {
         self.0.egress.address()
