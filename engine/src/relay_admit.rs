@@ -31,7 +31,6 @@ use crate::send_pool::ChunkQueue;
 use crate::shard::Shard;
 use crate::stats::flight::Why;
 use crate::{forward, kv, recv, tell};
-use crate::{forward, recv, tell};
 
 /// What is wrong with an envelope, in words for its sender.
 struct Fault(String);

@@ -185,12 +185,20 @@ words! {
         Call = "call",
         /// End one early; which
         EndCall = "end_call",
+        /// An instance has gone; its port
+        InstanceLeft = "instance_left",
         /// A handshake has ended
         Adopt = "adopt",
         /// A socket under TLS has broken
         Broken = "broken",
         /// A response on QUIC
         Inbound = "inbound",
+        /// Changes of KV caches; how many
+        Kv = "kv",
+        /// What instances say of their load; of how many
+        Loads = "loads",
+        /// What would be chosen, and why
+        Weigh = "weigh",
         /// Accept from the socket that was handed over
         Accept = "accept",
         /// Refuse new requests
