@@ -47,7 +47,7 @@ struct Row {
 
 /// The hash of a block, as good as random.
 fn hash(sequence: u64, block: usize) -> u64 {
-    corelane_engine::kv::mix(sequence << 20 | block as u64)
+    corelane_engine::kv::mix((sequence << 20) | block as u64)
 }
 
 /// Prompts with a common beginning and an end of their own, each in the caches of four workers, one
@@ -62,7 +62,7 @@ fn filled(args: &KvArgs, blocks: usize) -> (Index, Vec<Vec<u64>>, f64) {
     let mut stored = 0;
     let begin = Instant::now();
     for sequence in 0..sequences {
-        let common = sequence / 16 | 1 << 40;
+        let common = (sequence / 16) | (1 << 40);
         let block = |at: usize| match at < whole / 4 {
             true => hash(common, at),
             false => hash(sequence, at),
