@@ -437,11 +437,10 @@ impl<R: Ring> Shard<R> {
         self.retire_if_quiet(slot);
     }
 
-    /// Closes a socket of ours that does not linger so that its peer sees a reset.
+    /// Closes a socket of ours that does not linger so that its peer sees a reset, no farewell.
     pub(crate) fn reset(&mut self, slot: u32) {
         let operation = self.operation(Kind::Receive, slot);
         let connection = &mut self.connections[slot];
-        // A farewell would make it an end of stream.
         connection.kernel_tls = false;
         if !connection.closing {
             connection.closing = true;
