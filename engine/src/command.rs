@@ -32,6 +32,13 @@ pub enum Command {
         /// Do not even take what the worker still sends.
         kill: bool,
     },
+    /// An instance that calls may be under way to has left discovery.
+    InstanceLeft {
+        /// Its address.
+        address: SocketAddr,
+        /// Its path.
+        path: Vec<u8>,
+    },
     /// A worker shares memory with this shard.
     Lane(Box<NewLane>),
     /// A worker with lanes is gone.

@@ -45,8 +45,8 @@ use crate::timer_wheel::TimerWheel;
 use crate::upstream::{InstanceState, Upstream};
 use crate::worker::Worker;
 use crate::{
-    accept, client, collect, decode, ends, forward, home, lane, link, local, recv, relay_flow,
-    relay_home, respond, tell,
+    accept, call_link, client, collect, decode, ends, forward, home, lane, link, local, recv,
+    relay_flow, relay_home, respond, tell,
 };
 
 pub use crate::command::{Command, Lanes, Report};
@@ -543,6 +543,9 @@ impl<R: Ring> Shard<R> {
                 Command::EndLanes { worker } => lane::end(self, worker),
                 Command::Call(call) => client::begin(self, *call),
                 Command::EndCall { number, kill } => client::end_early(self, number, kill),
+                Command::InstanceLeft { address, path } => {
+                    call_link::instance_left(self, address, &path);
+                }
                 Command::Adopt { ticket, adoption } => self.adopt(ticket, adoption),
                 Command::Broken { ticket, errno } => self.broken(ticket, errno),
                 Command::Inbound(inbound) => self.come_home(inbound),
