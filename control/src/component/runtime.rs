@@ -39,6 +39,7 @@ use super::options::Options;
 use super::paths::Paths;
 use super::registry::Registry;
 use super::serving::Serving;
+use crate::broker_metrics;
 use crate::config::Backend;
 use crate::cores::Cores;
 use crate::discovery::Discovery;
@@ -417,7 +418,12 @@ impl Inner {
         };
         let stats = Some(&**self.discovery.stats());
         let cores = Snapshot::take(&self.cores.view(), Vec::new(), process, stats);
-        let cores = cores.render_with(|out| self.cores.write_transports(out));
+        let cores = cores.render_with(|out| {
+            self.cores.write_transports(out);
+            if let Some(stats) = self.events.stats() {
+                broker_metrics::write_stats(&stats, out);
+            }
+        });
         let serving = self.serving.borrow();
         let text = metrics::with_endpoints(cores, &self.endpoints.seen(), &serving);
         let served = |serving: &Rc<Serving>| ServedNumbers {
