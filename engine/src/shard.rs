@@ -305,11 +305,6 @@ impl<R: Ring> Shard<R> {
         Duration::from_nanos(deadline.saturating_sub(self.ring.now_ns()))
     }
 
-    /// Counts one sleep in the executor.
-    pub fn count_park(&self) {
-        self.stats.shard.parks.add(1);
-    }
-
     fn complete(&mut self, completion: Completion) {
         let Completion { operation, event } = completion;
         match operation.kind {
