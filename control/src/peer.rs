@@ -64,6 +64,7 @@ impl Peer {
         let mut config = ShardConfig::new(0, ANY_CPU, ring, listen);
         config.buffers = BUFFERS;
         config.message_bytes_max = u64::from(server.message_bytes_max);
+        tls::kernel::demanded(&server.tls).map_err(Stop::HostCannot)?;
         tls::ask(&mut config, &server.tls);
         let tls = Tls::start(&server.tls)?;
         let quic = Quic::new(server.responses);

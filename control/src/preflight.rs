@@ -10,6 +10,7 @@ use corelane_engine::preflight as host;
 
 use crate::cli::Stop;
 use crate::config::{self, Config, Core};
+use crate::tls;
 
 /// Connections that a core is left with however few files this process may open.
 const CONNECTIONS_MIN: u32 = 16;
@@ -59,6 +60,7 @@ pub fn plan(config: &Config) -> Result<Plan, Stop> {
     for note in &assigned.notes {
         tracing::info!("placement: {note}");
     }
+    tls::kernel::demanded(&config.server.tls).map_err(Stop::HostCannot)?;
     let shards = shards(config, &assigned, &report)?;
     log_rings(&shards, &report);
     Ok(Plan {

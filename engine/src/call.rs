@@ -1,5 +1,6 @@
 //! A call as control asks for it, and what it hears of it.
 
+use std::hash::{DefaultHasher, Hasher};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -86,6 +87,32 @@ impl What {
     /// Whether no further event follows.
     pub fn is_end(&self) -> bool {
         !matches!(self, What::Acked | What::Item(_) | What::BadItem(_))
+    }
+}
+
+/// Who was called.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Target {
+    pub(crate) address: SocketAddr,
+    /// A hash of the path: good enough to tell the instances of one address apart.
+    path: u64,
+    /// It has left discovery.
+    pub(crate) left: bool,
+}
+
+impl Target {
+    pub(crate) fn new(address: SocketAddr, path: &[u8]) -> Target {
+        let mut hasher = DefaultHasher::new();
+        hasher.write(path);
+        Target {
+            address,
+            path: hasher.finish(),
+            left: false,
+        }
+    }
+
+    pub(crate) fn is(&self, other: &Target) -> bool {
+        (self.address, self.path) == (other.address, other.path)
     }
 }
 

@@ -19,8 +19,8 @@ use corelane_codec::call_home::{KILL_FRAME, STOP_FRAME};
 use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::error::DynamoError;
 
-pub(crate) use crate::call::Phase;
 pub use crate::call::{CallEvent, Deadlines, NewCall, What};
+pub(crate) use crate::call::{Phase, Target};
 use crate::call_frame::FrameWriter;
 use crate::call_link::{self, Link};
 use crate::ends::Ends;
@@ -55,6 +55,7 @@ pub(crate) enum Hearer {
 /// One call.
 pub(crate) struct Call {
     pub(crate) hearer: Hearer,
+    pub(crate) target: Target,
     began_ns: u64,
     pub(crate) codec: PayloadCodec,
     pub(crate) subject: u128,
@@ -229,6 +230,7 @@ pub(crate) fn begin_for<R: Ring>(
     let after = |time: Duration| began_ns.saturating_add(time.as_nanos().min(1 << 62) as u64);
     let call = Call {
         hearer,
+        target: Target::new(new.address, &new.path),
         feed,
         began_ns,
         codec: new.codec,

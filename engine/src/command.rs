@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::task::Waker;
 
-use crate::adopt::{Adoption, Insecure, Ticket};
+use crate::adopt::{Adoption, Errand, Ticket};
 use crate::client::NewCall;
 use crate::directory::Directory;
 use crate::handler::NewHandler;
@@ -31,6 +31,13 @@ pub enum Command {
         number: u64,
         /// Do not even take what the worker still sends.
         kill: bool,
+    },
+    /// An instance that calls may be under way to has left discovery.
+    InstanceLeft {
+        /// Its address.
+        address: SocketAddr,
+        /// Its path.
+        path: Vec<u8>,
     },
     /// A worker shares memory with this shard.
     Lane(Box<NewLane>),
@@ -114,8 +121,8 @@ pub struct Lanes {
     pub commands: Receiver<Command>,
     /// What the shard tells.
     pub reports: Sender<Report>,
-    /// Sockets that wait for their handshake; unused without TLS.
-    pub insecure: Sender<Insecure>,
+    /// Sockets that wait for their handshake, or for a farewell; unused without TLS.
+    pub insecure: Sender<Errand>,
     /// Responses that leave on QUIC.
     pub outbound: Sender<Outbound>,
 }

@@ -22,7 +22,7 @@ use futures_task::LocalSpawn;
 use rustix::event::{PollFd, PollFlags, poll};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use crate::adopt::Insecure;
+use crate::adopt::Errand;
 use crate::buffers::Buffers;
 use crate::client::{CallEvent, Client};
 use crate::config::{ANY_CPU, RingKind, ShardConfig};
@@ -83,7 +83,7 @@ pub struct ShardHandle {
     /// What becomes of its calls; its descriptor is readable when there is something.
     pub events: Receiver<CallEvent>,
     /// Its sockets that wait for a handshake; to be taken by who does these.
-    pub insecure: Option<Receiver<Insecure>>,
+    pub insecure: Option<Receiver<Errand>>,
     /// Its responses that leave on QUIC; to be taken by who speaks it.
     pub outbound: Option<Receiver<Outbound>>,
     thread: Option<JoinHandle<()>>,

@@ -86,6 +86,9 @@ pub(crate) fn ended<R: Ring>(shard: &mut Shard<R>, slot: u32, errno: i32) {
         // Cancelled by `pause`; if that is over already, ask again.
         return shard.receive(slot);
     }
+    if errno == libc::EIO && connection.kernel_tls {
+        return shard.take_record(slot);
+    }
     if errno == 0 && connection.role == Role::Downstream {
         // It may have shut down only its own direction: the replies are owed all the same, and
         // frames that had to wait may still lie here.

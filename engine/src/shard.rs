@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use corelane_gpu_mem::lane::layout::Wish;
 
-use crate::adopt::Insecure;
+use crate::adopt::Errand;
 use crate::buffers::Buffers;
 use crate::client::Client;
 use crate::config::{Idle, ShardConfig};
@@ -45,8 +45,8 @@ use crate::timer_wheel::TimerWheel;
 use crate::upstream::{InstanceState, Upstream};
 use crate::worker::Worker;
 use crate::{
-    accept, client, collect, decode, ends, forward, home, lane, link, local, recv, relay_flow,
-    relay_home, respond, tell,
+    accept, call_link, client, collect, decode, ends, forward, home, lane, link, local, recv,
+    relay_flow, relay_home, respond, tell,
 };
 
 pub use crate::command::{Command, Lanes, Report};
@@ -105,7 +105,7 @@ pub struct Shard<R: Ring> {
     pub(crate) client: Client,
     pub(crate) lanes: WorkerLanes,
     pub(crate) due: Vec<u64>,
-    pub(crate) insecure: Sender<Insecure>,
+    pub(crate) insecure: Sender<Errand>,
     pub(crate) outbound: Sender<Outbound>,
     /// No peer that speaks TLS is reported before this time.
     pub(crate) stranger_told_ns: u64,
@@ -432,10 +432,11 @@ impl<R: Ring> Shard<R> {
         self.retire_if_quiet(slot);
     }
 
-    /// Closes a socket of ours that does not linger so that its peer sees a reset.
+    /// Closes a socket of ours that does not linger so that its peer sees a reset, no farewell.
     pub(crate) fn reset(&mut self, slot: u32) {
         let operation = self.operation(Kind::Receive, slot);
         let connection = &mut self.connections[slot];
+        connection.kernel_tls = false;
         if !connection.closing {
             connection.closing = true;
             if connection.receiving {
@@ -543,6 +544,9 @@ impl<R: Ring> Shard<R> {
                 Command::EndLanes { worker } => lane::end(self, worker),
                 Command::Call(call) => client::begin(self, *call),
                 Command::EndCall { number, kill } => client::end_early(self, number, kill),
+                Command::InstanceLeft { address, path } => {
+                    call_link::instance_left(self, address, &path);
+                }
                 Command::Adopt { ticket, adoption } => self.adopt(ticket, adoption),
                 Command::Broken { ticket, errno } => self.broken(ticket, errno),
                 Command::Inbound(inbound) => self.come_home(inbound),
@@ -553,7 +557,7 @@ impl<R: Ring> Shard<R> {
                     self.draining = true;
                     self.stats.shard.draining.set(1);
                 }
-                Command::Stop => self.stopping = true,
+                Command::Stop => self.stop(),
             }
         }
     }

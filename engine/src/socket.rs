@@ -114,9 +114,13 @@ impl<R: Ring> Shard<R> {
     /// Shuts the socket down; the slot is freed when the kernel holds nothing of it.
     pub(crate) fn close(&mut self, slot: u32) {
         let connection = &mut self.connections[slot];
-        if !connection.closing {
-            connection.closing = true;
-            self.ring.shutdown(connection.handle);
+        if connection.closing {
+            return;
+        }
+        connection.closing = true;
+        match connection.kernel_tls {
+            true => self.end_operations(slot),
+            false => self.ring.shutdown(connection.handle),
         }
     }
 
@@ -150,7 +154,10 @@ impl<R: Ring> Shard<R> {
             self.timers.cancel(timer);
         }
         self.ring.detach(connection.handle);
-        self.ring.close(connection.handle);
+        match connection.kernel_tls {
+            true => self.part(connection.handle),
+            false => self.ring.close(connection.handle),
+        }
         self.stats.shard.connections_closed.add(1);
     }
 }

@@ -116,6 +116,10 @@ cells! {
         Counter handshakes_refused,
         /// Connections closed because the peer speaks TLS where we do not
         Counter tls_strangers,
+        /// Connections closed because the peer has changed its keys, which the kernel's TLS cannot
+        Counter tls_key_updates_refused,
+        /// Connections of the kernel's TLS that were closed without its farewell
+        Counter tls_farewells_lost,
         /// Accepts that failed, for lack of descriptors for example
         Counter accept_failures,
         /// Connections closed, of all kinds

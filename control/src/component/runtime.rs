@@ -156,7 +156,7 @@ impl Runtime {
         }
         let stopped = watch::Sender::new(false);
         let gateway = requests.as_ref().map(Requests::gateway);
-        let registry = Registry::new(&discovery, shards, gateway);
+        let registry = Registry::new(&discovery, &cores, shards, gateway);
         let runtime = Runtime(Rc::new(Inner {
             hub: Hub::new(&cores, stopped.subscribe()),
             options,

@@ -3,8 +3,8 @@
 
 use super::value::Kind;
 use super::words::{
-    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Io, Overflow, PlannerNames,
-    Policy, RelayPlane, Response, ResponsePlane, Switch,
+    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Io, KernelTls, Overflow,
+    PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Switch,
 };
 
 /// A table of `corelane.toml`.
@@ -383,6 +383,8 @@ keys! {
         "How long a handshake may take";
     TLS_THREADS = Tls "threads", int(1, 64, "threads"), Value("1"), [],
         "Threads for handshakes and encryption, shared by the cores";
+    TLS_KERNEL = Tls "kernel", Kind::Words(KernelTls::WORDS), Value("auto"), [],
+        "Who encrypts after the handshake: auto, the kernel if it has TLS, else threads";
 
     DRAIN_GRACE_S = Drain "grace_s", int(0, 3_600, "seconds"), Value("5"),
         [same("DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS")],

@@ -46,8 +46,8 @@ pub use problem::{Origin, Problem, Severity};
 pub use tls::{Tls, TlsClient, TlsServer};
 pub use value::{Kind, Value, address};
 pub use words::{
-    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Io, Overflow, PlannerNames,
-    Policy, RelayPlane, Response, ResponsePlane, Switch, Word,
+    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Io, KernelTls, Overflow,
+    PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Switch, Word,
 };
 
 pub(crate) use host::cpu_list;

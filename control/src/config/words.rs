@@ -86,6 +86,20 @@ words! {
 }
 
 words! {
+    /// Who encrypts once hands are shaken.
+    #[derive(Default)]
+    KernelTls {
+        /// The kernel where it can, else threads of this process.
+        #[default]
+        Auto = "auto",
+        /// Threads of this process.
+        Off = "off",
+        /// The kernel; a host that cannot is not served on.
+        Required = "required",
+    }
+}
+
+words! {
     /// What happens to an event that a subscriber's queue has no room for.
     Overflow {
         /// It is dropped.

@@ -77,7 +77,9 @@ pub fn server(settings: &TlsServer) -> Result<Arc<ServerConfig>, Unusable> {
     };
     let (chain, key) = identity(&settings.cert, &settings.key)?;
     let config = builder.with_single_cert(chain, key);
-    let config = config.map_err(|error| mismatch(&settings.cert, &settings.key, &error))?;
+    let mut config = config.map_err(|error| mismatch(&settings.cert, &settings.key, &error))?;
+    // For the kernel.
+    config.enable_secret_extraction = true;
     Ok(Arc::new(config))
 }
 
@@ -102,7 +104,7 @@ pub fn client(settings: &TlsClient) -> Result<Dialling, Unusable> {
         .map_err(|error| Unusable::new(at, error.to_string(), AUTHORITIES))?
         .dangerous()
         .with_custom_certificate_verifier(verifier);
-    let config = match &settings.identity {
+    let mut config = match &settings.identity {
         None => builder.with_no_client_auth(),
         Some((cert, key)) => {
             let (chain, private) = identity(cert, key)?;
@@ -110,6 +112,7 @@ pub fn client(settings: &TlsClient) -> Result<Dialling, Unusable> {
             config.map_err(|error| mismatch(cert, key, &error))?
         }
     };
+    config.enable_secret_extraction = true;
     let name = settings.server_name.as_ref().map(|name| {
         let parsed = ServerName::try_from(name.clone());
         parsed.map_err(|_| Unusable::new(Path::new(name), "is not a host name", NAME))

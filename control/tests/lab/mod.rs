@@ -245,6 +245,11 @@ impl Worker {
         self.frames.lock().unwrap().len()
     }
 
+    /// Drops the frames that it has taken.
+    pub fn forget(&self) {
+        self.frames.lock().unwrap().clear();
+    }
+
     /// The lines that make it an instance of `endpoint` in a configuration.
     pub fn instance(&self, endpoint: &str) -> String {
         let address = self.address;
@@ -365,6 +370,10 @@ impl Etcd {
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
     /// On the same data, or on none.

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::rc::Rc;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use corelane_codec::call_home::{self, Handshake};
@@ -19,7 +20,8 @@ use corelane_engine::config::{RingKind, ShardConfig};
 use corelane_engine::ends::{Ends, HomeAddress};
 use corelane_engine::executor::{ShardHandle, spawn_with};
 use corelane_engine::handler::{Handler, MakeHandler, Request};
-use corelane_engine::responder::Responder;
+use corelane_engine::local::Run;
+use corelane_engine::responder::{Host, Responder};
 use corelane_engine::shard::Command;
 
 use crate::common::{self, Caller, DEADLINE, wait_until};
@@ -138,6 +140,26 @@ impl Drop for Local {
     fn drop(&mut self) {
         self.handle.stop();
     }
+}
+
+/// Runs a task on a shard; what it answers.
+pub fn run<T, F, A>(local: &Local, task: F) -> Receiver<T>
+where
+    T: Send + 'static,
+    F: FnOnce(Host) -> A + Send + 'static,
+    A: Future<Output = T> + 'static,
+{
+    let (sender, receiver) = channel();
+    let run = Run::new(move |host| async move {
+        let _ = sender.send(task(host).await);
+    });
+    local.handle.command(Command::Run(run)).unwrap();
+    receiver
+}
+
+/// What a task has answered.
+pub fn answered<T>(receiver: &Receiver<T>) -> T {
+    receiver.recv_timeout(DEADLINE).expect("an answer in time")
 }
 
 /// A call with a short body in JSON.
