@@ -20,8 +20,11 @@ use super::{Counts, Feed, What};
 /// One number of one feed.
 type Number = (&'static str, CellKind, &'static str, f64);
 
+/// Target and topic of a feed.
+type Labels = [(&'static str, String); 2];
+
 #[derive(Debug)]
-struct Snapshot(Vec<([(&'static str, String); 2], Vec<Number>)>);
+struct Snapshot(Vec<(Labels, Vec<Number>)>);
 
 /// Writes all families, without the mark of the end.
 pub(super) fn write(feeds: &[Rc<Feed>], out: &mut String) {
