@@ -21,6 +21,7 @@ use super::{Counts, Feed, What};
 type Number = (&'static str, CellKind, &'static str, f64);
 
 /// The labels of one feed.
+/// Target and topic of a feed.
 type Labels = [(&'static str, String); 2];
 
 #[derive(Debug)]
