@@ -9,7 +9,8 @@ use corelane_codec::Decoded;
 use corelane_codec::error::DynamoError;
 use corelane_codec::reply_frame::{self, Reply};
 
-use crate::client::{self, Phase, What};
+use crate::call::{Phase, What};
+use crate::client;
 use crate::connection::{End, Role};
 use crate::ends;
 use crate::ring::Ring;

@@ -15,7 +15,8 @@ use corelane_codec::limits::TWO_PART_PREFIX_BYTES;
 use corelane_codec::two_part::{self, Message, Shape};
 use corelane_codec::{Decoded, item, mux};
 
-use crate::client::{self, Phase, What};
+use crate::call::{Phase, What};
+use crate::client;
 use crate::connection::{End, Intake, Role};
 use crate::ends;
 use crate::feed;
@@ -411,7 +412,6 @@ pub(crate) fn expected<R: Ring>(shard: &Shard<R>, subject: u128) -> Option<u32> 
         let call = &shard.client.calls[*call];
         call.subject == subject
             && call.phase == Phase::Waiting
-            && (call.is_late() || !call.is_over())
     })
 }
 

@@ -30,7 +30,7 @@ use crate::executor::Spawner;
 use crate::in_flight::Request;
 use crate::lane::Lanes as WorkerLanes;
 use crate::ledger::{ENVELOPE_BYTES_MAX, Ledger};
-use crate::mesh::{self, Receiver, Sender};
+use crate::mesh::{Receiver, Sender};
 use crate::operation::{Kind, Operation};
 use crate::pieces::Pieces;
 use crate::quic::{Outbound, Place, ResponsePlane};
@@ -45,7 +45,7 @@ use crate::timer_wheel::TimerWheel;
 use crate::upstream::{InstanceState, Upstream};
 use crate::worker::Worker;
 use crate::{
-    accept, client, collect, decode, ends, forward, home, lane, link, local, recv, relay_flow,
+    accept, collect, decode, ends, forward, home, lane, link, local, recv, relay_flow,
     relay_home, respond, tell,
 };
 
@@ -197,9 +197,6 @@ impl<R: Ring> Shard<R> {
     }
 
     /// A shard that only routes, for whoever drives a ring by himself.
-    ///
-    /// # Errors
-    /// No eventfd can be made.
     pub fn router(
         config: ShardConfig,
         ring: R,
@@ -207,15 +204,12 @@ impl<R: Ring> Shard<R> {
         listener: Option<TcpListener>,
         stats: Arc<Stats>,
         lanes: Lanes,
-    ) -> io::Result<Shard<R>> {
+    ) -> Shard<R> {
         let ends = Ends::default();
-        let (events, _) = mesh::lane()?;
-        let client = Client::new(&ends, None, events);
+        let client = Client::new(&ends, None);
         let worker = Worker::new(ends, Spawner::local());
         let ends = (worker, client);
-        Ok(Shard::new(
-            config, ring, buffers, listener, stats, lanes, ends,
-        ))
+        Shard::new(config, ring, buffers, listener, stats, lanes, ends)
     }
 
     /// Workers whose responses this shard relays call home at `listener`; they are told `address`.
@@ -528,10 +522,7 @@ impl<R: Ring> Shard<R> {
 
     pub(crate) fn obey(&mut self) {
         self.commands.clear_wake();
-        while !self.client.is_clogged() {
-            let Some(command) = self.commands.next() else {
-                return;
-            };
+        while let Some(command) = self.commands.next() {
             match command {
                 Command::Directory(directory) => link::publish(self, directory),
                 Command::Handler(new) => self.worker.add(new),
@@ -541,8 +532,6 @@ impl<R: Ring> Shard<R> {
                 }
                 Command::Lane(new) => lane::attach(self, *new),
                 Command::EndLanes { worker } => lane::end(self, worker),
-                Command::Call(call) => client::begin(self, *call),
-                Command::EndCall { number, kill } => client::end_early(self, number, kill),
                 Command::Adopt { ticket, adoption } => self.adopt(ticket, adoption),
                 Command::Broken { ticket, errno } => self.broken(ticket, errno),
                 Command::Inbound(inbound) => self.come_home(inbound),

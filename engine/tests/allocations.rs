@@ -148,8 +148,7 @@ impl Bare {
                 insecure: mesh::lane().unwrap().0,
                 outbound: mesh::lane().unwrap().0,
             };
-            let shard = Shard::router(config, ring, buffers, listener, shown, lanes);
-            let mut shard = shard.unwrap();
+            let mut shard = Shard::router(config, ring, buffers, listener, shown, lanes);
             let home = listen(any, false, false).unwrap();
             let home_address = home.local_addr().unwrap();
             shard.relay_home(home, home_address);

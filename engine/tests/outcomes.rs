@@ -17,8 +17,6 @@ use corelane_codec::control_message::PayloadCodec::Json;
 use corelane_codec::error::{DynamoError, Reason};
 use corelane_codec::mux::{self, Kind};
 use corelane_codec::{item, reply_frame, two_part};
-use corelane_engine::client::What;
-use corelane_engine::shard::Command;
 use ends::*;
 use socket2::SockRef;
 
@@ -33,7 +31,7 @@ fn play(client: &Local, worker: &mut HandWorker, bytes: &[u8]) -> (Vec<What>, Ca
 }
 
 fn answer(client: &Local, worker: &mut HandWorker, bytes: &[u8]) -> Called {
-    client.call(call_to(worker.address(), 1));
+    client.call(1, call_to(worker.address()));
     let asked = worker.take();
     worker.reply("");
     let mut called = asked.call_home();
@@ -185,7 +183,7 @@ fn a_reset_means_what_a_close_does() {
         let received = &client.handle.stats.shard.received_bytes;
         for (bytes, count, text) in stages {
             let before = received.get();
-            client.call(call_to(worker.address(), 1));
+            client.call(1, call_to(worker.address()));
             let asked = worker.take();
             worker.reply("");
             let mut called = asked.call_home();
@@ -216,7 +214,7 @@ fn a_reset_means_what_a_close_does() {
 fn a_kill_after_a_stop_is_said_too() {
     for ring in rings() {
         let (mut worker, client) = (HandWorker::default(), Local::client(ring));
-        client.call(call_to(worker.address(), 1));
+        client.call(1, call_to(worker.address()));
         let asked = worker.take();
         worker.reply("");
         let mut called = asked.call_home();
@@ -224,8 +222,7 @@ fn a_kill_after_a_stop_is_said_too() {
         assert_eq!(client.event().what, What::Acked);
         assert_eq!(client.event().what, What::Item(b"1".to_vec()));
         for (kill, word) in [(false, STOP), (true, KILL)] {
-            let command = Command::EndCall { number: 1, kill };
-            client.handle.command(command).unwrap();
+            client.end_call(1, kill);
             assert_eq!(
                 called.message().map(|(header, _)| header),
                 Some(word.to_vec())
@@ -242,7 +239,7 @@ fn a_silent_caller_home_is_reset() {
     let mut clients = Vec::new();
     for ring in rings() {
         let (mut worker, client) = (HandWorker::default(), Local::client(ring));
-        client.call(call_to(worker.address(), 1));
+        client.call(1, call_to(worker.address()));
         let asked = worker.take();
         let mut half = TcpStream::connect(asked.address).unwrap();
         half.write_all(&[0; 10]).unwrap();
@@ -284,7 +281,7 @@ fn streams_mean_the_same_on_a_shared_connection() {
         for (number, name) in names.into_iter().enumerate() {
             let bytes = golden(&format!("hand_worker_{name}"));
             let (alone, _) = play(&client, &mut worker, &bytes);
-            client.call(call_to(worker.address(), 1));
+            client.call(1, call_to(worker.address()));
             let asked = worker.take();
             worker.reply("");
             let wire = wire.get_or_insert_with(|| {

@@ -15,14 +15,12 @@ use corelane_codec::call_home::{self, KILL, STOP};
 use corelane_codec::control_message::{PayloadCodec, StreamType};
 use corelane_codec::error::{Class, DynamoError};
 use corelane_codec::{item, two_part};
-use corelane_engine::client::What;
 use corelane_engine::config::RingKind;
 use corelane_engine::directory::Instance;
 use corelane_engine::directory::{Ack, Policy};
 use corelane_engine::handler::Request;
 use corelane_engine::responder::Responder;
-use corelane_engine::shard::Command;
-use ends::Called;
+use ends::{Called, What};
 use lab::*;
 
 #[test]
@@ -773,17 +771,13 @@ fn two_thousand_calls_with_all_kinds_of_ends_leave_nothing_behind() {
         let mut whole = 0;
         while ended < CALLS {
             while begun < CALLS && begun < ended + 64 {
-                let mut call = ends::call_to(router.address, begun);
+                let mut call = ends::call_to(router.address);
                 call.path = LISTEN_PATH.into();
                 call.body = begun.to_string().into_bytes();
-                client.call(call);
+                client.call(begun, call);
                 if begun.is_multiple_of(11) {
                     let kill = begun.is_multiple_of(2);
-                    let end = Command::EndCall {
-                        number: begun,
-                        kill,
-                    };
-                    client.handle.command(end).unwrap();
+                    client.end_call(begun, kill);
                 }
                 begun += 1;
             }

@@ -111,7 +111,6 @@ impl LocalClient {
         self.listed(call.deadlines.ack).await;
         let (member, loaded) = self.select(call.instance)?;
         let new = NewCall {
-            number: 0,
             address: member.instance.address,
             path: member.instance.path.clone(),
             id: call.id,

@@ -92,7 +92,7 @@ impl World {
             outbound: mesh::lane().unwrap().0,
         };
         let (listener, shown) = (Some(listener), Arc::clone(&stats));
-        let mut shard = Shard::router(config, ring, buffers, listener, shown, lanes).unwrap();
+        let mut shard = Shard::router(config, ring, buffers, listener, shown, lanes);
         shard.start();
         World {
             home: Home::open(&net),
