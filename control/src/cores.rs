@@ -140,8 +140,8 @@ pub struct Cores {
 }
 
 impl Cores {
-    /// Starts the threads of all shards; they listen on one port when this returns, and take
-    /// connections soon after. Needs a `LocalSet`.
+    /// Starts the threads of all shards; those that are to listen do so on one port when this
+    /// returns, and take connections soon after. Needs a `LocalSet`.
     ///
     /// # Errors
     /// The port is taken, or threads and descriptors are not to be had.
@@ -169,7 +169,7 @@ impl Cores {
         let mut list: Vec<Core> = Vec::with_capacity(plan.shards.len());
         for planned in &plan.shards {
             let mut planned = planned.clone();
-            planned.config.listen = Some(address);
+            planned.config.listen = planned.config.listen.and(Some(address));
             tls::ask(&mut planned.config, &plan.tls);
             let own = ends(planned.config.shard);
             quic.ask(&mut planned.config, own.home)?;
@@ -246,7 +246,7 @@ impl Cores {
             );
             planned.config.ring = RingKind::Epoll;
             planned.cause = "start_failed";
-            planned.config.listen = Some(self.address);
+            planned.config.listen = planned.config.listen.and(Some(self.address));
             planned.config.clone()
         };
         let own = (self.ends)(config.shard);
@@ -340,7 +340,7 @@ impl Cores {
         self.quic.stats().write(out);
     }
 
-    /// Whether every shard listens.
+    /// Whether every shard runs.
     pub fn all_run(&self) -> bool {
         let runs = |core: &Core| *core.state.borrow() == State::Running;
         self.list.iter().all(runs)

@@ -26,7 +26,6 @@ pub mod logging;
 pub mod metrics;
 pub mod nats;
 pub mod offer;
-pub mod peer;
 pub mod planner;
 pub mod preflight;
 pub mod publish;

@@ -97,6 +97,7 @@ mod paths;
 mod registry;
 mod reply;
 mod routing;
+mod run;
 mod runtime;
 mod serving;
 mod shard;
@@ -113,7 +114,7 @@ pub use crate::events::{Event, EventPlane, Events, EventsError, Publisher, Subsc
 pub use crate::health::State;
 pub use crate::nats::{NatsAuth, NatsOptions, NatsTls, RequestPlane};
 
-pub use corelane_engine::call::Deadlines;
+pub use corelane_engine::call::{Deadlines, Times};
 pub use corelane_engine::local::Ending;
 pub use corelane_engine::quic::ResponsePlane;
 

@@ -133,6 +133,21 @@ pub(super) struct Watched {
 }
 
 impl Watched {
+    /// Nobody is known yet. What is answered beside it hears when the last client has gone.
+    fn new(id: EndpointId, shards: usize) -> (Watched, oneshot::Receiver<()>) {
+        let (alive, gone) = oneshot::channel();
+        let watched = Watched {
+            id,
+            members: Mutex::new(Arc::new([])),
+            changed: watch::Sender::new(0),
+            version: AtomicU64::new(0),
+            listed: AtomicBool::new(false),
+            shards,
+            _alive: alive,
+        };
+        (watched, gone)
+    }
+
     /// Changes with the members.
     pub(super) fn version(&self) -> u64 {
         self.version.load(Ordering::Acquire)
@@ -237,20 +252,19 @@ impl Registry {
             return watched;
         }
         entries.retain(|_, watched| watched.strong_count() > 0);
-        let (alive, gone) = oneshot::channel();
-        let watched = Arc::new(Watched {
-            id: id.clone(),
-            members: Mutex::new(Arc::new([])),
-            changed: watch::Sender::new(0),
-            version: AtomicU64::new(0),
-            listed: AtomicBool::new(false),
-            shards: self.0.shards,
-            _alive: alive,
-        });
+        let (watched, gone) = Watched::new(id.clone(), self.0.shards);
+        let watched = Arc::new(watched);
         entries.insert(id.clone(), Arc::downgrade(&watched));
         let watch = InstanceWatch::new(&self.0.discovery, id).over_nats(self.0.gateway);
         spawn_local(follow(watch, Arc::downgrade(&watched), gone));
         watched
+    }
+
+    /// One instance that is known without discovery.
+    pub(super) fn fixed(&self, id: EndpointId, instance: Instance) -> Arc<Watched> {
+        let (watched, _) = Watched::new(id, self.0.shards);
+        watched.take(vec![instance], true);
+        Arc::new(watched)
     }
 
     /// Endpoints that are watched now.
@@ -292,16 +306,7 @@ mod tests {
     }
 
     fn watched() -> Watched {
-        let (alive, _) = oneshot::channel();
-        Watched {
-            id: EndpointId::new("a", "b", "c"),
-            members: Mutex::new(Arc::new([])),
-            changed: watch::Sender::new(0),
-            version: AtomicU64::new(0),
-            listed: AtomicBool::new(false),
-            shards: 2,
-            _alive: alive,
-        }
+        Watched::new(EndpointId::new("a", "b", "c"), 2).0
     }
 
     #[test]
