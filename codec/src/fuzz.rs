@@ -4,7 +4,7 @@
 
 mod event;
 
-pub use event::{event_envelope, event_frame, event_names, event_payload};
+pub use event::{Derived, event_envelope, event_frame, event_names, event_payload};
 
 use crate::control_message::{
     ConnectionInfo, NewControlMessage, PayloadCodec, TcpConnection, TcpConnectionInfo,

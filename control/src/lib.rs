@@ -36,3 +36,4 @@ pub mod tls;
 pub mod trace;
 pub mod tune;
 pub mod watch;
+pub mod words;

@@ -317,7 +317,7 @@ impl<R: Ring> Shard<R> {
                 return;
             }
             Kind::Wake => {
-                if let Event::Woken { more: false } = event {
+                if event.is_last_wake() {
                     self.watch_wake();
                 }
                 return self.obey();
@@ -328,10 +328,7 @@ impl<R: Ring> Shard<R> {
         let slot = operation.slot;
         if !self.connections.is_current(slot, operation.generation) {
             self.stats.shard.stale_completions.add(1);
-            if let Event::Received { buffer, .. } = event {
-                self.ring.recycle(buffer);
-            }
-            return;
+            return event.give_back(&mut self.ring);
         }
         match event {
             Event::Received {

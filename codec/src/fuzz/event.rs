@@ -28,12 +28,17 @@ pub fn event_frame(data: &[u8]) {
 
 /// The envelope as serde's derived reader sees it: Dynamo's is such a one.
 #[derive(Debug, PartialEq, Deserialize)]
-struct Derived<'a> {
-    publisher_id: u64,
-    sequence: u64,
-    published_at: u64,
-    topic: &'a str,
-    payload: &'a [u8],
+pub struct Derived<'a> {
+    /// Who published it.
+    pub publisher_id: u64,
+    /// Its number among the publisher's.
+    pub sequence: u64,
+    /// Milliseconds since 1970.
+    pub published_at: u64,
+    /// Its topic.
+    pub topic: &'a str,
+    /// What it says.
+    pub payload: &'a [u8],
 }
 
 /// Envelopes; whatever serde reads is read alike.

@@ -295,16 +295,6 @@ mod tests {
 
     use super::*;
 
-    fn instance(id: u64, port: u16) -> Instance {
-        Instance {
-            id,
-            address: ([127, 0, 0, 1], port).into(),
-            path: format!("{id:x}/x").into_bytes(),
-            codec: PayloadCodec::Json,
-            device: None,
-        }
-    }
-
     fn watched() -> Watched {
         Watched::new(EndpointId::new("a", "b", "c"), 2).0
     }
@@ -312,13 +302,13 @@ mod tests {
     #[test]
     fn members_that_stay_keep_their_load_and_get_another_chance() {
         let watched = watched();
-        watched.take(vec![instance(1, 1), instance(2, 2)], true);
+        watched.take(vec![Instance::sample(1, 1), Instance::sample(2, 2)], true);
         let before = watched.members();
         let loaded = before[0].begin(1);
         before[0].fail(Duration::from_secs(60));
         assert!(before[0].has_failed(now_ns()));
         let version = watched.version();
-        watched.take(vec![instance(1, 1), instance(3, 3)], true);
+        watched.take(vec![Instance::sample(1, 1), Instance::sample(3, 3)], true);
         assert!(watched.version() > version);
         let after = watched.members();
         assert!(Arc::ptr_eq(&before[0], &after[0]) && after.len() == 2);
@@ -327,14 +317,14 @@ mod tests {
         drop(loaded);
         assert_eq!(after[0].load(), 0);
         // The same id at another address is another member.
-        watched.take(vec![instance(1, 9)], true);
+        watched.take(vec![Instance::sample(1, 9)], true);
         assert!(!Arc::ptr_eq(&after[0], &watched.members()[0]));
     }
 
     #[test]
     fn who_is_busy_is_told_by_the_monitor_and_by_refusals() {
         let watched = watched();
-        watched.take(vec![instance(1, 1), instance(2, 2)], true);
+        watched.take(vec![Instance::sample(1, 1), Instance::sample(2, 2)], true);
         let members = watched.members();
         let busy = |member: &Member| member.is_overloaded(now_ns());
         members[1].overload();
