@@ -47,8 +47,10 @@ pub use tls::{Tls, TlsClient, TlsServer};
 pub use value::{Kind, Value, address};
 pub use words::{
     Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, Overflow, PlannerNames, Policy,
-    RelayPlane, Response, ResponsePlane, Switch, Word,
+    RelayPlane, Response, ResponsePlane, Switch,
 };
+
+pub use crate::words::Word;
 
 pub(crate) use host::cpu_list;
 pub(crate) use problem::quoted;
