@@ -20,7 +20,8 @@ use tokio::sync::{Mutex, Notify, watch};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::etcd_watch::follow;
-use super::watched::{AbortOnDrop, Parse, Shared};
+use super::shared::{AbortOnDrop, Shared};
+use super::watched::Parse;
 use super::{DiscoveryError, DiscoveryStats, Entry, EtcdOptions, Record, Registered, Watch};
 use crate::lease::{self, Backoff, Ended, Lease, jittered};
 

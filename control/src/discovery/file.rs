@@ -19,7 +19,8 @@ use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
 use super::file_store::{self, Place, Scan, TEMPORARY, split_key};
-use super::watched::{AbortOnDrop, Gap, Parse, Shared, Sink};
+use super::shared::{AbortOnDrop, Shared, Sink};
+use super::watched::{Gap, Parse};
 use super::{
     CONFIRM_MAX, DiscoveryError, DiscoveryStats, Entry, Record, Registered, Watch, random_id,
 };

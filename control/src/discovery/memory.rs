@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::watched::{Parse, Shared, Sink};
+use super::shared::{Shared, Sink};
+use super::watched::Parse;
 use super::{DiscoveryError, DiscoveryStats, Entry, Record, Registered, Watch, random_id};
 
 /// The store that several [`MemoryDiscovery`] of one process share.

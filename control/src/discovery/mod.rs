@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  Record (name + builder) --register--> Discovery { Memory | File | Etcd } --> store
-//!  store --> backend task --> watched::Shared<T> --> Watch<T> (router, cards)
+//!  store --> backend task --> shared::Shared<T> --> Watch<T> (router, cards)
 //! ```
 //! Records are builders, not bytes: when the identity changes (a lost lease), id, key and JSON
 //! of every record are built again for the new id.
@@ -17,6 +17,7 @@ mod etcd_watch;
 pub mod file;
 mod file_store;
 pub mod memory;
+mod shared;
 pub mod watched;
 
 use std::cell::Cell;
@@ -37,7 +38,8 @@ pub use etcd::EtcdDiscovery;
 pub use etcd_options::{BeforeRegister, EtcdAuth, EtcdOptions};
 pub use file::{FileDiscovery, FileOptions};
 pub use memory::{MemoryDiscovery, MemoryStore};
-pub use watched::{Freshness, Watch};
+pub use shared::Watch;
+pub use watched::Freshness;
 
 /// Longest wait for a confirmation after an outage; see [`watched`].
 pub const CONFIRM_MAX: Duration = Duration::from_secs(10);
