@@ -67,6 +67,8 @@ struct Record {
     p50_us: Vec<f64>,
     p99_us: Vec<f64>,
     cpu_share_at_rate: Vec<f64>,
+    /// Events that did not reach every subscriber, in all rounds.
+    lost: u64,
 }
 
 /// One number of publishers and subscribers, one size.
@@ -146,8 +148,11 @@ impl Scene {
                 let broker = &brokers[index];
                 self.say(broker, number);
                 let mut load = self.load(broker)?;
-                let found = load.at_most(broker, times)?;
+                let found = load
+                    .at_most(broker, times)
+                    .with_context(|| self.of(broker))?;
                 let record = &mut self.records[index];
+                record.lost += found.lost;
                 record.rate.push(found.events as f64 / found.seconds);
                 record
                     .per_cpu_second
@@ -164,9 +169,12 @@ impl Scene {
                 let broker = &brokers[index];
                 self.say(broker, number);
                 let mut load = self.load(broker)?;
-                let found: Found = load.at_rate(broker, times, self.rate)?;
+                let found: Found = load
+                    .at_rate(broker, times, self.rate)
+                    .with_context(|| self.of(broker))?;
                 let latency = Quantiles::of_ns(&found.latency_ns);
                 let record = &mut self.records[index];
+                record.lost += found.lost;
                 record.p50_us.push(latency.p50);
                 record.p99_us.push(latency.p99);
                 record
@@ -179,7 +187,12 @@ impl Scene {
 
     fn load(&self, broker: &Broker) -> Result<Load> {
         Load::start(broker, self.publishers, self.subscribers, self.bytes)
-            .with_context(|| format!("{}: {}", broker.kind.name(), self.title()))
+            .with_context(|| self.of(broker))
+    }
+
+    /// What is measured, for errors.
+    fn of(&self, broker: &Broker) -> String {
+        format!("{}: {}", broker.kind.name(), self.title())
     }
 
     fn say(&self, broker: &Broker, number: usize) {
@@ -208,6 +221,7 @@ impl Scene {
             "p99 us",
             "/corelane",
             "CPU",
+            "lost",
         ];
         let mut table = Table::new(&head);
         let ours = &self.records[0];
@@ -225,6 +239,7 @@ impl Scene {
                 value(&record.p99_us),
                 ratio_text(Spread::of_ratios(&record.p99_us, &ours.p99_us)),
                 value(&record.cpu_share_at_rate),
+                record.lost.to_string(),
             ]);
         }
         let rate = figure(self.rate);
@@ -246,6 +261,7 @@ fn report(args: &EventsArgs, brokers: &[Broker], scenes: &[Scene]) -> Value {
             "p50_us": spread(&record.p50_us),
             "p99_us": spread(&record.p99_us),
             "cpus_at_rate": spread(&record.cpu_share_at_rate),
+            "lost": record.lost,
             "corelane_to_it": {
                 "events_per_cpu_second":
                     Spread::of_ratios(&ours.per_cpu_second, &record.per_cpu_second),

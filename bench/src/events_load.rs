@@ -30,6 +30,9 @@ const WINDOW_BYTES: u64 = 4 << 20;
 /// Events that one publisher writes at once.
 const BATCH: u64 = 64;
 const LIMIT: Duration = Duration::from_secs(30);
+/// Events that have not come after so long without any other are lost: a broker may drop what it
+/// has no room for.
+const LOST_AFTER: Duration = Duration::from_secs(1);
 
 /// What clients speak.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,6 +153,9 @@ pub(crate) struct Load {
     template: Template,
     protocol: Protocol,
     sent: u64,
+    lost: u64,
+    /// The least that a subscriber had got, and since when.
+    progress: (u64, Instant),
     turn: usize,
 }
 
@@ -170,6 +176,8 @@ pub(crate) struct Found {
     pub(crate) cpu_us: f64,
     /// From due to received, all subscribers together.
     pub(crate) latency_ns: Histogram<u64>,
+    /// Events that some subscriber has not got, from the start on.
+    pub(crate) lost: u64,
 }
 
 impl Load {
@@ -211,6 +219,8 @@ impl Load {
             template: protocol.outgoing(event_bytes),
             protocol,
             sent: 0,
+            lost: 0,
+            progress: (0, Instant::now()),
             turn: 0,
         };
         load.reach_all()?;
@@ -340,6 +350,7 @@ impl Load {
             let room = (load.shared.least() + window).saturating_sub(load.sent);
             let each = (window / load.publishers.len() as u64 / 2).clamp(1, BATCH);
             if room < each {
+                load.give_up_lost();
                 std::thread::yield_now();
             } else {
                 (0..room / each).for_each(|_| load.publish(each));
@@ -400,12 +411,12 @@ impl Load {
                     self.settle(deadline)?;
                     let mut latency = self.shared.latency_ns.lock().expect("no panic holds it");
                     let latency_ns = std::mem::replace(&mut *latency, new_histogram());
-                    let cpu_us = used.cpu_us();
                     return Ok(Found {
                         events,
                         seconds,
-                        cpu_us,
+                        cpu_us: used.cpu_us(),
                         latency_ns,
+                        lost: self.lost,
                     });
                 }
                 _ => {}
@@ -414,10 +425,22 @@ impl Load {
         }
     }
 
-    /// Until all that was sent has arrived.
+    /// Takes for lost what has not come while nothing else came either.
+    fn give_up_lost(&mut self) {
+        let least = self.shared.least();
+        if least != self.progress.0 {
+            self.progress = (least, Instant::now());
+        } else if self.progress.1.elapsed() >= LOST_AFTER {
+            self.lost += self.sent.saturating_sub(least);
+            self.sent = least;
+        }
+    }
+
+    /// Until all that was sent has arrived, or is lost.
     fn settle(&mut self, deadline: Instant) -> Result<()> {
         while self.shared.least() < self.sent {
             self.push()?;
+            self.give_up_lost();
             self.check(deadline)?;
             std::thread::sleep(Duration::from_millis(1));
         }
