@@ -69,20 +69,6 @@ fn answer<T>(receiver: &Receiver<T>) -> T {
     receiver.recv_timeout(DEADLINE).expect("an answer in time")
 }
 
-fn echoing(ring: RingKind, items: u32) -> Local {
-    let make = handler(
-        move |request: Request, mut responder: Responder| async move {
-            for _ in 0..items {
-                if responder.item(request.body()).await.is_err() {
-                    return;
-                }
-            }
-            responder.finish();
-        },
-    );
-    Local::worker(ring, make)
-}
-
 fn items(count: usize, data: &[u8]) -> Outcome {
     Outcome {
         items: vec![Ok(data.to_vec()); count],

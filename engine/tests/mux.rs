@@ -23,20 +23,6 @@ use ends::*;
 
 const SUBJECT: &str = "00000000-0000-4000-8000-00000000000";
 
-fn echoing(ring: RingKind, items: u32) -> Local {
-    let make = handler(
-        move |request: Request, mut responder: Responder| async move {
-            for _ in 0..items {
-                if responder.item(request.body()).await.is_err() {
-                    return;
-                }
-            }
-            responder.finish();
-        },
-    );
-    Local::worker(ring, make)
-}
-
 /// One end of a shared connection, hand-made.
 struct Wire {
     stream: TcpStream,

@@ -15,13 +15,13 @@ mod net;
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
+use std::os::fd::{IntoRawFd, RawFd};
 use std::time::Duration;
 
 pub use net::{Faults, ListenerId, Net, PeerId, PeerState};
 
 use self::moves::{Memory, Pending, accept, connect, land, receive, send, take_wake};
-use self::net::{Place, World, stand_in};
+use self::net::{Place, stand_in};
 use super::{Completion, Event, Handle, Ring, Room, SPANS_MAX, Span, sockets};
 use crate::buffers::{BufferId, Buffers};
 use crate::operation::{Kind, Operation};

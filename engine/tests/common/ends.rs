@@ -11,10 +11,7 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
 
 use corelane_codec::call_home::{self, Handshake};
-use corelane_codec::control_message::{
-    self, NewControlMessage, PayloadCodec, RequestType, StreamType, TcpConnection,
-    TcpConnectionInfo,
-};
+use corelane_codec::control_message::{self, PayloadCodec, StreamType, TcpConnectionInfo};
 use corelane_codec::{Decoded, item, reply_frame, request_frame, two_part};
 use corelane_codec::error::DynamoError;
 use corelane_engine::call::{Deadlines, NewCall};
@@ -27,6 +24,7 @@ use corelane_engine::local::{Ending, Reply, Run};
 use corelane_engine::responder::{Host, Responder};
 use corelane_engine::shard::Command;
 
+pub use crate::common::envelope_in;
 use crate::common::{self, Caller, DEADLINE, wait_until};
 
 pub const SERVED: &str = "a1/test/worker/generate";
@@ -47,6 +45,21 @@ pub fn home() -> HomeAddress {
         bind: SocketAddr::new(loopback, 0),
         advertise: loopback,
     }
+}
+
+/// A worker that answers each request with its body, so many times.
+pub fn echoing(ring: RingKind, items: u32) -> Local {
+    let make = handler(
+        move |request: Request, mut responder: Responder| async move {
+            for _ in 0..items {
+                if responder.item(request.body()).await.is_err() {
+                    return;
+                }
+            }
+            responder.finish();
+        },
+    );
+    Local::worker(ring, make)
 }
 
 /// What becomes of calls is read from here, so much of it at most.
@@ -389,28 +402,6 @@ impl Called {
     }
 }
 
-pub fn envelope_in(address: &str, subject: &str, codec: PayloadCodec, body: &[u8]) -> Vec<u8> {
-    let control = NewControlMessage {
-        id: "id-1",
-        request_type: RequestType::SingleIn,
-        payload_codec: codec,
-        connection_info: TcpConnection {
-            address,
-            subject,
-            context: "id-1",
-            stream_type: StreamType::Response,
-        },
-        metadata: &[],
-        frontend_send_ts_ns: None,
-        request_stream_connection_info: None,
-    };
-    let mut header = Vec::new();
-    control.write(&mut header).unwrap();
-    let mut envelope = Vec::new();
-    two_part::write(&header, body, &mut envelope);
-    envelope
-}
-
 /// A hand-made worker: one request connection.
 pub struct HandWorker {
     pub listener: TcpListener,
@@ -494,38 +485,27 @@ impl HandWorker {
     }
 
     pub fn take(&mut self) -> Asked {
-        self.connected();
-        let stream = self.stream.as_mut().unwrap();
-        loop {
-            if let Decoded::Frame(frame) = request_frame::decode_strict(&self.bytes) {
-                let parts = two_part::decode(frame.payload, None).frame().unwrap();
-                let control = control_message::decode(&frame.payload[parts.header]).unwrap();
-                let mut scratch = [0; 1024];
-                let info = TcpConnectionInfo::parse(&control.connection_info, &mut scratch);
-                let info = info.unwrap();
-                assert!(info.context == *control.id.to_cow());
-                let input = control.request_stream_connection_info.map(|info| {
-                    let mut scratch = [0; 1024];
-                    let info = TcpConnectionInfo::parse(&info, &mut scratch).unwrap();
-                    assert_eq!(info.stream_type, StreamType::Request);
-                    info.subject.to_cow().into_owned()
-                });
-                let asked = Asked {
-                    input,
-                    path: frame.path.into(),
-                    headers: String::from_utf8(frame.headers.to_vec()).unwrap(),
-                    address: info.socket_addr().unwrap(),
-                    subject: info.subject.to_cow().into_owned(),
-                    body: frame.payload[parts.body].to_vec(),
-                };
-                let taken = frame.frame_bytes;
-                self.bytes.drain(..taken);
-                return asked;
-            }
-            let mut chunk = [0; 4096];
-            let read = stream.read(&mut chunk).expect("a request in time");
-            assert!(read > 0, "the client closed the connection");
-            self.bytes.extend_from_slice(&chunk[..read]);
+        let bytes = self.take_frame();
+        let frame = request_frame::decode_strict(&bytes).frame().unwrap();
+        let parts = two_part::decode(frame.payload, None).frame().unwrap();
+        let control = control_message::decode(&frame.payload[parts.header]).unwrap();
+        let mut scratch = [0; 1024];
+        let info = TcpConnectionInfo::parse(&control.connection_info, &mut scratch);
+        let info = info.unwrap();
+        assert!(info.context == *control.id.to_cow());
+        let input = control.request_stream_connection_info.map(|info| {
+            let mut scratch = [0; 1024];
+            let info = TcpConnectionInfo::parse(&info, &mut scratch).unwrap();
+            assert_eq!(info.stream_type, StreamType::Request);
+            info.subject.to_cow().into_owned()
+        });
+        Asked {
+            input,
+            path: frame.path.into(),
+            headers: String::from_utf8(frame.headers.to_vec()).unwrap(),
+            address: info.socket_addr().unwrap(),
+            subject: info.subject.to_cow().into_owned(),
+            body: frame.payload[parts.body].to_vec(),
         }
     }
 

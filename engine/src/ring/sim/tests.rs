@@ -1,7 +1,7 @@
 //! The simulated ring under an echo server as a shard would write it.
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use super::*;
 
