@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 use serde_json::Value;
 
 use crate::cpu::{Machine, Usage, tick_us};
-use crate::report::{Quantiles, order, progress, round};
+use crate::report::{Quantiles, interleave, round};
 use crate::servers::{Server, find_program, free_address};
 use crate::stock_report::Round;
 use crate::usage_error;
@@ -65,15 +65,12 @@ pub(crate) fn rounds(
     mut slice: impl FnMut(usize, usize) -> Result<Round>,
 ) -> Result<Vec<Vec<Round>>> {
     let mut records: Vec<Vec<Round>> = arms.iter().map(|_| Vec::new()).collect();
-    for number in 0..count {
-        for index in order(arms.len(), number) {
-            let name = arms[index].as_ref();
-            progress(&format!("{load}: round {} of {count}, {name}", number + 1));
-            let round = slice(number, index);
-            records[index].push(round.with_context(|| format!("arm {name}, {load}"))?);
-        }
-    }
-    progress("");
+    interleave(load, count, arms, |number, index| {
+        let name = arms[index].as_ref();
+        let round = slice(number, index);
+        records[index].push(round.with_context(|| format!("arm {name}, {load}"))?);
+        Ok(())
+    })?;
     Ok(records)
 }
 

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::Context;
 use corelane_codec::event::{Envelope, KvChange, KvEvents, frame, multipart, topic, typed};
 use corelane_codec::fuzz::Derived;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::instructions;
 

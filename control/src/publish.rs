@@ -335,7 +335,10 @@ mod tests {
     #[test]
     fn found_instances_stand_before_static_ones_of_the_same_id() {
         let statics = [Instance::sample(7, 1), Instance::sample(2, 2)];
-        let all = merged(&statics, vec![Instance::sample(9, 9), Instance::sample(7, 70)]);
+        let all = merged(
+            &statics,
+            vec![Instance::sample(9, 9), Instance::sample(7, 70)],
+        );
         let seen: Vec<(u64, u16)> = all
             .iter()
             .map(|instance| (instance.id, instance.address.port()))

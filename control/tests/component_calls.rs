@@ -10,7 +10,7 @@ use component_lab::{
 };
 use corelane::component::{
     Call, Client, Deadlines, DynamoError, Ending, EndpointId, Fault, MemoryStore, Outcome,
-    PayloadCodec, Reason, Request, RoutingMode, Runtime, Served, Stream, TokioRequest, TokioStream,
+    PayloadCodec, Reason, Request, RoutingMode, Stream, TokioRequest, TokioStream,
 };
 use serde_json::{Value, json};
 

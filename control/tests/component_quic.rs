@@ -4,7 +4,8 @@ mod component_lab;
 
 use component_lab::{client_of, endpoint, ends_early, options, settled, with_runtime};
 use corelane::component::{
-    DynamoError, Ending, Options, Outcome, PayloadCodec, Reason, Request, ResponsePlane, Stream,
+    DynamoError, Ending, Options, Outcome, PayloadCodec, Reason, Request, ResponsePlane, Runtime,
+    Stream,
 };
 use serde_json::{Value, json};
 

@@ -410,8 +410,7 @@ fn read_item(bytes: &[u8], message: &Message, codec: PayloadCodec) -> Got {
 pub(crate) fn expected<R: Ring>(shard: &Shard<R>, subject: u128) -> Option<u32> {
     shard.client.of_subject(subject).filter(|call| {
         let call = &shard.client.calls[*call];
-        call.subject == subject
-            && call.phase == Phase::Waiting
+        call.subject == subject && call.phase == Phase::Waiting
     })
 }
 

@@ -131,7 +131,9 @@ impl Caller {
         match places {
             None => {
                 let text = "this shard has no call-home listener, so it cannot call";
-                inbox.borrow_mut().refuse(DynamoError::invalid_argument(text));
+                inbox
+                    .borrow_mut()
+                    .refuse(DynamoError::invalid_argument(text));
             }
             Some(0) => inbox.borrow_mut().refuse(too_many()),
             Some(places) => {
@@ -256,10 +258,7 @@ impl Reply {
     }
 
     /// [`Reply::accepted`] for those who poll.
-    pub fn poll_accepted(
-        &mut self,
-        context: &mut Context<'_>,
-    ) -> Poll<Result<(), DynamoError>> {
+    pub fn poll_accepted(&mut self, context: &mut Context<'_>) -> Poll<Result<(), DynamoError>> {
         {
             let mut inbox = self.inbox.borrow_mut();
             if inbox.times.accepted.is_some() {

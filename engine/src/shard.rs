@@ -45,8 +45,8 @@ use crate::timer_wheel::TimerWheel;
 use crate::upstream::{InstanceState, Upstream};
 use crate::worker::Worker;
 use crate::{
-    accept, collect, decode, ends, forward, home, lane, link, local, recv, relay_flow,
-    relay_home, respond, tell,
+    accept, collect, decode, ends, forward, home, lane, link, local, recv, relay_flow, relay_home,
+    respond, tell,
 };
 
 pub use crate::command::{Command, Lanes, Report};

@@ -85,7 +85,9 @@ impl Caller {
                     accepted: None,
                     span,
                 };
-                return self.say(number, None, began.elapsed(), What::End(end)).await;
+                return self
+                    .say(number, None, began.elapsed(), What::End(end))
+                    .await;
             }
         };
         self.read(number, reply, span).await
@@ -94,7 +96,9 @@ impl Caller {
     /// A call as the arguments say, and its span, where spans are made.
     fn call(&self) -> (Call, Option<CallSpan>) {
         let codec = self.client.codec();
-        let call = self.client.request_encoded(codec, self.bodies.in_codec(codec));
+        let call = self
+            .client
+            .request_encoded(codec, self.bodies.in_codec(codec));
         let total = self.args.timeout;
         let mut call = call.first_item_within(total).within(total);
         let named = |(name, _): &&(String, String)| name == TRACEPARENT;
@@ -129,7 +133,10 @@ impl Caller {
                 self.say(number, instance, at, What::BadItem(error)).await?;
             }
             match item {
-                Ok(item) => self.say(number, instance, at, What::Item(item, codec)).await?,
+                Ok(item) => {
+                    self.say(number, instance, at, What::Item(item, codec))
+                        .await?
+                }
                 Err(error) => last = Some((at, error)),
             }
             items += 1;

@@ -100,7 +100,10 @@ async fn any_ended(workers: &[EchoWorker]) {
     let ended = |worker| Box::pin(EchoWorker::failed(worker));
     let mut all: Vec<_> = workers.iter().map(ended).collect();
     poll_fn(|context| {
-        match all.iter_mut().any(|one| one.as_mut().poll(context).is_ready()) {
+        match all
+            .iter_mut()
+            .any(|one| one.as_mut().poll(context).is_ready())
+        {
             true => Poll::Ready(()),
             false => Poll::Pending,
         }

@@ -291,8 +291,6 @@ async fn follow(mut watch: InstanceWatch, watched: Weak<Watched>, mut gone: ones
 
 #[cfg(test)]
 mod tests {
-    use corelane_codec::control_message::PayloadCodec;
-
     use super::*;
 
     fn watched() -> Watched {

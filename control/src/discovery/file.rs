@@ -111,11 +111,8 @@ impl FileDiscovery {
         &self.0.inner.stats
     }
 
-    pub(super) async fn register(&self, record: Record) -> Result<Registered, DiscoveryError> {
-        if self.0.inner.records.borrow().contains_key(record.name()) {
-            return Err(DiscoveryError::AlreadyRegistered(record.name().to_owned()));
-        }
-        self.replace(record).await
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.0.inner.records.borrow().contains_key(name)
     }
 
     pub(super) async fn replace(&self, record: Record) -> Result<Registered, DiscoveryError> {

@@ -107,11 +107,8 @@ impl MemoryDiscovery {
         &self.0.stats
     }
 
-    pub(super) async fn register(&self, record: Record) -> Result<Registered, DiscoveryError> {
-        if self.0.records.borrow().contains_key(record.name()) {
-            return Err(DiscoveryError::AlreadyRegistered(record.name().to_owned()));
-        }
-        self.replace(record).await
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.0.records.borrow().contains_key(name)
     }
 
     pub(super) async fn replace(&self, record: Record) -> Result<Registered, DiscoveryError> {

@@ -278,7 +278,10 @@ impl Discovery {
     /// When its name is taken, the store can never hold it, or the discovery is closed. A store
     /// that is away is no error: [`Registered::Deferred`].
     pub async fn register(&self, record: Record) -> Result<Registered, DiscoveryError> {
-        each!(self, backend => backend.register(record).await)
+        if each!(self, backend => backend.has(record.name())) {
+            return Err(DiscoveryError::AlreadyRegistered(record.name().to_owned()));
+        }
+        self.replace(record).await
     }
 
     /// Stores another content under the same name; registers it when there was none.

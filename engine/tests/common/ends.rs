@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use corelane_codec::call_home::{self, Handshake};
 use corelane_codec::control_message::{self, PayloadCodec, StreamType, TcpConnectionInfo};
-use corelane_codec::{Decoded, item, reply_frame, request_frame, two_part};
 use corelane_codec::error::DynamoError;
+use corelane_codec::{Decoded, item, reply_frame, request_frame, two_part};
 use corelane_engine::call::{Deadlines, NewCall};
 use corelane_engine::command::LocalPath;
 use corelane_engine::config::{RingKind, ShardConfig};

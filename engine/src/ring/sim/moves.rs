@@ -62,7 +62,11 @@ impl Memory {
     }
 }
 
-pub(super) fn accept(world: &mut World, line: usize, pending: &mut Pending) -> Option<(Event, bool)> {
+pub(super) fn accept(
+    world: &mut World,
+    line: usize,
+    pending: &mut Pending,
+) -> Option<(Event, bool)> {
     if let Some(event) = pending.early.take() {
         return Some((event, false));
     }
@@ -153,7 +157,12 @@ pub(super) fn receive(
 }
 
 /// A receive into `room`.
-pub(super) fn land(world: &mut World, end: usize, room: Room, pending: &mut Pending) -> Option<(Event, bool)> {
+pub(super) fn land(
+    world: &mut World,
+    end: usize,
+    room: Room,
+    pending: &mut Pending,
+) -> Option<(Event, bool)> {
     if let Some(event) = pending.early.take() {
         return Some((event, false));
     }
