@@ -267,7 +267,7 @@ fn relayed(ring: RingKind) {
     let json = PayloadCodec::Json;
     let frame = frame(
         LISTEN_PATH,
-        &ends::envelope_in(&home, "a-subject", json, &[7; 300]),
+        &envelope_in(&home, "a-subject", json, &[7; 300]),
     );
     let answer = lab::answer(8, json);
     let mut caller = Caller::dial(address);

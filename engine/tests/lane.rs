@@ -229,7 +229,7 @@ fn a_large_body_is_hardly_copied() {
 #[test]
 fn the_worker_sees_id_headers_and_an_aligned_body() {
     for ring in rings() {
-        let (local, (mut worker, _socket), mut frontend) = scene(ring, 7);
+        let (_local, (mut worker, _socket), mut frontend) = scene(ring, 7);
         frontend.send("s", Json, b"{\"a\":1}");
         let request = next_request(&mut worker);
         assert_eq!(worker.request_id(&request), "id-1");
@@ -259,7 +259,7 @@ fn the_worker_sees_id_headers_and_an_aligned_body() {
 #[test]
 fn a_failure_is_an_error_prologue_or_an_error_item() {
     for ring in rings() {
-        let (local, (mut worker, _socket), mut frontend) = scene(ring, 7);
+        let (_local, (mut worker, _socket), mut frontend) = scene(ring, 7);
         frontend.send("s", Json, b"1");
         let request = next_request(&mut worker);
         worker.fail(&request, "no such model", 1).unwrap();

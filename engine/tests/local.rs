@@ -15,7 +15,6 @@ use corelane_codec::control_message::PayloadCodec::Json;
 use corelane_codec::error::{DynamoError, Reason};
 use corelane_codec::item;
 use corelane_engine::call::{Deadlines, NewCall};
-use corelane_engine::config::RingKind;
 use corelane_engine::ends::Ends;
 use corelane_engine::handler::Request;
 use corelane_engine::local::{Ending, Reply, Run};

@@ -15,7 +15,6 @@ use corelane_codec::control_message::{CallTemplate, PayloadCodec::Json};
 use corelane_codec::error::Reason;
 use corelane_codec::mux::{self, Kind, WINDOW_BYTES};
 use corelane_codec::{Decoded, item, two_part};
-use corelane_engine::config::RingKind;
 use corelane_engine::ends::Ends;
 use corelane_engine::handler::Request;
 use corelane_engine::responder::Responder;

@@ -187,7 +187,7 @@ fn an_error_that_is_not_worth_another_try_passes_as_it_is() {
             None,
         ] {
             let mut lab = Lab::new(ring, Ack::OnForward, 2);
-            let (first, asked) = lab.asked();
+            let (_, asked) = lab.asked();
             let mut out = Vec::new();
             let json = typed.as_ref().map(DynamoError::to_json);
             call_home::write_prologue_error("it failed", json.as_deref(), &mut out);
@@ -280,7 +280,7 @@ fn stop_and_kill_reach_the_worker_and_what_still_comes_reaches_the_caller() {
             (&KILL[..], &call_home::KILL_FRAME),
         ] {
             let mut lab = Lab::new(ring, Ack::OnForward, 2);
-            let (first, asked) = lab.asked();
+            let (_, asked) = lab.asked();
             let mut worker = asked.call_home();
             let mut out = call_home::PROLOGUE_OK_FRAME.to_vec();
             out.extend(items(1, PayloadCodec::Json));
@@ -512,7 +512,7 @@ fn envelopes_that_name_no_caller_are_refused() {
     for ring in rings() {
         let mut lab = Lab::new(ring, Ack::OnForward, 1);
         let home = lab.home().to_string();
-        let good = ends::envelope_in(&home, "s", PayloadCodec::Json, b"body");
+        let good = envelope_in(&home, "s", PayloadCodec::Json, b"body");
         let (mut huge, mut empty) = (vec![0; 64], Vec::new());
         huge[2] = 1;
         two_part::write(b"{}", b"body", &mut empty);
@@ -544,7 +544,7 @@ fn callers_of_envelopes_that_a_worker_would_drop_in_silence_are_called() {
     for ring in rings() {
         let mut lab = Lab::new(ring, Ack::OnForward, 1);
         let home = lab.home().to_string();
-        let good = ends::envelope_in(&home, "s", PayloadCodec::Json, b"body");
+        let good = envelope_in(&home, "s", PayloadCodec::Json, b"body");
         let other = |from: &str, to: &str| replaced(&good, from, to);
         let (response, request) = (r#"type\":\"response"#, r#"type\":\"request"#);
         let long = format!(r#"\"{}\""#, "s".repeat(65));
@@ -554,10 +554,7 @@ fn callers_of_envelopes_that_a_worker_would_drop_in_silence_are_called() {
                 "context",
             ),
             (other(response, request), "stream_type"),
-            (
-                ends::envelope_in(&home, "s", PayloadCodec::Json, b""),
-                "no body",
-            ),
+            (envelope_in(&home, "s", PayloadCodec::Json, b""), "no body"),
             (
                 other("single_in", "many_in"),
                 "request_stream_connection_info",

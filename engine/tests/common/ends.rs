@@ -24,7 +24,6 @@ use corelane_engine::local::{Ending, Reply, Run};
 use corelane_engine::responder::{Host, Responder};
 use corelane_engine::shard::Command;
 
-pub use crate::common::envelope_in;
 use crate::common::{self, Caller, DEADLINE, wait_until};
 
 pub const SERVED: &str = "a1/test/worker/generate";
@@ -280,7 +279,7 @@ impl Frontend {
 
     pub fn frame(&self, subject: &str, codec: PayloadCodec, body: &[u8]) -> Vec<u8> {
         let address = self.listener.local_addr().unwrap().to_string();
-        common::frame(SERVED, &envelope_in(&address, subject, codec, body))
+        common::frame(SERVED, &common::envelope_in(&address, subject, codec, body))
     }
 
     pub fn send(&mut self, subject: &str, codec: PayloadCodec, body: &[u8]) {

@@ -77,7 +77,7 @@ impl Lab {
         let address = self.home().to_string();
         common::frame(
             LISTEN_PATH,
-            &ends::envelope_in(&address, subject, codec, body),
+            &common::envelope_in(&address, subject, codec, body),
         )
     }
 
