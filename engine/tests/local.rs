@@ -174,15 +174,24 @@ fn refusals_and_failures_are_errors_with_a_reason() {
     for ring in rings() {
         let client = Local::client(ring);
         let mut worker = HandWorker::default();
-        for (text, reason) in [
-            ("Server overloaded: full", Reason::WorkerOverloaded),
-            ("Server unavailable: gone", Reason::WorkerUnavailable),
-            ("what?", Reason::BackendProtocol),
+        let (refused, broken) = (Some(Ending::Refused), Some(Ending::Failed));
+        for (text, reason, ending) in [
+            ("Server overloaded: full", Reason::WorkerOverloaded, refused),
+            (
+                "Server unavailable: gone",
+                Reason::WorkerUnavailable,
+                refused,
+            ),
+            ("what?", Reason::BackendProtocol, broken),
         ] {
             let outcome = call(&client, call_to(worker.address()));
             worker.take();
             worker.reply(text);
-            assert_eq!(answer(&outcome), failed(reason), "{text}");
+            let told = Outcome {
+                ending,
+                ..failed(reason)
+            };
+            assert_eq!(answer(&outcome), told, "{text}");
         }
         // An item that cannot be understood is one error among the items.
         let outcome = call(&client, call_to(worker.address()));

@@ -49,8 +49,8 @@
 //!
 //! [`Options::from_env`] looks for etcd at `http://localhost:2379`, as Dynamo does; with
 //! `DYN_DISCOVERY_BACKEND=file` worker and client find each other through a folder, and
-//! [`Options::local`] is for one process alone. What happens is told to `tracing`: begin `main` with
-//! `corelane::logging::start(&corelane::env::Env::current())` for the log of the program
+//! [`Options::local`] is for one process alone. What happens is told to `tracing`: begin `main`
+//! with `corelane::logging::start(&corelane::env::Env::current())` for the log of the program
 //! `corelane`, or with a subscriber of your own.
 //!
 //! # What runs where
