@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 
 use crate::cpu::Pins;
@@ -73,7 +74,7 @@ struct Record {
 
 impl Record {
     /// Takes in the latencies of one round.
-    fn count(&mut self, latency_ns: &[u64]) {
+    fn count(&mut self, latency_ns: &Histogram<u64>) {
         let latency = Quantiles::of_ns(latency_ns);
         self.p50_us.push(latency.p50);
         self.p99_us.push(latency.p99);

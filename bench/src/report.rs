@@ -112,8 +112,8 @@ pub(crate) fn interleave(
     title: &str,
     rounds: usize,
     arms: &[impl AsRef<str>],
-    mut run: impl FnMut(usize, usize) -> anyhow::Result<()>,
-) -> anyhow::Result<()> {
+    mut run: impl FnMut(usize, usize) -> Result<()>,
+) -> Result<()> {
     for number in 0..rounds {
         for index in order(arms.len(), number) {
             let name = arms[index].as_ref();
