@@ -18,9 +18,7 @@ use corelane_codec::event::{
 };
 use corelane_engine::config::RingKind;
 use corelane_engine::events::stats::Stats;
-use corelane_engine::events::{
-    self, Door, DoorKind, Overflow, PlaneConfig, PlaneHandle, Report, Side,
-};
+use corelane_engine::events::{self, Door, DoorKind, Overflow, PlaneConfig, PlaneHandle, Report};
 use corelane_engine::executor::listen;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
@@ -29,9 +27,9 @@ use tokio::task::spawn_local;
 use crate::config::{self, Config};
 use crate::cores;
 use crate::discovery::{Discovery, Entry, Record, Registered};
+use crate::events::{BROKER_COMPONENT, reports};
 
-/// The component that Dynamo looks for brokers under, and their topic.
-const COMPONENT: &str = "zmq_broker";
+/// The topic of the records of brokers.
 const TOPIC: &str = "broker";
 const RECORD: &str = "event broker";
 
@@ -104,7 +102,7 @@ impl Broker {
         let (channel, namespace) = (self.channel.clone(), self.namespace.clone());
         Record::new(RECORD, move |id| {
             let key = EventKey {
-                scope: Scope::component(&namespace, COMPONENT),
+                scope: Scope::component(&namespace, BROKER_COMPONENT),
                 topic: TOPIC.to_owned(),
                 publisher_id: id,
             };
@@ -133,53 +131,14 @@ impl Broker {
     }
 
     fn hear(&self, report: Report) {
-        match report {
-            Report::Opened { peer, side } => {
-                tracing::debug!(%peer, "events: {} connected", word(Some(side)));
-            }
-            Report::Closed {
-                peer,
-                side,
-                why: None,
-            } => {
-                tracing::debug!(%peer, "events: {} gone", word(side));
-            }
-            Report::Closed {
-                peer,
-                side,
-                why: Some(why),
-            } => {
-                tracing::warn!(%peer, why, "events: {} disconnected", word(side));
-            }
-            Report::Bad { peer, why, so_far } => {
-                tracing::warn!(%peer, why, so_far, "events: a publisher's message is no event");
-            }
-            Report::Dropping { peer, so_far } => {
-                tracing::warn!(%peer, so_far, "events: dropped for a slow subscriber");
-            }
-            Report::Lost {
-                publisher_id,
-                so_far,
-            } => {
-                let publisher = format!("{publisher_id:x}");
-                tracing::warn!(publisher, so_far, "events: a publisher's events have a gap");
-            }
-            Report::Stopped { failure } => {
-                if !self.stopping.get() {
-                    let failure = failure.unwrap_or_else(|| "for no known reason".to_owned());
-                    tracing::error!(failure, "events: the broker has ended by itself");
-                    self.ended.notify_one();
-                }
-            }
+        reports::tell(&report);
+        if let Report::Stopped { failure } = report
+            && !self.stopping.get()
+        {
+            let failure = failure.unwrap_or_else(|| "for no known reason".to_owned());
+            tracing::error!(failure, "events: the broker has ended by itself");
+            self.ended.notify_one();
         }
-    }
-}
-
-fn word(side: Option<Side>) -> &'static str {
-    match side {
-        Some(Side::Publisher) => "publisher",
-        Some(Side::Subscriber) => "subscriber",
-        None => "a peer that never said what it is",
     }
 }
 

@@ -6,8 +6,8 @@ mod lab;
 
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use component_lab::{client_of, echo, endpoint, options, settled, until, with_runtime};
@@ -15,6 +15,7 @@ use corelane::component::{
     Admission, Checks, Client, DynamoError, Ending, Options, Outcome, Reason, Request, Runtime,
     State, Stream,
 };
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -322,5 +323,170 @@ fn etcd_sees_one_watch_for_each_endpoint_however_many_clients() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         assert!(served.reached(State::Healthy, PATIENCE).await);
+    });
+}
+
+/// An etcd that a test can end and begin again from within: its own waits block.
+#[derive(Clone)]
+struct Store(Arc<Mutex<lab::Etcd>>);
+
+impl Store {
+    async fn do_with<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut lab::Etcd) -> T + Send + 'static,
+    ) -> T {
+        let etcd = Arc::clone(&self.0);
+        let work = move || work(&mut etcd.lock().unwrap());
+        tokio::task::spawn_blocking(work).await.unwrap()
+    }
+
+    async fn keys(&self) -> Vec<String> {
+        let keys = self.do_with(|etcd| etcd.keys("v1/instances/")).await;
+        keys.into_iter().map(|(key, _)| key).collect()
+    }
+}
+
+/// Calls one after the other until `done`; each is answered, whatever the store does.
+async fn calls_until(what: &str, client: &Client, done: impl AsyncFn() -> bool) {
+    let began = tokio::time::Instant::now();
+    while !done().await {
+        assert_eq!(first(client).await.expect(what), json!(1), "{what}");
+        assert!(began.elapsed() < component_lab::DEADLINE, "{what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// A sample without labels of a scrape.
+async fn sample(runtime: &Runtime, name: &str) -> f64 {
+    let text = get(runtime.status_address().unwrap(), "/metrics").await;
+    let value = text.lines().find_map(|line| {
+        let (series, value) = line.rsplit_once(' ')?;
+        (series == name).then_some(value)
+    });
+    value
+        .unwrap_or_else(|| panic!("no {name}"))
+        .parse()
+        .unwrap()
+}
+
+/// SIGKILL, and back on the same data: worker and client go on from what they know, and say that
+/// they are out of touch; nobody becomes somebody else.
+#[test]
+fn an_etcd_that_is_killed_and_comes_back_is_not_missed() {
+    let Some(etcd) = lab::Etcd::start() else {
+        return;
+    };
+    let options = on_etcd(&etcd);
+    let store = Store(Arc::new(Mutex::new(etcd)));
+    with_runtime(options, async |runtime| {
+        let served = endpoint(runtime, "generate").serve(echo).await.unwrap();
+        let client = client_of(runtime, &served).await;
+        let id = served.instance_id();
+        let stale = async || sample(runtime, "corelane_discovery_stale_watches").await > 0.0;
+        assert!(!stale().await);
+        store.do_with(lab::Etcd::kill).await;
+        calls_until("while it is away", &client, &stale).await;
+        let healthy = (true, json!("ready"), "healthy".to_owned());
+        assert_eq!(seen(runtime).await, healthy);
+        store.do_with(|etcd| etcd.restart(true)).await;
+        calls_until("until it is back", &client, async || !stale().await).await;
+        assert_eq!((served.instance_id(), seen(runtime).await), (id, healthy));
+        let key = format!("v1/instances/production/worker/generate/{:x}", id.unwrap());
+        assert_eq!(store.keys().await, [key]);
+        assert_eq!(changes(runtime), [1, 1, 1, 1, 0, 0]);
+        assert_eq!(
+            sample(runtime, "corelane_discovery_lease_losses_total").await,
+            0.0
+        );
+    });
+}
+
+/// The same on no data: the lease is lost, and all is registered again under another one, while
+/// calls go on.
+#[test]
+fn an_etcd_that_comes_back_empty_gets_all_again() {
+    let Some(etcd) = lab::Etcd::start() else {
+        return;
+    };
+    let options = on_etcd(&etcd);
+    let store = Store(Arc::new(Mutex::new(etcd)));
+    with_runtime(options, async |runtime| {
+        let served = endpoint(runtime, "generate").serve(echo).await.unwrap();
+        let client = client_of(runtime, &served).await;
+        let before = served.instance_id();
+        store.do_with(lab::Etcd::kill).await;
+        assert_eq!(first(&client).await.unwrap(), json!(1));
+        store.do_with(|etcd| etcd.restart(false)).await;
+        let other = async || served.instance_id() != before;
+        calls_until("until it is somebody else", &client, other).await;
+        assert!(served.reached(State::Healthy, PATIENCE).await);
+        let after = served.instance_id().unwrap();
+        let key = format!("v1/instances/production/worker/generate/{after:x}");
+        assert_eq!(store.keys().await, [key]);
+        let known = async || client.instances().iter().map(|seen| seen.id).eq([after]);
+        calls_until("until the client knows him alone", &client, known).await;
+        assert_eq!(changes(runtime), [2, 2, 2, 2, 0, 0]);
+        assert_eq!(
+            sample(runtime, "corelane_discovery_lease_losses_total").await,
+            1.0
+        );
+        assert_eq!(
+            seen(runtime).await,
+            (true, json!("ready"), "healthy".into())
+        );
+    });
+}
+
+/// SIGSTOP: it neither answers nor closes its connections.
+#[test]
+fn an_etcd_that_stands_still_is_not_missed() {
+    let Some(etcd) = lab::Etcd::start() else {
+        return;
+    };
+    let options = on_etcd(&etcd);
+    let store = Store(Arc::new(Mutex::new(etcd)));
+    with_runtime(options, async |runtime| {
+        let served = endpoint(runtime, "generate").serve(echo).await.unwrap();
+        let client = client_of(runtime, &served).await;
+        let id = served.instance_id();
+        store.do_with(|etcd| etcd.signal(Signal::STOP)).await;
+        for _ in 0..100 {
+            assert_eq!(first(&client).await.unwrap(), json!(1));
+        }
+        assert_eq!(
+            seen(runtime).await,
+            (true, json!("ready"), "healthy".into())
+        );
+        store.do_with(|etcd| etcd.signal(Signal::CONT)).await;
+        let late = endpoint(runtime, "late").serve(echo).await.unwrap();
+        assert!(late.reached(State::Healthy, PATIENCE).await);
+        assert_eq!((served.instance_id(), served.state()), (id, State::Healthy));
+    });
+}
+
+/// Served while the store is away it is created and nothing more: nobody can find it, and the
+/// process is not ready.
+#[test]
+fn what_cannot_be_registered_is_created_until_it_can() {
+    let Some(etcd) = lab::Etcd::start() else {
+        return;
+    };
+    let options = on_etcd(&etcd);
+    let store = Store(Arc::new(Mutex::new(etcd)));
+    with_runtime(options, async |runtime| {
+        store.do_with(lab::Etcd::kill).await;
+        let served = endpoint(runtime, "generate").serve(echo).await.unwrap();
+        assert_eq!(served.state(), State::Created);
+        let created = (false, json!("notready"), "created".to_owned());
+        assert_eq!(seen(runtime).await, created);
+        store.do_with(|etcd| etcd.restart(true)).await;
+        assert!(
+            served
+                .reached(State::Healthy, component_lab::DEADLINE)
+                .await
+        );
+        let client = client_of(runtime, &served).await;
+        assert_eq!(first(&client).await.unwrap(), json!(1));
+        assert_eq!(changes(runtime), [1, 1, 1, 1, 0, 0]);
     });
 }

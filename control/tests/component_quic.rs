@@ -2,10 +2,12 @@
 
 mod component_lab;
 
-use component_lab::{client_of, endpoint, ends_early, options, settled, with_runtime};
+use component_lab::{
+    client_of, endless, endpoint, ends_early, options, settled, until, with_runtime,
+};
 use corelane::component::{
-    DynamoError, Ending, Options, Outcome, PayloadCodec, Reason, Request, ResponsePlane, Runtime,
-    Stream,
+    Admission, DynamoError, Ending, Input, Options, Outcome, PayloadCodec, Reason, Request,
+    ResponsePlane, Runtime, Stream,
 };
 use serde_json::{Value, json};
 
@@ -83,6 +85,78 @@ fn errors_keep_what_they_are() {
 #[test]
 fn a_response_ends_when_it_is_stopped_killed_or_dropped() {
     with_runtime(on_quic(), ends_early);
+}
+
+/// One request runs, the other waits for its slot: its caller has no prologue, and goes.
+#[test]
+fn a_caller_who_goes_before_the_prologue_leaves_nothing_behind() {
+    let admission = Admission {
+        running_max: 1,
+        queue_max: 8,
+    };
+    with_runtime(on_quic().admission(admission), async |runtime| {
+        let served = endpoint(runtime, "endless").serve(endless).await.unwrap();
+        let client = client_of(runtime, &served).await;
+        let mut first = client.call(&1).await.unwrap();
+        first.next_data::<u64>().await.unwrap().unwrap();
+        let queued = || served.count(|stats| stats.requests.get()) == 2;
+        tokio::select! {
+            _ = client.call(&2) => panic!("there is one slot"),
+            () = until("it waits", queued) => {}
+        }
+        drop(first);
+        settled(&[&served], &client).await;
+        let mut third = client.call(&3).await.unwrap();
+        assert_eq!(third.next_data::<u64>().await.unwrap().unwrap(), 0);
+        drop(third);
+        settled(&[&served], &client).await;
+    });
+}
+
+/// Answers each value with the sum so far; says so when the input broke off.
+async fn sums(_: Request, mut input: Input, stream: &mut Stream) -> Outcome {
+    let mut sum = 0;
+    while let Some(value) = input.next::<i64>().await {
+        sum += value?;
+        stream.send(&sum).await?;
+    }
+    stream.send(&"over").await
+}
+
+/// The request stream takes TCP, the response QUIC (spec/request-plane.md §5).
+#[test]
+fn bidirectional_calls_respond_on_quic() {
+    with_runtime(on_quic().shards(2), async |runtime| {
+        let served = endpoint(runtime, "sums").serve_many(sums).await.unwrap();
+        // An input that breaks off is the caller's doing, and ends as if the instance had failed.
+        let client = client_of(runtime, &served).await.detect_faults(false);
+        for way in ["whole", "whole", "dropped feed", "stop", "kill", "drop"] {
+            let (mut feed, mut reply) = client.call_many().await.unwrap();
+            for value in 1..=20 {
+                feed.send(&value).await.unwrap();
+                let sum: i64 = reply.next_data().await.unwrap().unwrap();
+                assert_eq!(sum, value * (value + 1) / 2, "{way}");
+            }
+            match way {
+                "whole" => feed.finish().await.unwrap(),
+                "dropped feed" => drop(feed),
+                "stop" => reply.stop(),
+                "kill" => reply.kill(),
+                _ => continue,
+            }
+            let mut rest = Vec::new();
+            while let Some(item) = reply.next_data::<Value>().await {
+                rest.push(item.map_err(|error| error.reason()));
+            }
+            let (wanted, ending) = match way {
+                "whole" => (vec![Ok(json!("over"))], Ending::Complete),
+                "dropped feed" => (vec![Err(Reason::Disconnected)], Ending::Failed),
+                _ => (Vec::new(), Ending::Stopped),
+            };
+            assert_eq!((rest, reply.ending()), (wanted, Some(ending)), "{way}");
+        }
+        settled(&[&served], &client).await;
+    });
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! A call as whoever makes it asks for it, and what he hears of it.
 
+use std::hash::{DefaultHasher, Hasher};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -76,6 +77,32 @@ pub(crate) enum What {
     Failed(DynamoError),
     /// It ended early because its reader wanted that.
     Stopped,
+}
+
+/// Who was called.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Target {
+    pub(crate) address: SocketAddr,
+    /// A hash of the path: good enough to tell the instances of one address apart.
+    path: u64,
+    /// It has left discovery.
+    pub(crate) left: bool,
+}
+
+impl Target {
+    pub(crate) fn new(address: SocketAddr, path: &[u8]) -> Target {
+        let mut hasher = DefaultHasher::new();
+        hasher.write(path);
+        Target {
+            address,
+            path: hasher.finish(),
+            left: false,
+        }
+    }
+
+    pub(crate) fn is(&self, other: &Target) -> bool {
+        (self.address, self.path) == (other.address, other.path)
+    }
 }
 
 /// How far the response of a call has come.

@@ -9,7 +9,7 @@ use corelane_codec::Decoded;
 use corelane_codec::error::DynamoError;
 use corelane_codec::reply_frame::{self, Reply};
 
-use crate::call::{Phase, What};
+use crate::call::{Phase, Target, What};
 use crate::client;
 use crate::connection::{End, Role};
 use crate::ends;
@@ -207,6 +207,40 @@ pub(crate) fn lost<R: Ring>(shard: &mut Shard<R>, link: u32, errno: i32) {
         {
             client::end(shard, call, What::Failed(error.clone()));
         }
+    }
+    give_up(shard, |target| {
+        target.left && target.address == entry.address
+    });
+}
+
+/// An instance has left discovery. Whoever waits for its call home is told, if the connection to it
+/// is gone as well or goes later: a worker that drains leaves first and answers then
+/// (spec/request-plane.md §4.9, §10.3; Dynamo's client does not wait for those).
+pub(crate) fn instance_left<R: Ring>(shard: &mut Shard<R>, address: SocketAddr, path: &[u8]) {
+    let gone = Target::new(address, path);
+    let link = shard.client.link_at.get(&address);
+    let open = link.is_some_and(|link| shard.client.links[*link].open);
+    if !open {
+        return give_up(shard, |target| target.is(&gone));
+    }
+    let slots: Vec<u32> = shard.client.calls.slots().collect();
+    for slot in slots {
+        let target = &mut shard.client.calls[slot].target;
+        target.left |= target.is(&gone);
+    }
+}
+
+/// Calls of these targets fail whose worker has not called home: who has speaks for himself.
+fn give_up<R: Ring>(shard: &mut Shard<R>, of: impl Fn(&Target) -> bool) {
+    let calls = &shard.client.calls;
+    let waits = |slot: &u32| {
+        let call = &calls[*slot];
+        call.phase == Phase::Waiting && !call.is_late() && of(&call.target)
+    };
+    let waiting: Vec<u32> = calls.slots().filter(waits).collect();
+    for call in waiting {
+        let text = "the instance has gone, from discovery too, before it called home";
+        client::end(shard, call, What::Failed(DynamoError::disconnected(text)));
     }
 }
 

@@ -20,7 +20,7 @@ use corelane_codec::call_home::{KILL_FRAME, STOP_FRAME};
 use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::error::DynamoError;
 
-use crate::call::{NewCall, Phase, What};
+use crate::call::{NewCall, Phase, Target, What};
 use crate::call_frame::FrameWriter;
 use crate::call_link::{self, Link};
 use crate::ends::Ends;
@@ -45,6 +45,7 @@ const LATE_NS: u64 = 10_000_000_000;
 pub(crate) struct Call {
     /// What its reader sees of it.
     pub(crate) inbox: local::Shared,
+    pub(crate) target: Target,
     pub(crate) codec: PayloadCodec,
     pub(crate) subject: u128,
     /// Its request stream, if it has one.
@@ -150,6 +151,7 @@ pub(crate) fn begin<R: Ring>(
     let after = |time: Duration| began_ns.saturating_add(time.as_nanos().min(1 << 62) as u64);
     let call = Call {
         inbox: Rc::clone(&inbox),
+        target: Target::new(new.address, &new.path),
         feed,
         codec: new.codec,
         subject,

@@ -22,6 +22,13 @@ pub enum Command {
     Handler(NewHandler),
     /// From now on exactly these paths are served by handlers of this process.
     Serve(Vec<LocalPath>),
+    /// An instance that calls may be under way to has left discovery.
+    InstanceLeft {
+        /// Its address.
+        address: SocketAddr,
+        /// Its path.
+        path: Vec<u8>,
+    },
     /// A worker shares memory with this shard.
     Lane(Box<NewLane>),
     /// A worker with lanes is gone.

@@ -51,6 +51,7 @@ pub(crate) fn arm<R: Ring>(shard: &mut Shard<R>) {
 /// A worker has called home, or the accept has failed.
 pub(crate) fn accepted<R: Ring>(shard: &mut Shard<R>, event: Event) {
     let Event::Accepted { socket, more } = event else {
+        shard.stats.shard.accept_failures.add(1);
         let at_ns = shard.now_ns + ACCEPT_PAUSE_NS;
         return shard.timer(TimerKind::HomeAccept, 0, 0, at_ns);
     };

@@ -150,6 +150,8 @@ pub(crate) struct Relay {
     /// When the worker has last said something, and when the caller has last taken something.
     pub(crate) said_ns: u64,
     pub(crate) taken_ns: u64,
+    /// When the worker has last taken something of the request stream, or could begin to.
+    pub(crate) fed_ns: u64,
     /// When the last item came.
     pub(crate) item_ns: u64,
     pub(crate) timer: Option<TimerId>,
@@ -191,6 +193,7 @@ impl Relay {
             dialled_ns: 0,
             said_ns: now_ns,
             taken_ns: now_ns,
+            fed_ns: now_ns,
             item_ns: 0,
             timer: None,
             timer_ns: 0,

@@ -108,7 +108,7 @@ pub(crate) fn feed<R: Ring>(shard: &mut Shard<R>, relay: u32) {
     }
     let waiting = shard.connections[feeder].incoming;
     let over = shard.connections[feeder].end_of_stream;
-    if waiting.bytes() > relay_flow::QUEUE_BYTES_MAX {
+    if waiting.bytes() > relay_flow::queue_bytes_max(shard) {
         shard.pause(feeder);
     } else if !over && waiting.bytes() <= relay_flow::QUEUE_BYTES_MAX / 2 {
         shard.resume(feeder);
@@ -133,6 +133,7 @@ pub(crate) fn feed<R: Ring>(shard: &mut Shard<R>, relay: u32) {
         *span = Span::of(shard.pieces.bytes_of(piece));
         count += 1;
     }
+    shard.relays.table[relay].fed_ns = shard.now_ns;
     shard.send(fed, &spans[..count]);
 }
 

@@ -41,6 +41,14 @@ const HEADER_BYTES_MAX: usize = 64 * 1024;
 /// Items up to this size are looked into once, for their type.
 const LOOK_BYTES_MAX: usize = 2048;
 
+/// So many bytes of a stream may wait now before their sender is not read from.
+pub(crate) fn queue_bytes_max<R: Ring>(shard: &Shard<R>) -> usize {
+    match shard.may_hold() {
+        true => QUEUE_BYTES_MAX,
+        false => QUEUE_BYTES_SHORT,
+    }
+}
+
 /// Dials a caller for one of his streams; the handshake waits for the connect. `None`: it cannot
 /// be dialled.
 pub(crate) fn dial_home<R: Ring>(
@@ -145,6 +153,8 @@ pub(crate) fn flush_all<R: Ring>(shard: &mut Shard<R>) {
     for relay in relays.drain(..) {
         flush(shard, relay);
     }
+    // One that has ended may have given others something to say.
+    relays.append(&mut shard.relays.dirty);
     shard.relays.dirty = relays;
 }
 
@@ -185,7 +195,7 @@ pub(crate) fn arrived<R: Ring>(shard: &mut Shard<R>, slot: u32, relay: u32) {
     }
     let entry = &shard.relays.table[relay];
     let (ready, passes) = (entry.ready, entry.passes());
-    if ready > QUEUE_BYTES_MAX || ready > QUEUE_BYTES_SHORT && !shard.may_hold() {
+    if ready > queue_bytes_max(shard) {
         shard.pause(slot);
     }
     if passes && ready > 0 {

@@ -128,7 +128,10 @@ pub(crate) fn arrived<R: Ring>(shard: &mut Shard<R>, slot: u32) {
             let entry = &mut shard.relays.table[relay];
             (entry.worker, entry.phase) = (slot, Phase::Prologue);
             relay_life::called_home(shard, relay);
-            relay_flow::arrived(shard, slot, relay);
+            // His caller may have been given up just now.
+            if shard.connections[slot].role == Role::Relay(Leg::Worker(relay)) {
+                relay_flow::arrived(shard, slot, relay);
+            }
         }
         StreamType::Request => {
             known(shard, slot, Leg::Fed(relay));

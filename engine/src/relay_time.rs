@@ -131,11 +131,15 @@ pub(crate) fn overdue<R: Ring>(shard: &mut Shard<R>, relay: u32) {
     relay_life::retry(shard, relay, DynamoError::response_timeout(error));
 }
 
-/// Buffers have been short for long: callers who take nothing hold them.
+/// Buffers have been short for long: callers who take nothing hold them, and workers who do not
+/// take their request streams.
 pub(crate) fn relieve<R: Ring>(shard: &mut Shard<R>) {
     let stalls = |relay: &u32| {
         let entry = &shard.relays.table[*relay];
-        entry.ready > 0 && entry.passes() && entry.taken_ns + STALL_SHORT_NS <= shard.now_ns
+        let since = |from_ns: u64| from_ns + STALL_SHORT_NS <= shard.now_ns;
+        let feeder = shard.connections.get(entry.feeder);
+        let fed = feeder.is_some_and(|feeder| !feeder.incoming.is_empty());
+        entry.ready > 0 && entry.passes() && since(entry.taken_ns) || fed && since(entry.fed_ns)
     };
     let stalled: Vec<u32> = shard.relays.table.slots().filter(stalls).collect();
     for relay in stalled {

@@ -45,8 +45,8 @@ use crate::timer_wheel::TimerWheel;
 use crate::upstream::{InstanceState, Upstream};
 use crate::worker::Worker;
 use crate::{
-    accept, collect, decode, ends, forward, home, lane, link, local, recv, relay_flow, relay_home,
-    respond, tell,
+    accept, call_link, collect, decode, ends, forward, home, lane, link, local, recv, relay_flow,
+    relay_home, respond, tell,
 };
 
 pub use crate::command::{Command, Lanes, Report};
@@ -529,6 +529,9 @@ impl<R: Ring> Shard<R> {
                 }
                 Command::Lane(new) => lane::attach(self, *new),
                 Command::EndLanes { worker } => lane::end(self, worker),
+                Command::InstanceLeft { address, path } => {
+                    call_link::instance_left(self, address, &path);
+                }
                 Command::Adopt { ticket, adoption } => self.adopt(ticket, adoption),
                 Command::Broken { ticket, errno } => self.broken(ticket, errno),
                 Command::Inbound(inbound) => self.come_home(inbound),

@@ -9,7 +9,7 @@ use std::net::Shutdown;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use common::*;
@@ -19,9 +19,8 @@ use corelane_codec::control_message::{NewControlMessage, RequestType, StreamType
 use corelane_codec::{item, two_part};
 use corelane_engine::feed::Feed;
 use corelane_engine::handler::{Handler, MakeHandler, ManyIn, Request};
-use corelane_engine::local::{Ending, Reply, Run};
-use corelane_engine::responder::{Gone, Host, Responder};
-use corelane_engine::shard::Command;
+use corelane_engine::local::{Ending, Reply};
+use corelane_engine::responder::{Gone, Responder};
 use ends::*;
 
 /// Answers each item of the input with the same.
@@ -39,24 +38,6 @@ fn echo() -> MakeHandler {
         }
     };
     Box::new(move |_| Rc::new(ManyIn(serve)) as Rc<dyn Handler>)
-}
-
-fn run<T, F, A>(local: &Local, task: F) -> Receiver<T>
-where
-    T: Send + 'static,
-    F: FnOnce(Host) -> A + Send + 'static,
-    A: Future<Output = T> + 'static,
-{
-    let (sender, receiver) = channel();
-    let run = Run::new(move |host| async move {
-        let _ = sender.send(task(host).await);
-    });
-    local.handle.command(Command::Run(run)).unwrap();
-    receiver
-}
-
-fn answer<T>(receiver: &Receiver<T>) -> T {
-    receiver.recv_timeout(DEADLINE).expect("an answer in time")
 }
 
 async fn read(mut reply: Reply) -> (Vec<Vec<u8>>, Option<Ending>) {
@@ -87,7 +68,7 @@ fn all_that_is_written_comes_back() {
                 });
                 read(reply).await
             });
-            let (items, ending) = answer(&outcome);
+            let (items, ending) = answered(&outcome);
             assert!(items == expected, "{count} of {bytes}: {}", items.len());
             assert_eq!(ending, Some(Ending::Complete));
         }
@@ -116,7 +97,7 @@ fn many_request_streams_share_a_connection_and_none_holds_up_another() {
                 drop(reply);
             })
         });
-        assert!(answer(&stuck));
+        assert!(answered(&stuck));
         let outcome = run(&client, move |host| async move {
             let mut replies = Vec::new();
             for number in 0..CALLS {
@@ -135,7 +116,7 @@ fn many_request_streams_share_a_connection_and_none_holds_up_another() {
             }
             all
         });
-        for (number, (items, ending)) in answer(&outcome).into_iter().enumerate() {
+        for (number, (items, ending)) in answered(&outcome).into_iter().enumerate() {
             assert_eq!(items, vec![number.to_string().into_bytes(); 20]);
             assert_eq!(ending, Some(Ending::Complete));
         }
@@ -198,7 +179,7 @@ fn request_streams_that_share_a_connection_break_off() {
         let (stopped, failed) = (Some(Ending::Stopped), Some(Ending::Failed));
         let complete = Some(Ending::Complete);
         assert_eq!(
-            answer(&outcome),
+            answered(&outcome),
             [(Err(Gone), stopped), (Ok(()), failed), (Ok(()), complete)]
         );
         let (ours, theirs) = (&client.handle.stats.shard, &worker.handle.stats.shard);
@@ -283,7 +264,7 @@ fn a_worker_gets_items_and_one_closing_message() {
                 called.say(&SENTINEL_FRAME);
             }
             assert_eq!(input.message(), None);
-            answer(&asking.writer).unwrap();
+            answered(&asking.writer).unwrap();
             wait_until("the call is over", || stats.calls.get() == 0);
             // Who comes now is for nobody.
             let before = stats.homes_refused.get();
@@ -313,7 +294,7 @@ fn a_writer_waits_for_a_slow_worker_and_hears_of_its_end() {
         // The response ends: so does the writing.
         called.say(&call_home::FINAL_MARKER_JSON_FRAME);
         called.say(&SENTINEL_FRAME);
-        assert_eq!(answer(&asking.writer), Err(Gone));
+        assert_eq!(answered(&asking.writer), Err(Gone));
         drop(input);
     }
 }

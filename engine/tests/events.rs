@@ -481,7 +481,7 @@ fn tasks_of_this_process_publish_and_subscribe_in_direct_mode() {
             consumer: 1,
             group: 8,
             prefixes,
-            events,
+            events: Box::new(events),
         });
         let address = listener.local_addr().unwrap();
         tell(Command::Dial {

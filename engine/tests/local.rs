@@ -6,7 +6,7 @@ mod ends;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use common::*;
@@ -17,9 +17,8 @@ use corelane_codec::item;
 use corelane_engine::call::{Deadlines, NewCall};
 use corelane_engine::ends::Ends;
 use corelane_engine::handler::Request;
-use corelane_engine::local::{Ending, Reply, Run};
+use corelane_engine::local::{Ending, Reply};
 use corelane_engine::responder::{Host, Responder};
-use corelane_engine::shard::Command;
 use ends::*;
 
 /// All that a reply gave.
@@ -42,30 +41,12 @@ async fn read(mut reply: Reply) -> Outcome {
     }
 }
 
-/// Runs `task` on the shard and gives what it answers.
-fn run<T, F, A>(local: &Local, task: F) -> Receiver<T>
-where
-    T: Send + 'static,
-    F: FnOnce(Host) -> A + Send + 'static,
-    A: Future<Output = T> + 'static,
-{
-    let (sender, receiver): (Sender<T>, _) = channel();
-    let run = Run::new(move |host| async move {
-        let _ = sender.send(task(host).await);
-    });
-    local.handle.command(Command::Run(run)).unwrap();
-    receiver
-}
-
+/// Makes a call, and gives all of its outcome.
 fn call(local: &Local, new: NewCall) -> Receiver<Outcome> {
     run(
         local,
         |host| async move { read(host.caller().call(new)).await },
     )
-}
-
-fn answer<T>(receiver: &Receiver<T>) -> T {
-    receiver.recv_timeout(DEADLINE).expect("an answer in time")
 }
 
 fn items(count: usize, data: &[u8]) -> Outcome {
@@ -88,7 +69,7 @@ fn one_item_and_a_thousand_come_intact() {
         let client = Local::client(ring);
         for count in [0, 1, 1_000] {
             let worker = echoing(ring, count as u32);
-            let outcome = answer(&call(&client, call_to(worker.address())));
+            let outcome = answered(&call(&client, call_to(worker.address())));
             assert_eq!(outcome, items(count, b"{\"a\":1}"));
         }
         let stats = &client.handle.stats.shard;
@@ -118,7 +99,7 @@ fn many_calls_of_one_task_run_at_the_same_time() {
             }
             outcomes
         });
-        for (number, outcome) in answer(&done).into_iter().enumerate() {
+        for (number, outcome) in answered(&done).into_iter().enumerate() {
             assert_eq!(outcome, items(2, number.to_string().as_bytes()));
         }
     }
@@ -191,7 +172,7 @@ fn refusals_and_failures_are_errors_with_a_reason() {
                 ending,
                 ..failed(reason)
             };
-            assert_eq!(answer(&outcome), told, "{text}");
+            assert_eq!(answered(&outcome), told, "{text}");
         }
         // An item that cannot be understood is one error among the items.
         let outcome = call(&client, call_to(worker.address()));
@@ -203,7 +184,7 @@ fn refusals_and_failures_are_errors_with_a_reason() {
         out.extend_from_slice(&call_home::FINAL_MARKER_JSON_FRAME);
         out.extend_from_slice(&call_home::SENTINEL_FRAME);
         called.say(&out);
-        let outcome = answer(&outcome);
+        let outcome = answered(&outcome);
         assert_eq!(outcome.items.len(), 3);
         assert!(outcome.items[1].is_err() && outcome.items[2] == Ok(b"2".to_vec()));
         assert_eq!(outcome.ending, Some(Ending::Complete));
@@ -218,7 +199,7 @@ fn refusals_and_failures_are_errors_with_a_reason() {
         let mut out = Vec::new();
         call_home::write_prologue_error("too long", Some(&error.to_json()), &mut out);
         worker.take().call_home().say(&out);
-        let begun = answer(&begun);
+        let begun = answered(&begun);
         let expected = Err(Reason::InvalidArgument);
         assert_eq!(begun, (expected, true, Some(Ending::Failed)));
     }
@@ -237,10 +218,10 @@ fn calls_beyond_the_places_for_them_fail_at_once() {
             drop(held);
             third
         });
-        assert_eq!(answer(&outcome), failed(Reason::PoolExhausted));
+        assert_eq!(answered(&outcome), failed(Reason::PoolExhausted));
         let worker = echoing(ring, 1);
         let outcome = call(&worker, call_to(address));
-        assert_eq!(answer(&outcome), failed(Reason::InvalidArgument));
+        assert_eq!(answered(&outcome), failed(Reason::InvalidArgument));
     }
 }
 
@@ -251,7 +232,7 @@ fn every_wait_has_its_deadline() {
         let mut worker = HandWorker::default();
         let mut new = call_to(worker.address());
         new.deadlines.ack = Duration::from_millis(100);
-        let outcome = answer(&call(&client, new));
+        let outcome = answered(&call(&client, new));
         assert_eq!(outcome, failed(Reason::ConnectionTimeout));
         worker.take();
         worker.reply("");
@@ -270,7 +251,7 @@ fn every_wait_has_its_deadline() {
         });
         let mut called = worker.take().call_home();
         called.say(&call_home::PROLOGUE_OK_FRAME);
-        assert_eq!(answer(&over), Some(Ending::Failed));
+        assert_eq!(answered(&over), Some(Ending::Failed));
         assert_eq!(
             called.message().map(|(header, _)| header),
             Some(KILL.into())
@@ -320,7 +301,7 @@ fn stop_takes_the_rest_and_kill_or_a_drop_does_not() {
             };
             let ending = Some(Ending::Stopped);
             let expected = (how != "drop").then_some(Outcome { items, ending });
-            assert_eq!(answer(&outcome), expected, "{how}");
+            assert_eq!(answered(&outcome), expected, "{how}");
         }
         // Killed before the worker has called home: he is told when he does.
         let address = worker.address();
@@ -332,7 +313,7 @@ fn stop_takes_the_rest_and_kill_or_a_drop_does_not() {
         });
         let asked = worker.take();
         worker.reply("");
-        let (begun, outcome) = answer(&outcome);
+        let (begun, outcome) = answered(&outcome);
         assert!(begun && outcome.items.is_empty());
         let mut called = asked.call_home();
         assert_eq!(called.message().unwrap().0, KILL);
@@ -342,7 +323,7 @@ fn stop_takes_the_rest_and_kill_or_a_drop_does_not() {
             reply.kill();
             read(reply).await
         });
-        assert_eq!(answer(&outcome).ending, Some(Ending::Stopped));
+        assert_eq!(answered(&outcome).ending, Some(Ending::Stopped));
         wait_until("all is given back", || stats.calls.get() == 0);
     }
 }
@@ -397,7 +378,7 @@ fn a_reader_who_does_not_read_holds_the_worker_back() {
         assert!(held < 300, "{held} buffers of 16 KiB are held");
         assert!(!writer.is_finished());
         go.store(true, Ordering::Relaxed);
-        assert_eq!(answer(&count), ITEMS);
+        assert_eq!(answered(&count), ITEMS);
         writer.join().unwrap();
     }
 }
@@ -430,8 +411,8 @@ fn a_task_that_panics_ends_alone() {
                 }
             }
         });
-        assert_eq!(answer(&nested), 7);
-        let outcome = answer(&call(&client, call_to(address)));
+        assert_eq!(answered(&nested), 7);
+        let outcome = answered(&call(&client, call_to(address)));
         assert_eq!(outcome, items(1, b"{\"a\":1}"));
         wait_until("all is given back", || stats.calls.get() == 0);
     }

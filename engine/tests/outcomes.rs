@@ -1,13 +1,58 @@
-//! What a caller sees of every way in which a worker can answer: rows of spec/request-plane.md
-//! §4.3, §4.4, §4.6 and §4.7 that the other tests do not have, and all of them over a shared
-//! connection.
+//! What a caller sees of every way in which a worker can answer, and what a worker makes of every
+//! way in which a caller can end: the tables of spec/request-plane.md, row by row. A row whose test
+//! is in another file has its name here. All rows of responses are played over a shared connection
+//! as well, and by clients of the component model (`control/tests/component_outcomes.rs`).
+//!
+//! §4.3, the worker does:
+//! * prologue with a typed error of class InvalidRequest, and any other error prologue:
+//!   `a_typed_prologue_keeps_its_kind_...`; without a type: client.rs, `golden_response_...`
+//! * a data frame, or a header that is no prologue: `messages_out_of_place_...`; client.rs, golden
+//! * closes before the prologue: `a_reset_means_what_a_close_does`; client.rs, golden
+//! * panics in `generate`: `messages_out_of_place_...`; ours says why: worker.rs, `a_panic_...`
+//! * nothing: client.rs, `every_step_has_its_deadline`; component_outcomes.rs,
+//!   `a_worker_that_is_gone_is_not_waited_for`
+//! * the prologues of our own worker: worker.rs, `an_error_before_the_first_item_...`
+//!
+//! §4.4, the worker wrote (names of golden streams in client.rs in brackets):
+//! * items, final, sentinel [live_response_ok]; ours: worker.rs, `one_item_and_a_hundred_...`
+//! * items, final, close [final_then_close]; with a reset: `a_reset_means_what_a_close_does`
+//! * items, sentinel, no final [sentinel_without_final]
+//! * items, close or reset [close_before_final], `a_reset_...`; after a stop:
+//!   `after_a_stop_every_end_is_plain`
+//! * anything after final [data_after_final]; final with data [final_with_data]
+//! * wrapper without data, not final [empty_wrapper]
+//! * item that does not decode [bad_payload], or without `complete_final` [missing_complete_final]
+//! * a header that does not belong there: `messages_out_of_place_...`
+//!
+//! §4.6, the caller's end of our client, and our worker's:
+//! * stop, kill, drop in mid-stream: `a_task_can_end_its_call_at_every_stage`; worker.rs,
+//!   `what_the_frontend_says_is_obeyed`
+//! * the same before the prologue: the same; worker.rs, `what_is_said_before_the_prologue_...`
+//! * the same before the call home: the same; a reset at the worker, in the same test
+//! * a kill after a stop: `a_kill_after_a_stop_is_said_too`; our worker has closed by then
+//! * sentinel, data, garbage, reset, FIN at the worker: worker.rs, `what_the_frontend_says_...`
+//! * an engine that does not look: worker.rs, `a_handler_that_does_not_listen_...`
+//!
+//! §4.7:
+//! * no handshake within 10 s: `a_silent_caller_home_is_reset`
+//! * unknown subject, data first, bad JSON: client.rs, `callers_home_who_are_not_expected_...`
+//! * accepts fail: the storms of simulation.rs
+//!
+//! §10.2:
+//! * our client: client.rs, `every_step_has_its_deadline` (silence after the acknowledgement)
+//! * our worker, unary: worker.rs, `what_the_worker_cannot_read_...`; call home refused: worker.rs,
+//!   `a_caller_who_cannot_be_reached_...`; bidirectional: bidirectional.rs, `what_does_not_fit_...`
 
 mod common;
 #[path = "common/ends.rs"]
 mod ends;
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Receiver;
+use std::time::Duration;
 
 use common::*;
 use corelane_codec::call_home::{
@@ -17,6 +62,7 @@ use corelane_codec::control_message::PayloadCodec::Json;
 use corelane_codec::error::{DynamoError, Reason};
 use corelane_codec::mux::{self, Kind};
 use corelane_codec::{item, reply_frame, two_part};
+use corelane_engine::local::Ending;
 use ends::*;
 use socket2::SockRef;
 
@@ -194,10 +240,7 @@ fn a_reset_means_what_a_close_does() {
             }
             let acked = reply_frame::ACCEPTED.len() as u64;
             wait_until("the handshake has come", || received.get() > before + acked);
-            SockRef::from(&called.stream)
-                .set_linger(Some(std::time::Duration::ZERO))
-                .unwrap();
-            drop(called);
+            reset(called);
             match (client.event().what, text) {
                 (What::Failed(error), Some(text)) => {
                     assert_eq!(error.reason(), Reason::Disconnected);
@@ -207,6 +250,144 @@ fn a_reset_means_what_a_close_does() {
             }
         }
     }
+}
+
+fn reset(called: Called) {
+    let socket = SockRef::from(&called.stream);
+    socket.set_linger(Some(Duration::ZERO)).unwrap();
+}
+
+/// §4.4: a close or a reset after a stop is a plain end.
+#[test]
+fn after_a_stop_every_end_is_plain() {
+    for ring in rings() {
+        let (mut worker, client) = (HandWorker::default(), Local::client(ring));
+        for how in ["close", "reset", "sentinel", "final and sentinel"] {
+            let mut called = answer(&client, &mut worker, &items(&["1"], b""));
+            assert_eq!(client.event().what, What::Acked);
+            assert_eq!(client.event().what, What::Item(b"1".to_vec()));
+            client.end_call(1, false);
+            assert_eq!(called.message().expect("a word").0, STOP);
+            match how {
+                "close" => drop(called),
+                "reset" => reset(called),
+                "sentinel" => called.say(&SENTINEL_FRAME),
+                _ => called.say(&good_end()),
+            }
+            let whole = how == "final and sentinel";
+            let end = if whole { What::Finished } else { What::Stopped };
+            assert_eq!(client.outcome(), [end], "{how}");
+        }
+    }
+}
+
+/// How far a call has come.
+#[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
+enum Stage {
+    Asked,
+    CalledHome,
+    Begun,
+    Items,
+}
+
+/// §4.6: all its rows, by calls of tasks. Before the call home Dynamo's caller waits for it; ours
+/// returns at once, and says it when the worker calls.
+#[test]
+fn a_task_can_end_its_call_at_every_stage() {
+    let stages = [Stage::Asked, Stage::CalledHome, Stage::Begun, Stage::Items];
+    for ring in rings() {
+        let client = Local::client(ring);
+        for how in ["stop", "kill", "drop"] {
+            for stage in stages {
+                ends_at(&client, how, stage);
+            }
+        }
+        let stats = &client.handle.stats.shard;
+        wait_until("no call is left", || stats.calls.get() == 0);
+    }
+}
+
+/// A call of a task, which ends it when it is told to: whether it had begun, how many items came
+/// after that, and how it ended. `None`: it was dropped.
+fn call_to_end(
+    client: &Local,
+    address: SocketAddr,
+    how: &'static str,
+    now: &Arc<AtomicBool>,
+) -> Receiver<Option<(bool, usize, Option<Ending>)>> {
+    let told = Arc::clone(now);
+    run(client, move |host| async move {
+        let mut reply = host.caller().call(call_to(address));
+        while !told.load(Ordering::Relaxed) {
+            host.sleep(Duration::from_millis(1)).await;
+        }
+        match how {
+            "stop" => reply.stop(),
+            "kill" => reply.kill(),
+            _ => return None,
+        }
+        let begun = reply.begun().await.is_ok();
+        let mut items = 0;
+        while let Some(item) = reply.next().await {
+            items += usize::from(item.is_ok());
+        }
+        Some((begun, items, reply.ending()))
+    })
+}
+
+fn ends_at(client: &Local, how: &'static str, stage: Stage) {
+    let mut worker = HandWorker::default();
+    let now = Arc::new(AtomicBool::new(false));
+    let outcome = call_to_end(client, worker.address(), how, &now);
+    let asked = worker.take();
+    let received = &client.handle.stats.shard.received_bytes;
+    let mut before = received.get();
+    worker.reply("");
+    let mut arrived = |what: &str| {
+        wait_until(what, || received.get() > before);
+        before = received.get();
+    };
+    arrived("the acknowledgement is there");
+    let mut called = (stage != Stage::Asked).then(|| asked.call_home());
+    if let Some(called) = &mut called {
+        arrived("the handshake is there");
+        match stage {
+            Stage::Begun => called.say(&PROLOGUE_OK_FRAME),
+            Stage::Items => called.say(&items(&["1"], b"")),
+            _ => {}
+        }
+        if stage > Stage::CalledHome {
+            arrived("what it said is there");
+        }
+    }
+    now.store(true, Ordering::Relaxed);
+    let word: &[u8] = if how == "stop" { STOP } else { KILL };
+    let told = |called: &mut Called| called.message().map(|(header, _)| header);
+    if stage == Stage::Asked {
+        // It hears of it when it calls; a caller who has gone may just reset.
+        let outcome = answered(&outcome);
+        let ended = (true, 0, Some(Ending::Stopped));
+        assert_eq!(outcome, (how != "drop").then_some(ended), "{how}");
+        let mut called = asked.call_home();
+        let heard = told(&mut called);
+        let fine = heard.as_deref() == Some(word) || how == "drop" && heard.is_none();
+        assert!(fine, "{how}: {heard:?}");
+        return assert_eq!(told(&mut called), None);
+    }
+    let mut called = called.expect("it has called");
+    assert_eq!(told(&mut called).as_deref(), Some(word), "{how} {stage:?}");
+    let goes_on = how == "stop" && stage > Stage::CalledHome;
+    if goes_on {
+        let mut more = Vec::new();
+        item::write_frame(b"2", Json, &mut more);
+        called.say(&more);
+        called.stream.shutdown(Shutdown::Write).unwrap();
+    }
+    assert_eq!(told(&mut called), None, "{how} {stage:?}");
+    let items = usize::from(goes_on) + usize::from(stage == Stage::Items && how == "stop");
+    let ended = (true, items, Some(Ending::Stopped));
+    let wanted = (how != "drop").then_some(ended);
+    assert_eq!(answered(&outcome), wanted, "{how} {stage:?}");
 }
 
 /// §4.6: a stop may be followed by a kill.

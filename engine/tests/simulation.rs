@@ -2,18 +2,23 @@
 //! network do their worst, and what must hold all the same.
 //!
 //! A failure names its seed; `CORELANE_SEED=<seed> cargo test -p corelane-engine --test simulation`
-//! plays that scenario alone, step for step the same, and `<first>..<end>` plays as many as wanted.
+//! plays that scenario alone, step for step the same, and `<first>..<end>` plays as many as wanted
+//! (behind `--`, `relayed` or `thousand` names the kind).
 
 #![allow(missing_docs, unreachable_pub)]
 
 mod common;
 
+#[path = "simulation/answer.rs"]
+mod answer;
 #[path = "simulation/book.rs"]
 mod book;
 #[path = "simulation/caller.rs"]
 mod caller;
 #[path = "simulation/dice.rs"]
 mod dice;
+#[path = "simulation/heard.rs"]
+mod heard;
 #[path = "simulation/home.rs"]
 mod home;
 #[path = "simulation/scenario.rs"]
@@ -21,20 +26,29 @@ mod scenario;
 #[path = "simulation/worker.rs"]
 mod worker;
 
+use corelane_codec::call_home;
+use corelane_codec::control_message::{
+    self, NewControlMessage, PayloadCodec, RequestType, StreamType, TcpConnection,
+    TcpConnectionInfo,
+};
+use corelane_codec::{reply_frame, request_frame, two_part};
 use corelane_engine::config::ShardConfig;
-use corelane_engine::directory::{Ack, Policy};
+use corelane_engine::directory::{Ack, Instance, Policy};
 use corelane_engine::ring::sim::Faults;
+use corelane_engine::stats::Stats;
 
 use caller::{Exit, State};
 use scenario::{Weather, World};
 use worker::Manner;
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 /// The scenarios of one test, or those that the environment names: `7`, or `2000..9000`.
-fn play_all(seeds: Range<u64>) {
+fn play_all(seeds: Range<u64>, run: fn(u64) -> Arc<Stats>, events: &[&str]) {
     // Big tables of thousands of shards: their untouched pages must stay untouched.
     // SAFETY: sets a number of the allocator.
     unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10) };
@@ -50,13 +64,13 @@ fn play_all(seeds: Range<u64>) {
         None => seeds,
         Some(Ok((first, end))) => number(first)..number(end),
         Some(Err(seed)) => {
-            scenario::run(number(seed));
+            run(number(seed));
             return;
         }
     };
     let mut seen = BTreeMap::new();
     let mut ends_badly = |seed: &u64| {
-        let stats = catch_unwind(AssertUnwindSafe(|| scenario::run(*seed)));
+        let stats = catch_unwind(AssertUnwindSafe(|| run(*seed)));
         for (name, _, _, value) in stats.iter().flat_map(|stats| stats.shard.each()) {
             *seen.entry(name).or_insert(0) += value;
         }
@@ -68,7 +82,7 @@ fn play_all(seeds: Range<u64>) {
         failed.is_empty(),
         "replay with CORELANE_SEED= one of {failed:?}"
     );
-    for name in EVENTS {
+    for name in events {
         assert!(seen[name] > 0, "no scenario shows {name}: {seen:?}");
     }
 }
@@ -92,23 +106,45 @@ const EVENTS: [&str; 15] = [
     "receives_paused",
 ];
 
+/// The same where responses pass through the router.
+const RELAYED_EVENTS: [&str; 11] = [
+    "relays_begun",
+    "relays_finished",
+    "relays_retried",
+    "relays_failed",
+    "relays_cut",
+    "relays_abandoned",
+    "relay_timeouts",
+    "homes_refused",
+    "refused_bad_envelope",
+    "protocol_errors",
+    "receives_paused",
+];
+
 const FAILURES_MAX: usize = 10;
 
 #[test]
 fn a_thousand_scenarios_end_well() {
-    play_all(0..1000);
+    play_all(0..1000, scenario::run, &EVENTS);
 }
 
 #[test]
 fn a_thousand_more_scenarios_end_well() {
-    play_all(1000..2000);
+    play_all(1000..2000, scenario::run, &EVENTS);
+}
+
+#[test]
+fn five_hundred_relayed_scenarios_end_well() {
+    play_all(0..500, scenario::run_relayed, &RELAYED_EVENTS);
 }
 
 #[test]
 fn a_seed_is_a_run() {
     let counted = |seed| scenario::run(seed).shard.each();
+    let relayed = |seed| scenario::run_relayed(seed).shard.each();
     for seed in 3000..3020 {
         assert_eq!(counted(seed), counted(seed), "seed {seed}");
+        assert_eq!(relayed(seed), relayed(seed), "relayed seed {seed}");
     }
     assert_ne!(counted(3000), counted(3001));
 }
@@ -263,4 +299,103 @@ fn a_large_frame_to_an_instance_that_reads_nothing_ends() {
         world.settle();
         world.end();
     }
+}
+
+/// The frame of a bidirectional request of somebody who is called home there.
+fn two_way_frame(home: SocketAddr) -> Vec<u8> {
+    let address = home.to_string();
+    let to = |subject, stream_type| TcpConnection {
+        address: &address,
+        subject,
+        context: "id-1",
+        stream_type,
+    };
+    let message = NewControlMessage {
+        id: "id-1",
+        request_type: RequestType::ManyIn,
+        payload_codec: PayloadCodec::Json,
+        connection_info: to("out", StreamType::Response),
+        metadata: &[],
+        frontend_send_ts_ns: None,
+        request_stream_connection_info: Some(to("in", StreamType::Request)),
+    };
+    let (mut control, mut envelope) = (Vec::new(), Vec::new());
+    message.write(&mut control).unwrap();
+    two_part::write(&control, b"", &mut envelope);
+    common::frame(&scenario::listen_path(0), &envelope)
+}
+
+/// Callers of bidirectional calls who write and write, and workers who dial for that and do not
+/// read it.
+#[test]
+fn request_streams_that_nobody_takes_cannot_keep_all_buffers() {
+    let mut world = World::with(1, Weather::Calm, true, |config| config.buffers = 64);
+    world.add_route(Policy::RoundRobin, Ack::OnForward);
+    let home: SocketAddr = "10.2.0.7:9".parse().unwrap();
+    let worker: SocketAddr = "10.1.0.77:1".parse().unwrap();
+    let (homes, asked) = (world.net.peer_listen(home), world.net.peer_listen(worker));
+    world.directory.routes[0].instances.push(Instance {
+        id: 1,
+        address: worker,
+        path: b"1/sim/worker/0".to_vec(),
+    });
+    world.publish();
+    world.until("the worker is connected", |world| {
+        world.stats.shard.instances_ready.get() == 1
+    });
+    let requests = world.net.peer_accept(asked).unwrap();
+    let mut frames = Vec::new();
+    let mut feeders = Vec::new();
+    for number in 0..12 {
+        let caller = world.net.peer_connect(scenario::router()).unwrap();
+        let frame = two_way_frame(home);
+        assert_eq!(world.net.peer_write(caller, &frame), frame.len());
+        let frame = loop {
+            world.step();
+            frames.extend(world.net.peer_read(requests, usize::MAX));
+            if let Some(frame) = request_frame::decode_strict(&frames).frame() {
+                break frames.drain(..frame.frame_bytes).collect::<Vec<u8>>();
+            }
+        };
+        // An acknowledgement, and the call for the request stream alone.
+        world.net.peer_write(requests, &reply_frame::ACCEPTED);
+        let ticket = request_ticket(&frame);
+        let taker = world.net.peer_connect(scenario::relay_home()).unwrap();
+        let mut handshake = Vec::new();
+        call_home::write_handshake(&ticket, StreamType::Request, &mut handshake);
+        world.net.peer_write(taker, &handshake);
+        // The router calls the caller home twice: for the response, then for this.
+        while feeders.len() < 2 * (number + 1) {
+            world.step();
+            feeders.extend(world.net.peer_accept(homes));
+        }
+    }
+    let data = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 16, 0, 0];
+    let mut message = [&data[..], &[0; 8]].concat();
+    message.resize(60_000, b'1');
+    let write = |world: &mut World| {
+        for feeder in feeders.iter().skip(1).step_by(2) {
+            world.net.peer_write(*feeder, &message);
+        }
+    };
+    for _ in 0..100 {
+        write(&mut world);
+        world.step();
+    }
+    let held = world.stats.shard.buffers_held.get();
+    assert!(held > 40, "{held} buffers are held");
+    world.add_caller(&[10]);
+    world.until("somebody else is heard", |world| {
+        world.callers[0].replies == 1
+    });
+}
+
+fn request_ticket(frame: &[u8]) -> String {
+    let frame = request_frame::decode_strict(frame).frame().unwrap();
+    let parts = two_part::decode(frame.payload, None).frame().unwrap();
+    let control = control_message::decode(&frame.payload[parts.header]).unwrap();
+    let info = control.request_stream_connection_info.unwrap();
+    let mut scratch = [0; 1024];
+    let info = TcpConnectionInfo::parse(&info, &mut scratch).unwrap();
+    info.subject.to_cow().into_owned()
 }

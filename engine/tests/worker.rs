@@ -5,18 +5,19 @@ mod common;
 mod ends;
 
 use std::io::Read;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::*;
-use corelane_codec::call_home::SENTINEL_FRAME;
+use corelane_codec::call_home::{KILL_FRAME, SENTINEL_FRAME, STOP_FRAME};
 use corelane_codec::control_message::PayloadCodec::{self, Json, MessagePack};
 use corelane_codec::error::DynamoError;
 use corelane_codec::two_part;
 use corelane_engine::ends::Ends;
-use corelane_engine::handler::Request;
-use corelane_engine::responder::{Gone, Responder};
+use corelane_engine::handler::{Handler, MakeHandler, Request};
+use corelane_engine::responder::{Gone, Host, Responder};
 use corelane_engine::shard::{Command, Report};
 use ends::*;
 
@@ -114,6 +115,7 @@ fn large_bodies_and_frames_in_pieces_arrive_whole() {
     }
 }
 
+/// spec/request-plane.md §10.2, all rows of a unary endpoint; where Dynamo's worker falls silent.
 #[test]
 fn what_the_worker_cannot_read_is_told_by_an_error_prologue() {
     for ring in rings() {
@@ -123,10 +125,8 @@ fn what_the_worker_cannot_read_is_told_by_an_error_prologue() {
         let mut called = frontend.called();
         assert_eq!(called.handshake(), "s");
         let text = called.error_prologue();
-        assert!(
-            text.contains("request.invalid_argument") && text.contains("not json"),
-            "{text}"
-        );
+        let typed = text.contains("request.invalid_argument");
+        assert!(typed && text.contains("not json"), "{text}");
 
         let address = frontend.listener.local_addr().unwrap().to_string();
         let good = envelope_in(&address, "s", Json, b"1");
@@ -137,29 +137,47 @@ fn what_the_worker_cannot_read_is_told_by_an_error_prologue() {
             envelope
         };
         let undecodable = [
-            swap("\"json\"", "\"cbor\""),
-            swap("\"id\":\"id-1\"", "\"id\":\"id-2\""),
-            swap("single_in", "many_in"),
-            swap("\\\"response\\\"", "\\\"request\\\""),
-            envelope_in(&address, "s", Json, b""),
+            ("unknown payload_codec", swap("\"json\"", "\"cbor\"")),
+            (
+                "context is not id",
+                swap("\"id\":\"id-1\"", "\"id\":\"id-2\""),
+            ),
+            ("a stream where none is taken", swap("single_in", "many_in")),
+            (
+                "wrong stream_type",
+                swap("\\\"response\\\"", "\\\"request\\\""),
+            ),
+            (
+                "body missing on a unary endpoint",
+                envelope_in(&address, "s", Json, b""),
+            ),
         ];
-        for envelope in undecodable {
+        for (row, envelope) in undecodable {
             frontend.caller.send(&frame(SERVED, &envelope));
             assert_eq!(frontend.caller.reply(), "");
             let mut called = frontend.called();
             assert_eq!(called.handshake(), "s");
             let text = called.error_prologue();
-            assert!(text.contains("the request cannot be decoded: "), "{text}");
+            let told = text.contains("the request cannot be decoded: ");
+            assert!(told, "{row}: {text}");
         }
         // Nobody can be told of these; they are counted, and the connection lives.
         let stats = &worker.handle.stats.shard;
         let before = (stats.undecodable.get(), stats.callers_untold.get());
-        for payload in [&b""[..], b"garbage", &swap("tcp_server", "zmq")] {
+        let mut bad_control = Vec::new();
+        two_part::write(b"{\"id\":", b"1", &mut bad_control);
+        let rows = [
+            &b""[..],
+            b"no two-part message",
+            &bad_control,
+            &swap("tcp_server", "unknown transport"),
+        ];
+        for payload in rows {
             frontend.caller.send(&frame(SERVED, payload));
             assert_eq!(frontend.caller.reply(), "");
         }
         wait_until("they are counted", || {
-            (stats.undecodable.get(), stats.callers_untold.get()) == (before.0 + 3, before.1 + 3)
+            (stats.undecodable.get(), stats.callers_untold.get()) == (before.0 + 4, before.1 + 4)
         });
         let told = std::iter::from_fn(|| worker.handle.reports.next());
         let mut told = told.filter(|report| matches!(report, Report::Undecodable { .. }));
@@ -184,6 +202,7 @@ async fn endless(mut responder: Responder, written: Arc<AtomicU64>, ended: Arc<A
     );
 }
 
+/// spec/request-plane.md §4.6, the worker's side.
 #[test]
 fn what_the_frontend_says_is_obeyed() {
     let golden_cases = [
@@ -425,6 +444,93 @@ fn draining_refuses_new_requests_and_finishes_the_others() {
     }
 }
 
+/// §4.6: stop and kill before the first item, said when the worker has called.
+#[test]
+fn what_is_said_before_the_prologue_ends_the_handler_too() {
+    for ring in rings() {
+        let ended = Arc::<AtomicU32>::default();
+        let count = Arc::clone(&ended);
+        let worker = Local::worker(
+            ring,
+            handler(move |_, mut responder: Responder| {
+                let count = Arc::clone(&count);
+                async move {
+                    responder.stopped().await;
+                    let weight = if responder.is_killed() { 100 } else { 1 };
+                    count.fetch_add(weight, Ordering::Relaxed);
+                    // Too late: none of it leaves.
+                    assert_eq!(responder.item(b"1").await, Err(Gone));
+                }
+            }),
+        );
+        let mut frontend = Frontend::of(&worker);
+        for (word, weight) in [(&STOP_FRAME, 1), (&KILL_FRAME, 100)] {
+            ended.store(0, Ordering::Relaxed);
+            frontend.send("s", Json, b"1");
+            let mut called = frontend.called();
+            called.handshake();
+            called.say(word);
+            // No prologue, no final marker, no sentinel.
+            assert_eq!(called.message(), None);
+            wait_until("the handler ended", || {
+                ended.load(Ordering::Relaxed) == weight
+            });
+        }
+        // Nobody waits: the handshake is answered by a reset, which kills.
+        ended.store(0, Ordering::Relaxed);
+        frontend.send("s", Json, b"1");
+        reset(frontend.called());
+        wait_until("a reset kills", || ended.load(Ordering::Relaxed) == 100);
+        let stats = &worker.handle.stats.shard;
+        wait_until("nothing is left", || stats.handling.get() == 0);
+    }
+}
+
+fn reset(called: Called) {
+    let socket = socket2::SockRef::from(&called.stream);
+    socket.set_linger(Some(Duration::ZERO)).unwrap();
+}
+
+/// §4.6: an engine that ignores its context keeps its slot while it yields nothing, and is ended at
+/// its next item, of which nothing leaves.
+#[test]
+fn a_handler_that_does_not_listen_is_ended_at_its_next_item() {
+    for ring in rings() {
+        let open = Arc::<AtomicU32>::default();
+        let gate = Arc::clone(&open);
+        let make: MakeHandler = Box::new(move |host: &Host| {
+            let host = host.clone();
+            Rc::new(move |_: Request, mut responder: Responder| {
+                let (host, gate) = (host.clone(), Arc::clone(&gate));
+                async move {
+                    responder.item(b"1").await.unwrap();
+                    while gate.load(Ordering::Relaxed) == 0 {
+                        host.sleep(Duration::from_millis(1)).await;
+                    }
+                    assert_eq!(responder.item(b"2").await, Err(Gone));
+                }
+            }) as Rc<dyn Handler>
+        });
+        let worker = Local::worker(ring, make);
+        let stats = &worker.handle.stats.shard;
+        for word in [&STOP_FRAME, &KILL_FRAME] {
+            open.store(0, Ordering::Relaxed);
+            let mut frontend = Frontend::of(&worker);
+            frontend.send("s", Json, b"1");
+            let mut called = frontend.called();
+            called.handshake();
+            called.prologue_ok();
+            assert_eq!(called.item(Json).unwrap(), b"1");
+            called.say(word);
+            assert_eq!(called.message(), None);
+            assert_eq!(stats.handling.get(), 1, "it keeps its slot");
+            open.store(1, Ordering::Relaxed);
+            wait_until("its slot is free", || stats.handling.get() == 0);
+        }
+    }
+}
+
+/// spec/request-plane.md §10.2: the call home is refused.
 #[test]
 fn a_caller_who_cannot_be_reached_costs_his_own_request_only() {
     for ring in rings() {

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import zmq
 
 from lab import Lab, corelane_program
 from store import Etcd
@@ -58,3 +59,11 @@ def lab(request, tmp_path):
     laboratory = Lab(tmp_path, etcd)
     yield laboratory
     laboratory.close()
+
+
+@pytest.fixture
+def context():
+    """libzmq; its sockets do not outlive a test."""
+    context = zmq.Context()
+    yield context
+    context.destroy(linger=0)

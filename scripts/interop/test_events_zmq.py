@@ -1,114 +1,16 @@
 """The broker of events between libzmq's sockets and Dynamo's own publishers and subscribers."""
 
 import struct
-import sys
-from pathlib import Path
 
 import pytest
 import zmq
 
-from lab import corelane_program, free_port, metric_sum, to_toml, wait_for
-
-HERE = Path(__file__).resolve().parent
-SUBJECT = b"namespace.lab.component.backend.endpoint.generate.kv_metrics"
-PATIENCE_MS = 60_000
-PATIENCE_S = PATIENCE_MS / 1000
+from events_lab import (
+    PATIENCE_MS, PATIENCE_S, SUBJECT, Broker, message, publisher, sequence_of, stock, subscriber,
+)  # fmt: skip
+from lab import wait_for
 
 pytestmark = pytest.mark.timeout(300)
-
-
-def message(sequence, publisher=7, subject=SUBJECT, size=200):
-    """The four parts of an event; the envelope is of no interest to a broker."""
-    body = bytes([sequence % 251]) * size
-    numbers = [struct.pack(">Q", number) for number in (publisher, sequence)]
-    return [subject, *numbers, struct.pack(">BI", 1, len(body)) + body]
-
-
-def sequence_of(parts):
-    """Its number."""
-    assert len(parts) == 4, parts
-    return struct.unpack(">Q", parts[2])[0]
-
-
-class Broker:
-    """`corelane serve` with nothing but a broker."""
-
-    def __init__(self, lab, **events):
-        self.lab = lab
-        self.status_port, self.ports = free_port(), [free_port(), free_port()]
-        self.events = {"broker": True, "namespace": lab.namespace, **events}
-        self.process = None
-        self.start()
-
-    def start(self):
-        """Start it, again at the same ports."""
-        bind = {
-            key: f"tcp://127.0.0.1:{port}" for key, port in zip(("xsub", "xpub"), self.ports)
-        }
-        config = {
-            "server": {"host": "127.0.0.1", "status_port": self.status_port},
-            "discovery": {"backend": "etcd"},
-            "drain": {"grace_s": 0, "timeout_s": 5},
-            "events": {**self.events, **bind},
-        }
-        lines = []
-        for section, values in config.items():
-            lines.append(f"[{section}]")
-            lines += [f"{key} = {to_toml(value)}" for key, value in values.items()]
-        path = self.lab.folder / "events.toml"
-        path.write_text("\n".join(lines) + "\n")
-        command = [corelane_program(), "serve", "--config", path]
-        self.process = self.lab.start("broker", command)
-        wait_for("the broker in etcd", self.records, PATIENCE_S)
-
-    def records(self):
-        """Its record, as Dynamo looks for it."""
-        assert self.process.alive(), self.process.tail()
-        key = f"v1/event_channels/namespace/{self.lab.namespace}/component/zmq_broker"
-        return self.lab.etcd.records(f"{key}/topic/broker/")
-
-    def stop(self):
-        """SIGTERM, and its end."""
-        self.process.terminate()
-        assert self.process.wait(PATIENCE_S) == 0, self.process.tail()
-
-    def count(self, name):
-        """One of its counters or gauges."""
-        return metric_sum(self.lab.metrics(self), rf"^corelane_events_{name}$")
-
-    def until(self, name, value):
-        """Wait for it."""
-        wait_for(f"{name} is {value}", lambda: self.count(name) == value, PATIENCE_S)
-
-
-@pytest.fixture
-def context():
-    """libzmq; its sockets do not outlive a test."""
-    context = zmq.Context()
-    yield context
-    context.destroy(linger=0)
-
-
-def subscriber(context, broker, prefix=b"", kind=zmq.SUB):
-    """A subscriber at the broker."""
-    socket = context.socket(kind)
-    socket.rcvhwm = 0
-    socket.rcvtimeo = PATIENCE_MS
-    socket.connect(f"tcp://127.0.0.1:{broker.ports[1]}")
-    if kind == zmq.SUB:
-        socket.subscribe(prefix)
-    else:
-        socket.send(b"\x01" + prefix)
-    return socket
-
-
-def publisher(context, broker, kind=zmq.XPUB):
-    """A publisher that knows of the subscriptions (an XPUB: it sees them)."""
-    socket = context.socket(kind)
-    socket.sndhwm = 0
-    socket.rcvtimeo = PATIENCE_MS
-    socket.connect(f"tcp://127.0.0.1:{broker.ports[0]}")
-    return socket
 
 
 @pytest.mark.short
@@ -211,13 +113,6 @@ def test_subscribers_that_do_not_read_lose_exactly_what_is_counted(lab, context)
     came = [sequence_of(lazy.recv_multipart()) for _ in range(int(count - dropped))]
     assert came == sorted(came) and came[-1] == count - 1, came[-5:]
     broker.until("sent_total", 2 * count - dropped)
-
-
-def stock(lab, role, **env):
-    """A stock publisher or subscriber of forward-pass metrics, through a broker or directly."""
-    endpoint = lab.endpoint("backend")
-    command = [sys.executable, HERE / "stock_events.py", "--role", role, "--endpoint", endpoint]
-    return lab.start(role, command, lab.env(DYN_EVENT_PLANE="zmq", **env))
 
 
 def test_dynamo_publishes_and_subscribes_through_the_broker(lab, context):

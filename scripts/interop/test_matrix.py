@@ -1,8 +1,8 @@
 """The interoperability matrix: stock and corelane, as client and as worker, straight and through
-the router in both response modes, in both codecs, in every kind of call.
+the router in both response modes, on both response planes, in both codecs, in every kind of call.
 
-Four workers, one router with a route for each way to each of them, and two clients that go through
-all cases against all targets. Each test looks at one cell.
+For each plane four workers, one router with a route for each way to each of them, and two clients
+that go through all cases against all targets. Each test looks at one cell.
 """
 
 import json
@@ -15,6 +15,7 @@ from lab import HERE, Lab, corelane_peer, corelane_program, data_cpus, free_port
 CODECS = ["json", "msgpack"]
 PEERS = ["stock", "corelane"]
 WAYS = ["straight", "direct", "relay"]
+PLANES = ["tcp", "quic"]
 # What each item must bring back, in both codecs.
 TEXT = {"é": [1, -2, 2.5, True, None, 'grüße\n"\\'], "": {}, "big": 1 << 53}
 FAILURE = "the engine failed as it was asked to"
@@ -40,8 +41,9 @@ CELLS = [
 class Matrix:
     """All processes, and what the clients found."""
 
-    def __init__(self, lab):
+    def __init__(self, lab, plane):
         self.lab = lab
+        self.plane = {"DYN_RESPONSE_PLANE": plane}
         self.workers = {
             (kind, codec): self._worker(kind, codec) for kind in PEERS for codec in CODECS
         }
@@ -62,7 +64,7 @@ class Matrix:
             "corelane": [corelane_peer(), "worker"],
         }[kind]
         command.append(self.target(kind, "straight", codec))
-        env = self.lab.env(DYN_REQUEST_PLANE_CODEC=codec, DYN_SYSTEM_PORT="-1")
+        env = self.lab.env(DYN_REQUEST_PLANE_CODEC=codec, DYN_SYSTEM_PORT="-1", **self.plane)
         return self.lab.start(f"{kind}-{codec}", command, env)
 
     def _router(self):
@@ -83,7 +85,7 @@ class Matrix:
         path = self.lab.folder / "matrix.toml"
         path.write_text("\n".join(lines) + "\n")
         command = [corelane_program(), "serve", "--config", path]
-        router = self.lab.start("router", command)
+        router = self.lab.start("router", command, self.lab.env(**self.plane))
 
         def listed():
             assert router.alive(), router.tail()
@@ -99,7 +101,7 @@ class Matrix:
             "corelane": [corelane_peer(), "client", json.dumps(CASES)],
         }[kind]
         # An error in the prologue makes a client leave its only instance out, for 5 s.
-        env = self.lab.env(DYN_RUNTIME_INHIBITED_DURATION_SECS="0")
+        env = self.lab.env(DYN_RUNTIME_INHIBITED_DURATION_SECS="0", **self.plane)
         return self.lab.start(f"{kind}-client", command + targets, env)
 
     def found(self, client, target, case):
@@ -122,14 +124,14 @@ class Matrix:
         return wait_for(f"{worker} has ended '{key}'", look, 30)
 
 
-@pytest.fixture(scope="module")
-def matrix(tmp_path_factory, shared_etcd):
-    """All cases of all cells, run once."""
+@pytest.fixture(scope="module", params=PLANES)
+def matrix(request, tmp_path_factory, shared_etcd):
+    """All cases of all cells of a plane, run once."""
     for program in (corelane_program(), corelane_peer()):
         assert program.is_file(), f"{program} does not exist: run `scripts/test build`"
     lab = Lab(tmp_path_factory.mktemp("matrix"), shared_etcd)
     try:
-        yield Matrix(lab)
+        yield Matrix(lab, request.param)
     except AssertionError as error:
         raise AssertionError(f"{error}\n{lab.logs()}") from None
     finally:

@@ -2,6 +2,7 @@
 workers, directly and through the router. The stock caller on our worker is in test_quic.py."""
 
 import json
+import signal
 
 import pytest
 
@@ -144,6 +145,35 @@ def test_a_stock_caller_cancels_through_the_relay(lab, how):
     assert found["cancelled"] == 4, (found, router.tail())
     workers[0].wait_event("cancelled", 60, count=4)
     nothing_left(lab, router)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("ours", [False, True])
+def test_callers_drop_before_the_prologue(lab, ours, way):
+    """The worker stands still until its callers have gone, and calls for them after that."""
+    workers = []
+    listen, router = endpoint_for(
+        lab, way, lambda at: workers.append(lab.stock_worker(at, **QUIC))
+    )
+
+    def ask(count, patience_s):
+        if ours:
+            options = ("--body", '{"a":1}', "--count", count, "--concurrency", count, "--json")
+            call = lab.call(listen, *options, "--timeout-ms", patience_s * 1_000, **QUIC)[1]
+            return [end["outcome"] for end in answers(call)]
+        options = ("--count", count, "--concurrency", count, "--deadline-s", patience_s)
+        env = {**QUIC, "DYN_RUNTIME_INHIBITED_DURATION_SECS": "0"}
+        found = lab.run_client(listen, *options, **env)
+        assert found["wrong"] == 0, found
+        return ["ok"] * found["ok"] + ["hung"] * (found["hung"] + found["failed"])
+
+    assert ask(4, 60) == ["ok"] * 4
+    workers[0].signal(signal.SIGSTOP)
+    assert "ok" not in ask(4, 1)
+    workers[0].signal(signal.SIGCONT)
+    assert ask(20, 60) == ["ok"] * 20
+    if router:
+        nothing_left(lab, router)
 
 
 @pytest.mark.parametrize("workers_on_quic", [False, True])

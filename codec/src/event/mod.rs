@@ -45,6 +45,7 @@ mod record;
 mod scope;
 mod sequences;
 pub mod topic;
+mod tracker;
 pub mod typed;
 
 pub use block_hash::{BLOCK_HASH_SEED, block_hash, block_hashes};
@@ -58,3 +59,4 @@ pub use record::{
 };
 pub use scope::{Scope, decode_segment, encode_segment, parse_subject};
 pub use sequences::{Sequence, SequenceChange};
+pub use tracker::{Tracker, Verdict};

@@ -11,6 +11,7 @@ mod reply;
 mod request;
 mod stream;
 mod two_part;
+mod zmtp;
 
 use std::fmt::Debug;
 

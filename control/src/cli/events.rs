@@ -1,14 +1,19 @@
 //! `corelane events` as clap reads it.
 
+use std::time::Duration;
+
 use clap::{Args, Subcommand};
 use corelane_codec::event::Scope;
 
 use super::Stop;
-use crate::commands::{PublishArgs, TailArgs};
+use super::options::StoreOptions;
+use crate::commands::{PublishArgs, TailArgs, Transport};
+use crate::config::{Backend, Config, Host, Inputs};
 use crate::env::Env;
+use crate::events::{BrokerUrl, EventPlane};
 use crate::nats::NatsOptions;
 
-/// See events as they are published, or publish some for trying; over NATS
+/// See events as they are published, or publish some for trying; over ZMQ or NATS
 #[derive(Args, Debug)]
 pub(super) struct EventsOptions {
     #[command(subcommand)]
@@ -21,22 +26,54 @@ pub(super) enum EventsCommand {
     Publish(PublishOptions),
 }
 
-/// The server, if it is not the one of the environment.
+/// What events go over, if it is not as the environment says.
 #[derive(Args, Debug)]
-struct ServerOption {
+struct PlaneOptions {
+    /// zmq or nats [default: nats with --nats, else $DYN_EVENT_PLANE, else zmq]
+    #[arg(long, value_name = "PLANE", value_parser = plane)]
+    plane: Option<EventPlane>,
     /// The NATS server [default: $NATS_SERVER, else nats://localhost:4222]
     #[arg(long, value_name = "URL")]
     nats: Option<String>,
+    /// ZMQ brokers: xsub=tcp://HOST:PORT,xpub=tcp://HOST:PORT [default: $DYN_ZMQ_BROKER_URL, or
+    /// those in discovery with $DYN_ZMQ_BROKER_ENABLED, else from publishers to subscribers]
+    #[arg(long, value_name = "URL")]
+    broker: Option<BrokerUrl>,
+    #[command(flatten)]
+    store: StoreOptions,
 }
 
-impl ServerOption {
-    fn options(self, env: &Env) -> Result<NatsOptions, Stop> {
-        let mut options = NatsOptions::read(env).map_err(usage)?;
-        if let Some(server) = self.nats {
-            options.server = server;
+impl PlaneOptions {
+    fn transport(self, config: Config, env: &Env) -> Result<Transport, Stop> {
+        let plane = match (self.plane, &self.nats) {
+            (Some(plane), _) => plane,
+            (None, Some(_)) => EventPlane::Nats,
+            (None, None) => EventPlane::read(env).map_err(usage)?,
+        };
+        match plane {
+            EventPlane::Nats => {
+                let mut options = NatsOptions::read(env).map_err(usage)?;
+                if let Some(server) = self.nats {
+                    options.server = server;
+                }
+                options.check().map_err(usage)?;
+                Ok(Transport::Nats(options))
+            }
+            EventPlane::Zmq => {
+                let mut discovery = config.discovery;
+                if !self.store.is_said(env) {
+                    discovery.backend = Backend::Etcd;
+                }
+                Ok(Transport::Zmq {
+                    broker: self.broker,
+                    discovery,
+                    env: env.clone(),
+                })
+            }
+            EventPlane::Off => Err(usage(
+                "DYN_EVENT_PLANE=none: there are no events; write --plane zmq or --plane nats",
+            )),
         }
-        options.check().map_err(usage)?;
-        Ok(options)
     }
 }
 
@@ -53,6 +90,8 @@ fn usage(error: impl std::fmt::Display) -> Stop {
 Examples:
   corelane events tail
   corelane events tail --topic kv-events --scope demo/backend/generate
+  corelane events tail --discovery etcd --etcd http://etcd.example:2379
+  corelane events tail --broker 'xsub=tcp://b.example:5555,xpub=tcp://b.example:5556'
   corelane events tail --count 10 --nats nats://nats.example:4222")]
 pub(super) struct TailOptions {
     /// Only this topic [default: all]
@@ -65,21 +104,28 @@ pub(super) struct TailOptions {
     #[arg(long, value_name = "N")]
     count: Option<u64>,
     #[command(flatten)]
-    server: ServerOption,
+    plane: PlaneOptions,
 }
 
 impl TailOptions {
-    pub(super) fn args(self, env: &Env) -> Result<TailArgs, Stop> {
+    pub(super) fn inputs(&self, env: &Env, host: &Host) -> Inputs {
+        self.plane.store.inputs(env, host)
+    }
+
+    pub(super) fn args(self, config: Config, env: &Env) -> Result<TailArgs, Stop> {
         Ok(TailArgs {
             topic: self.topic,
             scope: self.scope,
             count: self.count,
-            nats: self.server.options(env)?,
+            transport: self.plane.transport(config, env)?,
         })
     }
 }
 
-/// Publish events, for trying; nothing is registered in discovery
+/// Publish events, for trying
+///
+/// Over NATS, and through a ZMQ broker, nothing is registered in discovery. From publisher to
+/// subscriber over ZMQ it has to be, so that subscribers find it, and they are waited for.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -99,19 +145,35 @@ pub(super) struct PublishOptions {
     /// How often
     #[arg(long, value_name = "N", default_value_t = 1)]
     count: u64,
+    /// Over ZMQ, wait so many seconds for the first subscriber: what is published before is lost
+    #[arg(long, value_name = "S", default_value_t = 5)]
+    wait_s: u32,
     #[command(flatten)]
-    server: ServerOption,
+    plane: PlaneOptions,
 }
 
 impl PublishOptions {
-    pub(super) fn args(self, env: &Env) -> Result<PublishArgs, Stop> {
+    pub(super) fn inputs(&self, env: &Env, host: &Host) -> Inputs {
+        self.plane.store.inputs(env, host)
+    }
+
+    pub(super) fn args(self, config: Config, env: &Env) -> Result<PublishArgs, Stop> {
         Ok(PublishArgs {
             scope: self.scope,
             topic: self.topic,
             body: self.body,
             count: self.count,
-            nats: self.server.options(env)?,
+            wait: Duration::from_secs(self.wait_s.into()),
+            transport: self.plane.transport(config, env)?,
         })
+    }
+}
+
+fn plane(text: &str) -> Result<EventPlane, String> {
+    match text {
+        "zmq" => Ok(EventPlane::Zmq),
+        "nats" => Ok(EventPlane::Nats),
+        _ => Err("write zmq or nats".to_owned()),
     }
 }
 

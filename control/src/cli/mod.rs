@@ -167,8 +167,14 @@ fn dispatch(command: Command, env: &Env, host: &Host) -> anyhow::Result<Exit> {
             commands::extract(&extract.args())
         }
         Command::Events(events) => match events.command {
-            EventsCommand::Tail(tail) => commands::tail(tail.args(env)?),
-            EventsCommand::Publish(publish) => commands::publish(publish.args(env)?),
+            EventsCommand::Tail(tail) => {
+                let config = load(tail.inputs(env, host))?;
+                commands::tail(tail.args(config, env)?)
+            }
+            EventsCommand::Publish(publish) => {
+                let config = load(publish.inputs(env, host))?;
+                commands::publish(publish.args(config, env)?)
+            }
         },
         Command::Tune(options) => tune::tune(*options, env, host),
     }

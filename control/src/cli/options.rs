@@ -238,10 +238,11 @@ impl AnswerOptions {
     }
 }
 
+/// Which store.
 #[derive(Args, Debug)]
-struct DiscoveryOptions {
+pub(super) struct StoreOptions {
     /// memory, file or etcd [default: $CORELANE_DISCOVERY_BACKEND, $DYN_DISCOVERY_BACKEND, else
-    /// memory]
+    /// memory; for events etcd]
     #[arg(long, value_name = "BACKEND")]
     discovery: Option<String>,
     /// etcd servers, with commas between [default: $ETCD_ENDPOINTS, else http://localhost:2379]
@@ -250,20 +251,21 @@ struct DiscoveryOptions {
     /// Folder of the file backend [default: $DYN_FILE_KV, else dynamo_store_kv in the temp folder]
     #[arg(long, value_name = "DIR")]
     file_kv: Option<String>,
-    /// Address to listen on and to advertise [default: $DYN_TCP_RPC_HOST, else 127.0.0.1]
-    #[arg(long, value_name = "IP")]
-    host: Option<String>,
 }
 
-impl DiscoveryOptions {
-    fn inputs(&self, port: Option<u16>, env: &Env, host: &Host) -> Inputs {
+impl StoreOptions {
+    /// Whether a store was named, here or by a variable.
+    pub(super) fn is_said(&self, env: &Env) -> bool {
+        let names = ["CORELANE_DISCOVERY_BACKEND", "DYN_DISCOVERY_BACKEND"];
+        self.discovery.is_some() || names.iter().any(|name| env.get(name).is_some())
+    }
+
+    pub(super) fn inputs(&self, env: &Env, host: &Host) -> Inputs {
         let mut overrides = Vec::new();
         let mut flag = |name, path, text: Option<String>| push(&mut overrides, path, name, text);
         flag("--discovery", "discovery.backend", self.discovery.clone());
         flag("--etcd", "discovery.endpoints", self.etcd.clone());
         flag("--file-kv", "discovery.path", self.file_kv.clone());
-        flag("--host", "server.host", self.host.clone());
-        flag("--port", "server.port", port.map(|port| port.to_string()));
         let (env, host) = (env.clone(), host.clone());
         Inputs {
             purpose: Purpose::Peer,
@@ -272,6 +274,26 @@ impl DiscoveryOptions {
             env,
             host,
         }
+    }
+}
+
+#[derive(Args, Debug)]
+struct DiscoveryOptions {
+    #[command(flatten)]
+    store: StoreOptions,
+    /// Address to listen on and to advertise [default: $DYN_TCP_RPC_HOST, else 127.0.0.1]
+    #[arg(long, value_name = "IP")]
+    host: Option<String>,
+}
+
+impl DiscoveryOptions {
+    fn inputs(&self, port: Option<u16>, env: &Env, host: &Host) -> Inputs {
+        let mut inputs = self.store.inputs(env, host);
+        let mut flag =
+            |name, path, text: Option<String>| push(&mut inputs.overrides, path, name, text);
+        flag("--host", "server.host", self.host.clone());
+        flag("--port", "server.port", port.map(|port| port.to_string()));
+        inputs
     }
 }
 

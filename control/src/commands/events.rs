@@ -1,20 +1,40 @@
-//! `corelane events tail` and `corelane events publish`, over NATS.
+//! `corelane events tail` and `corelane events publish`, over ZMQ and over NATS.
+
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use corelane_codec::event::typed::{self, from_payload};
 use corelane_codec::event::{Envelope, KvMetrics, Scope, parse_subject, topic};
-use futures_util::StreamExt;
 use serde_json::{Value, json};
 
 use super::serve::on_this_thread;
-use crate::cli::{self, Exit};
-use crate::discovery::{Discovery, MemoryDiscovery, MemoryStore};
-use crate::events::Events;
+use crate::cli::{self, Exit, Stop};
+use crate::config;
+use crate::discovery::{self, Discovery, MemoryDiscovery, MemoryStore};
+use crate::env::Env;
+use crate::events::{BrokerUrl, Events, Via, ZmqOptions};
 use crate::nats::{Nats, NatsOptions};
+use crate::preflight;
 use crate::supervise::Signals;
 
+/// What events go over.
+#[derive(Clone, Debug)]
+pub enum Transport {
+    /// This NATS server.
+    Nats(NatsOptions),
+    /// ZMQ.
+    Zmq {
+        /// Through these brokers, else as the environment says.
+        broker: Option<BrokerUrl>,
+        /// Where publishers and brokers are found.
+        discovery: config::Discovery,
+        /// What says how.
+        env: Env,
+    },
+}
+
 /// What `corelane events tail` shows.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct TailArgs {
     /// One topic, or all.
     pub topic: Option<String>,
@@ -22,12 +42,12 @@ pub struct TailArgs {
     pub scope: Option<Scope>,
     /// Ends after so many.
     pub count: Option<u64>,
-    /// The server.
-    pub nats: NatsOptions,
+    /// Where.
+    pub transport: Transport,
 }
 
 /// What `corelane events publish` sends.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct PublishArgs {
     /// The scope.
     pub scope: Scope,
@@ -37,40 +57,101 @@ pub struct PublishArgs {
     pub body: Value,
     /// How often.
     pub count: u64,
-    /// The server.
-    pub nats: NatsOptions,
+    /// How long the first subscriber is waited for, over ZMQ.
+    pub wait: Duration,
+    /// Where.
+    pub transport: Transport,
+}
+
+/// The event plane of a command.
+struct Plane {
+    events: Events,
+    discovery: Discovery,
+    nats: Option<Nats>,
+}
+
+impl Plane {
+    async fn open(transport: Transport) -> Result<Plane> {
+        match transport {
+            Transport::Nats(options) => {
+                let nats = Nats::connect(&options).await?;
+                let discovery = Discovery::Memory(MemoryDiscovery::new(&MemoryStore::default()));
+                Ok(Plane {
+                    events: Events::nats(&discovery, &nats),
+                    discovery,
+                    nats: Some(nats),
+                })
+            }
+            Transport::Zmq {
+                broker,
+                discovery,
+                env,
+            } => {
+                let ring = preflight::ring(&env)?;
+                let options = ZmqOptions::read(&env, ring);
+                let mut options = options.map_err(|error| Stop::Usage(error.to_string()))?;
+                if let Some(url) = broker {
+                    options.via = Via::Url(url);
+                }
+                let discovery = match options.via {
+                    // Nobody has to be found.
+                    Via::Url(_) => Discovery::Memory(MemoryDiscovery::new(&MemoryStore::default())),
+                    Via::Direct | Via::Discovered => {
+                        discovery::open(&discovery, &MemoryStore::default(), None).await?
+                    }
+                };
+                Ok(Plane {
+                    events: Events::zmq(&discovery, options),
+                    discovery,
+                    nats: None,
+                })
+            }
+        }
+    }
+
+    async fn close(self) {
+        self.discovery.close().await;
+        self.events.close().await;
+        if let Some(nats) = self.nats {
+            nats.close().await;
+        }
+    }
 }
 
 /// Prints events until a signal, or until there were enough.
 ///
 /// # Errors
-/// No contact with the server, or standard output cannot be written.
+/// No contact with the server or the store, or standard output cannot be written.
 pub fn tail(args: TailArgs) -> Result<Exit> {
     on_this_thread(async move {
         let mut signals = Signals::catch().context("cannot catch signals")?;
-        let nats = tokio::select! {
-            nats = Nats::connect(&args.nats) => nats?,
+        let plane = tokio::select! {
+            plane = Plane::open(args.transport) => plane?,
             _ = signals.next() => return Ok(Exit::Done),
         };
-        // Topic and scope are at both ends of a subject, so one of them is looked at here.
-        let subject = args.scope.as_ref().map(Scope::subject_prefix);
-        let subject = subject.map_or("namespace.>".to_owned(), |prefix| format!("{prefix}.*"));
-        let mut messages = nats.client().subscribe(subject.clone()).await?;
-        nats.client().flush().await?;
-        tracing::info!(subject, "waiting for events");
+        let topic = args.topic.as_deref();
+        let mut tap = plane.events.tap(args.scope.as_ref(), topic).await?;
+        tracing::info!("waiting for events");
         let mut left = args.count.unwrap_or(u64::MAX);
         while left > 0 {
-            let message = tokio::select! {
-                message = messages.next() => message,
+            let tapped = tokio::select! {
+                tapped = tap.next() => tapped,
                 _ = signals.next() => None,
             };
-            let Some(message) = message else { break };
-            if let Some(line) = line(&message.subject, &message.payload, args.topic.as_deref()) {
-                cli::print(&format!("{line}\n"))?;
-                left -= 1;
-            }
+            let Some(tapped) = tapped else { break };
+            let line = line(&tapped.subject, &tapped.envelope);
+            cli::print(&format!("{line}\n"))?;
+            left -= 1;
         }
-        nats.close().await;
+        if tap.dropped() > 0 {
+            let events = tap.dropped();
+            tracing::warn!(
+                events,
+                "not shown: they came faster than they could be printed"
+            );
+        }
+        drop(tap);
+        plane.close().await;
         Ok(Exit::Done)
     })
 }
@@ -78,32 +159,30 @@ pub fn tail(args: TailArgs) -> Result<Exit> {
 /// Publishes events.
 ///
 /// # Errors
-/// No contact with the server, or it does not take them.
+/// No contact with the server or the store, or it does not take them.
 pub fn publish(args: PublishArgs) -> Result<Exit> {
     on_this_thread(async move {
-        let nats = Nats::connect(&args.nats).await?;
-        let discovery = Discovery::Memory(MemoryDiscovery::new(&MemoryStore::default()));
-        let events = Events::nats(&discovery, &nats);
-        let publisher = events.publisher(&args.scope, &args.topic).await?;
+        let plane = Plane::open(args.transport).await?;
+        let publisher = plane.events.publisher(&args.scope, &args.topic).await?;
+        if !publisher.is_wanted(args.wait).await? {
+            tracing::warn!(waited = ?args.wait, "no subscriber: what is published now is lost");
+        }
         for _ in 0..args.count {
             publisher.publish(&args.body).await?;
         }
         publisher.flush().await?;
         let done = json!({"publisher_id": publisher.id(), "published": publisher.published()});
         cli::print(&format!("{done}\n"))?;
-        nats.close().await;
+        drop(publisher);
+        plane.close().await;
         Ok(Exit::Done)
     })
 }
 
-/// A message as a line; `None` if it is of another topic than the one wanted.
-fn line(subject: &str, message: &[u8], wanted: Option<&str>) -> Option<Value> {
+/// A message as a line.
+fn line(subject: &str, message: &[u8]) -> Value {
     let said = parse_subject(subject);
-    let of_subject = said.as_ref().map(|(_, topic)| topic.as_str());
-    if wanted.is_some_and(|wanted| of_subject != Some(wanted)) {
-        return None;
-    }
-    Some(match Envelope::decode(message) {
+    match Envelope::decode(message) {
         Ok(envelope) => json!({
             "scope": said.map_or_else(|| subject.to_owned(), |(scope, _)| scope.to_string()),
             "topic": envelope.topic,
@@ -113,7 +192,7 @@ fn line(subject: &str, message: &[u8], wanted: Option<&str>) -> Option<Value> {
             "payload": shown(envelope.topic, envelope.payload),
         }),
         Err(error) => json!({"subject": subject, "error": error.to_string()}),
-    })
+    }
 }
 
 /// A payload as JSON.
@@ -161,23 +240,22 @@ mod tests {
         });
         let bytes = message(topic::KV_METRICS, &metrics.unwrap());
         let subject = Scope::endpoint("demo", "backend", "generate").subject(topic::KV_METRICS);
-        let shown = line(&subject, &bytes, Some(topic::KV_METRICS)).unwrap();
+        let shown = line(&subject, &bytes);
         assert_eq!(shown["payload"]["worker_id"], 7);
         assert_eq!(
             (&shown["scope"], &shown["sequence"]),
             (&json!("demo/backend/generate"), &json!(2))
         );
-        assert_eq!(line(&subject, &bytes, Some("other")), None);
     }
 
     #[test]
     fn what_is_not_known_is_shown_all_the_same() {
         let subject = "namespace.demo.odd%2Etopic";
-        let any = line(subject, &message("odd.topic", b"\x81\xa1a\x01"), None).unwrap();
+        let any = line(subject, &message("odd.topic", b"\x81\xa1a\x01"));
         assert_eq!(any["payload"], json!({"a": 1}));
-        let raw = line(subject, &message("odd.topic", b"\xc1"), None).unwrap();
+        let raw = line(subject, &message("odd.topic", b"\xc1"));
         assert_eq!(raw["payload"], json!({"hex": "c1"}));
-        let none = line(subject, b"not an event", None).unwrap();
+        let none = line(subject, b"not an event");
         assert!(none["error"].is_string());
     }
 }

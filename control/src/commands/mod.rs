@@ -9,7 +9,7 @@ mod gms;
 mod serve;
 mod up;
 
-pub use events::{PublishArgs, TailArgs, publish, tail};
+pub use events::{PublishArgs, TailArgs, Transport, publish, tail};
 pub use gms::{gms, probe};
 pub use serve::serve;
 pub use up::up;

@@ -100,7 +100,10 @@
 //! # Events
 //!
 //! [`Endpoint::publisher`] and [`Endpoint::subscriber`] (and those of namespaces and components)
-//! exchange events over NATS with `DYN_EVENT_PLANE=nats`, as Dynamo's programs do.
+//! exchange events as Dynamo's programs do: over ZMQ, from publishers to subscribers
+//! (`DYN_EVENT_PLANE=zmq`, the default) or through brokers (`DYN_ZMQ_BROKER_URL`,
+//! `DYN_ZMQ_BROKER_ENABLED`), or over NATS (`nats`), or not at all (`none`).
+//! [`Subscriber::losses`](crate::events::Subscriber::losses) says what was missed.
 //!
 //! # Requests over NATS
 //!
@@ -141,7 +144,10 @@ pub use corelane_codec::item::Annotated;
 pub use corelane_codec::path::{EndpointId, Reference};
 
 pub use crate::discovery::MemoryStore;
-pub use crate::events::{Event, EventPlane, Events, EventsError, Publisher, Subscriber};
+pub use crate::events::{
+    BrokerUrl, Event, EventPlane, Events, EventsError, Losses, Publisher, Subscriber, Via,
+    ZmqOptions,
+};
 pub use crate::health::State;
 pub use crate::nats::{NatsAuth, NatsOptions, NatsTls, RequestPlane};
 

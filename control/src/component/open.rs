@@ -4,15 +4,12 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 
 use anyhow::Result;
+use corelane_engine::config::RingKind;
 
 use super::options::Options;
 use super::paths::Paths;
-use crate::config::Backend;
-use crate::discovery::{
-    BeforeRegister, Discovery, EtcdDiscovery, EtcdOptions, FileDiscovery, FileOptions,
-    MemoryDiscovery,
-};
-use crate::events::{EventPlane, Events};
+use crate::discovery::{self, BeforeRegister, Discovery};
+use crate::events::{EventPlane, Events, ZmqOptions};
 use crate::nats::{Nats, RequestPlane, Requests};
 
 /// What a runtime has of the world outside.
@@ -24,15 +21,23 @@ pub(super) struct Opened {
 }
 
 impl Opened {
-    /// Opens all of it; the shards listen at `address`.
+    /// Opens all of it; the shards listen at `address`, on this kind of ring.
     pub(super) async fn open(
         options: &Options,
         paths: &Rc<Paths>,
         address: SocketAddr,
+        ring: RingKind,
     ) -> Result<Opened> {
+        let zmq = zmq(options, ring)?;
         let (nats, requests) = nats(options, address).await?;
         let discovery = discovery(options, paths).await?;
-        let events = events(options.events, &discovery, nats.as_ref());
+        let events = match (zmq, &nats) {
+            (Some(zmq), _) => Events::zmq(&discovery, zmq),
+            (None, Some(nats)) if options.events == EventPlane::Nats => {
+                Events::nats(&discovery, nats)
+            }
+            _ => Events::off(&discovery),
+        };
         Ok(Opened {
             discovery,
             nats,
@@ -44,29 +49,13 @@ impl Opened {
 
 /// Opens it. Whoever finds us under a new identity can be served under it already.
 async fn discovery(options: &Options, paths: &Rc<Paths>) -> Result<Discovery> {
-    let lookup = |name: &str| options.discovery.variable(name);
-    let discovery = match options.discovery.backend {
-        Backend::Memory => {
-            let store = options.memory.clone().unwrap_or_default();
-            Discovery::Memory(MemoryDiscovery::new(&store))
-        }
-        Backend::File => Discovery::File(FileDiscovery::open(FileOptions::from_env(lookup)).await?),
-        Backend::Etcd => {
-            let mut settings = EtcdOptions::from_env(lookup)?;
-            let paths = Rc::clone(paths);
-            let hook: BeforeRegister = Rc::new(move |id| {
-                let paths = Rc::clone(&paths);
-                Box::pin(async move { paths.be(id).await })
-            });
-            settings.before_register = Some(hook);
-            tracing::info!(
-                endpoints = settings.endpoints.join(","),
-                "connecting to etcd"
-            );
-            Discovery::Etcd(EtcdDiscovery::connect(settings).await?)
-        }
-    };
-    Ok(discovery)
+    let paths = Rc::clone(paths);
+    let hook: BeforeRegister = Rc::new(move |id| {
+        let paths = Rc::clone(&paths);
+        Box::pin(async move { paths.be(id).await })
+    });
+    let store = options.memory.clone().unwrap_or_default();
+    discovery::open(&options.discovery, &store, Some(hook)).await
 }
 
 /// Connects to NATS if anything goes over it: events, requests to us, or requests to others if
@@ -83,11 +72,12 @@ async fn nats(options: &Options, address: SocketAddr) -> Result<(Option<Nats>, O
     Ok((Some(nats), Some(requests)))
 }
 
-/// The event plane of these.
-fn events(plane: EventPlane, discovery: &Discovery, nats: Option<&Nats>) -> Events {
-    match (plane, nats) {
-        (EventPlane::Nats, Some(nats)) => Events::nats(discovery, nats),
-        (EventPlane::Zmq, _) => Events::zmq(discovery),
-        _ => Events::off(discovery),
-    }
+/// How events go over ZMQ, if they do.
+fn zmq(options: &Options, ring: RingKind) -> Result<Option<ZmqOptions>> {
+    let zmq = match (options.events, &options.zmq) {
+        (EventPlane::Zmq, Some(zmq)) => zmq.clone(),
+        (EventPlane::Zmq, None) => ZmqOptions::read(&options.env, ring)?,
+        _ => return Ok(None),
+    };
+    Ok(Some(zmq))
 }

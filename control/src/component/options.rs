@@ -17,9 +17,9 @@ use crate::cli::Stop;
 use crate::config::{self, Backend, Drain, Host, Inputs, Main, Problem, Purpose, Server};
 use crate::discovery::MemoryStore;
 use crate::env::Env;
-use crate::events::EventPlane;
+use crate::events::{EventPlane, ZmqOptions};
 use crate::nats::{NatsOptions, RequestPlane};
-use crate::preflight::{Plan, Planned};
+use crate::preflight::{self, Plan, Planned};
 
 /// Receive buffers of a shard: it needs fewer than a router's.
 const BUFFERS: u16 = 1024;
@@ -52,6 +52,7 @@ pub struct Options {
     pub(super) checks: Checks,
     pub(super) calls: Settings,
     pub(super) events: EventPlane,
+    pub(super) zmq: Option<ZmqOptions>,
     pub(super) nats: NatsOptions,
     pub(super) request_plane: RequestPlane,
     pub(super) env: Env,
@@ -252,12 +253,7 @@ impl Options {
         drain: Drain,
         env: &Env,
     ) -> Result<Options> {
-        let io = match env.get("CORELANE_IO") {
-            Some(text) => text
-                .parse::<host::Io>()
-                .map_err(|error| Stop::Usage(error.to_string()))?,
-            None => host::Io::Auto,
-        };
+        let io = preflight::wanted_io(env)?;
         let codec = match env.get("DYN_REQUEST_PLANE_CODEC").map(str::trim) {
             Some("json") => PayloadCodec::Json,
             _ => PayloadCodec::MessagePack,
@@ -283,6 +279,7 @@ impl Options {
             checks: Checks::from_env(env)?,
             calls: settings(env)?,
             events: EventPlane::read(env)?,
+            zmq: None,
             nats: NatsOptions::read(env)?,
             // Another word has been an error of the configuration.
             request_plane: RequestPlane::read(env).unwrap_or_default(),
@@ -408,6 +405,13 @@ impl Options {
     #[must_use]
     pub fn events(mut self, plane: EventPlane) -> Self {
         self.events = plane;
+        self
+    }
+
+    /// How events go over ZMQ; as `DYN_ZMQ_*` and `DYN_EVENT_PLANE_HOST` say unless it is said.
+    #[must_use]
+    pub fn zmq(mut self, options: ZmqOptions) -> Self {
+        self.zmq = Some(options);
         self
     }
 

@@ -17,10 +17,12 @@ use std::time::{Duration, Instant};
 
 use corelane_codec::discovery::DeviceType;
 use corelane_codec::path::EndpointId;
+use corelane_engine::shard::Command;
 use corelane_engine::stats::Cell;
 use tokio::sync::{oneshot, watch};
 use tokio::task::spawn_local;
 
+use crate::cores::Cores;
 use crate::discovery::{Discovery, Freshness};
 use crate::watch::{Instance, InstanceWatch};
 
@@ -87,6 +89,11 @@ impl Member {
     pub(super) fn is_overloaded(&self, now_ns: u64) -> bool {
         self.busy.load(Ordering::Relaxed)
             || self.overloaded_until_ns.load(Ordering::Relaxed) > now_ns
+    }
+
+    /// Whether calls to that instance come here.
+    fn is_behind(&self, other: &Instance) -> bool {
+        (self.instance.address, &self.instance.path) == (other.address, &other.path)
     }
 
     pub(super) fn is_cpu(&self) -> bool {
@@ -185,9 +192,10 @@ impl Watched {
     }
 
     /// Takes over what discovery lists. Members that stay keep their load; every change gives all
-    /// another chance.
-    fn take(&self, instances: Vec<Instance>, fresh: bool) {
+    /// another chance. Answers those that have left.
+    fn take(&self, instances: Vec<Instance>, fresh: bool) -> Vec<Arc<Member>> {
         let mut members = self.lock();
+        let mut left = Vec::new();
         let same = members.len() == instances.len()
             && members
                 .iter()
@@ -205,6 +213,9 @@ impl Watched {
                 }
             };
             let next: Members = instances.into_iter().map(member).collect();
+            let stays = |member: &Member| next.iter().any(|one| one.is_behind(&member.instance));
+            let gone = members.iter().filter(|member| !stays(member));
+            left.extend(gone.cloned());
             tracing::info!(endpoint = %self.id, instances = next.len(), "instances changed");
             *members = next;
         }
@@ -216,6 +227,7 @@ impl Watched {
             self.version.fetch_add(1, Ordering::Release);
             self.changed.send_modify(|count| *count += 1);
         }
+        left
     }
 }
 
@@ -225,6 +237,7 @@ pub(super) struct Registry(Rc<Entries>);
 
 struct Entries {
     discovery: Discovery,
+    cores: Rc<Cores>,
     /// Where instances on NATS are dialled.
     gateway: Option<SocketAddr>,
     shards: usize,
@@ -234,11 +247,13 @@ struct Entries {
 impl Registry {
     pub(super) fn new(
         discovery: &Discovery,
+        cores: &Rc<Cores>,
         shards: usize,
         gateway: Option<SocketAddr>,
     ) -> Registry {
         Registry(Rc::new(Entries {
             discovery: discovery.clone(),
+            cores: Rc::clone(cores),
             gateway,
             shards,
             watched: RefCell::default(),
@@ -256,7 +271,8 @@ impl Registry {
         let watched = Arc::new(watched);
         entries.insert(id.clone(), Arc::downgrade(&watched));
         let watch = InstanceWatch::new(&self.0.discovery, id).over_nats(self.0.gateway);
-        spawn_local(follow(watch, Arc::downgrade(&watched), gone));
+        let cores = Rc::clone(&self.0.cores);
+        spawn_local(follow(watch, Arc::downgrade(&watched), cores, gone));
         watched
     }
 
@@ -275,7 +291,12 @@ impl Registry {
     }
 }
 
-async fn follow(mut watch: InstanceWatch, watched: Weak<Watched>, mut gone: oneshot::Receiver<()>) {
+async fn follow(
+    mut watch: InstanceWatch,
+    watched: Weak<Watched>,
+    cores: Rc<Cores>,
+    mut gone: oneshot::Receiver<()>,
+) {
     loop {
         tokio::select! {
             () = watch.changed() => {}
@@ -285,7 +306,17 @@ async fn follow(mut watch: InstanceWatch, watched: Weak<Watched>, mut gone: ones
             return;
         };
         let fresh = watch.freshness() == Freshness::Fresh;
-        watched.take(watch.instances(), fresh);
+        let left = watched.take(watch.instances(), fresh);
+        drop(watched);
+        // Whoever waits for one of these may wait in vain.
+        for member in left.iter().filter(|member| member.load() > 0) {
+            let Instance { address, path, .. } = &member.instance;
+            let left = || Command::InstanceLeft {
+                address: *address,
+                path: path.clone(),
+            };
+            cores.tell(left).await;
+        }
     }
 }
 

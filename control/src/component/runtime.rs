@@ -18,6 +18,7 @@ use anyhow::{Context, Result};
 use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::error::DynamoError;
 use corelane_codec::path::{EndpointId, Reference, instance_path, parse_instance_path};
+use corelane_engine::config::RingKind;
 use corelane_engine::ends::{Ends, HomeAddress};
 use corelane_engine::mesh::budget::Budget;
 use corelane_engine::shard::Command;
@@ -138,7 +139,10 @@ impl Runtime {
         cores.started().await?;
         let address = SocketAddr::new(options.server.advertised(), cores.address().port());
         let paths = Paths::new(&cores);
-        let opened = match Opened::open(&options, &paths, cores.address()).await {
+        // There is at least one shard.
+        let ring = plan.shards.first().map(|shard| shard.config.ring);
+        let ring = ring.unwrap_or(RingKind::Epoll);
+        let opened = match Opened::open(&options, &paths, cores.address(), ring).await {
             Ok(opened) => opened,
             Err(error) => {
                 cores.stop().await;
@@ -157,7 +161,7 @@ impl Runtime {
         }
         let stopped = watch::Sender::new(false);
         let gateway = requests.as_ref().map(Requests::gateway);
-        let registry = Registry::new(&discovery, shards, gateway);
+        let registry = Registry::new(&discovery, &cores, shards, gateway);
         let runtime = Runtime(Rc::new(Inner {
             hub: Hub::new(&cores, stopped.subscribe()),
             options,
@@ -398,6 +402,8 @@ impl Runtime {
             nats.close().await;
         }
         inner.discovery.close().await;
+        // Nobody is led to our publishers any more.
+        inner.events.close().await;
         tracing::info!("drain: left the store");
         for serving in &serving {
             serving.entry.turn(State::Deregistered);

@@ -12,7 +12,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -130,20 +130,27 @@ impl Server {
         if !bound.is_unspecified() {
             return bound;
         }
-        let (any, far, loopback) = match bound {
-            IpAddr::V4(_) => ("0.0.0.0:0", "192.0.2.1:9", "127.0.0.1"),
-            IpAddr::V6(_) => ("[::]:0", "[2001:db8::1]:9", "::1"),
-        };
-        // Connecting a datagram socket only looks up the route.
-        let routed = std::net::UdpSocket::bind(any).and_then(|socket| {
-            socket.connect(far)?;
-            socket.local_addr()
-        });
-        match routed {
-            Ok(local) if !local.ip().is_unspecified() => local.ip(),
-            _ => value::ip(loopback).unwrap_or(bound),
-        }
+        routed(bound).unwrap_or(match bound {
+            IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+            IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+        })
     }
+}
+
+/// The address from which this machine would send to the outside, of the family of `any`; nothing
+/// is sent. `None` where there is no way out.
+pub(crate) fn routed(any: IpAddr) -> Option<IpAddr> {
+    let (any, far) = match any {
+        IpAddr::V4(_) => ("0.0.0.0:0", "192.0.2.1:9"),
+        IpAddr::V6(_) => ("[::]:0", "[2001:db8::1]:9"),
+    };
+    // Connecting a datagram socket only looks up the route.
+    let local = std::net::UdpSocket::bind(any).and_then(|socket| {
+        socket.connect(far)?;
+        socket.local_addr()
+    });
+    let local = local.ok().map(|local| local.ip());
+    local.filter(|local| !local.is_unspecified())
 }
 
 /// How responses travel: `response_plane`, `relay_plane`, `quic_batch_us` and `quic_buffer_items`

@@ -34,6 +34,8 @@ use serde_json::value::RawValue;
 use thiserror::Error;
 use tokio::sync::watch;
 
+use crate::config::{self, Backend};
+
 pub use etcd::EtcdDiscovery;
 pub use etcd_options::{BeforeRegister, EtcdAuth, EtcdOptions};
 pub use file::{FileDiscovery, FileOptions};
@@ -313,6 +315,29 @@ impl Discovery {
     pub fn watch<T: 'static>(&self, prefix: &str, parse: watched::Parse<T>) -> Watch<T> {
         each!(self, backend => backend.watch(prefix, parse))
     }
+}
+
+/// Opens what the configuration says: our own memory is `store`, and `before_register` is etcd's.
+///
+/// # Errors
+/// The store cannot be reached.
+pub(crate) async fn open(
+    config: &config::Discovery,
+    store: &MemoryStore,
+    before_register: Option<BeforeRegister>,
+) -> anyhow::Result<Discovery> {
+    let lookup = |name: &str| config.variable(name);
+    Ok(match config.backend {
+        Backend::Memory => Discovery::Memory(MemoryDiscovery::new(store)),
+        Backend::File => Discovery::File(FileDiscovery::open(FileOptions::from_env(lookup)).await?),
+        Backend::Etcd => {
+            let mut settings = EtcdOptions::from_env(lookup)?;
+            settings.before_register = before_register;
+            let endpoints = settings.endpoints.join(",");
+            tracing::info!(endpoints, "connecting to etcd");
+            Discovery::Etcd(EtcdDiscovery::connect(settings).await?)
+        }
+    })
 }
 
 /// A random identity for stores that grant none; positive as an `i64`, like etcd's lease ids.

@@ -52,6 +52,11 @@ impl Env {
             .filter(|value| !value.trim().is_empty())
     }
 
+    /// A value as it stands, also an empty one.
+    pub fn said(&self, name: &str) -> Option<&str> {
+        self.values.get(name).map(String::as_str)
+    }
+
     /// Whether a switch is on: 1, true, on or yes (`spec/request-plane.md` §13).
     pub fn is_on(&self, name: &str) -> bool {
         self.get(name).is_some_and(is_truthy)

@@ -11,8 +11,7 @@ use super::table::Variable;
 // part's variables on.
 
 const NATS: Standing = Honoured;
-const EVENTS: Standing =
-    NotHonoured("a router neither publishes nor subscribes; [events] makes it a broker");
+const EVENTS: Standing = Honoured;
 const KUBERNETES: Standing = NotHonoured("Kubernetes discovery is not in this version");
 const OTEL: Standing = match cfg!(feature = "otel") {
     true => Honoured,
@@ -124,15 +123,16 @@ pub const VARIABLES: &[Variable] = variables! {
             NotHonoured("a router has no work queues"), "is how long streams keep messages";
     }
     "event plane" {
-        "DYN_EVENT_PLANE", "zmq", "zmq or nats",
-            NotHonoured("a router has no events of its own; the component API publishes over nats"),
-            "is the transport of events";
+        "DYN_EVENT_PLANE", "zmq", "zmq, nats or none", EVENTS, "is the transport of events";
         "DYN_EVENT_PLANE_CODEC", "unused", "json or msgpack",
             NotHonoured("it does nothing in Dynamo either"), "does nothing";
-        "DYN_EVENT_PLANE_HOST", "auto", "IP address", EVENTS, "is advertised to subscribers";
+        "DYN_EVENT_PLANE_HOST", "auto", "IP address or network interface", EVENTS,
+            "is advertised to subscribers";
         "DYN_ZMQ_EVENT_SUBSCRIBER_CHANNEL_CAPACITY", "100000", "events", EVENTS,
             "bounds events that wait";
-        "DYN_ZMQ_IO_THREADS", "4", "threads", EVENTS, "are the I/O threads of ZMQ";
+        "DYN_ZMQ_IO_THREADS", "4", "threads",
+            NotHonoured("one thread moves all events of a process"),
+            "are the I/O threads of ZMQ";
         "DYN_ZMQ_BROKER_URL", "unset", "URL", EVENTS, "names a broker between both sides";
         "DYN_ZMQ_BROKER_ENABLED", "off", "switch", EVENTS, "looks that broker up in discovery";
         "DYN_ROUTER_ZMQ_ENDPOINTS_PER_SUB", "1", "endpoints", KV_ROUTER,

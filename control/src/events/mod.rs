@@ -1,8 +1,8 @@
-//! The event plane for programs: publishers and subscribers of a scope and a topic, on NATS
-//! (spec/events-discovery.md §3).
+//! The event plane for programs: publishers and subscribers of a scope and a topic, over ZMQ or
+//! NATS (spec/events-discovery.md §3).
 //!
 //! ```text
-//! publisher --envelope--> NATS subject --> subscriber --> Event
+//! publisher --envelope--> NATS subject, or ZMQ directly or by a broker --> subscriber --> Event
 //!     '--> discovery: v1/event_channels/... (and v1/event_sources/... for KV events)
 //! ```
 //! Events are best effort everywhere in Dynamo: a subscriber misses what was sent before it was
@@ -10,22 +10,32 @@
 
 mod losses;
 mod publisher;
+pub(crate) mod reports;
+mod seen;
 mod subscriber;
+mod tap;
+mod zmq;
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use corelane_codec::event::Scope;
 use corelane_codec::event::typed::PayloadError;
 use corelane_codec::{EncodeError, event};
+use corelane_engine::events::stats::Stats;
 use thiserror::Error;
 
 pub use losses::Losses;
 pub use publisher::Publisher;
 pub use subscriber::{Event, Subscriber};
+pub use tap::{Tap, Tapped};
+pub(crate) use zmq::BROKER_COMPONENT;
+pub use zmq::{AddressError, BrokerUrl, Via, ZmqOptions};
 
 use crate::discovery::{Discovery, DiscoveryError};
 use crate::env::Env;
 use crate::nats::{Nats, NatsError};
+use zmq::Zmq;
 
 /// Which transport events take.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -34,7 +44,7 @@ pub enum EventPlane {
     Off,
     /// A NATS server.
     Nats,
-    /// ZMQ, Dynamo's default; not there yet, so who publishes or subscribes is told.
+    /// ZMQ, Dynamo's default: from publishers to subscribers, or through brokers.
     #[default]
     Zmq,
 }
@@ -61,24 +71,43 @@ impl EventPlane {
 #[derive(Debug, Error)]
 pub enum EventsError {
     /// `DYN_EVENT_PLANE` has another value.
-    #[error("DYN_EVENT_PLANE: {0:?} is none; write nats or none")]
+    #[error("DYN_EVENT_PLANE: {0:?} is none; write zmq, nats or none")]
     UnknownPlane(String),
     /// Events are off.
-    #[error("events are switched off; set DYN_EVENT_PLANE=nats")]
+    #[error("events are switched off; set DYN_EVENT_PLANE to zmq or nats")]
     Off,
-    /// They would go over ZMQ.
-    #[error("there are no events over ZMQ here; set DYN_EVENT_PLANE=nats, or none")]
-    NoZmq,
     /// No contact with NATS.
     #[error(transparent)]
     Nats(#[from] NatsError),
     /// The connection refuses what is sent.
     #[error("NATS: {0}")]
     Send(String),
-    /// The event is larger than the server takes.
-    #[error("an event of {bytes} bytes; the server takes {max_bytes}")]
+    /// An address of ZMQ cannot be used.
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    /// Nobody is registered who passes events on.
+    #[error(
+        "no broker of events is registered in namespace {0:?}; start one (corelane serve with \
+         broker = true under [events]), name one in DYN_ZMQ_BROKER_URL, or unset \
+         DYN_ZMQ_BROKER_ENABLED"
+    )]
+    NoBroker(String),
+    /// No socket for a publisher.
+    #[error("cannot listen for subscribers: {0}")]
+    Bind(std::io::Error),
+    /// No thread for events.
+    #[error("cannot start the event plane: {0}")]
+    Plane(std::io::Error),
+    /// The thread of the event plane does not keep up, or a subscriber does not read.
+    #[error("the event plane does not keep up with what is published; publish less at a time")]
+    Busy,
+    /// The event plane has been stopped.
+    #[error("the event plane has been stopped")]
+    Closed,
+    /// The event is larger than can be sent.
+    #[error("an event of {bytes} bytes; at most {max_bytes} can be sent")]
     TooLarge {
-        /// Its envelope.
+        /// Its envelope, or all of its message.
         bytes: usize,
         /// The bound.
         max_bytes: usize,
@@ -98,10 +127,10 @@ pub enum EventsError {
 }
 
 /// What events go over.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 enum Transport {
     Off,
-    Zmq,
+    Zmq(Zmq),
     Nats(Nats),
 }
 
@@ -121,9 +150,10 @@ impl Events {
         Events::of(discovery, Transport::Off)
     }
 
-    /// Events that would go over ZMQ.
-    pub fn zmq(discovery: &Discovery) -> Events {
-        Events::of(discovery, Transport::Zmq)
+    /// Events over ZMQ; publishers are registered and found in `discovery`. A thread for them is
+    /// started with the first publisher or subscriber.
+    pub fn zmq(discovery: &Discovery, options: ZmqOptions) -> Events {
+        Events::of(discovery, Transport::Zmq(Zmq::new(options)))
     }
 
     /// Events over a connection to NATS; publishers are registered in `discovery`.
@@ -142,17 +172,48 @@ impl Events {
     /// until its last clone is dropped.
     ///
     /// # Errors
-    /// The store can never hold its record, or the process is leaving it.
+    /// The store can never hold its record, or the process is leaving it; there is no broker
+    /// where one is asked for; no port or thread is to be had.
     pub async fn publisher(&self, scope: &Scope, topic: &str) -> Result<Publisher, EventsError> {
         Publisher::open(&self.0.discovery, &self.0.transport, scope, topic).await
     }
 
-    /// Everything that is published from now on with this scope and topic, by anybody.
+    /// Everything that is published from now on with this scope and topic, by anybody. Over ZMQ
+    /// that is from when its connection to the publisher or broker stands, which is not waited for.
     ///
     /// # Errors
-    /// Events are off, or the connection is closed.
+    /// Events are off, the connection is closed, or there is no broker where one is asked for.
     pub async fn subscriber(&self, scope: &Scope, topic: &str) -> Result<Subscriber, EventsError> {
-        Subscriber::open(&self.0.transport, scope, topic).await
+        Subscriber::open(&self.0.discovery, &self.0.transport, scope, topic).await
+    }
+
+    /// What is published, as it came: on one topic or all, of one scope (not what is below it) or
+    /// all.
+    ///
+    /// # Errors
+    /// As [`Events::subscriber`].
+    pub async fn tap(
+        &self,
+        scope: Option<&Scope>,
+        topic: Option<&str>,
+    ) -> Result<Tap, EventsError> {
+        Tap::open(&self.0.discovery, &self.0.transport, scope, topic).await
+    }
+
+    /// Ends what goes over ZMQ; what waits for others is given a second. Publishers and
+    /// subscribers that are left get an error, or the end.
+    pub async fn close(&self) {
+        if let Transport::Zmq(zmq) = &self.0.transport {
+            zmq.close().await;
+        }
+    }
+
+    /// The counters of what goes over ZMQ, once anything does.
+    pub fn stats(&self) -> Option<Arc<Stats>> {
+        match &self.0.transport {
+            Transport::Zmq(zmq) => zmq.stats(),
+            Transport::Off | Transport::Nats(_) => None,
+        }
     }
 }
 

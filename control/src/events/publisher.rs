@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use corelane_codec::event::{
     CHANNELS_BUCKET, Envelope, EventChannelRecord, EventKey, EventSourceRecord, EventTransport,
@@ -13,8 +13,9 @@ use serde::Serialize;
 use tokio::sync::oneshot;
 use tokio::task::spawn_local;
 
+use super::zmq;
 use super::{EventsError, Transport};
-use crate::discovery::{Discovery, Entry, Record, random_id};
+use crate::discovery::{Discovery, Entry, Record, Registered, random_id};
 use crate::nats::Nats;
 
 /// Ids of publishers have 53 bits, so that every JSON reader holds them.
@@ -36,6 +37,7 @@ struct Inner {
 enum Outlet {
     Nowhere,
     Nats { nats: Nats, subject: String },
+    Zmq(zmq::Outlet),
 }
 
 impl Publisher {
@@ -50,9 +52,14 @@ impl Publisher {
             topic: topic.to_owned(),
             publisher_id: random_id() & ID_MAX,
         };
+        let mut own = None;
         let (outlet, channel) = match transport {
             Transport::Off => (Outlet::Nowhere, None),
-            Transport::Zmq => return Err(EventsError::NoZmq),
+            Transport::Zmq(zmq) => {
+                let (outlet, channel, mine) = zmq.outlet(discovery, &key).await?;
+                own = Some(mine);
+                (Outlet::Zmq(outlet), channel)
+            }
             Transport::Nats(nats) => {
                 let subject_prefix = scope.subject_prefix();
                 let outlet = Outlet::Nats {
@@ -64,10 +71,15 @@ impl Publisher {
             }
         };
         let (alive, gone) = oneshot::channel();
-        if let Some(channel) = channel {
-            discovery.register(channel_record(&key, channel)).await?;
-            spawn_local(withdraw(discovery.clone(), key.clone(), gone));
+        let registered = match channel {
+            Some(channel) => discovery.register(channel_record(&key, channel)).await,
+            None => Ok(Registered::Stored),
+        };
+        // A door that nobody can be told of is shut again: `gone` is over at once then.
+        if !matches!(outlet, Outlet::Nowhere) {
+            spawn_local(withdraw(discovery.clone(), key.clone(), gone, own));
         }
+        registered?;
         Ok(Publisher(Arc::new(Inner {
             key,
             sequence: AtomicU64::new(0),
@@ -124,18 +136,14 @@ impl Publisher {
         self.publish_bytes(&typed::to_payload(event)?).await
     }
 
-    /// Publishes a payload as it is. Waits while too much waits for the connection; that it
-    /// arrives anywhere is not known to anybody.
+    /// Publishes a payload as it is. Waits while too much waits for the connection, or for the
+    /// thread of the event plane; that it arrives anywhere is not known to anybody.
     ///
     /// # Errors
-    /// The event is larger than the server takes, or the connection is closed. Its number is used
-    /// up all the same.
+    /// The event is larger than can be sent, or the connection or plane is closed. Its number is
+    /// used up all the same.
     pub async fn publish_bytes(&self, payload: &[u8]) -> Result<(), EventsError> {
         let sequence = self.0.sequence.fetch_add(1, Ordering::Relaxed);
-        let Outlet::Nats { nats, subject } = &self.0.outlet else {
-            return Ok(());
-        };
-        let mut bytes = Vec::new();
         let envelope = Envelope {
             publisher_id: self.0.key.publisher_id,
             sequence,
@@ -143,25 +151,46 @@ impl Publisher {
             topic: &self.0.key.topic,
             payload,
         };
-        envelope.write(&mut bytes)?;
-        let max_bytes = nats.message_bytes_max();
-        if bytes.len() > max_bytes {
-            let bytes = bytes.len();
-            return Err(EventsError::TooLarge { bytes, max_bytes });
+        match &self.0.outlet {
+            Outlet::Nowhere => Ok(()),
+            Outlet::Zmq(outlet) => outlet.send(&envelope).await,
+            Outlet::Nats { nats, subject } => {
+                let mut bytes = Vec::new();
+                envelope.write(&mut bytes)?;
+                let max_bytes = nats.message_bytes_max();
+                if bytes.len() > max_bytes {
+                    let bytes = bytes.len();
+                    return Err(EventsError::TooLarge { bytes, max_bytes });
+                }
+                let sent = nats.client().publish(subject.clone(), bytes.into()).await;
+                sent.map_err(|error| EventsError::Send(error.to_string()))
+            }
         }
-        let sent = nats.client().publish(subject.clone(), bytes.into()).await;
-        sent.map_err(|error| EventsError::Send(error.to_string()))
     }
 
-    /// Waits until the server has got what was published.
+    /// Waits until the server has got what was published, or sockets have taken it.
     ///
     /// # Errors
-    /// The connection is closed.
+    /// The connection or plane is closed, or a subscriber does not read for a minute.
     pub async fn flush(&self) -> Result<(), EventsError> {
-        let Outlet::Nats { nats, .. } = &self.0.outlet else {
-            return Ok(());
-        };
-        Ok(nats.settled().await?)
+        match &self.0.outlet {
+            Outlet::Nowhere => Ok(()),
+            Outlet::Zmq(outlet) => outlet.flush().await,
+            Outlet::Nats { nats, .. } => Ok(nats.settled().await?),
+        }
+    }
+
+    /// Waits until somebody is there to get what is published, for so long at most: over ZMQ what
+    /// is published before that is lost. Over NATS nobody knows, and the answer is yes at once.
+    ///
+    /// # Errors
+    /// The plane is closed.
+    pub async fn is_wanted(&self, within: Duration) -> Result<bool, EventsError> {
+        match &self.0.outlet {
+            Outlet::Nowhere => Ok(false),
+            Outlet::Nats { .. } => Ok(true),
+            Outlet::Zmq(outlet) => outlet.is_wanted(within).await,
+        }
     }
 }
 
@@ -207,10 +236,18 @@ fn source_record(key: &EventKey, endpoint: EndpointId, dp_rank: u32) -> Record {
     })
 }
 
-/// Takes the records of a publisher back when it is gone.
-async fn withdraw(discovery: Discovery, key: EventKey, gone: oneshot::Receiver<()>) {
+/// Takes the records of a publisher back when it is gone, and shuts its door.
+async fn withdraw(
+    discovery: Discovery,
+    key: EventKey,
+    gone: oneshot::Receiver<()>,
+    own: Option<zmq::Own>,
+) {
     // Nothing is ever sent.
     let _ = gone.await;
     discovery.unregister(&source_name(&key)).await;
     discovery.unregister(&channel_name(&key)).await;
+    if let Some(own) = own {
+        own.shut().await;
+    }
 }

@@ -369,6 +369,10 @@ impl Etcd {
         self.child.wait().unwrap();
     }
 
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
     /// On the same data, or on none.
     pub fn restart(&mut self, keep_data: bool) {
         if !keep_data {

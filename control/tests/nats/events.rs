@@ -129,7 +129,7 @@ fn what_is_no_event_is_told_and_the_next_ones_come() {
         assert_eq!(subscriber.next().await.unwrap().unwrap().sequence, 5);
         assert_eq!(subscriber.next().await.unwrap().unwrap().sequence, 5);
         let losses = subscriber.losses();
-        assert_eq!((losses.lost, losses.repeated_or_late), (4, 1));
+        assert_eq!((losses.lost, losses.late, losses.duplicate), (4, 0, 1));
         assert_eq!(losses.unreadable, 3);
     });
 }
@@ -249,6 +249,7 @@ fn command(server: &NatsServer, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_corelane"));
     command.arg("events").args(args).env_clear();
     command.env("NATS_SERVER", server.url("nats"));
+    command.env("DYN_EVENT_PLANE", "nats");
     command.stdin(Stdio::null()).stderr(Stdio::null());
     command
 }

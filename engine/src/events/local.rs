@@ -5,8 +5,7 @@ use corelane_codec::zmtp::{self, Event};
 use super::memory::Slice;
 use super::plane::{DialState, Plane};
 use super::session::{Memo, Source};
-use super::{Command, Group, LocalEvent, fan_out, take};
-use crate::mesh::Sender;
+use super::{Command, Group, LocalEvent, Sink, asks, fan_out, take};
 use crate::ring::Ring;
 
 /// Members of the trie from here on are consumers of this process, not sessions.
@@ -17,8 +16,8 @@ pub(super) struct Consumer {
     consumer: u64,
     group: Group,
     prefixes: Vec<Vec<u8>>,
-    events: Sender<LocalEvent>,
-    /// Something was queued since it was woken.
+    events: Box<dyn Sink>,
+    /// It stands in the list of those who are to be woken.
     has_news: bool,
 }
 
@@ -74,6 +73,13 @@ pub(super) fn obey<R: Ring>(plane: &mut Plane<R>, command: Command) {
             subscribe(plane, entry);
         }
         Command::Unsubscribe { consumer } => unsubscribe(plane, consumer),
+        Command::Shut { group } => plane.shut(group),
+        Command::Ask {
+            group,
+            until,
+            within,
+            answer,
+        } => asks::ask(plane, group, until, within, answer),
         Command::Publish { group, event } => publish(plane, group, &event),
         Command::Stop => {}
     }
@@ -148,23 +154,23 @@ fn publish<R: Ring>(plane: &mut Plane<R>, group: Group, event: &LocalEvent) {
 /// Whole events that follow each other, for a task.
 pub(super) fn deliver_run<R: Ring>(plane: &mut Plane<R>, member: u32, slice: Slice) {
     let max_bytes = plane.config.event_bytes_max as usize;
-    let mut rest = plane.memory.bytes(slice);
-    let Some(Some(consumer)) = plane.consumers.get_mut((member - CONSUMERS) as usize) else {
+    let place = (member - CONSUMERS) as usize;
+    let Some(Some(consumer)) = plane.consumers.get_mut(place) else {
         return;
     };
+    let mut rest = plane.memory.bytes(slice);
+    let mut dropped = 0;
     while let Some(event) = zmtp::decode_event(rest, max_bytes) {
-        let delivered = consumer.events.push(LocalEvent {
+        let delivered = consumer.events.take(LocalEvent {
             subject: rest[event.subject_at..][..event.subject_bytes].to_vec(),
             publisher_id: event.publisher_id,
             sequence: event.sequence,
             frame: rest[event.frame_at..event.end].to_vec(),
         });
-        consumer.has_news = true;
-        if delivered.is_err() {
-            plane.stats.plane.events_dropped_local.add(1);
-        }
+        dropped += u64::from(!delivered);
         rest = &rest[event.end..];
     }
+    delivered(plane, place, dropped);
 }
 
 /// An event in pieces, for a task.
@@ -175,7 +181,8 @@ pub(super) fn deliver_pieces<R: Ring>(
     pieces: &[Slice],
     event: &Event,
 ) {
-    let Some(Some(consumer)) = plane.consumers.get_mut((member - CONSUMERS) as usize) else {
+    let place = (member - CONSUMERS) as usize;
+    let Some(Some(consumer)) = plane.consumers.get_mut(place) else {
         return;
     };
     let mut frame = Vec::with_capacity(event.end);
@@ -183,22 +190,30 @@ pub(super) fn deliver_pieces<R: Ring>(
         frame.extend_from_slice(plane.memory.bytes(*piece));
     }
     frame.drain(..event.frame_at);
-    let delivered = consumer.events.push(LocalEvent {
+    let taken = consumer.events.take(LocalEvent {
         subject: memo.subject.clone(),
         publisher_id: event.publisher_id,
         sequence: event.sequence,
         frame,
     });
-    consumer.has_news = true;
-    if delivered.is_err() {
-        plane.stats.plane.events_dropped_local.add(1);
+    delivered(plane, place, u64::from(!taken));
+}
+
+fn delivered<R: Ring>(plane: &mut Plane<R>, place: usize, dropped: u64) {
+    plane.stats.plane.events_dropped_local.add(dropped);
+    if let Some(Some(consumer)) = plane.consumers.get_mut(place)
+        && !std::mem::replace(&mut consumer.has_news, true)
+    {
+        plane.news.push(place);
     }
 }
 
 /// Once a turn, whatever has come.
 pub(super) fn wake_consumers<R: Ring>(plane: &mut Plane<R>) {
-    for consumer in plane.consumers.iter_mut().flatten() {
-        if std::mem::take(&mut consumer.has_news) {
+    for place in plane.news.drain(..) {
+        if let Some(Some(consumer)) = plane.consumers.get_mut(place)
+            && std::mem::take(&mut consumer.has_news)
+        {
             consumer.events.wake();
         }
     }

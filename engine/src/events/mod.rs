@@ -17,7 +17,9 @@
 //! their requests would wait behind bursts of events.
 
 use std::net::{SocketAddr, TcpListener};
+use std::time::Duration;
 
+mod asks;
 mod fan_out;
 mod incoming;
 mod local;
@@ -134,6 +136,38 @@ pub struct LocalEvent {
     pub frame: Vec<u8>,
 }
 
+/// Where the events of a subscription of this process go. It is called on the plane's thread, which
+/// it must not hold up.
+pub trait Sink: Send {
+    /// Takes an event. `false`: there is no room for it; it is dropped and counted.
+    fn take(&mut self, event: LocalEvent) -> bool;
+
+    /// Called once after everything that a turn of the plane has brought.
+    fn wake(&mut self) {}
+}
+
+impl Sink for Sender<LocalEvent> {
+    fn take(&mut self, event: LocalEvent) -> bool {
+        self.push(event).is_ok()
+    }
+
+    fn wake(&mut self) {
+        Sender::wake(self);
+    }
+}
+
+/// What somebody waits for, see [`Command::Ask`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Until {
+    /// Nothing waits for the group's subscribers any more.
+    Sent,
+    /// A subscriber of the group wants something.
+    Wanted,
+}
+
+/// Told whether what was waited for has come.
+pub type Answer = Box<dyn FnOnce(bool) + Send>;
+
 /// Which side of a session the peer is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
@@ -164,8 +198,13 @@ pub enum Command {
         /// Which one.
         dial: u64,
     },
-    /// Events of this group that begin with one of the prefixes go to this lane. What finds it
-    /// full is dropped and counted.
+    /// Ends the doors of a group, and whoever came in by them once nothing waits for him any more,
+    /// or after a second.
+    Shut {
+        /// Whose doors.
+        group: Group,
+    },
+    /// Events of this group whose subjects begin with one of the prefixes go to this sink.
     Subscribe {
         /// To be named by [`Command::Unsubscribe`].
         consumer: u64,
@@ -174,7 +213,7 @@ pub enum Command {
         /// Which ones.
         prefixes: Vec<Vec<u8>>,
         /// Where to.
-        events: Sender<LocalEvent>,
+        events: Box<dyn Sink>,
     },
     /// Ends it.
     Unsubscribe {
@@ -187,6 +226,17 @@ pub enum Command {
         group: Group,
         /// What.
         event: LocalEvent,
+    },
+    /// Answers once something is so, or when the time is over. Commands before it have been done.
+    Ask {
+        /// Of which group.
+        group: Group,
+        /// What.
+        until: Until,
+        /// How long it is waited for.
+        within: Duration,
+        /// Called on the plane's thread; dropped uncalled if too many ask, or at the end.
+        answer: Answer,
     },
     /// The end: doors are closed, queues are emptied for a second at most.
     Stop,

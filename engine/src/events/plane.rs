@@ -19,7 +19,7 @@ use super::sequence::Sequences;
 use super::session::{HANDSHAKE_NS, Session, Stage};
 use super::stats::Stats;
 use super::subscriptions::Subscriptions;
-use super::{Command, Door, Group, PlaneConfig, Report, Side, local, relief, take};
+use super::{Command, Door, Group, PlaneConfig, Report, Side, asks, local, relief, take};
 use crate::buffers::Buffers;
 use crate::config::RingKind;
 use crate::mesh::{Receiver, Sender};
@@ -33,7 +33,10 @@ const HOUSEKEEPING_NS: u64 = 100_000_000;
 const LINGER_NS: u64 = 1_000_000_000;
 
 pub(super) struct DoorState {
-    pub(super) door: Door,
+    /// `None`: it has been closed, and another may take its place.
+    pub(super) door: Option<Door>,
+    /// It is to be closed as soon as the kernel has let go of it.
+    pub(super) closing: bool,
     pub(super) armed: bool,
     pub(super) again_ns: u64,
 }
@@ -63,6 +66,9 @@ pub(super) struct Plane<R: Ring> {
     pub(super) doors: Vec<DoorState>,
     pub(super) dials: Vec<DialState>,
     pub(super) consumers: Vec<Option<local::Consumer>>,
+    /// Places of consumers that something was delivered to in this turn.
+    pub(super) news: Vec<usize>,
+    pub(super) asks: Vec<asks::Ask>,
     pub(super) subscriptions: Subscriptions,
     pub(super) sequences: Sequences,
     pub(super) queued_bytes: u64,
@@ -105,6 +111,8 @@ impl<R: Ring> Plane<R> {
             doors: Vec::new(),
             dials: Vec::new(),
             consumers: Vec::new(),
+            news: Vec::new(),
+            asks: Vec::new(),
             subscriptions: Subscriptions::new(),
             sequences: Sequences::default(),
             queued_bytes: 0,
@@ -138,12 +146,19 @@ impl<R: Ring> Plane<R> {
         // io_uring waits by itself, and only on blocking sockets.
         let nonblocking = self.config.ring == RingKind::Epoll;
         let _ = door.listener.set_nonblocking(nonblocking);
-        self.doors.push(DoorState {
-            door,
+        let state = DoorState {
+            door: Some(door),
+            closing: false,
             armed: false,
             again_ns: 0,
-        });
-        self.arm(self.doors.len() - 1);
+        };
+        let free = self.doors.iter().position(|state| state.door.is_none());
+        let place = free.unwrap_or(self.doors.len());
+        match self.doors.get_mut(place) {
+            Some(known) => *known = state,
+            None => self.doors.push(state),
+        }
+        self.arm(place);
     }
 
     fn watch_wake(&mut self) {
@@ -176,6 +191,7 @@ impl<R: Ring> Plane<R> {
             self.ring.recycle(buffer);
         }
         local::wake_consumers(self);
+        asks::answer(self);
         self.stats.plane.ticks.add(1);
         Ok(())
     }
@@ -275,7 +291,7 @@ impl<R: Ring> Plane<R> {
         let now_ns = self.now_ns;
         for door in 0..self.doors.len() {
             let state = &self.doors[door];
-            if !state.armed && now_ns >= state.again_ns && !self.stopping {
+            if !state.armed && !state.closing && now_ns >= state.again_ns && !self.stopping {
                 self.arm(door);
             }
         }
@@ -296,6 +312,7 @@ impl<R: Ring> Plane<R> {
         for slot in late {
             self.refuse(slot, "its handshake took longer than 30 s");
         }
+        self.see_off();
         // Those of which the kernel held nothing when they were closed have no completion to come.
         let closed: Vec<u32> = self
             .sessions

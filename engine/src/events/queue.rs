@@ -59,6 +59,8 @@ pub(super) struct Queue {
     bytes: usize,
     messages: usize,
     control_bytes: usize,
+    /// The last run that has left was part of a message that goes on.
+    half: bool,
 }
 
 impl Queue {
@@ -184,7 +186,7 @@ impl Queue {
     fn drop_front(&mut self, memory: &mut Memory) -> u32 {
         // What follows a message that is half sent belongs to it.
         let mut at = 0;
-        if self.flight.back().is_some_and(|run| run.open) {
+        if self.flight.back().map_or(self.half, |run| run.open) {
             at = self.runs.iter().take_while(|run| run.open).count() + 1;
         }
         while self
@@ -250,6 +252,7 @@ impl Queue {
                 break;
             }
             messages += run.messages;
+            self.half = run.open;
             if run.messages == 0 && !run.open {
                 // A command; the parts of a message in pieces are open or end one.
                 self.control_bytes = self.control_bytes.saturating_sub(here);
@@ -437,6 +440,15 @@ mod tests {
         assert_eq!(queue.drop_front(&mut memory), 0);
         assert_eq!(wire(&mut queue, &memory), b"abcd");
         assert_eq!((queue.departed(&mut memory, 4), queue.bytes()), (1, 0));
+        // The first piece has left altogether.
+        queue.push_pieces(&mut memory, &pieces);
+        queue.push(&mut memory, slice(two, 1, 3), 1, 1);
+        let run = queue.runs.pop_front().unwrap();
+        queue.flight.push_back(run);
+        assert_eq!(queue.departed(&mut memory, 3), 0);
+        assert_eq!(queue.drop_front(&mut memory), 1);
+        assert_eq!(wire(&mut queue, &memory), b"d");
+        assert_eq!((queue.departed(&mut memory, 1), queue.bytes()), (1, 0));
         // Dropped whole when nothing of it has been begun; commands never are.
         assert!(queue.push_control(&mut memory, b"PONG"));
         queue.push_pieces(&mut memory, &pieces);

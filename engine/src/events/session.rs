@@ -74,6 +74,8 @@ pub(super) struct Session {
     pub(super) cancelling: bool,
     /// When the handshake began.
     pub(super) since_ns: u64,
+    /// Its door has been shut: it is closed when nothing waits for it, at this time at the latest.
+    pub(super) leave_ns: Option<u64>,
     /// When the send under way began.
     pub(super) send_ns: u64,
     pub(super) send_kind: Kind,
@@ -111,6 +113,7 @@ impl Session {
             slow: false,
             cancelling: false,
             since_ns: 0,
+            leave_ns: None,
             send_ns: 0,
             send_kind: Kind::Send,
             quiet_ns: 0,

@@ -8,7 +8,7 @@ use socket2::{SockRef, TcpKeepalive};
 
 use super::plane::{DialState, Plane};
 use super::session::{Session, Stage, greet};
-use super::{DoorKind, Report, Side};
+use super::{Door, DoorKind, Report, Side};
 use crate::operation::{Kind, Operation};
 use crate::ring::{Event, Handle, Ring, Span};
 use crate::table::NONE;
@@ -18,6 +18,8 @@ const KEEPALIVE: Duration = Duration::from_secs(30);
 /// First pause before a dial is tried again; it doubles up to the last.
 const PAUSE_FIRST_NS: u64 = 100_000_000;
 const PAUSE_LAST_NS: u64 = 5_000_000_000;
+/// Whoever came in by a door that is shut has so long to take what waits for him.
+const LEAVE_NS: u64 = 1_000_000_000;
 /// A pause after an accept that failed, for lack of descriptors for example.
 const ACCEPT_PAUSE_NS: u64 = 100_000_000;
 
@@ -28,19 +30,81 @@ impl<R: Ring> Plane<R> {
 
     /// Asks for connections at a door.
     pub(super) fn arm(&mut self, door: usize) {
-        let listener = self.doors[door].door.listener.as_raw_fd();
-        self.doors[door].armed = true;
+        let state = &mut self.doors[door];
+        let Some(entry) = state.door.as_ref().filter(|_| !state.closing) else {
+            return;
+        };
+        let listener = entry.listener.as_raw_fd();
+        state.armed = true;
         let operation = Operation::new(Kind::Accept, door as u32, 0);
         self.ring.accept(operation, listener);
+    }
+
+    /// Nobody comes in by the doors of this group any more; who is in stays until he has got what
+    /// waits for him.
+    pub(super) fn shut(&mut self, group: super::Group) {
+        for place in 0..self.doors.len() {
+            let state = &mut self.doors[place];
+            let Some(door) = state.door.as_ref().filter(|door| door.group == group) else {
+                continue;
+            };
+            state.closing = true;
+            if state.armed {
+                let fd = door.listener.as_raw_fd();
+                let operation = Operation::new(Kind::Accept, place as u32, 0);
+                self.ring
+                    .cancel_receive(operation, Handle { fd, slot: NONE });
+            } else {
+                self.close_door(place);
+            }
+        }
+        let leave_ns = self.now_ns + LEAVE_NS;
+        for slot in self.sessions.slots().collect::<Vec<u32>>() {
+            let session = &mut self.sessions[slot];
+            if session.group == group && session.dial.is_none() {
+                session.leave_ns = Some(leave_ns);
+            }
+        }
+        self.see_off();
+    }
+
+    fn close_door(&mut self, place: usize) {
+        if let Some(door) = self.doors[place].door.take() {
+            let fd = door.listener.into_raw_fd();
+            self.ring.close(Handle { fd, slot: NONE });
+        }
+    }
+
+    /// Closes those whose doors are shut and for whom nothing waits, or has waited too long.
+    pub(super) fn see_off(&mut self) {
+        let now_ns = self.now_ns;
+        let goes = |session: &Session| {
+            let leaves = |leave_ns| session.queue.is_empty() || now_ns >= leave_ns;
+            !session.closing && session.leave_ns.is_some_and(leaves)
+        };
+        let slots = self.sessions.slots();
+        let going: Vec<u32> = slots.filter(|slot| goes(&self.sessions[*slot])).collect();
+        for slot in going {
+            self.close(slot);
+        }
     }
 
     pub(super) fn accepted(&mut self, door: u32, event: Event) {
         let Some(entry) = self.doors.get_mut(door as usize) else {
             return;
         };
+        if entry.closing {
+            entry.armed = matches!(event, Event::Accepted { more: true, .. });
+            if !entry.armed {
+                self.close_door(door as usize);
+            }
+            return;
+        }
+        let Some(Door { kind, group, .. }) = entry.door else {
+            return;
+        };
         match event {
             Event::Accepted { socket, more } => {
-                let (kind, group) = (entry.door.kind, entry.door.group);
                 entry.armed = more;
                 if !more && !self.stopping {
                     self.arm(door as usize);
@@ -230,6 +294,8 @@ impl<R: Ring> Plane<R> {
         self.stats.plane.events_sent.add(events);
         if !session.queue.is_empty() && !session.closing {
             self.mark(slot);
+        } else if session.leave_ns.is_some() {
+            self.close(slot);
         }
     }
 
@@ -268,6 +334,12 @@ impl<R: Ring> Plane<R> {
     /// The end of the plane: peers see it at once. The ring, which may still hold operations, goes
     /// before the memory they work on.
     pub(super) fn hang_up(&mut self) {
+        // An accept under way holds its socket until the kernel has taken the ring down, which may
+        // be a while after us; who comes next is to have the port at once.
+        for door in self.doors.iter().filter_map(|state| state.door.as_ref()) {
+            let (fd, slot) = (door.listener.as_raw_fd(), NONE);
+            self.ring.shutdown(Handle { fd, slot });
+        }
         for slot in self.sessions.slots().collect::<Vec<u32>>() {
             let handle = self.sessions[slot].handle;
             self.ring.shutdown(handle);

@@ -4,12 +4,12 @@
 //! looked at in place; neighbours that go to the same subscribers are one [`Run`] from here on.
 //! An event that a boundary of buffers cuts through is walked over, frame by frame.
 
+use corelane_codec::event::Verdict;
 use corelane_codec::zmtp::{self, Event, EventFault, Walk};
 use corelane_codec::{Bad, Decoded};
 
 use super::memory::Slice;
 use super::plane::Plane;
-use super::sequence::Verdict;
 use super::session::{self, Memo, Small, Source, Stage};
 use super::{Report, Side, fan_out, wishes};
 use crate::ring::Ring;

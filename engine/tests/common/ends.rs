@@ -7,7 +7,7 @@ use std::future::poll_fn;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::rc::Rc;
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, channel, sync_channel};
 use std::time::{Duration, Instant};
 
 use corelane_codec::call_home::{self, Handshake};
@@ -249,6 +249,26 @@ async fn read(reply: &RefCell<Reply>, say: impl AsyncFn(What)) {
             (None, _) => return,
         }
     }
+}
+
+/// Runs a task on a shard; what it answers.
+pub fn run<T, F, A>(local: &Local, task: F) -> Receiver<T>
+where
+    T: Send + 'static,
+    F: FnOnce(Host) -> A + Send + 'static,
+    A: Future<Output = T> + 'static,
+{
+    let (sender, receiver) = channel();
+    let run = Run::new(move |host| async move {
+        let _ = sender.send(task(host).await);
+    });
+    local.handle.command(Command::Run(run)).unwrap();
+    receiver
+}
+
+/// What a task has answered.
+pub fn answered<T>(receiver: &Receiver<T>) -> T {
+    receiver.recv_timeout(DEADLINE).expect("an answer in time")
 }
 
 /// A call with a short body in JSON.

@@ -200,11 +200,7 @@ impl Worker {
 
     /// As if the process were killed: the listener refuses, the connections are reset.
     pub fn kill(&self) {
-        // SAFETY: shuts a listening socket down; the descriptor stays owned by `listener`.
-        unsafe {
-            use std::os::fd::AsRawFd;
-            libc::shutdown(self.listener.as_raw_fd(), libc::SHUT_RDWR);
-        }
+        rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both).unwrap();
         for stream in self.streams.lock().unwrap().drain(..) {
             let _ = stream.shutdown(std::net::Shutdown::Both);
         }

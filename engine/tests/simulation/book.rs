@@ -1,10 +1,15 @@
 //! Every request of a scenario, and what has become of it.
 
-use corelane_codec::reply_frame::Reply;
-use corelane_codec::request_frame;
+use std::net::SocketAddr;
 
+use corelane_codec::control_message::{self, TcpConnectionInfo};
+use corelane_codec::reply_frame::Reply;
+use corelane_codec::{request_frame, two_part};
+
+use crate::answer::Attempt;
 use crate::common::{envelope, frame_with};
 use crate::dice::Dice;
+use crate::heard::Heard;
 use crate::home::Home;
 
 /// What a request is, and so what may become of it.
@@ -42,11 +47,19 @@ pub struct Entry {
     pub accepted: Vec<Acceptance>,
     pub told: usize,
     pub reply: Option<String>,
+    /// What its caller has heard of a relayed response.
+    pub heard: Heard,
 }
 
 #[derive(Default)]
 pub struct Book {
     pub entries: Vec<Entry>,
+    /// Responses pass through the router.
+    pub relayed: bool,
+    /// How many of 1000 responses do not go well.
+    pub bad_answers: usize,
+    /// What workers have begun to respond.
+    pub attempts: Vec<Attempt>,
 }
 
 /// Frames above this are too large for the router of a scenario.
@@ -103,6 +116,7 @@ impl Book {
             accepted: Vec::new(),
             told: 0,
             reply: None,
+            heard: Heard::default(),
         });
         number
     }
@@ -124,6 +138,24 @@ impl Book {
             "request {number} was changed on its way"
         );
         number
+    }
+
+    /// The same of a payload whose envelope names the router: its body may not have changed. Also
+    /// where the worker calls home, and with which ticket.
+    pub fn recognize_relayed(&self, payload: &[u8]) -> (usize, (SocketAddr, String)) {
+        let parts = two_part::decode(payload, None).frame().unwrap();
+        let control = control_message::decode(&payload[parts.header]).unwrap();
+        let mut scratch = [0; 1024];
+        let info = TcpConnectionInfo::parse(&control.connection_info, &mut scratch).unwrap();
+        let ticket = info.subject.to_cow().into_owned();
+        let body = &payload[parts.body];
+        let number = body[body.len() - 4..].try_into().unwrap();
+        let number = u32::from_be_bytes(number) as usize;
+        let entry = &self.entries[number];
+        assert_eq!(entry.kind, Kind::Routed, "{number} reached a worker");
+        assert!(entry.frame.ends_with(body), "{number} was changed");
+        assert!(ticket != format!("subject-{number}"), "he sees the caller");
+        (number, (info.socket_addr().unwrap(), ticket))
     }
 
     /// A caller got a reply to a request.

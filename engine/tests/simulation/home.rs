@@ -8,10 +8,13 @@ use corelane_engine::ring::sim::{ListenerId, Net, PeerId, PeerState};
 
 use crate::book::Book;
 use crate::dice::Dice;
+use crate::heard::Ear;
 
 pub struct Home {
     listener: ListenerId,
     calls: Vec<Call>,
+    /// Calls of a router that relays.
+    ears: Vec<Ear>,
     /// Calls that ended before their message was whole.
     pub cut: usize,
 }
@@ -37,24 +40,34 @@ impl Home {
         Home {
             listener: net.peer_listen(Home::address()),
             calls: Vec::new(),
+            ears: Vec::new(),
             cut: 0,
         }
     }
 
     /// Whether no call is under way.
     pub fn is_quiet(&self) -> bool {
-        self.calls.is_empty()
+        self.calls.is_empty() && self.ears.is_empty()
     }
 
     pub fn step(&mut self, net: &Net, book: &mut Book, dice: &mut Dice) -> bool {
         let mut moved = false;
         while let Some(peer) = net.peer_accept(self.listener) {
+            if book.relayed {
+                self.ears.push(Ear::of(peer, dice));
+                continue;
+            }
             self.calls.push(Call {
                 peer,
                 bytes: Vec::new(),
                 lingers: false,
             });
         }
+        self.ears.retain_mut(|ear| {
+            let goes_on = ear.step(net, book);
+            moved |= ear.moved;
+            goes_on
+        });
         let cut = &mut self.cut;
         self.calls.retain_mut(|call| {
             let read = net.peer_read(call.peer, usize::MAX);

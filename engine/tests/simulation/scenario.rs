@@ -6,15 +6,17 @@ use std::time::Duration;
 
 use corelane_engine::buffers::Buffers;
 use corelane_engine::config::{RingKind, ShardConfig};
-use corelane_engine::directory::{Ack, Directory, Policy, Route};
+use corelane_engine::directory::{Ack, Directory, Policy, RelayTimes, Route};
 use corelane_engine::mesh::{self, Receiver, Sender};
 use corelane_engine::ring::sim::{Faults, Net, Sim};
 use corelane_engine::shard::{Command, Lanes, Report, Shard};
 use corelane_engine::stats::Stats;
 
+use crate::answer::Way;
 use crate::book::{Acceptance, Book, Entry, Kind, MESSAGE_BYTES_MAX};
 use crate::caller::{Caller, Exit, State};
 use crate::dice::Dice;
+use crate::heard::End;
 use crate::home::Home;
 use crate::worker::Worker;
 
@@ -66,12 +68,34 @@ pub fn router() -> SocketAddr {
     "10.0.0.1:1".parse().unwrap()
 }
 
+/// Where workers call the router home.
+pub fn relay_home() -> SocketAddr {
+    "10.0.0.1:2".parse().unwrap()
+}
+
+/// Long enough for whoever is merely slow, and short enough to be waited for.
+const RELAY_TIMES: RelayTimes = RelayTimes {
+    home_ns: 20_000_000_000,
+    first_item_ns: 30_000_000_000,
+    inactivity_ns: 40_000_000_000,
+};
+
 pub fn listen_path(route: usize) -> String {
     format!("0/sim/router/{route}")
 }
 
 impl World {
     pub fn new(seed: u64, weather: Weather, change: impl FnOnce(&mut ShardConfig)) -> World {
+        World::with(seed, weather, false, change)
+    }
+
+    /// One whose responses pass through the router, if that is wanted.
+    pub fn with(
+        seed: u64,
+        weather: Weather,
+        relayed: bool,
+        change: impl FnOnce(&mut ShardConfig),
+    ) -> World {
         let mut config = ShardConfig::new(0, 0, RingKind::Epoll, None);
         config.connections_max = 256;
         config.in_flight_max = 512;
@@ -93,13 +117,20 @@ impl World {
         };
         let (listener, shown) = (Some(listener), Arc::clone(&stats));
         let mut shard = Shard::router(config, ring, buffers, listener, shown, lanes);
+        if relayed {
+            let listener = TcpListener::from(net.listen(relay_home()).unwrap());
+            shard.relay_home(listener, relay_home());
+        }
         shard.start();
         World {
             home: Home::open(&net),
             net,
             shard,
             stats,
-            book: Book::default(),
+            book: Book {
+                relayed,
+                ..Book::default()
+            },
             callers: Vec::new(),
             workers: Vec::new(),
             dice: Dice::new(seed),
@@ -126,7 +157,7 @@ impl World {
             ack_timeout_ns: 400_000_000,
             retries_max: 3,
             hold_bytes: 1 << 20,
-            relay: None,
+            relay: self.book.relayed.then_some(RELAY_TIMES),
             lane: false,
             instances: Vec::new(),
         });
@@ -302,7 +333,8 @@ impl World {
         });
         self.until("all requests have ended", |world| {
             let stats = &world.stats.shard;
-            stats.in_flight.get() == 0 && stats.tells.get() == 0 && world.home.is_quiet()
+            let left = stats.in_flight.get() + stats.tells.get() + stats.relays.get();
+            left == 0 && world.home.is_quiet()
         });
         let revived_ns = self.net.now_ns() + 6_000_000_000;
         self.until("all dead workers are noticed", |world| {
@@ -311,7 +343,10 @@ impl World {
                 && world.home.is_quiet()
         });
         self.judge_callers();
-        self.judge_requests();
+        match self.book.relayed {
+            true => self.judge_responses(),
+            false => self.judge_requests(),
+        }
         self.judge_instances();
     }
 
@@ -379,6 +414,33 @@ impl World {
         );
     }
 
+    /// Every caller who was acknowledged has heard an end, and none that a worker did not give him.
+    fn judge_responses(&self) {
+        for (number, entry) in self.book.entries.iter().enumerate() {
+            let heard = &entry.heard;
+            let attempt = heard.attempt.map(|attempt| &self.book.attempts[attempt]);
+            let told = || format!("{number}: {heard:?} of {attempt:?}\n{}", self.describe());
+            let acknowledged = entry.reply.as_deref() == Some("");
+            if entry.reply.is_some() && !acknowledged {
+                assert!(attempt.is_none(), "refused {}", told());
+            }
+            let storm = self.weather == Weather::Storm;
+            if acknowledged && entry.can_be_told && !storm {
+                assert!(heard.end.is_some() && heard.calls == 1, "{}", told());
+            }
+            let Some(attempt) = attempt else {
+                continue;
+            };
+            let whole = attempt.way == Way::Whole && attempt.items == heard.items;
+            let died = self.workers[attempt.by.0].deaths_ns.len() > attempt.by.1;
+            match heard.end {
+                Some(End::Whole) => assert!(whole, "{}", told()),
+                Some(End::Left) => {}
+                _ => assert!(storm || died || attempt.way != Way::Whole, "{}", told()),
+            }
+        }
+    }
+
     /// The worker lives, or its death is not the router's to tell.
     fn is_in_good_hands(&self, accepted: &Acceptance) -> bool {
         let deaths_ns = &self.workers[accepted.worker].deaths_ns;
@@ -410,10 +472,18 @@ impl World {
                 &stats.chunks,
                 &stats.timers,
                 &stats.tells,
+                &stats.relays,
+                &stats.relay_strangers,
+                &stats.relay_heads,
             ];
             gauges.iter().all(|gauge| gauge.get() == 0)
         });
-        assert_eq!(self.net.open_descriptors(), 1, "only the listener is left");
+        let listeners = 1 + usize::from(self.book.relayed);
+        assert_eq!(
+            self.net.open_descriptors(),
+            listeners,
+            "only listeners are left"
+        );
         assert_eq!(self.shard.ring().buffers_held(), 0);
     }
 }
@@ -433,14 +503,26 @@ const POLICIES: [Policy; 6] = [
 
 /// The scenario of a seed. Answers what its shard has counted.
 pub fn run(seed: u64) -> Arc<Stats> {
+    run_one(seed, false)
+}
+
+/// The same of a router that relays.
+pub fn run_relayed(seed: u64) -> Arc<Stats> {
+    run_one(seed, true)
+}
+
+fn run_one(seed: u64, relayed: bool) -> Arc<Stats> {
     let mut dice = Dice::new(!seed);
     let weather = dice.pick(&[Weather::Calm, Weather::Crumbs, Weather::Storm]);
     let in_flight_max = dice.pick(&[8, 512, 512]);
     let buffers = dice.pick(&[64, 128, 1024, 1024]);
-    let mut world = World::new(seed, weather, |config| {
+    let mut world = World::with(seed, weather, relayed, |config| {
         config.in_flight_max = in_flight_max;
         config.buffers = buffers;
     });
+    if relayed {
+        world.book.bad_answers = dice.pick(&[0, 200, 700]);
+    }
     for _ in 0..dice.of(1..3) {
         let policy = dice.pick(&POLICIES);
         let ack = dice.pick(&[Ack::OnForward, Ack::OnAccept]);

@@ -6,6 +6,7 @@ use corelane_codec::{reply_frame, request_frame};
 use corelane_engine::directory::Instance;
 use corelane_engine::ring::sim::{ListenerId, Net, PeerId, PeerState};
 
+use crate::answer::Answer;
 use crate::book::{Acceptance, Book};
 use crate::dice::Dice;
 
@@ -47,6 +48,8 @@ pub struct Worker {
     pub instances: Vec<Instance>,
     listener: Option<ListenerId>,
     conns: Vec<Conn>,
+    /// Its responses, where the router relays them.
+    answers: Vec<Answer>,
     pub manner: Manner,
     pub incarnation: usize,
     /// When each incarnation died.
@@ -79,6 +82,7 @@ impl Worker {
             instances: vec![instance(0), instance(1)],
             listener: Some(net.peer_listen(address)),
             conns: Vec::new(),
+            answers: Vec::new(),
             manner: Manner::Accept,
             incarnation: 0,
             deaths_ns: Vec::new(),
@@ -113,6 +117,9 @@ impl Worker {
         net.refuse(self.address);
         for conn in self.conns.drain(..) {
             net.peer_reset(conn.peer);
+        }
+        for answer in self.answers.drain(..) {
+            answer.die(net);
         }
         self.deaths_ns.push(net.now_ns());
     }
@@ -160,10 +167,15 @@ impl Worker {
             !over
         });
         self.conns = conns;
+        self.answers.retain_mut(|answer| {
+            let goes_on = answer.step(net);
+            moved |= answer.moved;
+            goes_on
+        });
         moved
     }
 
-    fn take_frames(&self, conn: &mut Conn, net: &Net, book: &mut Book, dice: &mut Dice) {
+    fn take_frames(&mut self, conn: &mut Conn, net: &Net, book: &mut Book, dice: &mut Dice) {
         let mut at = 0;
         while let Some(prefix) = request_frame::decode_prefix(&conn.inbox[at..]).frame() {
             let frame_bytes = prefix.frame_bytes() as usize;
@@ -175,7 +187,13 @@ impl Worker {
             let instance = instance
                 .unwrap_or_else(|| panic!("path {path:?} is not ours"))
                 .id;
-            let number = book.recognize(frame, prefix.path.end);
+            let (number, relayed) = match book.relayed {
+                false => (book.recognize(frame, prefix.path.end), None),
+                true => {
+                    let (number, home) = book.recognize_relayed(&frame[prefix.prefix_bytes..]);
+                    (number, Some(home))
+                }
+            };
             at += frame_bytes;
             let accepts = Acceptance {
                 worker: self.number,
@@ -198,6 +216,10 @@ impl Worker {
                 Manner::Accept | Manner::Slow | Manner::Late | Manner::Deaf => {
                     conn.out.extend_from_slice(&reply_frame::ACCEPTED);
                     accepted.push(accepts);
+                    if let Some(home) = relayed {
+                        let by = (self.number, self.incarnation);
+                        self.answers.push(Answer::to(number, home, by, book, dice));
+                    }
                 }
                 Manner::Overloaded => reply_frame::write_overloaded(&mut conn.out),
                 Manner::Unavailable => reply_frame::write_unknown_endpoint("x", &mut conn.out),
