@@ -20,6 +20,7 @@ mod hop_report;
 mod hop_scene;
 mod instructions;
 mod interrupt;
+mod kv;
 mod lane;
 mod lane_handoff;
 mod lane_path;
@@ -78,6 +79,8 @@ enum Job {
     Events(Box<events::EventsArgs>),
     /// Reading an event in place, and with rmp-serde: instructions and nanoseconds
     EventCodec(event_codec::EventCodecArgs),
+    /// Looking a prompt up in the index of KV caches: instructions and nanoseconds
+    Kv(kv::KvArgs),
     /// The writer that `gms` kills
     #[command(hide = true)]
     GmsWriter(gms_client::WriterArgs),
@@ -118,6 +121,7 @@ fn main() -> ExitCode {
         Job::GmsWriter(args) => gms_client::hold(&args),
         Job::Events(args) => events::run(&args),
         Job::EventCodec(args) => event_codec::run(&args),
+        Job::Kv(args) => kv::run(&args),
         Job::Sink(args) => sink::run(&args),
     };
     match done {

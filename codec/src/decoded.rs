@@ -103,6 +103,9 @@ pub enum Bad {
     /// No ZMTP, or none that we speak.
     #[error(transparent)]
     Zmtp(#[from] crate::zmtp::Fault),
+    /// No hello of plain events, or no answer to one.
+    #[error(transparent)]
+    Hello(#[from] crate::event::hello::HelloFault),
 }
 
 /// Why something of ours cannot be put on the wire. Nothing has been written when it is returned.

@@ -3,8 +3,10 @@
 //! No hook may panic on any input; a panic is a finding. They are not part of the API.
 
 mod event;
+mod prompt;
 
-pub use event::{Derived, event_envelope, event_frame, event_names, event_payload};
+pub use event::{Derived, event_envelope, event_frame, event_hello, event_names, event_payload};
+pub use prompt::{kv_headers, token_ids};
 
 use crate::control_message::{
     ConnectionInfo, NewControlMessage, PayloadCodec, TcpConnection, TcpConnectionInfo,
@@ -40,9 +42,12 @@ pub const ALL: &[(&str, Hook)] = &[
     ("names", names),
     ("discovery", discovery),
     ("event_frame", event_frame),
+    ("event_hello", event_hello),
     ("event_envelope", event_envelope),
     ("event_payload", event_payload),
     ("event_names", event_names),
+    ("token_ids", token_ids),
+    ("kv_headers", kv_headers),
 ];
 
 /// Checks that a decoder asks for more only while it has less, that what it asks for is never

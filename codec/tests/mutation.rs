@@ -8,6 +8,7 @@ use corelane_codec::control_message::{
     TcpConnectionInfo,
 };
 use corelane_codec::error::{DynamoError, PublicDetails, Reason};
+use corelane_codec::event::hello::{self, Role};
 use corelane_codec::path::{EndpointId, instance_path, parse_instance_path};
 use corelane_codec::{
     call_home, event, fuzz, headers, item, json, reply_frame, request_frame, two_part,
@@ -55,6 +56,11 @@ fn events() -> Vec<Vec<u8>> {
         let payload = event::Envelope::decode(&envelope).expect("an envelope");
         let payload = payload.payload.to_vec();
         seeds.extend([frame, envelope, payload]);
+    }
+    let plain = common::golden().join("../plain_events");
+    for entry in std::fs::read_dir(plain).expect("hellos of plain events") {
+        let hex = std::fs::read_to_string(entry.expect("a file").path()).expect("hex");
+        seeds.push(common::unhex(hex.trim()));
     }
     seeds
 }
@@ -197,6 +203,24 @@ proptest! {
         prop_assert_eq!(&bytes[prefix.headers.clone()], &map[..]);
         prop_assert_eq!(&bytes[prefix.payload()], &payload[..]);
         fuzz::request_frame(&bytes);
+    }
+
+    #[test]
+    fn plain_hellos(publisher in any::<bool>(), payload_bytes_max in any::<u32>(),
+                    prefixes in vec(vec(any::<u8>(), 0..40), 1..5),
+                    behind in vec(any::<u8>(), 0..9)) {
+        let role = if publisher { Role::Publisher } else { Role::Subscriber };
+        let count = if publisher { 1 } else { prefixes.len() };
+        let prefixes: Vec<&[u8]> = prefixes[..count].iter().map(Vec::as_slice).collect();
+        let mut bytes = vec![];
+        hello::write_hello(role, payload_bytes_max, &prefixes, &mut bytes).unwrap();
+        let length = bytes.len();
+        bytes.extend(behind);
+        let read = hello::decode_hello(&bytes).frame().unwrap();
+        prop_assert_eq!((read.role, read.payload_bytes_max), (role, payload_bytes_max));
+        prop_assert_eq!(read.prefixes().collect::<Vec<_>>(), prefixes);
+        prop_assert_eq!(read.bytes(), length);
+        fuzz::event_hello(&bytes);
     }
 
     #[test]

@@ -18,8 +18,11 @@ use corelane_codec::event::{
 };
 use corelane_engine::config::RingKind;
 use corelane_engine::events::stats::Stats;
-use corelane_engine::events::{self, Door, DoorKind, Overflow, PlaneConfig, PlaneHandle, Report};
+use corelane_engine::events::{
+    self, Command, Door, DoorKind, Overflow, PlaneConfig, PlaneHandle, Report,
+};
 use corelane_engine::executor::listen;
+use corelane_engine::mesh::Sender;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::task::spawn_local;
@@ -28,6 +31,7 @@ use crate::config::{self, Config};
 use crate::cores;
 use crate::discovery::{Discovery, Entry, Record, Registered};
 use crate::events::{BROKER_COMPONENT, reports};
+use crate::preflight;
 
 /// The topic of the records of brokers.
 const TOPIC: &str = "broker";
@@ -38,6 +42,7 @@ pub struct Broker {
     plane: RefCell<PlaneHandle>,
     stats: Arc<Stats>,
     channel: ZmqBrokerChannel,
+    tcp: Option<SocketAddr>,
     namespace: String,
     stopping: Cell<bool>,
     ended: Notify,
@@ -51,6 +56,14 @@ impl Broker {
     pub fn start(config: &Config, broker: &config::Broker, ring: RingKind) -> Result<Rc<Self>> {
         let (xsub, publishers) = door(broker.xsub, DoorKind::Publishers, "xsub")?;
         let (xpub, subscribers) = door(broker.xpub, DoorKind::Subscribers, "xpub")?;
+        let mut doors = vec![publishers, subscribers];
+        let mut tcp = None;
+        if let Some(address) = broker.tcp {
+            let (bound, plain) = door(address, DoorKind::Plain, "tcp")?;
+            tracing::info!(tcp = %bound, "events: listening for plain TCP");
+            doors.push(plain);
+            tcp = Some(bound);
+        }
         let url = |bound: SocketAddr| {
             let told = told(bound.ip(), config);
             vec![format!("tcp://{}", SocketAddr::new(told, bound.port()))]
@@ -59,7 +72,7 @@ impl Broker {
             xsub_endpoints: url(xsub),
             xpub_endpoints: url(xpub),
         };
-        let plane = events::spawn(plane_config(broker, ring), vec![publishers, subscribers]);
+        let plane = events::spawn(plane_config(config, broker, ring), doors);
         let plane = plane.context("cannot start the event plane")?;
         tracing::info!(
             xsub = channel.xsub_endpoints[0], xpub = channel.xpub_endpoints[0],
@@ -72,6 +85,7 @@ impl Broker {
             stats: Arc::clone(&plane.stats),
             plane: RefCell::new(plane),
             channel,
+            tcp,
             namespace: broker.namespace.clone(),
             stopping: Cell::new(false),
             ended: Notify::new(),
@@ -80,9 +94,29 @@ impl Broker {
         Ok(this)
     }
 
+    /// Where Dynamo's peers are told to go.
+    pub fn channel(&self) -> &ZmqBrokerChannel {
+        &self.channel
+    }
+
+    /// Where it listens for plain TCP.
+    pub fn tcp(&self) -> Option<SocketAddr> {
+        self.tcp
+    }
+
+    /// Hands its plane commands, as long as it runs.
+    pub fn commands(&self) -> Sender<Command> {
+        self.plane.borrow().commands()
+    }
+
     /// Its counters.
     pub fn stats(&self) -> &Stats {
         &self.stats
+    }
+
+    /// How many turns its thread has made; `None` once it is to end.
+    pub fn turns(&self) -> Option<u64> {
+        (!self.stopping.get()).then(|| self.stats.plane.ticks.get())
     }
 
     /// Registers it, so that Dynamo's publishers and subscribers find it.
@@ -175,8 +209,10 @@ fn told(bound: IpAddr, config: &Config) -> IpAddr {
     bound
 }
 
-fn plane_config(broker: &config::Broker, ring: RingKind) -> PlaneConfig {
+fn plane_config(config: &Config, broker: &config::Broker, ring: RingKind) -> PlaneConfig {
     PlaneConfig {
+        cpu: broker.cpu.unwrap_or(config.control.cpu),
+        idle: preflight::idle(broker.idle),
         overflow: match broker.overflow {
             config::Overflow::DropNewest => Overflow::DropNewest,
             config::Overflow::DropOldest => Overflow::DropOldest,

@@ -1,4 +1,4 @@
-//! What `/metrics` says of the broker of events.
+//! What `/metrics` says of the broker of events, and of the event plane of a worker.
 //!
 //! ```text
 //! corelane_events_<counter>_total, corelane_events_<gauge>    the plane as a whole
@@ -8,6 +8,7 @@
 
 use std::fmt;
 
+use corelane_engine::events::stats::Stats;
 use corelane_engine::stats::CellKind;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet, text};
@@ -24,7 +25,11 @@ struct Snapshot {
 
 /// Writes all families, without the mark of the end.
 pub fn write(broker: &Broker, out: &mut String) {
-    let stats = broker.stats();
+    write_stats(broker.stats(), out);
+}
+
+/// Writes those of a plane.
+pub(crate) fn write_stats(stats: &Stats, out: &mut String) {
     let topics = stats.topics().into_iter();
     let snapshot = Snapshot {
         cells: stats.plane.each(),

@@ -247,6 +247,10 @@ impl Cores {
             planned.config.ring = RingKind::Epoll;
             planned.cause = "start_failed";
             planned.config.listen = planned.config.listen.and(Some(self.address));
+            if let Some(handed) = &planned.config.handed {
+                // Its mode is that of all who share it; io_uring takes either.
+                let _ = handed.set_nonblocking(true);
+            }
             planned.config.clone()
         };
         let own = (self.ends)(config.shard);
@@ -387,6 +391,13 @@ impl Cores {
         self.list.iter().map(of).collect()
     }
 
+    /// How many turns a shard has made, by its index; `None` once it has ended.
+    pub fn turns(&self, index: usize) -> Option<u64> {
+        let core = self.list.get(index)?;
+        let ended = matches!(&*core.state.borrow(), State::Ended { .. });
+        (!ended).then(|| core.handle.borrow().stats.shard.ticks.get())
+    }
+
     /// How many there are.
     pub fn count(&self) -> usize {
         self.list.len()
@@ -485,6 +496,13 @@ impl Cores {
 /// The address to bind. Shards share their port with whoever of the same user asks for it, so a
 /// port that another process has is found out by asking for it alone.
 fn wanted_address(plan: &Plan) -> Result<SocketAddr, CoresError> {
+    let mut handed = plan
+        .shards
+        .iter()
+        .filter_map(|shard| shard.config.handed.as_ref());
+    if let Some(address) = handed.find_map(|socket| socket.local_addr().ok()) {
+        return Ok(address);
+    }
     let listen = plan.shards.iter().find_map(|shard| shard.config.listen);
     let address = listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0)));
     if address.port() != 0 {

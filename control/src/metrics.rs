@@ -95,6 +95,8 @@ pub struct ProcessNumbers {
     pub directories: u64,
     /// Whether the process is leaving.
     pub draining: bool,
+    /// Parts of it that make no progress.
+    pub stuck: u64,
 }
 
 impl Snapshot {
@@ -145,6 +147,11 @@ impl ProcessNumbers {
                 "process_draining",
                 "1 while this process is leaving",
                 u64::from(self.draining),
+            ),
+            gauge(
+                "process_stuck",
+                "Cores, and other threads, that have made no progress for 10 s",
+                self.stuck,
             ),
             counter(
                 "directories_published",
@@ -437,6 +444,7 @@ mod tests {
             uptime: Duration::from_millis(1_500),
             directories: 7,
             draining: false,
+            stuck: 0,
         }
     }
 

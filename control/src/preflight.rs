@@ -1,7 +1,8 @@
 //! From the configuration and this host to the shards of this process: limits, and the ring and
 //! the CPU of each. Opens nothing but the probe of io_uring.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
 
 use corelane_engine::config::{Idle, RingKind, ShardConfig};
 use corelane_engine::ends::HomeAddress;
@@ -11,6 +12,7 @@ use corelane_engine::preflight as host;
 use crate::cli::Stop;
 use crate::config::{self, Config, Core};
 use crate::env::Env;
+use crate::tls;
 
 /// Connections that a core is left with however few files this process may open.
 const CONNECTIONS_MIN: u32 = 16;
@@ -37,6 +39,17 @@ pub struct Plan {
     pub tls: config::Tls,
     /// How their responses travel.
     pub responses: config::Responses,
+    /// A socket for the status server that listens already.
+    pub status: Option<Arc<TcpListener>>,
+}
+
+impl Plan {
+    /// Whether the cores take connections from sockets that were handed over.
+    pub fn is_handed(&self) -> bool {
+        self.shards
+            .iter()
+            .any(|shard| shard.config.handed.is_some())
+    }
 }
 
 /// Raises the limits of this process, looks at the host, and decides. What is not as it was asked
@@ -60,6 +73,7 @@ pub fn plan(config: &Config) -> Result<Plan, Stop> {
     for note in &assigned.notes {
         tracing::info!("placement: {note}");
     }
+    tls::kernel::demanded(&config.server.tls).map_err(Stop::HostCannot)?;
     let shards = shards(config, &assigned, &report)?;
     log_rings(&shards, &report);
     Ok(Plan {
@@ -67,6 +81,7 @@ pub fn plan(config: &Config) -> Result<Plan, Stop> {
         shards,
         tls: config.server.tls.clone(),
         responses: config.server.responses,
+        status: None,
     })
 }
 
@@ -124,17 +139,23 @@ fn io(io: config::Io) -> host::Io {
     }
 }
 
+/// The engine's word for it.
+pub(crate) fn idle(idle: config::Idle) -> Idle {
+    match idle {
+        config::Idle::Block => Idle::Block,
+        config::Idle::Spin => Idle::Spin,
+    }
+}
+
 fn shard_config(core: &Core, defaults: ShardConfig) -> ShardConfig {
     ShardConfig {
-        idle: match core.idle {
-            config::Idle::Block => Idle::Block,
-            config::Idle::Spin => Idle::Spin,
-        },
+        idle: idle(core.idle),
         connections_max: core.connections_max,
         buffer_bytes: core.buffer_bytes,
         buffers: core.buffers,
         in_flight_max: core.in_flight_max,
         upstream_queue_bytes: core.upstream_queue_bytes,
+        flight_records: core.flight_records,
         ..defaults
     }
 }

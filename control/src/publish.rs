@@ -133,6 +133,16 @@ impl Board {
         &self.routes
     }
 
+    /// The number of what the workers of a route publish: routes to one target share it.
+    pub fn feed(&self, index: usize) -> u32 {
+        let target = &self.routes[index].route.target;
+        let first = self
+            .routes
+            .iter()
+            .position(|other| other.route.target == *target);
+        first.unwrap_or(index) as u32
+    }
+
     /// Directories handed to the shards so far.
     pub fn publications(&self) -> u64 {
         self.publications.get()
@@ -190,15 +200,16 @@ impl Board {
 
     fn directory(&self) -> Directory {
         let identities = self.identities.borrow();
-        let route = |listed: &Listed| {
+        let route = |(index, listed): (usize, &Listed)| {
             let paths = identities
                 .iter()
                 .map(|id| instance_path(*id, &listed.route.listen).into_bytes())
                 .collect();
-            route(&listed.route, paths, &listed.instances.borrow())
+            let feed = self.feed(index);
+            route(&listed.route, paths, &listed.instances.borrow(), feed)
         };
         Directory {
-            routes: self.routes.iter().map(route).collect(),
+            routes: self.routes.iter().enumerate().map(route).collect(),
         }
     }
 
@@ -277,7 +288,12 @@ fn merged(statics: &[Instance], found: Vec<Instance>) -> Vec<Instance> {
     all
 }
 
-fn route(route: &config::Route, paths: Vec<Vec<u8>>, instances: &[Instance]) -> directory::Route {
+fn route(
+    route: &config::Route,
+    paths: Vec<Vec<u8>>,
+    instances: &[Instance],
+    feed: u32,
+) -> directory::Route {
     let instance = |instance: &Instance| directory::Instance {
         id: instance.id,
         address: instance.address,
@@ -298,6 +314,8 @@ fn route(route: &config::Route, paths: Vec<Vec<u8>>, instances: &[Instance]) -> 
         hold_bytes: route.hold_bytes,
         relay: (route.response == config::Response::Relay).then(|| relay_times(&route.relay)),
         lane: route.lane.is_some(),
+        kv: route.kv.as_ref().map(|kv| kv_rule(route, kv, feed)),
+        load: load_rule(&route.load, feed),
         // Workers with lanes are not dialled.
         instances: match route.lane {
             Some(_) => Vec::new(),
@@ -315,6 +333,32 @@ fn relay_times(times: &config::RelayTimes) -> directory::RelayTimes {
     }
 }
 
+fn kv_rule(route: &config::Route, kv: &config::RouteKv, feed: u32) -> directory::KvRule {
+    directory::KvRule {
+        feed,
+        block_tokens: route.block_tokens,
+        body_bytes_max: kv.body_bytes_max,
+        blocks_max: kv.blocks_max,
+        ranks_max: kv.ranks_max,
+        overlap_credit_pct: kv.overlap_credit_pct,
+        prefill_scale_pct: kv.prefill_scale_pct,
+        temperature_pct: kv.temperature_pct,
+    }
+}
+
+fn load_rule(load: &config::RouteLoad, feed: u32) -> directory::LoadRule {
+    directory::LoadRule {
+        source: match load.source {
+            config::LoadSource::Own => directory::LoadSource::Own,
+            config::LoadSource::ForwardPass => directory::LoadSource::Requests,
+            config::LoadSource::KvMetrics => directory::LoadSource::Blocks,
+        },
+        feed,
+        stale_ns: u64::from(load.stale_ms) * 1_000_000,
+        request_blocks: load.request_blocks,
+    }
+}
+
 fn policy(policy: config::Policy) -> directory::Policy {
     match policy {
         config::Policy::RoundRobin => directory::Policy::RoundRobin,
@@ -323,6 +367,7 @@ fn policy(policy: config::Policy) -> directory::Policy {
         config::Policy::LeastLoaded => directory::Policy::LeastLoaded,
         config::Policy::Direct => directory::Policy::Direct,
         config::Policy::Hash => directory::Policy::Hash,
+        config::Policy::Kv => directory::Policy::Kv,
     }
 }
 
@@ -363,11 +408,15 @@ mod tests {
                 ..config::RelayTimes::default()
             },
             lane: None,
+            block_tokens: 16,
+            kv: None,
+            load: config::RouteLoad::default(),
         };
         let handed = route(
             &configured,
             vec![b"0/a/router/g".to_vec()],
             &[Instance::sample(3, 30)],
+            0,
         );
         assert_eq!(
             (handed.listen.as_str(), handed.target.as_str()),
@@ -382,7 +431,7 @@ mod tests {
         assert_eq!(handed.instances[0].path, b"3/x");
         assert_eq!(handed.relay, None);
         configured.response = config::Response::Relay;
-        let times = route(&configured, vec![], &[]).relay.unwrap();
+        let times = route(&configured, vec![], &[], 0).relay.unwrap();
         assert_eq!((times.first_item_ns, times.home_ns), (250_000_000, 0));
     }
 }

@@ -3,9 +3,10 @@
 //!
 //! | route | answer |
 //! |---|---|
-//! | `/live` | 200 while this process runs at all (unlike Dynamo's, which repeats `/health`) |
+//! | `/live` | 200 (unlike Dynamo's, which repeats `/health`); 503 when a core stands still |
 //! | `/health` | 200 or 503, an object of `status`, `uptime`, `endpoints`, `paths`, `states` |
 //! | `/metrics` | 200, text |
+//! | what is added ([`StatusOptions::extras`]) | what that says |
 //! | `/engine/{path}` | what a worker's callback answers, 400, 404 or 500 with JSON |
 //! | `/metadata`, `/v1/metadata/..` | 404 in Dynamo's words: nothing is published here |
 //! | else | 404 `Route not found` |
@@ -70,6 +71,8 @@ pub struct Health {
     pub paths: Vec<(String, String)>,
     /// Each endpoint, and how far its life has come.
     pub states: Vec<(String, State)>,
+    /// Parts of the process that have made no progress for long; with one it is not live.
+    pub stuck: Vec<String>,
 }
 
 impl Health {
@@ -81,6 +84,7 @@ impl Health {
             ready: endpoints.is_ready(),
             endpoints: seen.iter().map(|seen| (named(seen), seen.ready)).collect(),
             paths: Vec::new(),
+            stuck: Vec::new(),
             states: seen.iter().map(|seen| (named(seen), seen.state)).collect(),
         }
     }
@@ -98,10 +102,15 @@ impl<F: Fn() -> Health> HealthSource for F {
     }
 }
 
+/// Answers a GET, whose query it is given: status, content type, body.
+pub type Extra = Box<dyn Fn(&str) -> (StatusCode, &'static str, Vec<u8>)>;
+
 /// What to serve and where.
 pub struct StatusOptions {
     /// Where to listen; port 0 takes any.
     pub address: SocketAddr,
+    /// A socket that listens already, in place of `address`.
+    pub handed: Option<std::net::TcpListener>,
     /// `DYN_SYSTEM_HEALTH_PATH`.
     pub health_path: String,
     /// `DYN_SYSTEM_LIVE_PATH`.
@@ -110,6 +119,8 @@ pub struct StatusOptions {
     pub metrics_content_type: &'static str,
     /// What answers below `/engine/`.
     pub engine: EngineRoutes,
+    /// Further paths, and what answers there.
+    pub extras: Vec<(&'static str, Extra)>,
 }
 
 impl StatusOptions {
@@ -117,10 +128,12 @@ impl StatusOptions {
     pub fn new(address: SocketAddr) -> Self {
         Self {
             address,
+            handed: None,
             health_path: "/health".to_owned(),
             live_path: "/live".to_owned(),
             metrics_content_type: OPENMETRICS,
             engine: EngineRoutes::default(),
+            extras: Vec::new(),
         }
     }
 
@@ -169,11 +182,17 @@ impl StatusServer {
     /// # Errors
     /// When the address cannot be bound.
     pub async fn start(
-        options: StatusOptions,
+        mut options: StatusOptions,
         health: impl HealthSource + 'static,
         metrics: impl Fn() -> String + 'static,
     ) -> io::Result<Self> {
-        let listener = TcpListener::bind(options.address).await?;
+        let listener = match options.handed.take() {
+            Some(handed) => {
+                handed.set_nonblocking(true)?;
+                TcpListener::from_std(handed)?
+            }
+            None => TcpListener::bind(options.address).await?,
+        };
         let address = listener.local_addr()?;
         let routes = Rc::new(Routes {
             options,
@@ -298,7 +317,9 @@ impl Routes {
         let path = request.uri().path();
         let is_live = path == self.options.live_path;
         let is_health = path == self.options.health_path;
-        if !is_live && !is_health && path != METRICS {
+        let mut extras = self.options.extras.iter();
+        let extra = extras.find(|(at, _)| *at == path);
+        if !is_live && !is_health && path != METRICS && extra.is_none() {
             let text = match path {
                 // Of Kubernetes discovery, and of files of models that are published.
                 "/metadata" => "Discovery metadata not available",
@@ -314,9 +335,16 @@ impl Routes {
                 .insert(ALLOW, HeaderValue::from_static("GET,HEAD"));
             return response;
         }
+        if let Some((_, extra)) = extra {
+            let (status, kind, body) = extra(request.uri().query().unwrap_or(""));
+            return respond(status, kind, body);
+        }
         if is_live {
-            let body = self.body("live", &Health::default());
-            return respond(StatusCode::OK, PLAIN, body);
+            let (status, word) = match self.health.health().stuck.is_empty() {
+                true => (StatusCode::OK, "live"),
+                false => (StatusCode::SERVICE_UNAVAILABLE, "stuck"),
+            };
+            return respond(status, PLAIN, self.body(word, &Health::default()));
         }
         if is_health {
             let health = self.health.health();
@@ -447,6 +475,7 @@ mod tests {
             ],
             paths: vec![("generate".to_owned(), "127.0.0.1:1/0/a/b/c".to_owned())],
             states: vec![("generate".to_owned(), State::Running)],
+            stuck: Vec::new(),
         };
         let set = [
             ("DYN_SYSTEM_LIVE_PATH", "/alive"),
@@ -606,6 +635,49 @@ mod tests {
             timeout(Duration::from_secs(60), server.stop())
                 .await
                 .unwrap();
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_part_that_stands_still_ends_liveness_and_extras_answer() {
+        let test = async {
+            let stuck = Rc::new(Cell::new(false));
+            let seen = Rc::clone(&stuck);
+            let health = move || Health {
+                ready: true,
+                stuck: seen
+                    .get()
+                    .then(|| "core 1".to_owned())
+                    .into_iter()
+                    .collect(),
+                ..Health::default()
+            };
+            let mut options = StatusOptions::new("127.0.0.1:0".parse().unwrap());
+            let echo = |query: &str| (StatusCode::ACCEPTED, PLAIN, query.as_bytes().to_vec());
+            options.extras.push(("/more", Box::new(echo)));
+            let server = StatusServer::start(options, health, String::new)
+                .await
+                .unwrap();
+            let address = server.address();
+            assert!(ask(address, "GET /live").await.starts_with("HTTP/1.1 200 "));
+            stuck.set(true);
+            let answer = ask(address, "GET /live").await;
+            assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+            assert!(body(&answer).contains("\"status\":\"stuck\""), "{answer}");
+            let answer = ask(address, "GET /more?a=1&b").await;
+            assert!(answer.starts_with("HTTP/1.1 202 ") && body(&answer) == "a=1&b");
+            assert!(
+                ask(address, "POST /more")
+                    .await
+                    .starts_with("HTTP/1.1 405 ")
+            );
+            assert!(
+                ask(address, "GET /more/")
+                    .await
+                    .starts_with("HTTP/1.1 404 ")
+            );
+            server.stop().await;
         };
         LocalSet::new().run_until(test).await;
     }

@@ -10,7 +10,8 @@
 //! A second signal ends it at once. A shard that ends by itself starts the drain of the others.
 
 use std::cell::{Cell, RefCell};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ use corelane_engine::lane::RESPONSES_MAX;
 use corelane_engine::shard::Command;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
-use tokio::task::{AbortHandle, JoinHandle, spawn_local};
+use tokio::task::{AbortHandle, JoinHandle, spawn_blocking, spawn_local};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::cli::Exit;
@@ -32,12 +33,16 @@ use crate::discovery::{
     FileDiscovery, FileOptions, MemoryDiscovery, MemoryStore,
 };
 use crate::env::Env;
+use crate::feeds::{self, Feeds};
+use crate::flight;
 use crate::health::State;
 use crate::lanes::LaneSockets;
+use crate::manager::{Manager, Standing};
 use crate::metrics::{ProcessNumbers, RouteNumbers, Snapshot, WorkerNumbers};
 use crate::nats::Requests;
 use crate::offer::Offer;
 use crate::preflight::Plan;
+use crate::progress::{Progress, STILL_DEAD, STILL_TOLD, Turns};
 use crate::publish::{Board, Listed};
 use crate::status_server::{Health, StatusOptions, StatusServer};
 
@@ -99,6 +104,9 @@ struct Pulse {
     address: SocketAddr,
     draining: Cell<bool>,
     discovery: RefCell<Option<Rc<DiscoveryStats>>>,
+    progress: RefCell<Progress>,
+    manager: Manager,
+    flight_dir: Option<PathBuf>,
 }
 
 /// A running router.
@@ -112,6 +120,7 @@ pub struct Router {
     stop_offers: watch::Sender<bool>,
     offers: Vec<JoinHandle<()>>,
     followers: Vec<AbortHandle>,
+    feeds: Option<Rc<Feeds>>,
 }
 
 impl Router {
@@ -137,6 +146,9 @@ impl Router {
             draining: Cell::new(false),
             discovery: RefCell::new(None),
             more: RefCell::default(),
+            progress: RefCell::new(watch_cores(&cores)),
+            manager: Manager::from_env(&Env::current()),
+            flight_dir: flight::folder(config.control.flight_dir.as_deref(), &Env::current()),
         });
         cores.started().await?;
         tracing::info!(
@@ -144,7 +156,7 @@ impl Router {
             cores = plan.shards.len(), "listening"
         );
         let lanes = LaneSockets::listen(&config.routes, &cores, &board)?;
-        let status = status(&config.server, &pulse).await?;
+        let status = status(&config.server, plan.status.as_deref(), &pulse).await?;
         let discovery = open(config, store, &board).await?;
         pulse.discovery.replace(Some(Rc::clone(discovery.stats())));
         let requests = Requests::from_env(&Env::current(), cores.address()).await?;
@@ -158,8 +170,19 @@ impl Router {
             stop_offers: watch::Sender::new(false),
             offers: Vec::new(),
             followers: Vec::new(),
+            feeds: None,
         };
+        if let Some(requests) = router.requests.clone() {
+            router.add_metrics(Box::new(move |out| requests.write_metrics(out)));
+        }
         router.follow().await;
+        if plan.is_handed() {
+            router.pulse.cores.tell(|| Command::Accept).await;
+        }
+        let attending = Rc::clone(&router.pulse);
+        let attending = spawn_local(async move { attending.attend().await });
+        router.followers.push(attending.abort_handle());
+        router.listen_to_workers(config, plan).await?;
         Ok(router)
     }
 
@@ -186,6 +209,11 @@ impl Router {
     /// Adds what another part of this process counts to `/metrics`.
     pub fn add_metrics(&self, more: MoreMetrics) {
         self.pulse.more.borrow_mut().push(more);
+    }
+
+    /// Expects progress of another part of this process.
+    pub fn watch(&self, name: &str, turns: Turns) {
+        self.pulse.progress.borrow_mut().watch(name, turns);
     }
 
     /// Watches the instances of all routes, and waits until the shards know and reach those that
@@ -227,6 +255,22 @@ impl Router {
         }
     }
 
+    /// Hears what workers publish about themselves, if a route wants to know.
+    async fn listen_to_workers(&mut self, config: &Config, plan: &Plan) -> Result<()> {
+        let ring = plan.shards.first().map(|shard| shard.config.ring);
+        let Some(ring) = ring.filter(|_| feeds::are_wanted(&config.routes)) else {
+            return Ok(());
+        };
+        let nats = self.requests.as_ref().map(Requests::nats);
+        let events = feeds::open(&Env::current(), &self.discovery, nats, ring).await?;
+        let feeds = Feeds::start(events, &self.pulse.board, &self.pulse.cores);
+        let feeds = Rc::new(feeds);
+        let written = Rc::clone(&feeds);
+        self.add_metrics(Box::new(move |out| written.write(out)));
+        self.feeds = Some(feeds);
+        Ok(())
+    }
+
     /// Registers the listen endpoints and their cards, and keeps them so. Does not wait; from here
     /// on only [`Router::run`] leaves in good order.
     pub fn offer(&mut self) {
@@ -258,6 +302,7 @@ impl Router {
             }
             () = self.pulse.cores.failed() => {
                 tracing::error!("a core has ended: draining the others");
+                self.pulse.save_flight();
                 Exit::Failed
             }
             () = others_failed => {
@@ -282,6 +327,7 @@ impl Router {
         let began = Instant::now();
         let pulse = Rc::clone(&self.pulse);
         pulse.draining.set(true);
+        pulse.say();
         self.withdraw().await;
         let grace = Duration::from_secs(self.drain.grace_s.into());
         tracing::info!(
@@ -304,6 +350,9 @@ impl Router {
         after_stop.await;
         for follower in &self.followers {
             follower.abort();
+        }
+        if let Some(feeds) = &self.feeds {
+            feeds.stop().await;
         }
         if let Some(requests) = self.requests.take() {
             requests.close().await;
@@ -373,13 +422,34 @@ async fn connect(options: EtcdOptions) -> Result<Discovery, DiscoveryError> {
     Ok(Discovery::Etcd(EtcdDiscovery::connect(options).await?))
 }
 
-async fn status(server: &config::Server, pulse: &Rc<Pulse>) -> Result<Option<StatusServer>> {
+/// Expects progress of all cores.
+fn watch_cores(cores: &Rc<Cores>) -> Progress {
+    let mut progress = Progress::default();
+    for index in 0..cores.count() {
+        let cores = Rc::clone(cores);
+        progress.watch(
+            format!("core {index}"),
+            Box::new(move || cores.turns(index)),
+        );
+    }
+    progress
+}
+
+async fn status(
+    server: &config::Server,
+    handed: Option<&TcpListener>,
+    pulse: &Rc<Pulse>,
+) -> Result<Option<StatusServer>> {
     let Some(port) = server.status_port else {
         return Ok(None);
     };
     let address = SocketAddr::new(server.status_host, port);
     let (health, metrics) = (Rc::clone(pulse), Rc::clone(pulse));
-    let options = StatusOptions::read(address, &Env::current());
+    let mut options = StatusOptions::read(address, &Env::current());
+    let cores = Rc::clone(&pulse.cores);
+    let records = move |query: &str| flight::answer(&cores.view(), query);
+    options.extras.push((flight::PATH, Box::new(records)));
+    options.handed = handed.map(TcpListener::try_clone).transpose()?;
     let started =
         StatusServer::start(options, move || health.health(), move || metrics.metrics()).await;
     let status = started.with_context(|| {
@@ -392,6 +462,49 @@ async fn status(server: &config::Server, pulse: &Rc<Pulse>) -> Result<Option<Sta
 }
 
 impl Pulse {
+    /// Looks whether everybody makes progress, and tells the service manager, until the end.
+    async fn attend(&self) {
+        let every = self.manager.look_every();
+        loop {
+            let stuck = self.progress.borrow_mut().look(Instant::now().into_std());
+            if !stuck.is_empty() {
+                self.save_flight();
+            }
+            self.say();
+            sleep(every).await;
+        }
+    }
+
+    /// Writes down what the cores have done last. Does not wait for the disk.
+    fn save_flight(&self) -> Option<JoinHandle<()>> {
+        let (folder, cores) = (self.flight_dir.clone()?, self.cores.view());
+        Some(spawn_blocking(move || {
+            match flight::save(&cores, &folder) {
+                Ok(path) => tracing::info!(path = %path.display(), "flight records saved"),
+                Err(error) => tracing::error!(%error, "flight records not saved"),
+            }
+        }))
+    }
+
+    /// Tells the service manager how we are.
+    fn say(&self) {
+        let (ready, stopping) = (self.health().ready, self.draining.get());
+        let routes = self.board.routes().len();
+        let status = match (stopping, ready) {
+            (true, _) => format!("draining: {} requests in flight", self.in_flight()),
+            (false, true) => format!("serving {routes} routes at {}", self.address),
+            (false, false) => "not ready: /health says what is missing".to_owned(),
+        };
+        let still = self.progress.borrow().still();
+        let standing = Standing {
+            ready,
+            stopping,
+            still,
+            status,
+        };
+        self.manager.tell(&standing, Instant::now().into_std());
+    }
+
     fn health(&self) -> Health {
         let routes = self.board.routes();
         let registered = routes.iter().all(Listed::is_registered);
@@ -417,6 +530,7 @@ impl Pulse {
             ready: !draining && opened && registered && self.cores.all_run(),
             endpoints: routes.iter().map(endpoint).collect(),
             paths: self.paths(),
+            stuck: self.progress.borrow().stuck(STILL_DEAD),
             states: routes.iter().map(state).collect(),
         }
     }
@@ -444,6 +558,7 @@ impl Pulse {
             uptime: self.began.elapsed(),
             directories: self.board.publications(),
             draining: self.draining.get(),
+            stuck: self.progress.borrow().stuck(STILL_TOLD).len() as u64,
         };
         let routes = self.board.routes().iter().map(route).collect();
         let discovery = self.discovery.borrow();

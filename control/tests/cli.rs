@@ -37,7 +37,7 @@ fn file(text: &str) -> (tempfile::TempDir, String) {
 
 #[test]
 fn every_command_helps_with_examples() {
-    let commands: [&[&str]; 10] = [
+    let commands: [&[&str]; 11] = [
         &[],
         &["up"],
         &["serve"],
@@ -48,6 +48,7 @@ fn every_command_helps_with_examples() {
         &["gms"],
         &["gms", "probe"],
         &["trace", "extract"],
+        &["doctor"],
     ];
     for command in commands {
         let output = corelane(&[command, &["--help"]].concat(), &[]);

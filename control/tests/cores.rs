@@ -46,6 +46,7 @@ fn plan(shards: Vec<Planned>) -> Plan {
         shards,
         tls: Default::default(),
         responses: Default::default(),
+        status: None,
     }
 }
 
@@ -69,6 +70,9 @@ fn route() -> Route {
         hold_bytes: 1 << 16,
         relay: corelane::config::RelayTimes::default(),
         lane: None,
+        block_tokens: 16,
+        kv: None,
+        load: corelane::config::RouteLoad::default(),
     }
 }
 

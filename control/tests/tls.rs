@@ -4,19 +4,26 @@
 mod lab;
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use corelane::config::{TlsClient, TlsServer};
-use corelane::tls::material;
+use corelane::tls::{kernel, material};
+use corelane_codec::request_frame;
 use lab::*;
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedKey, DnType, ExtendedKeyUsagePurpose, IsCa,
     KeyPair, SanType,
 };
 use rustix::process::Signal;
-use rustls::pki_types::ServerName;
-use rustls::{ClientConnection, StreamOwned};
+use rustls::crypto::{CryptoProvider, ring};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{
+    ClientConfig, ClientConnection, RootCertStore, SignatureAlgorithm, StreamOwned,
+    SupportedCipherSuite,
+};
 
 const LISTEN: &str = "dynamo/router/generate";
 const TARGET: &str = "dynamo/backend/generate";
@@ -117,13 +124,11 @@ fn echo_worker(variables: &Variables) -> (Program, String) {
 
 /// Calls `address`; exit code and the caller.
 fn call(address: &str, variables: &Variables, more: &[&str]) -> (i32, Program) {
-    let args = [
-        "call",
-        "--address",
-        address,
-        "--body",
-        "{\"text\":\"grüße\"}",
-    ];
+    call_with("{\"text\":\"grüße\"}", address, variables, more)
+}
+
+fn call_with(body: &str, address: &str, variables: &Variables, more: &[&str]) -> (i32, Program) {
+    let args = ["call", "--address", address, "--body", body];
     let mut call = Program::command_in(&[&args, more].concat(), &variables.pairs());
     (call.ended(), call)
 }
@@ -152,6 +157,12 @@ fn a_call_is_encrypted_all_the_way_with_certificates_on_both_sides() {
         "{}",
         caller.out()
     );
+
+    // Many records.
+    let long = format!("{{\"text\":\"{}\"}}", "ä".repeat(60_000));
+    let (code, caller) = call_with(&long, &at, &mutual, &["--count", "5"]);
+    assert_eq!(code, 0, "{}", caller.log());
+    assert_eq!(caller.out().matches("ä").count(), 15 * 60_000);
 
     let text = [route(), instance(&at)].concat();
     let mut router = Program::serve(&text, &mutual.pairs());
@@ -271,16 +282,167 @@ fn greet(pki: &Pki, address: SocketAddr) -> std::io::Result<Greeted> {
         identity: None,
         server_name: None,
     };
-    let config = material::client(&settings).unwrap().config;
+    greet_with(material::client(&settings).unwrap().config, address, b"")
+}
+
+/// A handshake with these settings; `along` leaves with our last word of it.
+fn greet_with(
+    config: Arc<ClientConfig>,
+    address: SocketAddr,
+    along: &[u8],
+) -> std::io::Result<Greeted> {
     let name = ServerName::IpAddress(address.ip().into());
-    let connection = ClientConnection::new(config, name).unwrap();
+    let mut connection = ClientConnection::new(config, name).unwrap();
+    connection.writer().write_all(along)?;
     let stream = TcpStream::connect(address)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let mut stream = StreamOwned::new(connection, stream);
     while stream.conn.is_handshaking() {
         stream.conn.complete_io(&mut stream.sock)?;
     }
+    stream.flush()?;
     Ok(stream)
+}
+
+/// The settings of a caller that shakes hands in one way only.
+fn only(pki: &Pki, suite: SupportedCipherSuite) -> Arc<ClientConfig> {
+    let provider = CryptoProvider {
+        cipher_suites: vec![suite],
+        ..ring::default_provider()
+    };
+    let mut roots = RootCertStore::empty();
+    let ca = CertificateDer::from_pem_file(pki.path("ca.pem")).unwrap();
+    roots.add(ca).unwrap();
+    let builder = ClientConfig::builder_with_provider(Arc::new(provider))
+        .with_protocol_versions(&[suite.version()])
+        .unwrap();
+    let builder = builder.with_root_certificates(roots);
+    Arc::new(builder.with_no_client_auth())
+}
+
+/// A router with TLS before a worker without, and what is in `[tls]` besides.
+fn router_before(plain: &Worker, pki: &Pki, more: &str) -> Program {
+    let [cert, key] = ["cert.pem", "key.pem"].map(|name| pki.text(name));
+    let tls = format!("[tls]\ncert = \"{cert}\"\nkey = \"{key}\"\n{more}");
+    Program::serve(&[route(), plain.instance(TARGET), tls].concat(), &[])
+}
+
+fn encrypted_by(router: &Program, mode: &str) -> f64 {
+    router.metric(&["corelane_tls_connections_total", mode])
+}
+
+#[test]
+fn who_encrypts_can_be_chosen_and_is_told() {
+    let (pki, plain) = (Pki::new(), Worker::start());
+    let mut off = router_before(&plain, &pki, "kernel = \"off\"\n");
+    off.ready();
+    let (address, path) = off.path(LISTEN);
+    assert_eq!(ask(&mut greet(&pki, address).unwrap(), &path), [0; 4]);
+    assert_eq!(encrypted_by(&off, "user"), 1.0);
+    assert_eq!(encrypted_by(&off, "kernel"), 0.0);
+    assert!(off.log().contains("threads of this process encrypt"));
+
+    let can = kernel::look();
+    let mut required = router_before(&plain, &pki, "kernel = \"required\"\n");
+    if let Err(why) = can {
+        assert!(std::env::var_os("CORELANE_VM").is_none(), "{why}");
+        assert_eq!(required.ended(), 78, "{}", required.log());
+        let says = required.log().contains(&why.to_string());
+        assert!(says, "{}", required.log());
+        // Nobody has asked for more than can be had.
+        let mut auto = router_before(&plain, &pki, "");
+        auto.ready();
+        let (address, path) = auto.path(LISTEN);
+        assert_eq!(ask(&mut greet(&pki, address).unwrap(), &path), [0; 4]);
+        assert_eq!(encrypted_by(&auto, "user"), 1.0);
+        assert!(auto.log().contains(&why.to_string()), "{}", auto.log());
+        return;
+    }
+    required.ready();
+    let (address, path) = required.path(LISTEN);
+    assert_eq!(ask(&mut greet(&pki, address).unwrap(), &path), [0; 4]);
+    assert_eq!(encrypted_by(&required, "kernel"), 1.0);
+    assert_eq!(required.metric(&["corelane_tls_pumped"]), 0.0);
+}
+
+#[test]
+fn every_cipher_suite_carries_what_comes_along_with_the_handshake() {
+    let (pki, plain) = (Pki::new(), Worker::start());
+    let mut router = router_before(&plain, &pki, "");
+    router.ready();
+    let (address, path) = router.path(LISTEN);
+    let suites = ring::default_provider().cipher_suites;
+    let certificate = SignatureAlgorithm::ECDSA;
+    let usable = suites
+        .into_iter()
+        .filter(|suite| suite.usable_for_signature_algorithm(certificate));
+    let mut asked = 0;
+    for suite in usable {
+        let mut greeted = greet_with(only(&pki, suite), address, &frame(&path)).unwrap();
+        let mut reply = [1; 4];
+        greeted.read_exact(&mut reply).unwrap();
+        assert_eq!(reply, [0; 4], "{suite:?}");
+        for _ in 0..3 {
+            assert_eq!(ask(&mut greeted, &path), [0; 4], "{suite:?}");
+        }
+        asked += 4;
+    }
+    assert!(asked >= 6 * 4);
+    wait_until("the worker has all", || plain.taken() == asked);
+    let kernel = f64::from(u8::from(kernel::look().is_ok()));
+    let connections = (asked / 4) as f64;
+    assert_eq!(encrypted_by(&router, "kernel"), connections * kernel);
+    assert_eq!(encrypted_by(&router, "user"), connections * (1.0 - kernel));
+}
+
+#[test]
+fn ends_are_told_and_taken_with_tls_own_farewell_or_without() {
+    let (pki, plain) = (Pki::new(), Worker::start());
+    let mut router = router_before(&plain, &pki, "");
+    router.ready();
+    let (address, path) = router.path(LISTEN);
+    for farewell in [true, false] {
+        let mut greeted = greet(&pki, address).unwrap();
+        assert_eq!(ask(&mut greeted, &path), [0; 4]);
+        match farewell {
+            true => {
+                // The connection itself stays open.
+                greeted.conn.send_close_notify();
+                greeted.flush().unwrap();
+            }
+            false => greeted.sock.shutdown(Shutdown::Write).unwrap(),
+        }
+        // An end without a farewell would be an error here.
+        assert_eq!(greeted.read(&mut [0]).unwrap(), 0, "{farewell}");
+    }
+    // The farewell of a router that stops.
+    let mut greeted = greet(&pki, address).unwrap();
+    assert_eq!(ask(&mut greeted, &path), [0; 4]);
+    wait_until("the others are gone", || {
+        router.metric(&["corelane_connections_closed_total"]) >= 2.0
+    });
+    assert_eq!(router.metric(&["corelane_tls_farewells_lost_total"]), 0.0);
+}
+
+#[test]
+fn new_keys_are_taken_or_refused_by_name() {
+    let (pki, plain) = (Pki::new(), Worker::start());
+    let mut router = router_before(&plain, &pki, "");
+    router.ready();
+    let (address, path) = router.path(LISTEN);
+    let mut greeted = greet(&pki, address).unwrap();
+    assert_eq!(ask(&mut greeted, &path), [0; 4]);
+    greeted.conn.refresh_traffic_keys().unwrap();
+    if encrypted_by(&router, "user") == 1.0 {
+        assert_eq!(ask(&mut greeted, &path), [0; 4]);
+        return;
+    }
+    greeted.flush().unwrap();
+    assert_eq!(greeted.read(&mut [0]).unwrap(), 0);
+    assert_eq!(
+        router.metric(&["corelane_tls_key_updates_refused_total"]),
+        1.0
+    );
 }
 
 fn ask(stream: &mut Greeted, path: &str) -> [u8; 4] {
@@ -336,4 +498,70 @@ fn files_of_no_use_are_named() {
         "{}",
         refused.log()
     );
+}
+
+/// What all threads of a process have used up so far, in ns.
+fn cpu_ns(process: u32) -> u64 {
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
+    let of_task = |task: PathBuf| {
+        let text = std::fs::read_to_string(task.join("schedstat")).ok()?;
+        text.split(' ').next()?.parse::<u64>().ok()
+    };
+    tasks.filter_map(|task| of_task(task.unwrap().path())).sum()
+}
+
+trait Stream: Read + Write {}
+impl<T: Read + Write> Stream for T {}
+
+/// Prints what a request costs its router, without TLS, with it in threads and in the kernel:
+/// `scripts/vm-test` runs it where there is a kernel that has it.
+#[test]
+#[ignore = "a measurement"]
+fn what_encryption_costs() {
+    const ROUNDS: usize = 9;
+    let (pki, plain) = (Pki::new(), Worker::start());
+    let mut ways = Vec::new();
+    for way in ["none", "off", "required"] {
+        let mut router = match way {
+            "none" => Program::serve(&[route(), plain.instance(TARGET)].concat(), &[]),
+            way => router_before(&plain, &pki, &format!("kernel = \"{way}\"\n")),
+        };
+        router.ready();
+        let (address, path) = router.path(LISTEN);
+        let stream: Box<dyn Stream> = match way {
+            "none" => Box::new(router.dial(LISTEN).0.stream),
+            _ => Box::new(greet(&pki, address).unwrap()),
+        };
+        ways.push((way, router, stream, path));
+    }
+    for (body_bytes, count) in [(4 << 10, 4096), (1 << 20, 128)] {
+        let mut costs = vec![Vec::new(); ways.len()];
+        for round in 0..=ROUNDS {
+            for ((_, router, stream, path), costs) in ways.iter_mut().zip(&mut costs) {
+                let mut frame = Vec::new();
+                let body = vec![b'x'; body_bytes];
+                let headers = b"{\"request-id\":\"r\"}";
+                request_frame::write_frame(path.as_bytes(), headers, &body, &mut frame).unwrap();
+                let before = cpu_ns(router.child.id());
+                for _ in 0..count {
+                    stream.write_all(&frame).unwrap();
+                    let mut reply = [1; 4];
+                    stream.read_exact(&mut reply).unwrap();
+                    assert_eq!(reply, [0; 4]);
+                }
+                let spent = cpu_ns(router.child.id()) - before;
+                // The first round warms up.
+                if round > 0 {
+                    costs.push(spent as f64 / f64::from(count) / 1e3);
+                }
+                plain.forget();
+            }
+        }
+        for ((way, ..), costs) in ways.iter().zip(&mut costs) {
+            costs.sort_by(f64::total_cmp);
+            let (low, high) = (costs[0], costs[ROUNDS - 1]);
+            let median = costs[ROUNDS / 2];
+            println!("{body_bytes} bytes, kernel {way}: {median:.1} us ({low:.1} to {high:.1})");
+        }
+    }
 }

@@ -11,6 +11,15 @@ use crate::shard::{Shard, TimerKind};
 const PAUSE_FIRST_NS: u64 = 5_000_000;
 const PAUSE_LAST_NS: u64 = 1_000_000_000;
 
+/// The shard begins. From a socket that was handed over nothing is taken before
+/// [`crate::command::Command::Accept`]: callers may have waited there for long, and must not be
+/// refused because no directory has come yet.
+pub(crate) fn begin<R: Ring>(shard: &mut Shard<R>) {
+    if shard.config.handed.is_none() {
+        arm(shard);
+    }
+}
+
 /// Asks for connections, again and again.
 pub(crate) fn arm<R: Ring>(shard: &mut Shard<R>) {
     if let Some(listener) = shard.listener_fd() {

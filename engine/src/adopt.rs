@@ -13,14 +13,24 @@
 //! Until then the connection counts as connecting: nothing is received or sent on it. Without TLS
 //! nothing here runs.
 //!
+//! Where the kernel encrypts, a receive fails with EIO for a record that is no data, which is
+//! looked at here. Such a socket is not shut down: it is handed out once more, because its peer
+//! takes an end without TLS's farewell for a truncation.
+//!
 //! [`Command::Adopt`]: crate::command::Command::Adopt
 
 use std::os::fd::{IntoRawFd, OwnedFd};
 
 use crate::command::Report;
 use crate::connection::{End, Role};
-use crate::ring::Ring;
+use crate::decode::SCRATCH_BYTES;
+use crate::operation::Kind;
+use crate::recv;
+use crate::ring::ktls::{self, Meaning, RECORD_BYTES_MAX};
+use crate::ring::{Handle, Ring};
 use crate::shard::Shard;
+
+const _: () = assert!(RECORD_BYTES_MAX <= SCRATCH_BYTES);
 
 /// Which connection of a shard is meant. It means nothing any more once that is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +49,16 @@ pub struct Insecure {
     pub ticket: Ticket,
     /// We dialled, so we begin the handshake; otherwise the peer did.
     pub dialled: bool,
+}
+
+/// What is asked of whoever does TLS.
+#[derive(Debug)]
+pub enum Errand {
+    /// A handshake; [`Command::Adopt`](crate::command::Command::Adopt) answers.
+    Handshake(Insecure),
+    /// The last byte was sent on this socket, whose TLS is the kernel's: to say farewell and to
+    /// shut our direction down. No answer.
+    Farewell(OwnedFd),
 }
 
 /// What came of a handshake.
@@ -99,7 +119,7 @@ impl<R: Ring> Shard<R> {
                     ticket,
                     dialled,
                 };
-                match self.insecure.send(insecure) {
+                match self.insecure.send(Errand::Handshake(insecure)) {
                     Ok(()) => return,
                     Err(_) => libc::ENOBUFS,
                 }
@@ -123,7 +143,10 @@ impl<R: Ring> Shard<R> {
         }
         match adoption {
             Adoption::Failed(errno) => return self.lost(slot, errno),
-            Adoption::Same => {}
+            Adoption::Same => {
+                connection.kernel_tls = true;
+                self.ring.secured(connection.handle);
+            }
             Adoption::Socket(socket) => {
                 self.ring.detach(connection.handle);
                 self.ring.close(connection.handle);
@@ -145,6 +168,86 @@ impl<R: Ring> Shard<R> {
             && !matches!(self.connections[ticket.slot].role, Role::End(End::Home(_)))
         {
             self.lost(ticket.slot, errno);
+        }
+    }
+}
+
+/// Connections whose TLS the kernel does.
+impl<R: Ring> Shard<R> {
+    /// A receive has failed with EIO: there is a record that is no data.
+    pub(crate) fn take_record(&mut self, slot: u32) {
+        let handle = self.connections[slot].handle;
+        let taken = self.ring.take_record(handle, &mut self.scratch);
+        let meaning = match taken {
+            Ok((kind, bytes)) => ktls::meaning(kind, &self.scratch[..bytes]),
+            Err(_) => Meaning::Failure,
+        };
+        match meaning {
+            Meaning::Nothing => self.receive(slot),
+            Meaning::Farewell => recv::ended(self, slot, 0),
+            Meaning::KeyUpdate => {
+                self.stats.shard.tls_key_updates_refused.add(1);
+                recv::ended(self, slot, libc::EKEYREJECTED);
+            }
+            Meaning::Failure => recv::ended(self, slot, libc::ECONNRESET),
+        }
+    }
+
+    /// Ends what is under way on a connection that is closing. Its socket is not shut down, so that
+    /// a farewell can be said when it retires.
+    pub(crate) fn end_operations(&mut self, slot: u32) {
+        let handle = self.connections[slot].handle;
+        let (receiving, sending) = {
+            let connection = &self.connections[slot];
+            (connection.receiving, connection.sending)
+        };
+        if receiving {
+            let operation = self.operation(Kind::Receive, slot);
+            self.ring.cancel_receive(operation, handle);
+        }
+        if sending {
+            // Of which kind is not known; one that is not under way cannot be ended.
+            for kind in [Kind::Send, Kind::Reply] {
+                let operation = self.operation(kind, slot);
+                self.ring.cancel_send(operation, handle);
+            }
+        }
+    }
+
+    /// Hands the socket of a connection that has retired out for its farewell.
+    pub(crate) fn part(&mut self, handle: Handle) {
+        let socket = self.ring.release(handle);
+        // Without the farewell if too many wait already: it is closed.
+        if self.insecure.send(Errand::Farewell(socket)).is_err() {
+            self.stats.shard.tls_farewells_lost.add(1);
+        }
+    }
+
+    /// Shuts our direction down after all that was sent; the peer sees an end of stream.
+    pub(crate) fn end_sending(&mut self, slot: u32) {
+        let connection = &self.connections[slot];
+        let handle = connection.handle;
+        if !connection.kernel_tls {
+            return self.ring.shutdown_write(handle);
+        }
+        let handed = match self.ring.duplicate(handle) {
+            Ok(socket) => self.insecure.send(Errand::Farewell(socket)).is_ok(),
+            Err(_) => false,
+        };
+        if !handed {
+            self.stats.shard.tls_farewells_lost.add(1);
+            self.ring.shutdown_write(handle);
+        }
+    }
+
+    /// The shard ends after this tick: farewell to all.
+    pub(crate) fn stop(&mut self) {
+        self.stopping = true;
+        let slots: Vec<u32> = self.connections.slots().collect();
+        for slot in slots {
+            if self.connections[slot].kernel_tls && !self.connections[slot].closing {
+                self.end_sending(slot);
+            }
         }
     }
 }

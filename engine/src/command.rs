@@ -4,9 +4,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::task::Waker;
 
-use crate::adopt::{Adoption, Insecure, Ticket};
+use crate::adopt::{Adoption, Errand, Ticket};
 use crate::directory::Directory;
 use crate::handler::NewHandler;
+use crate::kv::{Batch, Question, Reports};
 use crate::lane::NewLane;
 use crate::local::Run;
 use crate::mesh::{Receiver, Sender};
@@ -18,6 +19,12 @@ use crate::served::SpanRecord;
 pub enum Command {
     /// A new directory.
     Directory(Arc<Directory>),
+    /// KV caches have changed.
+    Kv(Arc<Batch>),
+    /// Instances have said how busy they are.
+    Loads(Arc<Reports>),
+    /// What would be chosen, and why.
+    Weigh(Box<Question>),
     /// One more handler: the next index, served once [`Command::Serve`] gives it a path.
     Handler(NewHandler),
     /// From now on exactly these paths are served by handlers of this process.
@@ -57,6 +64,8 @@ pub enum Command {
     /// Wake a task of the shard. Its executor hears late of those who do it from other threads:
     /// glommio looks for them every 100 ms.
     Wake(Waker),
+    /// Accept connections from the socket that was handed over; to be said once.
+    Accept,
     /// Refuse new requests from now on.
     Drain,
     /// End the loop after this tick.
@@ -111,8 +120,8 @@ pub struct Lanes {
     pub commands: Receiver<Command>,
     /// What the shard tells.
     pub reports: Sender<Report>,
-    /// Sockets that wait for their handshake; unused without TLS.
-    pub insecure: Sender<Insecure>,
+    /// Sockets that wait for their handshake, or for a farewell; unused without TLS.
+    pub insecure: Sender<Errand>,
     /// Responses that leave on QUIC.
     pub outbound: Sender<Outbound>,
 }

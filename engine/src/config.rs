@@ -1,7 +1,8 @@
 //! What one shard is told at its start. Plain numbers: defaults, files and flags were resolved
 //! before.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
 
 use crate::ends::HomeAddress;
 use crate::quic::{QuicHome, ResponsePlane};
@@ -22,6 +23,9 @@ pub struct ShardConfig {
     pub idle: Idle,
     /// Where requests are accepted; `None` for a shard that only calls.
     pub listen: Option<SocketAddr>,
+    /// A socket that listens already and is used in place of `listen`; other shards may share it.
+    /// For epoll it must not block. Nothing is accepted before [`crate::command::Command::Accept`].
+    pub handed: Option<Arc<TcpListener>>,
     /// Connections of all kinds, at most.
     pub connections_max: u32,
     /// Bytes of one receive buffer.
@@ -34,6 +38,8 @@ pub struct ShardConfig {
     pub message_bytes_max: u64,
     /// Bytes that may wait for one instance's socket before its requests are refused.
     pub upstream_queue_bytes: u32,
+    /// Records of the flight recorder, rounded up to a power of two; 0 is none.
+    pub flight_records: u32,
     /// Where workers call home whose responses are relayed; `None` when no route relays.
     pub relay_home: Option<HomeAddress>,
     /// Accepted connections speak TLS, calls home too; see [`crate::adopt`].
@@ -76,12 +82,14 @@ impl ShardConfig {
             ring,
             idle: Idle::Block,
             listen,
+            handed: None,
             connections_max: 16_384,
             buffer_bytes: 16_384,
             buffers: 4_096,
             in_flight_max: 65_536,
             message_bytes_max: 33_554_432,
             upstream_queue_bytes: 64 << 20,
+            flight_records: 65_536,
             relay_home: None,
             secure_accepts: false,
             secure_dials: false,

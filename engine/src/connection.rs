@@ -124,6 +124,8 @@ pub struct Connection {
     pub dirty: bool,
     /// The peer has sent its end of stream.
     pub end_of_stream: bool,
+    /// The kernel does TLS on it; see [`crate::adopt`].
+    pub kernel_tls: bool,
     /// Its frames go to lanes: little is received at once, as what follows may belong into a slab.
     pub careful: bool,
     /// A timer looks at its unfinished frame.
@@ -173,6 +175,7 @@ impl Connection {
             crowded: false,
             dirty: false,
             end_of_stream: false,
+            kernel_tls: false,
             careful: false,
             frame_timer: false,
             incoming: PieceList::EMPTY,

@@ -16,6 +16,7 @@ use crate::respond::{self, Refusal};
 use crate::ring::Ring;
 use crate::route::hash_hint;
 use crate::shard::Shard;
+use crate::stats::flight::Why;
 use crate::{adopt, forward, lane, recv, relay_admit, tell, worker};
 
 /// Room for the longest prefix, and for the front of a payload behind it.
@@ -250,6 +251,7 @@ fn refuse_size<R: Ring>(shard: &mut Shard<R>, slot: u32, prefix: &Prefix, error:
             return false;
         }
         shard.stats.shard.refused_frame_too_large.add(1);
+        shard.note_refused_frame(slot, Why::FrameTooLarge);
         tell::tell(shard, envelope, tell::Cause::TooLarge(error));
         skip(shard, slot, prefix.frame_bytes());
         return true;

@@ -39,6 +39,10 @@ pub struct Route {
     pub relay: Option<RelayTimes>,
     /// Its requests go to workers behind lanes, and not to instances.
     pub lane: bool,
+    /// What decides where [`Policy::Kv`] is the policy.
+    pub kv: Option<KvRule>,
+    /// What its instances' load is.
+    pub load: LoadRule,
     /// Sorted by id.
     pub instances: Vec<Instance>,
 }
@@ -81,6 +85,73 @@ pub enum Policy {
     /// Rendezvous hashing of the route's header: equal values go to the same instance as long as
     /// it lives. A request without the header is placed round robin.
     Hash,
+    /// The one at which the request costs least: by what of its prompt is in the instance's KV
+    /// cache, and by how busy it is. See [`KvRule`].
+    Kv,
+}
+
+/// The cost of a request at an instance, in blocks of KV cache, is Dynamo's:
+/// `prefill_scale * max(prefill + prompt - overlap_credit * overlap, 0) + decode + prompt`, where
+/// `prefill` and `decode` are what the instance is busy with, and `overlap` is what it has of the
+/// prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvRule {
+    /// Number of the feed of KV events, and so of the index; routes to one target share it.
+    pub feed: u32,
+    /// Tokens of a block.
+    pub block_tokens: u32,
+    /// So many bytes of a body are looked into for token ids; 0: none are.
+    pub body_bytes_max: u32,
+    /// Blocks of the index, at most.
+    pub blocks_max: u32,
+    /// Ranks of the index, at most.
+    pub ranks_max: u32,
+    /// What a block in the cache is worth, in percent of a block to be computed.
+    pub overlap_credit_pct: u32,
+    /// What a block to be computed costs, in percent of a block held.
+    pub prefill_scale_pct: u32,
+    /// Percent: 0 takes the least cost; more than that draws, the more evenly the higher it is.
+    pub temperature_pct: u32,
+}
+
+/// What counts as the load of an instance whose responses are not relayed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoadRule {
+    /// Whom to believe.
+    pub source: LoadSource,
+    /// Number of the feed of load events.
+    pub feed: u32,
+    /// A report older than this does not count.
+    pub stale_ns: u64,
+    /// Blocks that a request is taken for whose prompt is not known.
+    pub request_blocks: u32,
+}
+
+impl LoadRule {
+    /// What this core knows by itself.
+    pub const OWN: LoadRule = LoadRule {
+        source: LoadSource::Own,
+        feed: 0,
+        stale_ns: 0,
+        request_blocks: 0,
+    };
+}
+
+impl Default for LoadRule {
+    fn default() -> LoadRule {
+        LoadRule::OWN
+    }
+}
+
+/// Whom to believe about an instance's load, and how it is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoadSource {
+    /// What this core gave it lately.
+    Own,
+    /// Requests that it says it has.
+    Requests,
+    /// Blocks that it says it computes or holds.
+    Blocks,
 }
 
 /// When the caller of a route gets its reply frame.

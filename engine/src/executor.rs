@@ -22,7 +22,7 @@ use futures_task::LocalSpawn;
 use rustix::event::{PollFd, PollFlags, poll};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use crate::adopt::Insecure;
+use crate::adopt::Errand;
 use crate::buffers::Buffers;
 use crate::client::Client;
 use crate::config::{ANY_CPU, RingKind, ShardConfig};
@@ -81,7 +81,7 @@ pub struct ShardHandle {
     /// What it tells control; its descriptor is readable when there is something.
     pub reports: Receiver<Report>,
     /// Its sockets that wait for a handshake; to be taken by who does these.
-    pub insecure: Option<Receiver<Insecure>>,
+    pub insecure: Option<Receiver<Errand>>,
     /// Its responses that leave on QUIC; to be taken by who speaks it.
     pub outbound: Option<Receiver<Outbound>>,
     thread: Option<JoinHandle<()>>,
@@ -146,6 +146,13 @@ pub fn listen(address: SocketAddr, shared: bool, nonblocking: bool) -> io::Resul
     Ok(socket.into())
 }
 
+/// A socket that somebody else has made, as [`listen`] would have.
+fn take_over(handed: &TcpListener) -> io::Result<TcpListener> {
+    let listener = handed.try_clone()?;
+    SockRef::from(&listener).set_tcp_nodelay(true)?;
+    Ok(listener)
+}
+
 /// Starts the thread of a shard.
 ///
 /// # Errors
@@ -169,12 +176,13 @@ pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartE
         }
     };
     let nonblocking = config.ring == RingKind::Epoll;
-    let listener = match config.listen {
-        Some(address) => {
+    let listener = match (&config.handed, config.listen) {
+        (Some(handed), _) => Some(take_over(handed).map_err(resources("socket handed over"))?),
+        (None, Some(address)) => {
             let listener = listen(address, true, nonblocking);
             Some(listener.map_err(|source| StartError::Listen { address, source })?)
         }
-        None => None,
+        (None, None) => None,
     };
     let address = listener
         .as_ref()
@@ -191,7 +199,7 @@ pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartE
     let (report_sender, reports) = mesh::lane().map_err(resources("eventfd"))?;
     let (insecure_sender, insecure) = mesh::lane().map_err(resources("eventfd"))?;
     let (outbound_sender, outbound) = mesh::lane().map_err(resources("eventfd"))?;
-    let stats = Arc::new(Stats::default());
+    let stats = Arc::new(Stats::new(config.flight_records));
     let parts = Parts {
         config,
         listener,

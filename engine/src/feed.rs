@@ -211,8 +211,9 @@ pub(crate) fn sent<R: Ring>(shard: &mut Shard<R>, slot: u32, call: u32) {
     state.sending_bytes = 0;
     state.wake();
     if state.closed && state.out.is_empty() {
+        drop(state);
         // The socket stays until the call ends: closing it might cost what it still has.
-        return shard.ring.shutdown_write(shard.connections[slot].handle);
+        return shard.end_sending(slot);
     }
     drop(state);
     advance(shard, call);

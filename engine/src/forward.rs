@@ -12,15 +12,17 @@
 use corelane_codec::request_frame::Prefix;
 
 use crate::connection::Intake;
-use crate::directory::Ack;
+use crate::directory::{Ack, LoadSource, Policy};
 use crate::in_flight::{Reply, Request};
+use crate::load::Work;
 use crate::respond::{self, Refusal};
 use crate::ring::{Ring, SPANS_MAX, Span};
 use crate::route::Candidates;
 use crate::shard::{Shard, TimerKind};
+use crate::stats::flight::Kind;
 use crate::table::{NONE, Table};
 use crate::upstream::{InstanceState, Upstream, UpstreamState};
-use crate::{collect, link, recv, relay_life, settle};
+use crate::{collect, kv, link, recv, relay_life, settle};
 
 /// Bytes gathered into one send: enough to fill a socket buffer, not so much that the first
 /// answer waits.
@@ -41,6 +43,7 @@ pub(crate) fn begin<R: Ring>(
     request.hint = hint;
     request.frame_bytes = prefix.frame_bytes() - prefix.path.end as u64;
     request.payload_offset = (prefix.prefix_bytes - prefix.path.end) as u32;
+    kv::read_headers(shard, slot, prefix, route);
     enter(shard, slot, request, prefix.path.end);
 }
 
@@ -58,9 +61,11 @@ pub(crate) fn enter<R: Ring>(shard: &mut Shard<R>, slot: u32, mut request: Reque
     let left = request.frame_bytes - here;
     request.streaming = left > 0;
     shard.stats.shard.requests.add(1);
-    let relay = request.relay;
+    let (relay, route, bytes) = (request.relay, request.route, request.frame_bytes);
     match shard.requests.insert(request) {
         Ok(request) => {
+            let of = u64::from(slot) << 32 | bytes.min(u32::MAX.into());
+            shard.note(Kind::Begun, route, request, of);
             if let Some(relay) = shard.relays.table.get_mut(relay) {
                 relay.request = request;
             }
@@ -68,7 +73,9 @@ pub(crate) fn enter<R: Ring>(shard: &mut Shard<R>, slot: u32, mut request: Reque
                 shard.connections[slot].intake = Intake::Stream { request, left };
             }
             respond::owe(shard, slot, request);
+            kv::read_body(shard, request);
             place(shard, request);
+            kv::placed(shard);
         }
         // Room was looked for before.
         Err(mut request) => shard.pieces.clear(&mut request.frame),
@@ -129,7 +136,8 @@ pub(crate) fn place<R: Ring>(shard: &mut Shard<R>, request: u32) {
     }
 }
 
-struct View<'a> {
+/// The instances of a route, as a request sees them.
+pub(crate) struct View<'a> {
     places: &'a [u32],
     instances: &'a Table<InstanceState>,
     upstreams: &'a Table<Upstream>,
@@ -139,6 +147,16 @@ struct View<'a> {
 }
 
 impl View<'_> {
+    /// What the instance at `place` is busy with.
+    pub(crate) fn busy(&self, place: usize) -> Work {
+        self.instance(place).busy(self.now_ns)
+    }
+
+    /// Whether that is what it has reported.
+    pub(crate) fn is_reported(&self, place: usize) -> bool {
+        self.instance(place).is_reported(self.now_ns)
+    }
+
     fn instance(&self, place: usize) -> &InstanceState {
         &self.instances[self.places[place]]
     }
@@ -175,8 +193,12 @@ impl Candidates for View<'_> {
     }
 }
 
-fn view<R: Ring>(shard: &Shard<R>, request: u32) -> View<'_> {
-    let request = &shard.requests[request];
+pub(crate) fn view<R: Ring>(shard: &Shard<R>, request: u32) -> View<'_> {
+    view_of(shard, &shard.requests[request])
+}
+
+/// The same for a request that stands in no table.
+pub(crate) fn view_of<'a, R: Ring>(shard: &'a Shard<R>, request: &'a Request) -> View<'a> {
     View {
         places: &shard.routes[request.route as usize].instances,
         instances: &shard.instances,
@@ -192,11 +214,27 @@ pub(crate) fn choose<R: Ring>(shard: &mut Shard<R>, request: u32) -> Option<u32>
         shard.requests[request].route as usize,
         shard.requests[request].hint,
     );
-    let policy = shard.directory.routes[route].policy;
-    let mut chooser = shard.routes[route].chooser.clone();
-    let place = chooser.choose(policy, hint, &view(shard, request));
-    shard.routes[route].chooser = chooser;
-    place.map(|place| shard.routes[route].instances[place])
+    let rules = &shard.directory.routes[route];
+    let (policy, load, caches) = (rules.policy, rules.load, rules.kv);
+    shard.requests[request].work = Work::request(load.request_blocks, 0);
+    let place = match (policy, caches) {
+        (Policy::Kv, Some(rule)) => kv::choose(shard, request, rule),
+        _ => {
+            let mut chooser = shard.routes[route].chooser.clone();
+            let place = chooser.choose(policy, hint, &view(shard, request));
+            shard.routes[route].chooser = chooser;
+            place
+        }
+    };
+    let instance = shard.routes[route].instances[place?];
+    if load.source != LoadSource::Own {
+        let stats = &shard.stats.shard;
+        match shard.instances[instance].is_reported(shard.now_ns) {
+            true => stats.chosen_by_report.add(1),
+            false => stats.chosen_by_own_count.add(1),
+        }
+    }
+    Some(instance)
 }
 
 fn why_nobody<R: Ring>(shard: &Shard<R>, request: u32) -> Refusal<'static> {
@@ -208,7 +246,7 @@ fn why_nobody<R: Ring>(shard: &Shard<R>, request: u32) -> Refusal<'static> {
         return Refusal::NoInstance;
     }
     let route = &shard.directory.routes[view.request.route as usize];
-    if route.policy == crate::directory::Policy::Direct
+    if route.policy == Policy::Direct
         && !(0..view.len()).any(|place| view.id(place) == view.request.hint)
     {
         return Refusal::NoSuchInstance;
@@ -241,10 +279,11 @@ pub(crate) fn enqueue<R: Ring>(shard: &mut Shard<R>, request: u32, instance: u32
         return settle::fail(shard, request, Refusal::TableFull);
     };
     let target = &mut shard.instances[instance];
-    target.give(shard.now_ns);
     let entry = &mut shard.requests[request];
+    target.give(shard.now_ns, entry.work);
     let lead_bytes = target.prefix.len() as u64 + u64::from(entry.head_bytes);
-    entry.try_on(target.id);
+    let (before, id) = (u32::from(entry.attempts), target.id);
+    entry.try_on(id);
     entry.instance = instance;
     entry.upstream = upstream;
     entry.next_upstream = NONE;
@@ -275,6 +314,7 @@ pub(crate) fn enqueue<R: Ring>(shard: &mut Shard<R>, request: u32, instance: u32
         );
     }
     soil(shard, upstream);
+    shard.note(Kind::Routed, before, request, id);
 }
 
 /// What goes before a request's frame: the path of its instance, and a head of our own.
@@ -403,11 +443,14 @@ fn complete<R: Ring>(shard: &mut Shard<R>, request: u32) {
     entry.sent = true;
     entry.sent_ns = now_ns;
     shard.stats.shard.forwarded.add(1);
+    let hop_ns = now_ns - entry.received_ns;
     if entry.attempts == 1 {
-        shard.stats.hop.record(now_ns - entry.received_ns);
+        shard.stats.hop.record(hop_ns);
     }
     let ack = shard.directory.routes[entry.route as usize].ack;
     let relay = entry.relay;
+    shard.note(Kind::Forwarded, 0, request, hop_ns);
+    let entry = &shard.requests[request];
     if entry.held && !may_hold {
         settle::note_caller(shard, request);
         shard.requests[request].held = false;

@@ -1,5 +1,6 @@
 //! Requests between their arrival and their end.
 
+use crate::load::Work;
 use crate::pieces::PieceList;
 use crate::send_pool::{ChunkId, ChunkQueue};
 use crate::table::NONE;
@@ -54,6 +55,8 @@ pub struct Request {
     pub attempts: u8,
     /// Their ids, the last few.
     pub tried: [u64; TRIED_MAX],
+    /// What it costs the instance that it was given to.
+    pub work: Work,
     /// Hash of the affinity header, or the instance asked for; 0 when there is none.
     pub hint: u64,
     /// The relay that its response comes back through; [`NONE`] in direct mode, and once that can
@@ -94,6 +97,7 @@ impl Request {
             sent: false,
             attempts: 0,
             tried: [0; TRIED_MAX],
+            work: Work::default(),
             hint: 0,
             relay: NONE,
             detached: false,

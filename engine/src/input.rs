@@ -159,7 +159,7 @@ pub(crate) fn sent<R: Ring>(shard: &mut Shard<R>, slot: u32, source: u32) {
         && let Some(source) = shard.worker.inputs.get_mut(source)
         && !std::mem::replace(&mut source.shut, true)
     {
-        shard.ring.shutdown_write(connection.handle);
+        shard.end_sending(slot);
     }
 }
 

@@ -33,6 +33,7 @@ pub(crate) fn publish<R: Ring>(shard: &mut Shard<R>, directory: Arc<Directory>) 
             shard.routes.push(RouteState {
                 chooser: Chooser::new(seed),
                 instances: Vec::new(),
+                ids: Vec::new(),
             });
         }
         if route.relay.is_some() {
@@ -43,6 +44,10 @@ pub(crate) fn publish<R: Ring>(shard: &mut Shard<R>, directory: Arc<Directory>) 
         let place = (index as u32, route.relay.is_some());
         let slots = listed.filter_map(|instance| list(shard, place, &known, instance));
         let slots: Vec<u32> = slots.collect();
+        for slot in &slots {
+            shard.instances[*slot].work.rule = route.load;
+        }
+        shard.routes[index].ids = slots.iter().map(|slot| shard.instances[*slot].id).collect();
         shard.routes[index].instances = slots;
         for slot in known {
             if shard.instances[slot].epoch != shard.epoch {
@@ -56,6 +61,7 @@ pub(crate) fn publish<R: Ring>(shard: &mut Shard<R>, directory: Arc<Directory>) 
         .map(|route| route.instances.len() as u64)
         .sum();
     shard.stats.shard.instances.set(listed);
+    shard.kv.prepare(&directory);
     shard.lanes.expected = directory.routes.iter().any(|route| route.lane);
     shard.directory = directory;
     let upstreams: Vec<u32> = shard.upstreams.slots().collect();

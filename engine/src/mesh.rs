@@ -35,9 +35,17 @@ pub struct Receiver<T>(Arc<Lane<T>>);
 /// # Errors
 /// No eventfd could be made (out of descriptors).
 pub fn lane<T>() -> io::Result<(Sender<T>, Receiver<T>)> {
+    lane_of(QUEUE_MAX)
+}
+
+/// A lane of so many entries.
+///
+/// # Errors
+/// No eventfd could be made (out of descriptors).
+pub fn lane_of<T>(entries: usize) -> io::Result<(Sender<T>, Receiver<T>)> {
     let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
     let lane = Arc::new(Lane {
-        queue: ArrayQueue::new(QUEUE_MAX),
+        queue: ArrayQueue::new(entries),
         wake,
     });
     Ok((Sender(Arc::clone(&lane)), Receiver(lane)))

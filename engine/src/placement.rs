@@ -168,28 +168,65 @@ impl CpuQuota {
         self.quota_us as f64 / self.period_us as f64
     }
 
-    /// Reads cgroup v2's `cpu.max` of this process below `root` (`/` but in tests): the tightest of
-    /// its group and the groups above. `None`: no limit, or no cgroup v2.
+    /// The tightest quota of this process's control groups below `root` (`/` but in tests).
+    /// `None`: no limit.
     pub fn read(root: &Path) -> Option<CpuQuota> {
-        let groups = fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
-        let group = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
-        let mount = ["sys/fs/cgroup", "sys/fs/cgroup/unified"]
-            .map(|path| root.join(path))
-            .into_iter()
-            .find(|mount| mount.join("cgroup.controllers").exists())?;
-        let mut directory: PathBuf = mount.join(group);
-        let mut tightest: Option<CpuQuota> = None;
-        while directory.starts_with(&mount) {
-            let text = fs::read_to_string(directory.join("cpu.max")).unwrap_or_default();
-            let quota = parse_cpu_max(&text);
-            let both = [tightest, quota].into_iter().flatten();
-            tightest = both.min_by(|one, other| one.cpus().total_cmp(&other.cpus()));
-            if !directory.pop() {
+        let quotas = cpu_groups(root).into_iter();
+        quotas
+            .filter_map(|group| CpuQuota::of_group(&group))
+            .min_by(|one, other| one.cpus().total_cmp(&other.cpus()))
+    }
+
+    /// The quota of the group in one folder: `cpu.max`, or `cpu.cfs_quota_us` of cgroup v1.
+    pub fn of_group(group: &Path) -> Option<CpuQuota> {
+        let read = |name: &str| fs::read_to_string(group.join(name));
+        if let Ok(text) = read("cpu.max") {
+            return parse_cpu_max(&text);
+        }
+        let (quota, period) = (
+            read("cpu.cfs_quota_us").ok()?,
+            read("cpu.cfs_period_us").ok()?,
+        );
+        // No limit is -1 there, which is no quota here either.
+        parse_cpu_max(&format!("{} {}", quota.trim(), period.trim()))
+    }
+}
+
+/// Folders of the control groups below `root` that bound the CPU time of this process: its own and
+/// those above it, of cgroup v2 and of v1.
+pub fn cpu_groups(root: &Path) -> Vec<PathBuf> {
+    let table = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
+    let mut folders = Vec::new();
+    for line in table.lines() {
+        // `0::/group` of v2, `4:cpu,cpuacct:/group` of v1.
+        let mut parts = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(group)) = (parts.next(), parts.next()) else {
+            continue;
+        };
+        let mounts: &[&str] = match controllers {
+            "" => &["sys/fs/cgroup", "sys/fs/cgroup/unified"],
+            list if list.split(',').any(|name| name == "cpu") => {
+                &["sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct"]
+            }
+            _ => continue,
+        };
+        let mark = match controllers {
+            "" => "cgroup.controllers",
+            _ => "cgroup.procs",
+        };
+        let mut mounts = mounts.iter().map(|path| root.join(path));
+        let Some(mount) = mounts.find(|mount| mount.join(mark).exists()) else {
+            continue;
+        };
+        let mut folder = mount.join(group.trim_start_matches('/'));
+        while folder.starts_with(&mount) {
+            folders.push(folder.clone());
+            if !folder.pop() {
                 break;
             }
         }
-        tightest
     }
+    folders
 }
 
 /// `QUOTA PERIOD` in microseconds; the quota `max` is no limit.
@@ -282,28 +319,45 @@ pub fn assign(wanted: &[usize], control: ControlCpu, mask: &[usize]) -> Assignme
 }
 
 impl Assignment {
-    /// Adds notes on what the host's shape and the control group's quota mean for this assignment.
-    pub fn advise(&mut self, topology: &Topology, quota: Option<CpuQuota>) {
+    /// All CPUs of this process, ascending.
+    pub fn used(&self) -> Vec<usize> {
         let mut used = self.data.clone();
         used.push(self.control);
         used.sort_unstable();
         used.dedup();
-        for cpu in &used {
-            let siblings = topology.cpu(*cpu).map_or(&[][..], |cpu| &cpu.siblings);
-            let shared = siblings
-                .iter()
-                .copied()
-                .find(|other| other > cpu && used.contains(other));
-            if let Some(other) = shared {
-                self.notes.push(format!(
-                    "CPUs {cpu} and {other} are threads of one physical core and slow each other"
-                ));
-            }
-        }
+        used
+    }
+
+    /// Pairs of our CPUs that are threads of one physical core.
+    pub fn shared(&self, topology: &Topology) -> Vec<(usize, usize)> {
+        let used = self.used();
+        let other = |cpu: &usize| {
+            let siblings = &topology.cpu(*cpu)?.siblings;
+            let mut others = siblings.iter().copied();
+            let other = others.find(|other| other > cpu && used.contains(other))?;
+            Some((*cpu, other))
+        };
+        used.iter().filter_map(other).collect()
+    }
+
+    /// NUMA nodes that the shards lie on, ascending.
+    pub fn nodes(&self, topology: &Topology) -> Vec<usize> {
         let node = |cpu: &usize| topology.cpu(*cpu).map(|cpu| cpu.node);
         let mut nodes: Vec<usize> = self.data.iter().filter_map(node).collect();
         nodes.sort_unstable();
         nodes.dedup();
+        nodes
+    }
+
+    /// Adds notes on what the host's shape and the control group's quota mean for this assignment.
+    pub fn advise(&mut self, topology: &Topology, quota: Option<CpuQuota>) {
+        let used = self.used();
+        for (cpu, other) in self.shared(topology) {
+            self.notes.push(format!(
+                "CPUs {cpu} and {other} are threads of one physical core and slow each other"
+            ));
+        }
+        let nodes = self.nodes(topology);
         if nodes.len() > 1 {
             self.notes.push(format!(
                 "the shards lie on NUMA nodes {nodes:?}: requests that cross them cost more"
@@ -458,5 +512,17 @@ mod tests {
         assert_eq!(CpuQuota::read(root).unwrap().cpus(), 0.5);
         write(root, "sys/fs/cgroup/pods/one/cpu.max", "50000 0\n");
         assert_eq!(CpuQuota::read(root).unwrap().cpus(), 2.5);
+        let old = "sys/fs/cgroup/cpu";
+        write(
+            root,
+            "proc/self/cgroup",
+            "4:cpuset:/\n1:cpu,cpuacct:/old\n0::/\n",
+        );
+        write(root, &format!("{old}/cgroup.procs"), "1\n");
+        write(root, &format!("{old}/old/cpu.cfs_quota_us"), "-1\n");
+        write(root, &format!("{old}/old/cpu.cfs_period_us"), "100000\n");
+        assert_eq!(CpuQuota::read(root), None);
+        write(root, &format!("{old}/old/cpu.cfs_quota_us"), "150000\n");
+        assert_eq!(CpuQuota::read(root).unwrap().cpus(), 1.5);
     }
 }

@@ -4,6 +4,8 @@ use crate::buffers::BufferId;
 use crate::connection::{Intake, Role};
 use crate::ring::Ring;
 use crate::shard::{Shard, TimerKind};
+use crate::stats::flight::{Buffers as Shortage, Kind};
+use crate::table::NONE;
 use crate::{decode, ends, forward, lane, relay_flow, relay_life, relay_time, respond};
 
 /// A frame whose bytes stop coming for so long ends its connection.
@@ -86,6 +88,9 @@ pub(crate) fn ended<R: Ring>(shard: &mut Shard<R>, slot: u32, errno: i32) {
         // Cancelled by `pause`; if that is over already, ask again.
         return shard.receive(slot);
     }
+    if errno == libc::EIO && connection.kernel_tls {
+        return shard.take_record(slot);
+    }
     if errno == 0 && connection.role == Role::Downstream {
         // It may have shut down only its own direction: the replies are owed all the same, and
         // frames that had to wait may still lie here.
@@ -106,6 +111,7 @@ pub(crate) fn ended<R: Ring>(shard: &mut Shard<R>, slot: u32, errno: i32) {
 /// No buffer was free. The connection is served again as soon as one is.
 pub(crate) fn starved<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     shard.stats.shard.buffers_exhausted.add(1);
+    note(shard, Shortage::Exhausted, slot);
     let generation = shard.connections.generation(slot);
     let connection = &mut shard.connections[slot];
     connection.receiving = false;
@@ -169,12 +175,18 @@ pub(crate) fn make_room<R: Ring>(shard: &mut Shard<R>) {
 pub(crate) fn throttle<R: Ring>(shard: &mut Shard<R>) {
     shard.throttled = true;
     shard.throttles = shard.throttles.wrapping_add(1);
+    note(shard, Shortage::HoldBack, NONE);
     watch_shortage(shard);
     relay_life::let_go(shard);
     let downstream: Vec<u32> = downstream(shard);
     for slot in downstream {
         shard.pause(slot);
     }
+}
+
+fn note<R: Ring>(shard: &Shard<R>, what: Shortage, slot: u32) {
+    let held = shard.pieces.buffers.held() as u32;
+    shard.note(Kind::Shortage, what as u32, held, slot.into());
 }
 
 fn watch_shortage<R: Ring>(shard: &mut Shard<R>) {
@@ -205,6 +217,7 @@ pub(crate) fn look_at_shortage<R: Ring>(shard: &mut Shard<R>, throttles: u32) {
 /// Enough buffers are free again.
 pub(crate) fn unthrottle<R: Ring>(shard: &mut Shard<R>) {
     shard.throttled = false;
+    note(shard, Shortage::GoOn, NONE);
     let downstream: Vec<u32> = downstream(shard);
     for slot in downstream {
         respond::resume_if_ready(shard, slot);

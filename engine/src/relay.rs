@@ -17,6 +17,7 @@ use std::net::{SocketAddr, TcpListener};
 
 use corelane_codec::control_message::{PayloadCodec, StreamType};
 
+use crate::load::Work;
 use crate::operation::GENERATIONS;
 use crate::pieces::PieceList;
 use crate::quic::{self, Inbound, Place, QuicCaller};
@@ -99,6 +100,8 @@ pub(crate) struct Relay {
     pub(crate) route: u32,
     /// The instance that it counts as a stream of; [`NONE`] while none has it.
     pub(crate) instance: u32,
+    /// What it costs that instance.
+    pub(crate) work: Work,
     pub(crate) phase: Phase,
     /// Where the caller is called home.
     pub(crate) home: Home,
@@ -165,6 +168,7 @@ impl Relay {
             request: NONE,
             route,
             instance: NONE,
+            work: Work::default(),
             phase: Phase::Called,
             home,
             quic: None,

@@ -29,7 +29,8 @@ use crate::respond::{self, Refusal};
 use crate::ring::Ring;
 use crate::send_pool::ChunkQueue;
 use crate::shard::Shard;
-use crate::{forward, recv, tell};
+use crate::stats::flight::Why;
+use crate::{forward, kv, recv, tell};
 
 /// What is wrong with an envelope, in words for its sender.
 struct Fault(String);
@@ -140,6 +141,7 @@ fn refuse<R: Ring>(shard: &mut Shard<R>, slot: u32, prefix: &Prefix, fault: Faul
         return false;
     }
     shard.stats.shard.refused_bad_envelope.add(1);
+    shard.note_refused_frame(slot, Why::BadEnvelope);
     let error = DynamoError::invalid_argument(why);
     tell::tell_error(shard, &envelope, tell::Cause::BadEnvelope, &error);
     decode::skip(shard, slot, prefix.frame_bytes());
@@ -165,6 +167,7 @@ fn begin<R: Ring>(
     shard.relays.envelope = envelope;
     let mut request = made?;
     request.hint = hint;
+    kv::read_headers(shard, slot, prefix, route);
     shard.stats.shard.relays_begun.add(1);
     forward::enter(shard, slot, request, front);
     Ok(())

@@ -25,6 +25,7 @@ use crate::quic::QuicCaller;
 use crate::relay::{Home, Leg, Phase};
 use crate::ring::{Ring, SPANS_MAX, Span};
 use crate::shard::Shard;
+use crate::stats::flight::Relayed;
 use crate::table::NONE;
 use crate::{relay_control, relay_home, relay_life};
 
@@ -316,6 +317,7 @@ fn prologue<R: Ring>(
     shard.relays.table[relay].ready += bytes;
     relay_life::pass(shard, relay);
     shard.stats.shard.relays_failed.add(1);
+    relay_life::note(shard, relay, Relayed::Failed);
     Step::On
 }
 

@@ -16,11 +16,13 @@ use corelane_codec::{item, two_part};
 
 use crate::connection::Role;
 use crate::in_flight::{Reply, Request};
+use crate::load::Work;
 use crate::pieces::PieceList;
 use crate::relay::{Leg, Phase};
 use crate::ring::Ring;
 use crate::send_pool::ChunkQueue;
 use crate::shard::Shard;
+use crate::stats::flight::{Kind, Relayed};
 use crate::table::NONE;
 use crate::upstream::UpstreamState;
 use crate::{forward, link, relay_admit, relay_flow, relay_home, relay_time, respond, settle};
@@ -28,10 +30,14 @@ use crate::{forward, link, relay_admit, relay_flow, relay_home, relay_time, resp
 /// Frames up to this size are copied out of short buffers rather than let go.
 const KEPT_BYTES_MAX: usize = 8 * 1024;
 
+pub(crate) fn note<R: Ring>(shard: &Shard<R>, relay: u32, what: Relayed) {
+    shard.note(Kind::Relayed, what as u32, relay, 0);
+}
+
 /// A request is about to be queued for an instance. `false`: there is no room for its head.
 pub(crate) fn place<R: Ring>(shard: &mut Shard<R>, request: u32, instance: u32) -> bool {
     let entry = &shard.requests[request];
-    let (relay, again) = (entry.relay, entry.attempts > 0);
+    let (relay, again, work) = (entry.relay, entry.attempts > 0, entry.work);
     if relay == NONE {
         return true;
     }
@@ -45,9 +51,11 @@ pub(crate) fn place<R: Ring>(shard: &mut Shard<R>, request: u32, instance: u32) 
     }
     leave(shard, relay);
     shard.instances[instance].streams += 1;
+    shard.instances[instance].work.begin(work);
     let now_ns = shard.now_ns;
     let entry = &mut shard.relays.table[relay];
     entry.instance = instance;
+    entry.work = work;
     entry.phase = Phase::Called;
     entry.accepted = false;
     entry.placed_ns = now_ns;
@@ -105,7 +113,16 @@ pub(crate) fn called_home<R: Ring>(shard: &mut Shard<R>, relay: u32) {
 
 /// From now on the caller gets what comes: nothing can be tried again.
 pub(crate) fn pass<R: Ring>(shard: &mut Shard<R>, relay: u32) {
-    shard.relays.table[relay].phase = Phase::Passing;
+    let entry = &mut shard.relays.table[relay];
+    entry.phase = Phase::Passing;
+    // The first item says that the prompt has been computed.
+    let prefill_blocks = std::mem::take(&mut entry.work.prefill_blocks);
+    if let Some(instance) = shard.instances.get_mut(entry.instance) {
+        instance.work.end(Work {
+            prefill_blocks,
+            ..Work::default()
+        });
+    }
     detach(shard, relay);
     relay_time::watch(shard, relay);
 }
@@ -133,7 +150,9 @@ fn detach<R: Ring>(shard: &mut Shard<R>, relay: u32) {
 fn leave<R: Ring>(shard: &mut Shard<R>, relay: u32) {
     let instance = std::mem::replace(&mut shard.relays.table[relay].instance, NONE);
     if instance != NONE {
+        let work = std::mem::take(&mut shard.relays.table[relay].work);
         shard.instances[instance].streams -= 1;
+        shard.instances[instance].work.end(work);
         link::release_instance(shard, instance);
     }
 }
@@ -196,6 +215,7 @@ fn try_again<R: Ring>(shard: &mut Shard<R>, relay: u32) -> ControlFlow<()> {
     (entry.ready, entry.left) = (0, 0);
     shard.stats.shard.retried.add(1);
     shard.stats.shard.relays_retried.add(1);
+    note(shard, relay, Relayed::Retried);
     forward::enqueue(shard, request, instance);
     ControlFlow::Break(())
 }
@@ -252,11 +272,18 @@ pub(crate) fn fail<R: Ring>(shard: &mut Shard<R>, relay: u32, error: &DynamoErro
     detach(shard, relay);
     leave(shard, relay);
     let mut words = Vec::with_capacity(1024);
+    let what = match passing {
+        true => {
+            shard.stats.shard.relays_cut.add(1);
+            Relayed::Cut
+        }
+        false => {
+            shard.stats.shard.relays_failed.add(1);
+            Relayed::Failed
+        }
+    };
+    note(shard, relay, what);
     let entry = &mut shard.relays.table[relay];
-    match passing {
-        true => shard.stats.shard.relays_cut.add(1),
-        false => shard.stats.shard.relays_failed.add(1),
-    }
     if greeted {
         // Who reads other items than Dynamo's, or half of one, is told by the end itself: he
         // makes the same error of it (§4.4).
@@ -321,6 +348,7 @@ fn over<R: Ring>(shard: &mut Shard<R>, relay: u32, phase: Phase) {
     detach(shard, relay);
     leave(shard, relay);
     shard.stats.shard.relays_finished.add(1);
+    note(shard, relay, Relayed::Finished);
     close(shard, relay, phase);
 }
 
@@ -354,6 +382,7 @@ pub(crate) fn all_sent<R: Ring>(shard: &mut Shard<R>, relay: u32) {
 /// The caller is gone, cannot be dialled, or has said that he wants nothing more.
 pub(crate) fn abandon<R: Ring>(shard: &mut Shard<R>, relay: u32) {
     shard.stats.shard.relays_abandoned.add(1);
+    note(shard, relay, Relayed::Abandoned);
     end(shard, relay);
 }
 

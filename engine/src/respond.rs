@@ -9,6 +9,7 @@ use crate::in_flight::{Reply, Request};
 use crate::ring::Ring;
 use crate::send_pool::{CHUNK_BYTES, ChunkId};
 use crate::shard::Shard;
+use crate::stats::flight::Kind;
 use crate::table::NONE;
 use crate::{decode, forward, settle};
 
@@ -117,6 +118,7 @@ pub(crate) fn refuse<R: Ring>(shard: &mut Shard<R>, slot: u32, refusal: Refusal<
         return false;
     }
     count(shard, refusal);
+    shard.note_refused_frame(slot, refusal.why());
     true
 }
 
@@ -172,6 +174,7 @@ pub(crate) fn refuse_request<R: Ring>(shard: &mut Shard<R>, request: u32, refusa
         .get(route as usize)
         .map(|route| route.target.clone());
     count(shard, refusal);
+    shard.note_refused(request, refusal.why());
     let chunk = text(shard, refusal, target.as_deref().unwrap_or(""));
     // Without a chunk the caller gets the one word that makes him try again elsewhere.
     decide(shard, request, chunk.map_or(Reply::Text(NONE), Reply::Text));
@@ -213,9 +216,11 @@ pub(crate) fn pay<R: Ring>(shard: &mut Shard<R>, slot: u32) {
         if !written {
             break;
         }
-        if entry.reply == Reply::Accepted {
+        let accepted = entry.reply == Reply::Accepted;
+        if accepted {
             shard.stats.shard.acknowledged.add(1);
         }
+        shard.note(Kind::Replied, u32::from(!accepted), request, slot.into());
         replies.head = entry.next_reply;
         replies.len -= 1;
         paid = true;

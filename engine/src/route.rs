@@ -2,6 +2,7 @@
 //! out.
 
 use crate::directory::Policy;
+use crate::kv::mix;
 
 /// What the choice needs to know of an instance.
 #[expect(
@@ -50,7 +51,10 @@ impl Chooser {
             Policy::RoundRobin => self.next_in_turn(candidates),
             Policy::Random => self.any(candidates),
             Policy::PowerOfTwoChoices => self.better_of_two(candidates),
-            Policy::LeastLoaded => self.least_loaded(candidates),
+            // What is in a cache is weighed by who knows of caches.
+            Policy::LeastLoaded | Policy::Kv => {
+                self.least(candidates, |place| candidates.load(place))
+            }
             Policy::Direct => (0..len)
                 .find(|&place| candidates.id(place) == hint && candidates.is_routable(place)),
             Policy::Hash if hint == 0 => self.next_in_turn(candidates),
@@ -82,7 +86,12 @@ impl Chooser {
         Some(if better { second } else { first })
     }
 
-    fn least_loaded(&mut self, candidates: &impl Candidates) -> Option<usize> {
+    /// The routable place with the least `cost`; ties by chance.
+    pub fn least(
+        &mut self,
+        candidates: &impl Candidates,
+        cost: impl Fn(usize) -> f64,
+    ) -> Option<usize> {
         let len = candidates.len();
         // Beginning anywhere spreads ties.
         let start = self.draw(len);
@@ -91,12 +100,38 @@ impl Chooser {
             if !candidates.is_routable(place) {
                 continue;
             }
-            let load = candidates.load(place);
-            if best.is_none_or(|(_, least)| load < least) {
-                best = Some((place, load));
+            let cost = cost(place);
+            if best.is_none_or(|(_, least)| cost < least) {
+                best = Some((place, cost));
             }
         }
         best.map(|(place, _)| place)
+    }
+
+    /// A routable place by chance, one with less `cost` more often: with costs scaled to 0 to 1, in
+    /// proportion to exp(-cost / temperature), which must be above 0.
+    pub fn soft_least(
+        &mut self,
+        candidates: &impl Candidates,
+        temperature: f64,
+        cost: impl Fn(usize) -> f64,
+    ) -> Option<usize> {
+        let routable = || (0..candidates.len()).filter(|&place| candidates.is_routable(place));
+        let least = routable().map(&cost).fold(f64::INFINITY, f64::min);
+        let most = routable().map(&cost).fold(f64::NEG_INFINITY, f64::max);
+        let range = if most > least { most - least } else { 1.0 };
+        let weight = |place: usize| (-(cost(place) - least) / range / temperature).exp();
+        let sum: f64 = routable().map(weight).sum();
+        let mut left = sum * self.draw(1 << 24) as f64 / (1 << 24) as f64;
+        let mut last = None;
+        for place in routable() {
+            last = Some(place);
+            left -= weight(place);
+            if left < 0.0 {
+                break;
+            }
+        }
+        last
     }
 
     /// Uniform in `0..len` (xorshift64*; the multiply-shift keeps the bias below 2^-32).
@@ -122,14 +157,6 @@ fn from(start: usize, candidates: &impl Candidates) -> Option<usize> {
 fn rendezvous(hint: u64, candidates: &impl Candidates) -> Option<usize> {
     let routable = (0..candidates.len()).filter(|&place| candidates.is_routable(place));
     routable.max_by_key(|&place| mix(hint ^ mix(candidates.id(place))))
-}
-
-/// A mixing of 64 bits in which each bit of the input moves half of the output (splitmix64).
-fn mix(value: u64) -> u64 {
-    let value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let value = (value ^ value >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let value = (value ^ value >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    value ^ value >> 31
 }
 
 /// Hash of an affinity header's value; never 0, which means "no header".
@@ -210,6 +237,29 @@ mod tests {
     }
 
     #[test]
+    fn a_soft_choice_prefers_what_costs_less_and_reaches_all_routable() {
+        let candidates = four();
+        let counts = |temperature: f64| {
+            let (mut chooser, mut counts) = (Chooser::new(7), [0; 4]);
+            for _ in 0..3000 {
+                let cost = |place: usize| candidates.load(place);
+                let place = chooser.soft_least(&candidates, temperature, cost);
+                counts[place.unwrap()] += 1;
+            }
+            counts
+        };
+        let soft = counts(1.0);
+        assert!(
+            soft[1] > soft[3] && soft[3] > soft[0] && soft[0] > 300,
+            "{soft:?}"
+        );
+        assert_eq!(soft[2], 0);
+        assert_eq!(counts(0.001), [0, 3000, 0, 0]);
+        let nobody = Fixed(vec![(1, false, 0.0)]);
+        assert_eq!(Chooser::new(3).soft_least(&nobody, 1.0, |_| 0.0), None);
+    }
+
+    #[test]
     fn direct_takes_the_one_named_or_none() {
         let mut chooser = Chooser::new(1);
         assert_eq!(chooser.choose(Policy::Direct, 13, &four()), Some(3));
@@ -238,6 +288,7 @@ mod tests {
             Policy::LeastLoaded,
             Policy::Direct,
             Policy::Hash,
+            Policy::Kv,
         ] {
             assert_eq!(Chooser::new(3).choose(policy, 1, &nobody), None);
             assert_eq!(Chooser::new(3).choose(policy, 1, &Fixed(vec![])), None);

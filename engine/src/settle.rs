@@ -17,6 +17,7 @@ use crate::relay::Phase;
 use crate::respond::{self, Refusal};
 use crate::ring::Ring;
 use crate::shard::Shard;
+use crate::stats::flight::{Answered, Kind, Why};
 use crate::table::NONE;
 use crate::{forward, link, relay_life, tell};
 
@@ -39,7 +40,15 @@ pub(crate) fn answered<R: Ring>(shard: &mut Shard<R>, upstream: u32, answer: Ans
     unlink_head(shard, upstream);
     let entry = &shard.requests[request];
     let instance = entry.instance;
-    shard.stats.answer.record(shard.now_ns - entry.sent_ns);
+    let took_ns = shard.now_ns - entry.sent_ns;
+    shard.stats.answer.record(took_ns);
+    let said = match &answer {
+        Answer::Accepted => Answered::Accepted,
+        Answer::Overloaded(_) => Answered::Overloaded,
+        Answer::Unavailable(_) => Answered::Unavailable,
+        Answer::Other(_) => Answered::Other,
+    };
+    shard.note(Kind::Answered, said as u32, request, took_ns);
     match answer {
         // Whoever waited for it knows more already.
         _ if entry.detached => end_if_over(shard, request),
@@ -107,6 +116,11 @@ fn refused<R: Ring>(shard: &mut Shard<R>, request: u32, text: &[u8], cause: tell
         return forward::enqueue(shard, request, instance);
     }
     shard.stats.shard.refused_by_instances.add(1);
+    let why = match cause {
+        tell::Cause::AllOverloaded => Why::AllOverloaded,
+        _ => Why::NoInstance,
+    };
+    shard.note_refused(request, why);
     give_up(shard, request, text, cause);
 }
 
@@ -177,6 +191,7 @@ pub(crate) fn fail<R: Ring>(shard: &mut Shard<R>, request: u32, refusal: Refusal
         dismiss(shard, relay);
     } else {
         shard.stats.shard.refused_by_instances.add(1);
+        shard.note_refused(request, refusal.why());
         tell_caller(shard, request, tell::Cause::of(refusal));
     }
     if let Some(entry) = shard.requests.get_mut(request) {

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use corelane_gpu_mem::lane::layout::Wish;
 
-use crate::adopt::Insecure;
+use crate::adopt::Errand;
 use crate::buffers::Buffers;
 use crate::client::Client;
 use crate::config::{Idle, ShardConfig};
@@ -38,15 +38,15 @@ use crate::relay::Relays;
 use crate::ring::{Completion, Event, Ring, SPANS_MAX, Span};
 use crate::route::Chooser;
 use crate::send_pool::SendPool;
-use crate::stats::Stats;
+use crate::stats::{Stats, flight};
 use crate::table::Table;
 use crate::tell::Tells;
 use crate::timer_wheel::TimerWheel;
 use crate::upstream::{InstanceState, Upstream};
 use crate::worker::Worker;
 use crate::{
-    accept, call_link, collect, decode, ends, forward, home, lane, link, local, recv, relay_flow,
-    relay_home, respond, tell,
+    accept, call_link, collect, decode, ends, forward, home, kv, lane, link, local, recv,
+    relay_flow, relay_home, respond, tell,
 };
 
 pub use crate::command::{Command, Lanes, Report};
@@ -57,6 +57,8 @@ pub(crate) struct RouteState {
     pub(crate) chooser: Chooser,
     /// Slots of its instances, sorted by id.
     pub(crate) instances: Vec<u32>,
+    /// Their ids.
+    pub(crate) ids: Vec<u64>,
 }
 
 /// All state of one core. The ring comes first so that it is dropped first: no operation may
@@ -77,6 +79,7 @@ pub struct Shard<R: Ring> {
     pub(crate) ledger: Ledger,
     pub(crate) tells: Tells,
     pub(crate) relays: Relays,
+    pub(crate) kv: kv::Kv,
     /// Connections with something in `out`.
     pub(crate) dirty_connections: Vec<u32>,
     /// Upstreams with something unsent.
@@ -105,7 +108,7 @@ pub struct Shard<R: Ring> {
     pub(crate) client: Client,
     pub(crate) lanes: WorkerLanes,
     pub(crate) due: Vec<u64>,
-    pub(crate) insecure: Sender<Insecure>,
+    pub(crate) insecure: Sender<Errand>,
     pub(crate) outbound: Sender<Outbound>,
     /// No peer that speaks TLS is reported before this time.
     pub(crate) stranger_told_ns: u64,
@@ -168,6 +171,7 @@ impl<R: Ring> Shard<R> {
             ledger: Ledger::new(LEDGER_BYTES),
             tells: Tells::new(),
             relays: Relays::none(),
+            kv: kv::Kv::new(),
             dirty_connections: Vec::with_capacity(connections_max),
             dirty_upstreams: Vec::with_capacity(UPSTREAMS_MAX),
             collecting: Vec::with_capacity(UPSTREAMS_MAX),
@@ -222,7 +226,7 @@ impl<R: Ring> Shard<R> {
     /// Begins to accept, and to watch for commands.
     pub fn start(&mut self) {
         self.watch_wake();
-        accept::arm(self);
+        accept::begin(self);
         home::arm(self);
         relay_home::arm(self);
         local::show_places(self);
@@ -412,6 +416,7 @@ impl<R: Ring> Shard<R> {
             return;
         }
         let role = self.connections[slot].role;
+        self.note_socket(flight::Kind::Lost, slot, errno.unsigned_abs().into());
         self.close(slot);
         match role {
             Role::Downstream => respond::downstream_lost(self, slot),
@@ -423,10 +428,11 @@ impl<R: Ring> Shard<R> {
         self.retire_if_quiet(slot);
     }
 
-    /// Closes a socket of ours that does not linger so that its peer sees a reset.
+    /// Closes a socket of ours that does not linger so that its peer sees a reset, no farewell.
     pub(crate) fn reset(&mut self, slot: u32) {
         let operation = self.operation(Kind::Receive, slot);
         let connection = &mut self.connections[slot];
+        connection.kernel_tls = false;
         if !connection.closing {
             connection.closing = true;
             if connection.receiving {
@@ -520,8 +526,12 @@ impl<R: Ring> Shard<R> {
     pub(crate) fn obey(&mut self) {
         self.commands.clear_wake();
         while let Some(command) = self.commands.next() {
+            self.note_command(&command);
             match command {
                 Command::Directory(directory) => link::publish(self, directory),
+                Command::Kv(batch) => kv::apply(self, &batch),
+                Command::Loads(reports) => kv::hear(self, &reports),
+                Command::Weigh(question) => kv::weigh(self, *question),
                 Command::Handler(new) => self.worker.add(new),
                 Command::Serve(paths) => {
                     self.worker.serve(paths);
@@ -537,12 +547,13 @@ impl<R: Ring> Shard<R> {
                 Command::Inbound(inbound) => self.come_home(inbound),
                 Command::Run(run) => run.begin(&self.worker.host),
                 Command::Wake(task) => self.worker.host.wake(task),
+                Command::Accept => accept::arm(self),
                 // The listener stays open: who still dials is told by a refusal, not by a reset.
                 Command::Drain => {
                     self.draining = true;
                     self.stats.shard.draining.set(1);
                 }
-                Command::Stop => self.stopping = true,
+                Command::Stop => self.stop(),
             }
         }
     }
@@ -550,16 +561,13 @@ impl<R: Ring> Shard<R> {
     fn show(&self, completions: u32) {
         let stats = &self.stats.shard;
         stats.ticks.add(1);
-        if completions == 0 {
-            stats.idle_ticks.add(1);
-        }
+        stats.idle_ticks.add(u64::from(completions == 0));
         stats.connections.set(self.connections.used() as u64);
         stats.in_flight.set(self.requests.used() as u64);
         let held = self.pieces.buffers.held() as u64;
         stats.buffers_held.set(held);
-        if held > stats.buffers_held_peak.get() {
-            stats.buffers_held_peak.set(held);
-        }
+        let peak = held.max(stats.buffers_held_peak.get());
+        stats.buffers_held_peak.set(peak);
         stats.pieces.set(self.pieces.used() as u64);
         stats.chunks.set(self.pool.used() as u64);
         stats.timers.set(self.timers.len() as u64);

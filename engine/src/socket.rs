@@ -8,6 +8,7 @@ use crate::lane;
 use crate::operation::Kind;
 use crate::ring::{Handle, Ring, Span};
 use crate::shard::Shard;
+use crate::stats::flight::Kind as Noted;
 use crate::table::NONE;
 
 /// Received at once of frames whose bodies may belong into a slab.
@@ -21,6 +22,7 @@ impl<R: Ring> Shard<R> {
             Ok(slot) => {
                 self.connections[slot].handle.slot = slot;
                 self.ring.attach(self.connections[slot].handle);
+                self.note_socket(Noted::Opened, slot, 0);
                 Some(slot)
             }
             Err(connection) => {
@@ -114,9 +116,13 @@ impl<R: Ring> Shard<R> {
     /// Shuts the socket down; the slot is freed when the kernel holds nothing of it.
     pub(crate) fn close(&mut self, slot: u32) {
         let connection = &mut self.connections[slot];
-        if !connection.closing {
-            connection.closing = true;
-            self.ring.shutdown(connection.handle);
+        if connection.closing {
+            return;
+        }
+        connection.closing = true;
+        match connection.kernel_tls {
+            true => self.end_operations(slot),
+            false => self.ring.shutdown(connection.handle),
         }
     }
 
@@ -133,6 +139,7 @@ impl<R: Ring> Shard<R> {
     }
 
     pub(crate) fn retire(&mut self, slot: u32) {
+        self.note_socket(Noted::Closed, slot, 0);
         let Some(mut connection) = self.connections.remove(slot) else {
             return;
         };
@@ -150,7 +157,10 @@ impl<R: Ring> Shard<R> {
             self.timers.cancel(timer);
         }
         self.ring.detach(connection.handle);
-        self.ring.close(connection.handle);
+        match connection.kernel_tls {
+            true => self.part(connection.handle),
+            false => self.ring.close(connection.handle),
+        }
         self.stats.shard.connections_closed.add(1);
     }
 }

@@ -10,6 +10,10 @@ use corelane_codec::path::EndpointId;
 
 use crate::times::Times;
 
+pub mod flight;
+
+use flight::Flight;
+
 /// A number with one writer.
 #[derive(Debug, Default)]
 pub struct Cell(AtomicU64);
@@ -116,6 +120,10 @@ cells! {
         Counter handshakes_refused,
         /// Connections closed because the peer speaks TLS where we do not
         Counter tls_strangers,
+        /// Connections closed because the peer has changed its keys, which the kernel's TLS cannot
+        Counter tls_key_updates_refused,
+        /// Connections of the kernel's TLS that were closed without its farewell
+        Counter tls_farewells_lost,
         /// Accepts that failed, for lack of descriptors for example
         Counter accept_failures,
         /// Connections closed, of all kinds
@@ -200,6 +208,40 @@ cells! {
         Counter lane_abandoned,
         /// Times a sleeping worker was woken over its lane
         Counter lane_wakes,
+        /// Requests of routes by KV cache whose prompt was looked up
+        Counter kv_lookups,
+        /// Of those, requests whose instance had some of the prompt
+        Counter kv_hits,
+        /// Blocks of the prompts that were looked up
+        Counter kv_prompt_blocks,
+        /// Of those, blocks that the chosen instance had
+        Counter kv_overlap_blocks,
+        /// Requests of routes by KV cache that say nothing of their prompt
+        Counter kv_prompts_unknown,
+        /// Requests whose header or body should tell their prompt and cannot be read
+        Counter kv_prompts_unreadable,
+        /// Batches of changes of KV caches taken over
+        Counter kv_batches,
+        /// Blocks that were stored in KV caches
+        Counter kv_stored,
+        /// Blocks that were removed from KV caches
+        Counter kv_removed,
+        /// Blocks that were to be removed and were not known
+        Counter kv_removed_unknown,
+        /// Blocks not taken in because the block before them is not known
+        Counter kv_orphans,
+        /// Blocks forgotten to make room: the oldest leaves of the rank that holds most
+        Counter kv_evicted,
+        /// Blocks not taken in because there are too many ranks
+        Counter kv_rankless,
+        /// Ranks whose blocks were all forgotten
+        Counter kv_cleared,
+        /// Reports of load that instances of routes have made
+        Counter load_reports,
+        /// Requests placed where the instance's own report was its load
+        Counter chosen_by_report,
+        /// Requests placed where a report was wanted and this core's count had to do
+        Counter chosen_by_own_count,
         /// Lanes that workers attached
         Counter lanes_attached,
         /// Lanes that have ended
@@ -252,6 +294,12 @@ cells! {
         Gauge relay_strangers,
         /// Chunks that hold the fronts of relayed requests
         Gauge relay_heads,
+        /// Blocks in the index of KV caches, each for every rank that holds it
+        Gauge kv_blocks,
+        /// Different blocks in it
+        Gauge kv_nodes,
+        /// Ranks in it
+        Gauge kv_ranks,
         /// Lanes to workers
         Gauge lanes,
         /// Requests of lanes between arrival and end
@@ -373,6 +421,18 @@ pub struct Stats {
     pub answer: Latency,
     /// One entry for each relayed route, under its place in the directory.
     pub routes: Routes,
+    /// The last things that happened.
+    pub flight: Flight,
+}
+
+impl Stats {
+    /// With a flight recorder of so many records.
+    pub fn new(flight_records: u32) -> Stats {
+        Stats {
+            flight: Flight::new(flight_records),
+            ..Stats::default()
+        }
+    }
 }
 
 /// Latencies of one relayed route.

@@ -20,6 +20,7 @@ use crate::quic::QuicCaller;
 use crate::respond::Refusal;
 use crate::ring::Ring;
 use crate::shard::{Shard, TimerKind};
+use crate::stats::flight::Kind as Noted;
 use crate::table::{NONE, Table};
 
 /// Callers told at the same time.
@@ -155,6 +156,8 @@ pub(crate) fn tell_error<R: Ring>(
     match message(envelope, error) {
         Some((place, message)) if shard.tells.waiting.len() < WAITING_MAX => {
             shard.tells.waiting.push_back((place, message, cause));
+            let waiting = shard.tells.waiting.len() as u32;
+            shard.note(Noted::Told, 0, waiting, 0);
             start(shard);
         }
         _ => shard.stats.shard.callers_untold.add(1),

@@ -8,6 +8,8 @@
 use std::net::SocketAddr;
 
 use crate::connection::Fifo;
+use crate::directory::LoadSource;
+use crate::load::{Load, Work};
 use crate::table::NONE;
 
 /// Upstreams for large frames to one address, at most.
@@ -42,14 +44,9 @@ pub struct InstanceState {
     pub epoch: u64,
     /// Requests answered.
     pub answered: u64,
-    /// A fading count of requests given to it (halved every [`LOAD_HALF_LIFE_NS`]).
-    recent: f64,
-    recent_ns: u64,
+    /// What it is busy with.
+    pub work: Load,
 }
-
-/// In direct response mode the router does not see when a response ends, so what an instance was
-/// given lately stands for what it is busy with.
-pub const LOAD_HALF_LIFE_NS: f64 = 500e6;
 
 impl InstanceState {
     /// An instance that was just listed.
@@ -69,34 +66,56 @@ impl InstanceState {
             gone: false,
             epoch: 0,
             answered: 0,
-            recent: 0.0,
-            recent_ns: 0,
+            work: Load::default(),
         }
     }
 
-    /// Load at `now_ns`: unanswered requests, and the fading count of recent ones. Where responses
-    /// are relayed, exactly those requests whose response has not ended.
+    /// Load at `now_ns`, in requests or in blocks, as its route's rule says. Where responses are
+    /// relayed, exactly those requests whose response has not ended; else what the instance has
+    /// reported; else unanswered requests, and the fading count of recent ones.
     pub fn load(&self, now_ns: u64) -> f64 {
         if self.relayed {
             return f64::from(self.streams);
         }
-        f64::from(self.unanswered) + self.faded(now_ns)
+        let in_blocks = self.work.rule.source == LoadSource::Blocks;
+        let work = self.work.report(now_ns);
+        let work = work.unwrap_or_else(|| self.own(now_ns));
+        if in_blocks {
+            work.blocks()
+        } else {
+            work.requests
+        }
+    }
+
+    /// Its work at `now_ns`, by the same sources.
+    pub fn busy(&self, now_ns: u64) -> Work {
+        if self.relayed {
+            return self.work.running();
+        }
+        let work = self.work.report(now_ns);
+        work.unwrap_or_else(|| self.own(now_ns))
+    }
+
+    /// Whether what it reports is what counts.
+    pub fn is_reported(&self, now_ns: u64) -> bool {
+        !self.relayed && self.work.report(now_ns).is_some()
     }
 
     /// Counts a request given to it.
-    pub fn give(&mut self, now_ns: u64) {
-        self.recent = self.faded(now_ns) + 1.0;
-        self.recent_ns = now_ns;
+    pub fn give(&mut self, now_ns: u64, work: Work) {
+        self.work.give(now_ns, work);
         self.unanswered += 1;
     }
 
-    fn faded(&self, now_ns: u64) -> f64 {
-        let halves = now_ns.saturating_sub(self.recent_ns) as f64 / LOAD_HALF_LIFE_NS;
-        if halves > 40.0 {
-            0.0
-        } else {
-            self.recent * (-halves).exp2()
-        }
+    /// What we know of it by ourselves.
+    fn own(&self, now_ns: u64) -> Work {
+        let unanswered = f64::from(self.unanswered);
+        let blocks = f64::from(self.work.rule.request_blocks);
+        self.work.recent(now_ns).and(Work {
+            requests: unanswered,
+            prefill_blocks: 0.0,
+            decode_blocks: unanswered * blocks,
+        })
     }
 }
 
@@ -187,17 +206,55 @@ impl Upstream {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::directory::LoadRule;
+    use crate::load::LOAD_HALF_LIFE_NS;
 
     #[test]
     fn load_fades_and_counts_what_is_unanswered() {
         let mut instance = InstanceState::new(1, 0, ([127, 0, 0, 1], 1).into(), b"1/a/b/c");
         assert_eq!(&instance.prefix[..], b"\x00\x071/a/b/c");
-        instance.give(0);
-        instance.give(0);
+        instance.give(0, Work::request(0, 0));
+        instance.give(0, Work::request(0, 0));
         instance.unanswered = 1;
         assert_eq!(instance.load(0), 3.0);
         assert_eq!(instance.load(LOAD_HALF_LIFE_NS as u64), 2.0);
         assert_eq!(instance.load(u64::MAX), 1.0);
+    }
+
+    #[test]
+    fn a_report_counts_in_the_measure_of_its_rule() {
+        for (source, load, own) in [
+            (LoadSource::Requests, 4.0, 2.0),
+            (LoadSource::Blocks, 71.0, 33.0),
+        ] {
+            let mut instance = InstanceState::new(1, 0, ([127, 0, 0, 1], 1).into(), b"1/a/b/c");
+            instance.work.rule = LoadRule {
+                source,
+                stale_ns: 1000,
+                request_blocks: 32,
+                ..LoadRule::OWN
+            };
+            instance.work.reported(
+                0,
+                Work {
+                    requests: 3.0,
+                    prefill_blocks: 10.0,
+                    decode_blocks: 60.0,
+                },
+            );
+            let mut one = Work::request(1, 1);
+            one.decode_blocks = 1.0;
+            instance.give(0, one);
+            assert_eq!((instance.load(0), instance.is_reported(0)), (load, true));
+            instance.work.reported(0, Work::default());
+            assert_eq!(instance.load(0), 0.0);
+            let rule = std::mem::take(&mut instance.work).rule;
+            instance.work.rule = rule;
+            instance.work.give(0, one);
+            assert_eq!((instance.load(0), instance.is_reported(0)), (own, false));
+            instance.relayed = true;
+            assert_eq!(instance.load(0), 0.0);
+        }
     }
 
     #[test]

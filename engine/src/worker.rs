@@ -32,6 +32,7 @@ use crate::ring::Ring;
 use crate::served::{Busy, Spans};
 use crate::shard::Shard;
 use crate::stats::HandlerStats;
+use crate::stats::flight::Kind;
 use crate::table::Table;
 
 /// Marks an index as that of a handler, where it could also be that of a route.
@@ -274,6 +275,7 @@ pub(crate) fn collect<R: Ring>(shard: &mut Shard<R>, slot: u32, handler: u32, le
         shard.worker.let_go(frame.len());
     }
     shard.stats.shard.requests.add(1);
+    shard.note(Kind::Handled, handler, slot, frame.len() as u64);
     begin(shard, handler, frame);
     true
 }

@@ -17,10 +17,12 @@ use std::time::{Duration, Instant};
 
 use common::*;
 use corelane_codec::control_message::PayloadCodec;
+use corelane_codec::event::block_hash;
 use corelane_engine::buffers::Buffers;
 use corelane_engine::config::{RingKind, ShardConfig};
-use corelane_engine::directory::{Ack, Directory, Instance, Policy, Route};
+use corelane_engine::directory::{Ack, Directory, Instance, KvRule, Policy, Route};
 use corelane_engine::executor::listen;
+use corelane_engine::kv::{Batch, Change, RankId, Stored};
 use corelane_engine::mesh::{self, Sender};
 use corelane_engine::ring::uring::{Settings, Uring};
 use corelane_engine::shard::{Command, Lanes, Shard};
@@ -131,7 +133,7 @@ impl Bare {
         let address = listener.local_addr().unwrap();
         let (commands, command_receiver) = mesh::lane().unwrap();
         let (report_sender, _) = mesh::lane().unwrap();
-        let stats = Arc::new(Stats::default());
+        let stats = Arc::new(Stats::new(4096));
         let shown = Arc::clone(&stats);
         let drive = move || {
             let bytes = config.buffer_bytes as usize;
@@ -177,8 +179,14 @@ impl Drop for Bare {
 /// Allocations of the shard at `address` for [`REQUESTS`] warm requests.
 fn allocated(address: SocketAddr, connections: usize) -> u64 {
     let home = SocketAddr::from(([127, 0, 0, 1], 9));
-    let headers = br#"{"request-id":"r","x-test":"session-7"}"#;
-    let frame = frame_with(LISTEN_PATH, headers, &envelope(&home, "s", &[7; 300]));
+    // Both ways of telling a prompt: a header is believed before a body.
+    let mut headers = br#"{"request-id":"r","x-test":"session-7""#.to_vec();
+    if connections == 1 {
+        headers.extend(br#","x-corelane-block-hashes":"AQAAAAAAAAACAAAAAAAAAA==""#);
+    }
+    headers.push(b'}');
+    let body = br#"{"model":"m","token_ids":[1,2,3,4,5,6,7,8,9],"more":"..............."}"#;
+    let frame = frame_with(LISTEN_PATH, &headers, &envelope(&home, "s", body));
     let mut callers: Vec<Caller> = (0..connections).map(|_| Caller::dial(address)).collect();
     exchange(&mut callers, &frame, WARM_UP);
     let before = BY_SHARDS.load(Ordering::Relaxed);
@@ -202,18 +210,23 @@ fn a_warm_request_allocates_nothing() {
                 Policy::PowerOfTwoChoices,
                 Policy::LeastLoaded,
                 Policy::Hash,
+                Policy::Kv,
             ] {
                 let workers = [
                     Worker::start(1, Manner::Accept),
                     Worker::start(2, Manner::Accept),
                 ];
-                let route = route(policy, ack, &[&workers[0], &workers[1]]);
+                let mut route = route(policy, ack, &[&workers[0], &workers[1]]);
+                route.kv = (policy == Policy::Kv).then_some(CACHES);
                 for connections in [1, 16] {
                     let counted = match ring {
                         RingKind::Uring => on_bare_ring(&route, connections),
                         RingKind::Epoll => {
                             let router = Router::start(ring);
-                            router.route_to(policy, ack, &[&workers[0], &workers[1]]);
+                            router.publish(route.clone());
+                            let ready = &router.handle.stats.shard.instances_ready;
+                            wait_until("all are connected", || ready.get() == 2);
+                            router.handle.command(stored()).unwrap();
                             allocated(router.address, connections)
                         }
                     };
@@ -309,7 +322,42 @@ fn on_bare_ring(route: &Route, connections: usize) -> u64 {
     wait_until("all instances are connected", || {
         ready.get() == route.instances.len() as u64
     });
+    bare.commands.send(stored()).unwrap();
     allocated(bare.address, connections)
+}
+
+/// Bodies are looked into, and one instance has a part of the prompt.
+const CACHES: KvRule = KvRule {
+    feed: 0,
+    block_tokens: 4,
+    body_bytes_max: 4096,
+    blocks_max: 1024,
+    ranks_max: 64,
+    overlap_credit_pct: 100,
+    prefill_scale_pct: 100,
+    temperature_pct: 50,
+};
+
+fn stored() -> Command {
+    let hashes = [1, 2, block_hash(&[1, 2, 3, 4])];
+    let block = |tokens: &u64| Stored {
+        block: *tokens,
+        tokens: *tokens,
+    };
+    let change = |blocks| Change::Stored {
+        rank: RankId {
+            worker_id: 1,
+            dp_rank: 0,
+        },
+        parent: None,
+        blocks,
+    };
+    Command::Kv(Arc::new(Batch {
+        feed: CACHES.feed,
+        changes: vec![change(0..2), change(2..3)],
+        stored: hashes.iter().map(block).collect(),
+        removed: vec![],
+    }))
 }
 
 /// A turn of glommio's own allocates a little, at most once in a millisecond while the shard is

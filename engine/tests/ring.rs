@@ -176,6 +176,9 @@ macro_rules! cases {
     };
 }
 
+#[path = "ring/ktls.rs"]
+mod ktls;
+
 cases! {
     accepts_and_echoes(16);
     many_connections_take_turns(64);

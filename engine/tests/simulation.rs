@@ -33,7 +33,7 @@ use corelane_codec::control_message::{
 };
 use corelane_codec::{reply_frame, request_frame, two_part};
 use corelane_engine::config::ShardConfig;
-use corelane_engine::directory::{Ack, Instance, Policy};
+use corelane_engine::directory::{Ack, Instance, Policy, RelayTimes};
 use corelane_engine::ring::sim::Faults;
 use corelane_engine::stats::Stats;
 
@@ -330,7 +330,12 @@ fn two_way_frame(home: SocketAddr) -> Vec<u8> {
 #[test]
 fn request_streams_that_nobody_takes_cannot_keep_all_buffers() {
     let mut world = World::with(1, Weather::Calm, true, |config| config.buffers = 64);
-    world.add_route(Policy::RoundRobin, Ack::OnForward);
+    // No deadline is to end them.
+    world.add_route(Policy::RoundRobin, Ack::OnForward).relay = Some(RelayTimes {
+        home_ns: 0,
+        first_item_ns: 0,
+        inactivity_ns: 0,
+    });
     let home: SocketAddr = "10.2.0.7:9".parse().unwrap();
     let worker: SocketAddr = "10.1.0.77:1".parse().unwrap();
     let (homes, asked) = (world.net.peer_listen(home), world.net.peer_listen(worker));

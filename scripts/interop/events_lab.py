@@ -30,8 +30,8 @@ def sequence_of(parts):
 class Broker:
     """`corelane serve` with nothing but a broker."""
 
-    def __init__(self, lab, **events):
-        self.lab = lab
+    def __init__(self, lab, env=None, **events):
+        self.lab, self.env = lab, env
         self.status_port, self.ports = free_port(), [free_port(), free_port()]
         self.events = {"broker": True, "namespace": lab.namespace, **events}
         self.process = None
@@ -55,7 +55,7 @@ class Broker:
         path = self.lab.folder / "events.toml"
         path.write_text("\n".join(lines) + "\n")
         command = [corelane_program(), "serve", "--config", path]
-        self.process = self.lab.start("broker", command)
+        self.process = self.lab.start("broker", command, self.env)
         wait_for("the broker in etcd", self.records, PATIENCE_S)
 
     def records(self):
@@ -104,7 +104,7 @@ def stock(lab, role, **env):
     """A stock publisher or subscriber of forward-pass metrics, through a broker or directly."""
     endpoint = lab.endpoint("backend")
     command = [sys.executable, HERE / "stock_events.py", "--role", role, "--endpoint", endpoint]
-    return lab.start(role, command, lab.env(DYN_EVENT_PLANE="zmq", **env))
+    return lab.start(role, command, lab.env(**{"DYN_EVENT_PLANE": "zmq", **env}))
 
 
 def ours(lab, command, *options, topic="forward-pass-metrics", **env):

@@ -15,6 +15,28 @@ INSTANCES = "v1/instances"
 MODEL_CARDS = "v1/mdc"
 
 
+def card(endpoint, instance, **more):
+    """A model card's record, as a worker writes it; `more` are members of the card."""
+    namespace, component, name = endpoint.split("/")
+    return {
+        "type": "Model",
+        "namespace": namespace,
+        "component": component,
+        "endpoint": name,
+        "instance_id": instance,
+        "card_json": {
+            "display_name": "small-model",
+            "slug": "small-model",
+            "kv_cache_block_size": 16,
+            "migration_limit": 0,
+            "model_type": "Chat",
+            "model_input": "Tokens",
+            "runtime_config": {"max_num_seqs": 8},
+            **more,
+        },
+    }
+
+
 def _b64(text):
     return base64.b64encode(text.encode()).decode()
 

@@ -3,6 +3,7 @@
 import pytest
 
 from lab import RESPONSES, progress, so_far, wait_for
+from store import card
 
 CODECS = ["json", "msgpack"]
 POLICIES = ["random", "power_of_two_choices", "least_loaded", "hash"]
@@ -108,27 +109,6 @@ def test_workers_come_and_go(lab):
     progress(client, so_far(client) + 100)
     found = lab.finish(client)
     assert found.lost() == 0, found
-
-
-def card(backend, instance):
-    """A model card's record, as a worker writes it."""
-    namespace, component, endpoint = backend.split("/")
-    return {
-        "type": "Model",
-        "namespace": namespace,
-        "component": component,
-        "endpoint": endpoint,
-        "instance_id": instance,
-        "card_json": {
-            "display_name": "small-model",
-            "slug": "small-model",
-            "kv_cache_block_size": 16,
-            "migration_limit": 0,
-            "model_type": "Chat",
-            "model_input": "Tokens",
-            "runtime_config": {"max_num_seqs": 8},
-        },
-    }
 
 
 def test_model_card_appears_under_the_listen_endpoint(lab):

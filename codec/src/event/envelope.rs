@@ -56,19 +56,7 @@ impl<'a> Envelope<'a> {
     /// The form that every writer we know of uses; `None` for any other.
     #[inline]
     fn as_written(input: &'a [u8]) -> Option<Self> {
-        let rest = after(input, b"\x85\xacpublisher_id")?;
-        let (publisher_id, rest) = uint(rest)?;
-        let rest = after(rest, b"\xa8sequence")?;
-        let (sequence, rest) = uint(rest)?;
-        let rest = after(rest, b"\xacpublished_at")?;
-        let (published_at_ms, rest) = uint(rest)?;
-        let rest = after(rest, b"\xa5topic")?;
-        let (&head, rest) = rest.split_first()?;
-        if head & 0xe0 != 0xa0 {
-            return None;
-        }
-        let (topic, rest) = rest.split_at_checked(usize::from(head & 0x1f))?;
-        let rest = after(rest, b"\xa7payload")?;
+        let (front, rest) = EnvelopeFront::read(input)?;
         let payload = match *rest {
             [0xc4, bytes, ref rest @ ..] => rest.get(..usize::from(bytes))?,
             [0xc5, high, low, ref rest @ ..] => {
@@ -77,10 +65,10 @@ impl<'a> Envelope<'a> {
             _ => return None,
         };
         Some(Self {
-            publisher_id,
-            sequence,
-            published_at_ms,
-            topic: topic::known(topic).or_else(|| std::str::from_utf8(topic).ok())?,
+            publisher_id: front.publisher_id,
+            sequence: front.sequence,
+            published_at_ms: front.published_at_ms,
+            topic: front.topic,
             payload,
         })
     }
@@ -134,6 +122,64 @@ impl<'a> Envelope<'a> {
         out.extend_from_slice(b"\xa7payload");
         write_binary(self.payload, out);
         Ok(())
+    }
+}
+
+/// What stands before the payload of an envelope in the form that every writer we know of uses:
+/// enough to pass an event on whose payload lies elsewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EnvelopeFront<'a> {
+    /// As in [`Envelope`].
+    pub publisher_id: u64,
+    /// As in [`Envelope`].
+    pub sequence: u64,
+    /// As in [`Envelope`].
+    pub published_at_ms: u64,
+    /// As in [`Envelope`].
+    pub topic: &'a str,
+    /// Bytes of the whole envelope, as its payload's length says.
+    pub bytes: u64,
+}
+
+impl<'a> EnvelopeFront<'a> {
+    /// Reads it from the first bytes of an envelope; `None` for another form, or for too few.
+    #[must_use]
+    pub fn decode(input: &'a [u8]) -> Option<Self> {
+        let (front, rest) = Self::read(input)?;
+        let (head, payload): (usize, u64) = match *rest {
+            [0xc4, bytes, ..] => (2, bytes.into()),
+            [0xc5, a, b, ..] => (3, u16::from_be_bytes([a, b]).into()),
+            [0xc6, a, b, c, d, ..] => (5, u32::from_be_bytes([a, b, c, d]).into()),
+            _ => return None,
+        };
+        let bytes = (input.len() - rest.len() + head) as u64 + payload;
+        Some(Self { bytes, ..front })
+    }
+
+    /// All but `bytes`, and what follows the key of the payload.
+    #[inline]
+    fn read(input: &'a [u8]) -> Option<(Self, &'a [u8])> {
+        let rest = after(input, b"\x85\xacpublisher_id")?;
+        let (publisher_id, rest) = uint(rest)?;
+        let rest = after(rest, b"\xa8sequence")?;
+        let (sequence, rest) = uint(rest)?;
+        let rest = after(rest, b"\xacpublished_at")?;
+        let (published_at_ms, rest) = uint(rest)?;
+        let rest = after(rest, b"\xa5topic")?;
+        let (&head, rest) = rest.split_first()?;
+        if head & 0xe0 != 0xa0 {
+            return None;
+        }
+        let (topic, rest) = rest.split_at_checked(usize::from(head & 0x1f))?;
+        let rest = after(rest, b"\xa7payload")?;
+        let front = Self {
+            publisher_id,
+            sequence,
+            published_at_ms,
+            topic: topic::known(topic).or_else(|| std::str::from_utf8(topic).ok())?,
+            bytes: 0,
+        };
+        Some((front, rest))
     }
 }
 
@@ -258,6 +304,10 @@ mod tests {
         assert_eq!(want, map(&[0, 1, 2, 3, 4]));
         assert!(want.len() <= ENVELOPE_BYTES_OVERHEAD_MAX + 13);
         assert_eq!(Envelope::as_written(&want), Some(EVENT));
+        // The front alone says how long the whole is.
+        let front = EnvelopeFront::decode(&want[..want.len() - 3]).unwrap();
+        assert_eq!((front.bytes, front.sequence), (want.len() as u64, 0));
+        assert_eq!(EnvelopeFront::decode(&want[..want.len() - 4]), None);
     }
 
     /// Each row of the table of spec/events-discovery.md §3.2 that is accepted.

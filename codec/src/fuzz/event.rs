@@ -7,8 +7,8 @@ use crate::Decoded;
 use crate::event::typed::{self, from_payload, to_payload};
 use crate::event::{
     self, CHANNELS_BUCKET, Envelope, EventChannelRecord, EventKey, EventSourceRecord, ForwardPass,
-    Hashes, KvChange, KvEvents, KvMetrics, SOURCES_BUCKET, Sequence, SequenceChange, frame,
-    multipart,
+    Hashes, KvChange, KvEvents, KvMetrics, SOURCES_BUCKET, Sequence, SequenceChange, frame, hello,
+    multipart, origin::Origin,
 };
 
 /// Frames, as a stream and as a whole message.
@@ -24,6 +24,29 @@ pub fn event_frame(data: &[u8]) {
         rest = &rest[at.end..];
     }
     assert_eq!(again, data[..data.len() - rest.len()]);
+}
+
+/// Hellos of plain events and answers to them; marks of where an event has been.
+pub fn event_hello(data: &[u8]) {
+    incremental(data, hello::decode_hello, |hello| hello.bytes());
+    if let Decoded::Frame(read) = hello::decode_hello(data) {
+        let prefixes: Vec<&[u8]> = read.prefixes().collect();
+        let mut again = vec![];
+        hello::write_hello(read.role, read.payload_bytes_max, &prefixes, &mut again)
+            .expect("it came in a hello");
+        assert_eq!(again, data[..read.bytes()]);
+    }
+    incremental(data, hello::decode_answer, |answer| answer.bytes());
+    if let Decoded::Frame(answer) = hello::decode_answer(data) {
+        let mut again = vec![];
+        answer.write(&mut again);
+        assert_eq!(again, data[..answer.bytes()]);
+    }
+    let origin = Origin::of_frame(data);
+    let mut again = b"\x01\0\0\0\0".to_vec();
+    origin.write(&mut again);
+    assert_eq!(Origin::of_frame(&again), origin);
+    assert_eq!(Origin::parse(&origin.to_string()), origin);
 }
 
 /// The envelope as serde's derived reader sees it: Dynamo's is such a one.

@@ -5,7 +5,9 @@ mod common;
 
 mod discovery;
 mod event;
+mod nats;
 mod payload;
+mod plain;
 mod quic;
 mod reply;
 mod request;
@@ -66,10 +68,11 @@ fn every_vector_is_replayed() {
                 quic::connection_info(&vector);
             }
             "payload" => payload::check(&vector),
+            "nats_stream" => nats::check(&vector),
             "quic_lane_stream" => quic::lane_stream(&vector),
             kind => panic!("{}: no replay for kind {kind}", vector.name),
         }
         *seen.entry(vector.kind).or_insert(0) += 1;
     }
-    assert_eq!(seen.len(), 11, "{seen:?}");
+    assert_eq!(seen.len(), 12, "{seen:?}");
 }

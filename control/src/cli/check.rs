@@ -26,6 +26,7 @@ use crate::config::{
     cpu_list, keys, load,
 };
 use crate::env::{self, Env, Level, Notice};
+use crate::tls::kernel as tls;
 
 /// Name and version of the JSON form.
 pub const SCHEMA: &str = "corelane.check/1";
@@ -297,6 +298,13 @@ fn contents(config: &Config) -> String {
             n => format!("{n} instances"),
         }
     );
+    if !config.server.tls.is_off() {
+        let _ = writeln!(
+            text,
+            "  TLS: {}",
+            tls::who_encrypts(config.server.tls.kernel)
+        );
+    }
     if let Some(gpu) = &config.gpu {
         let devices: Vec<usize> = gpu.devices.iter().map(|n| *n as usize).collect();
         let _ = writeln!(

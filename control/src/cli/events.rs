@@ -145,6 +145,9 @@ pub(super) struct PublishOptions {
     /// How often
     #[arg(long, value_name = "N", default_value_t = 1)]
     count: u64,
+    /// Pause after each event, in milliseconds; Ctrl-C ends it
+    #[arg(long, value_name = "M", default_value_t = 0)]
+    interval_ms: u32,
     /// Over ZMQ, wait so many seconds for the first subscriber: what is published before is lost
     #[arg(long, value_name = "S", default_value_t = 5)]
     wait_s: u32,
@@ -163,6 +166,7 @@ impl PublishOptions {
             topic: self.topic,
             body: self.body,
             count: self.count,
+            interval: Duration::from_millis(self.interval_ms.into()),
             wait: Duration::from_secs(self.wait_s.into()),
             transport: self.plane.transport(config, env)?,
         })

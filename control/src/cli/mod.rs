@@ -17,6 +17,8 @@ use crate::{logging, trace};
 
 mod args;
 mod check;
+mod doctor;
+mod dump;
 mod events;
 mod extract;
 mod gms;
@@ -176,7 +178,9 @@ fn dispatch(command: Command, env: &Env, host: &Host) -> anyhow::Result<Exit> {
                 commands::publish(publish.args(config, env)?)
             }
         },
+        Command::Dump(dump) => commands::dump(&dump.args()),
         Command::Tune(options) => tune::tune(*options, env, host),
+        Command::Doctor(options) => doctor::doctor(&options, env, host),
     }
 }
 

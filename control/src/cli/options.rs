@@ -7,8 +7,8 @@ use clap::{Args, Parser, Subcommand};
 
 use super::args::{Answer, CallArgs, Codec, Early, EchoArgs, Target, UpArgs};
 use super::{
-    Stop, check::CheckOptions, events::EventsOptions, extract::TraceOptions, gms::GmsOptions,
-    tune::TuneOptions,
+    Stop, check::CheckOptions, doctor::DoctorOptions, dump::DumpOptions, events::EventsOptions,
+    extract::TraceOptions, gms::GmsOptions, tune::TuneOptions,
 };
 use crate::config::{
     Backend, Config, EndpointId, Host, Inputs, Key, Main, Origin, Override, Purpose, Section,
@@ -60,6 +60,8 @@ pub(super) enum Command {
     Trace(TraceOptions),
     Events(EventsOptions),
     Tune(Box<TuneOptions>),
+    Doctor(Box<DoctorOptions>),
+    Dump(DumpOptions),
 }
 
 /// Where settings come from.

@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 
 use super::options::{ConfigFile, Settings};
 use super::{Exit, Stop};
-use crate::config::{Config, Host, Inputs, Main, Purpose};
+use crate::config::{self, Config, Host, Inputs, Main, Purpose};
 use crate::env::Env;
 use crate::tune::{self, Goal, Outcome, Plan, View};
 
@@ -15,6 +15,10 @@ const NONE: &str = r#"
 [[route]]
 listen = "dynamo/router/generate"
 target = "dynamo/backend/generate"
+"#;
+
+/// And besides where discovery finds nobody by itself.
+const INSTANCE: &str = r#"
 [[instance]]
 endpoint = "dynamo/backend/generate"
 address = "127.0.0.1:9001/1/dynamo/backend/generate"
@@ -97,36 +101,44 @@ struct UndoOptions {
     record: PathBuf,
 }
 
-impl LookOptions {
-    fn inputs(&self, env: &Env, host: &Host) -> Inputs {
-        let path = self.file.path(env);
-        // Whoever named a file wants that one; else a host can be looked at without any.
-        let named = self.file.config.is_some() || env.get("CORELANE_CONFIG").is_some();
-        let main = match named || path.exists() {
-            true => Main::File(path),
-            false => Main::Text {
-                name: "corelane tune".into(),
-                text: NONE.into(),
-            },
-        };
-        Inputs {
-            purpose: Purpose::Serve,
-            main,
-            overrides: self.settings.set.clone(),
-            env: env.clone(),
-            host: host.clone(),
-        }
+/// The configuration that a host is looked at for.
+pub(super) fn inputs(file: &ConfigFile, settings: &Settings, env: &Env, host: &Host) -> Inputs {
+    let path = file.path(env);
+    // Whoever named a file wants that one; else a host can be looked at without any.
+    let named = file.config.is_some() || env.get("CORELANE_CONFIG").is_some();
+    let of = |main| Inputs {
+        purpose: Purpose::Serve,
+        main,
+        overrides: settings.set.clone(),
+        env: env.clone(),
+        host: host.clone(),
+    };
+    if named || path.exists() {
+        return of(Main::File(path));
     }
+    let text = |text: String| Main::Text {
+        name: "no configuration".into(),
+        text,
+    };
+    let with = of(text(format!("{NONE}{INSTANCE}")));
+    // etcd, which a variable may ask for, does not go with instances.
+    match config::load(&with).config {
+        Some(_) => with,
+        None => of(text(NONE.to_owned())),
+    }
+}
 
+impl LookOptions {
     fn make(&self, env: &Env, host: &Host) -> Result<(View, Plan), Stop> {
-        let config = super::config(&self.inputs(env, host))?;
+        let config = super::config(&inputs(&self.file, &self.settings, env, host))?;
         let view = View::host();
         let plan = Plan::make(&view, &goal(&config, &self.devices));
         Ok((view, plan))
     }
 }
 
-fn goal(config: &Config, devices: &[String]) -> Goal {
+/// What it asks of the host.
+pub(super) fn goal(config: &Config, devices: &[String]) -> Goal {
     let connections = config
         .cores
         .iter()

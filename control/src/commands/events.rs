@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use corelane_codec::event::typed::{self, from_payload};
 use corelane_codec::event::{Envelope, KvMetrics, Scope, parse_subject, topic};
 use serde_json::{Value, json};
+use tokio::time::sleep;
 
 use super::serve::on_this_thread;
 use crate::cli::{self, Exit, Stop};
@@ -57,6 +58,8 @@ pub struct PublishArgs {
     pub body: Value,
     /// How often.
     pub count: u64,
+    /// The pause after each.
+    pub interval: Duration,
     /// How long the first subscriber is waited for, over ZMQ.
     pub wait: Duration,
     /// Where.
@@ -162,15 +165,28 @@ pub fn tail(args: TailArgs) -> Result<Exit> {
 /// No contact with the server or the store, or it does not take them.
 pub fn publish(args: PublishArgs) -> Result<Exit> {
     on_this_thread(async move {
-        let plane = Plane::open(args.transport).await?;
+        let mut signals = Signals::catch().context("cannot catch signals")?;
+        let plane = tokio::select! {
+            plane = Plane::open(args.transport) => plane?,
+            _ = signals.next() => return Ok(Exit::Done),
+        };
         let publisher = plane.events.publisher(&args.scope, &args.topic).await?;
-        if !publisher.is_wanted(args.wait).await? {
-            tracing::warn!(waited = ?args.wait, "no subscriber: what is published now is lost");
+        let publish = async {
+            if !publisher.is_wanted(args.wait).await? {
+                tracing::warn!(waited = ?args.wait, "no subscriber: what is published is lost");
+            }
+            for _ in 0..args.count {
+                publisher.publish(&args.body).await?;
+                if !args.interval.is_zero() {
+                    sleep(args.interval).await;
+                }
+            }
+            publisher.flush().await
+        };
+        tokio::select! {
+            published = publish => published?,
+            _ = signals.next() => {}
         }
-        for _ in 0..args.count {
-            publisher.publish(&args.body).await?;
-        }
-        publisher.flush().await?;
         let done = json!({"publisher_id": publisher.id(), "published": publisher.published()});
         cli::print(&format!("{done}\n"))?;
         drop(publisher);

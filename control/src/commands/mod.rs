@@ -4,11 +4,13 @@ use anyhow::Result;
 
 use crate::cli::{CallArgs, EchoArgs, Exit};
 
+mod dump;
 mod events;
 mod gms;
 mod serve;
 mod up;
 
+pub use dump::{DumpArgs, Source, dump};
 pub use events::{PublishArgs, TailArgs, Transport, publish, tail};
 pub use gms::{gms, probe};
 pub use serve::serve;

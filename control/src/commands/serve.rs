@@ -6,12 +6,16 @@ use anyhow::{Context, Result};
 use tokio::runtime::Builder;
 use tokio::task::LocalSet;
 
+use crate::activation::Handed;
+use crate::bridge::Bridge;
 use crate::broker::Broker;
 use crate::broker_metrics;
 use crate::cli::{Exit, ServeArgs};
 use crate::config::Config;
+use crate::env::Env;
 use crate::gpu_memory::{GpuMemory, Names};
 use crate::gpu_metrics;
+use crate::nats::NatsOptions;
 use crate::planner::Feed;
 use crate::preflight::{self, Plan};
 use crate::supervise::{Router, Signals, Store};
@@ -22,13 +26,17 @@ use crate::trace;
 /// # Errors
 /// The host cannot do what is required, a port is taken, or the store cannot be reached.
 pub fn serve(args: ServeArgs) -> Result<Exit> {
-    let config = args.config;
-    let plan = preflight::plan(&config)?;
+    let mut config = args.config;
+    let handed = Handed::take(&Env::current())?;
+    handed.configure(&mut config)?;
+    let mut plan = preflight::plan(&config)?;
+    handed.distribute(&mut plan)?;
     pin(plan.control_cpu);
     on_this_thread(async move {
         let mut signals = Signals::catch().context("cannot catch signals")?;
         let gpu = gpu_memory(&config)?;
         let broker = broker(&config, &plan)?;
+        let bridge = bridge(&config, broker.as_deref()).await?;
         let planner = config.planner.as_ref().map(Feed::start).transpose()?;
         let started = tokio::select! {
             router = Router::start(&config, &plan, Store::Configured) => Some(router?),
@@ -49,7 +57,12 @@ pub fn serve(args: ServeArgs) -> Result<Exit> {
                 if let Some(broker) = broker.clone() {
                     let discovery = router.discovery().clone();
                     broker.offer(&discovery).await;
+                    let turns = Rc::clone(&broker);
+                    router.watch("the event broker", Box::new(move || turns.turns()));
                     router.add_metrics(Box::new(move |out| broker_metrics::write(&broker, out)));
+                }
+                if let Some(bridge) = bridge.clone() {
+                    router.add_metrics(Box::new(move |out| bridge.write_metrics(out)));
                 }
                 let failed = async {
                     tokio::select! {
@@ -62,6 +75,9 @@ pub fn serve(args: ServeArgs) -> Result<Exit> {
                 let stop = async {
                     if let Some(gpu) = &gpu {
                         gpu.stop().await;
+                    }
+                    if let Some(bridge) = &bridge {
+                        bridge.stop().await;
                     }
                     if let Some(broker) = &broker {
                         broker.stop();
@@ -87,6 +103,19 @@ fn broker(config: &Config, plan: &Plan) -> Result<Option<Rc<Broker>>> {
         return Ok(None);
     };
     Ok(Some(Broker::start(config, broker, shard.config.ring)?))
+}
+
+/// What joins the broker to others, if the configuration has it.
+async fn bridge(config: &Config, broker: Option<&Broker>) -> Result<Option<Rc<Bridge>>> {
+    let settings = config
+        .broker
+        .as_ref()
+        .and_then(|broker| broker.bridge.as_ref());
+    let Some((settings, broker)) = settings.zip(broker) else {
+        return Ok(None);
+    };
+    let options = NatsOptions::read(&Env::current())?;
+    Ok(Some(Bridge::start(settings, &options, broker).await?))
 }
 
 /// Waits for the end of a part of this process, if there is that part.

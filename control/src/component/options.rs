@@ -20,6 +20,7 @@ use crate::env::Env;
 use crate::events::{EventPlane, ZmqOptions};
 use crate::nats::{NatsOptions, RequestPlane};
 use crate::preflight::{self, Plan, Planned};
+use crate::tls;
 
 /// Receive buffers of a shard: it needs fewer than a router's.
 const BUFFERS: u16 = 1024;
@@ -443,6 +444,7 @@ impl Options {
         let choice = host::choose(self.io, &host::probe());
         let choice = choice.map_err(|refused| Stop::HostCannot(refused.to_string()))?;
         tracing::info!("ring {}", choice.explain);
+        tls::kernel::demanded(&self.server.tls).map_err(Stop::HostCannot)?;
         let listen = SocketAddr::new(self.server.host, self.server.port);
         let listen = (!self.calls_only).then_some(listen);
         let cpus = match self.cpus.is_empty() {
@@ -464,6 +466,7 @@ impl Options {
             shards: cpus.iter().enumerate().map(planned).collect(),
             tls: self.server.tls.clone(),
             responses: self.server.responses,
+            status: None,
         })
     }
 }

@@ -42,11 +42,13 @@ use super::registry::{Registry, Watched};
 use super::run;
 use super::serving::Serving;
 use super::shard::Shard;
+use crate::broker_metrics;
 use crate::config::{self, Backend};
 use crate::cores::Cores;
 use crate::discovery::Discovery;
 use crate::engine_routes::EngineRoutes;
 use crate::events::Events;
+use crate::flight;
 use crate::health::{Endpoints, Hold, Settings, State};
 use crate::metrics::{ProcessNumbers, ServedNumbers, Snapshot, WorkerNumbers};
 use crate::nats::{Nats, Requests};
@@ -430,9 +432,12 @@ impl Runtime {
         let (health, numbers) = (Rc::downgrade(&self.0), Rc::downgrade(&self.0));
         let health = move || health.upgrade().map(|inner| inner.health());
         let numbers = move || numbers.upgrade().map(|inner| inner.metrics());
+        let cores = Rc::clone(&self.0.cores);
+        let records = move |query: &str| flight::answer(&cores.view(), query);
         let started = StatusServer::start(
             StatusOptions {
                 engine: self.0.engine.clone(),
+                extras: vec![(flight::PATH, Box::new(records))],
                 ..StatusOptions::read(address, &self.0.options.env)
             },
             move || health().unwrap_or_default(),
@@ -468,12 +473,17 @@ impl Inner {
     fn metrics(&self) -> String {
         let process = ProcessNumbers {
             uptime: self.began.elapsed(),
-            directories: 0,
             draining: self.is_stopping(),
+            ..ProcessNumbers::default()
         };
         let stats = Some(&**self.discovery.stats());
         let cores = Snapshot::take(&self.cores.view(), Vec::new(), process, stats);
-        let cores = cores.render_with(|out| self.cores.write_transports(out));
+        let cores = cores.render_with(|out| {
+            self.cores.write_transports(out);
+            if let Some(stats) = self.events.stats() {
+                broker_metrics::write_stats(&stats, out);
+            }
+        });
         let serving = self.serving.borrow();
         let text = metrics::with_endpoints(cores, &self.endpoints.seen(), &serving);
         let served = |serving: &Rc<Serving>| ServedNumbers {

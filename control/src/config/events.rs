@@ -2,11 +2,11 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use super::Purpose;
 use super::keys::{self, Key};
 use super::layers::{Layers, Of};
-use super::resolve::origin;
-use super::words::{Overflow, Switch};
+use super::resolve::{self, origin};
+use super::words::{Bridge, Idle, Overflow, Switch};
+use super::{Host, Purpose};
 
 /// `[events]`, with `broker` on.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -17,6 +17,14 @@ pub struct Broker {
     pub xsub: SocketAddr,
     /// Where subscribers connect.
     pub xpub: SocketAddr,
+    /// Where both connect that speak no ZMTP.
+    pub tcp: Option<SocketAddr>,
+    /// CPU of its thread; that of the control core unless it is said.
+    pub cpu: Option<usize>,
+    /// What its thread does with nothing to do.
+    pub idle: Idle,
+    /// What events are exchanged with.
+    pub bridge: Option<BridgeConfig>,
     /// What happens at the bound of a queue.
     pub overflow: Overflow,
     /// Events that wait for one subscriber.
@@ -37,16 +45,38 @@ pub struct Broker {
     pub buffer_bytes: u32,
 }
 
+/// `bridge` and what goes with it, where it is on.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct BridgeConfig {
+    /// Whether NATS is one of its sides.
+    pub nats: bool,
+    /// Where the other broker takes events, and where it gives them.
+    pub other: Option<(SocketAddr, SocketAddr)>,
+    /// The one namespace whose events are exchanged.
+    pub namespace: Option<String>,
+    /// The name of our own peers, where they are not ours alone.
+    pub side: Option<String>,
+}
+
 /// The settings, if there is to be a broker at all.
-pub(super) fn broker(layers: &mut Layers, purpose: Purpose, host: IpAddr) -> Option<Broker> {
+pub(super) fn broker(
+    layers: &mut Layers,
+    purpose: Purpose,
+    host: IpAddr,
+    cpus: &Host,
+) -> Option<Broker> {
     if purpose != Purpose::Serve {
         return None;
     }
     let is_on = layers.word(&keys::EVENTS_BROKER, Switch::parse, Switch::Off) == Switch::On;
     let broker = Broker {
-        namespace: namespace(layers),
+        namespace: named(layers, &keys::EVENTS_NAMESPACE).unwrap_or_else(|| "dynamo".to_owned()),
         xsub: bind(layers, &keys::EVENTS_XSUB, SocketAddr::new(host, 5555)),
         xpub: bind(layers, &keys::EVENTS_XPUB, SocketAddr::new(host, 5556)),
+        tcp: address(layers, &keys::EVENTS_TCP, SocketAddr::new(host, 5557)),
+        cpu: resolve::cpu(layers, cpus, &keys::EVENTS_CPU, |_| true).map(|(cpu, _)| cpu),
+        idle: layers.word(&keys::EVENTS_IDLE, Idle::parse, Idle::Block),
+        bridge: bridge(layers),
         overflow: layers.word(
             &keys::EVENTS_OVERFLOW,
             Overflow::parse,
@@ -61,47 +91,104 @@ pub(super) fn broker(layers: &mut Layers, purpose: Purpose, host: IpAddr) -> Opt
         buffers: layers.int(&keys::EVENTS_BUFFERS, Of::Once),
         buffer_bytes: layers.int(&keys::EVENTS_BUFFER_BYTES, Of::Once),
     };
-    if is_on && broker.xsub == broker.xpub && broker.xsub.port() != 0 {
-        let at = origin(layers, &keys::EVENTS_XPUB);
-        let what = format!("xpub is {}, which is xsub too", broker.xpub);
-        layers.error(&at, what, "write another port");
+    if is_on {
+        distinct(layers, &broker);
+    } else {
+        idle_keys(layers, &broker);
     }
     is_on.then_some(broker)
 }
 
-fn namespace(layers: &mut Layers) -> String {
-    let found = layers.text(&keys::EVENTS_NAMESPACE, Of::Once);
-    let Some((namespace, at)) = found else {
-        return "dynamo".to_owned();
-    };
-    if namespace.is_empty() {
-        layers.error(
-            &at,
-            "namespace is empty".to_owned(),
-            "write namespace = \"dynamo\"",
-        );
+/// Each door has a port of its own.
+fn distinct(layers: &mut Layers, broker: &Broker) {
+    let mut doors = vec![("xsub", broker.xsub)];
+    let others = [
+        ("xpub", &keys::EVENTS_XPUB, Some(broker.xpub)),
+        ("tcp", &keys::EVENTS_TCP, broker.tcp),
+    ];
+    for (name, key, address) in others {
+        let Some(address) = address else {
+            continue;
+        };
+        if let Some((other, _)) = doors.iter().find(|(_, known)| *known == address)
+            && address.port() != 0
+        {
+            let at = origin(layers, key);
+            let what = format!("{name} is {address}, which is {other} too");
+            layers.error(&at, what, "write another port");
+        }
+        doors.push((name, address));
     }
-    namespace
+}
+
+/// Doors and bridges are the broker's: without it they would be silently absent.
+fn idle_keys(layers: &mut Layers, broker: &Broker) {
+    let written = [
+        (&keys::EVENTS_TCP, broker.tcp.is_some()),
+        (&keys::EVENTS_BRIDGE, broker.bridge.is_some()),
+    ];
+    for (key, is_written) in written {
+        if is_written {
+            let at = origin(layers, key);
+            let what = format!("{} is written, and there is no broker", key.name);
+            layers.error(&at, what, "write broker = true under [events] as well");
+        }
+    }
+}
+
+fn bridge(layers: &mut Layers) -> Option<BridgeConfig> {
+    let word = layers.word(&keys::EVENTS_BRIDGE, Bridge::parse, Bridge::Off);
+    let any = SocketAddr::from(([127, 0, 0, 1], 5555));
+    let xsub = address(layers, &keys::EVENTS_BRIDGE_XSUB, any);
+    let xpub = address(layers, &keys::EVENTS_BRIDGE_XPUB, any);
+    let namespace = named(layers, &keys::EVENTS_BRIDGE_NAMESPACE);
+    let side = named(layers, &keys::EVENTS_BRIDGE_SIDE);
+    let other = matches!(word, Bridge::Zmq | Bridge::Both);
+    let pair = xsub.zip(xpub);
+    if other && pair.is_none() {
+        let at = origin(layers, &keys::EVENTS_BRIDGE);
+        let what = format!("bridge is {word}, and the other broker is not named");
+        let example = "write bridge_xsub and bridge_xpub, tcp://IP:PORT each";
+        layers.error(&at, what, example);
+    }
+    (word != Bridge::Off).then_some(BridgeConfig {
+        nats: matches!(word, Bridge::Nats | Bridge::Both),
+        other: pair.filter(|_| other),
+        namespace,
+        side,
+    })
+}
+
+/// A name that must not be empty.
+fn named(layers: &mut Layers, key: &'static Key) -> Option<String> {
+    let (name, at) = layers.text(key, Of::Once)?;
+    if name.is_empty() {
+        let example = format!("write {} = \"dynamo\", or leave it out", key.name);
+        layers.error(&at, format!("{} is empty", key.name), example);
+        return None;
+    }
+    Some(name)
+}
+
+/// [`address`], or `default`.
+fn bind(layers: &mut Layers, key: &'static Key, default: SocketAddr) -> SocketAddr {
+    address(layers, key, default).unwrap_or(default)
 }
 
 /// Reads `tcp://IP:PORT`; `*` is every address, as ZMQ has it.
-fn bind(layers: &mut Layers, key: &'static Key, default: SocketAddr) -> SocketAddr {
-    let Some((text, at)) = layers.text(key, Of::Once) else {
-        return default;
-    };
+fn address(layers: &mut Layers, key: &'static Key, example: SocketAddr) -> Option<SocketAddr> {
+    let (text, at) = layers.text(key, Of::Once)?;
     let address = text.trim().strip_prefix("tcp://");
     let address = address.map(|address| match address.strip_prefix("*:") {
         Some("*") => "0.0.0.0:0".to_owned(),
         Some(port) => format!("0.0.0.0:{port}"),
         None => address.to_owned(),
     });
-    match address.and_then(|address| address.parse().ok()) {
-        Some(address) => address,
-        None => {
-            let what = format!("{} is no ZMQ address over TCP", key.name);
-            let example = format!("write {} = \"tcp://{default}\"", key.name);
-            layers.error(&at, what, example);
-            default
-        }
+    let address = address.and_then(|address| address.parse().ok());
+    if address.is_none() {
+        let what = format!("{} is no ZMQ address over TCP", key.name);
+        let example = format!("write {} = \"tcp://{example}\"", key.name);
+        layers.error(&at, what, example);
     }
+    address
 }

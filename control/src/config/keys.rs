@@ -3,8 +3,8 @@
 
 use super::value::Kind;
 use super::words::{
-    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, Overflow, PlannerNames, Policy,
-    RelayPlane, Response, ResponsePlane, Switch,
+    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Io, KernelTls, LoadSource,
+    Overflow, PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Switch,
 };
 
 /// A table of `corelane.toml`.
@@ -320,6 +320,33 @@ keys! {
         [Alias { name: "DYN_HTTP_BACKEND_STREAM_TIMEOUT_SECS", dialect: Dialect::SecondsToMillis }],
         "relay: how long a response may pause between two items; 0 is for ever";
 
+    ROUTE_BLOCK_TOKENS = Route "block_tokens", int(1, 4_096, "tokens"), Value("16"), [],
+        "Tokens of a block of KV cache at the workers (kv_cache_block_size of their model card)";
+    ROUTE_KV_BODY_BYTES_MAX = Route "kv_body_bytes_max", int(0, 65_536, "bytes"), Value("0"), [],
+        "kv: bytes of a body that are looked into for token_ids; 0: bodies are left alone";
+    ROUTE_KV_BLOCKS_MAX = Route "kv_blocks_max", int(1_024, 1 << 26, "blocks"), Value("1048576"),
+        [],
+        "kv: blocks that a core remembers, each for every worker; beyond it the oldest leaf goes";
+    ROUTE_KV_RANKS_MAX = Route "kv_ranks_max", int(1, 1_024, "ranks"), Value("256"), [],
+        "kv: workers that a core remembers blocks of, each data-parallel rank for itself";
+    ROUTE_KV_OVERLAP_CREDIT_PCT = Route "kv_overlap_credit_pct", int(0, 1_000, "percent"),
+        Value("100"), [],
+        "kv: what a block in the cache takes off the blocks to be computed";
+    ROUTE_KV_PREFILL_SCALE_PCT = Route "kv_prefill_scale_pct", int(0, 10_000, "percent"),
+        Value("100"), [],
+        "kv: what a block to be computed costs beside one that is held";
+    ROUTE_KV_TEMPERATURE_PCT = Route "kv_temperature_pct", int(0, 10_000, "percent"), Value("0"),
+        [],
+        "kv: 0 takes the least cost; more draws by chance, the more evenly the higher it is";
+    ROUTE_LOAD = Route "load", Kind::Words(LoadSource::WORDS), Value("own"), [],
+        "Load of an instance: what each core gave it, or what the instance publishes as events";
+    ROUTE_LOAD_STALE_MS = Route "load_stale_ms", int(100, 3_600_000, "milliseconds"),
+        Value("5000"), [],
+        "How long what an instance published counts; after that, what this core gave it";
+    ROUTE_LOAD_REQUEST_BLOCKS = Route "load_request_blocks", int(1, 65_536, "blocks"),
+        Value("32"), [],
+        "Blocks that a request is taken for whose prompt is not known";
+
     INSTANCE_ENDPOINT = Instance "endpoint", Kind::Endpoint, Required, [],
         "Endpoint that the instance serves";
     INSTANCE_ADDRESS = Instance "address", Kind::Address, Required, [],
@@ -351,9 +378,14 @@ keys! {
     CORE_UPSTREAM_QUEUE_BYTES = Core "upstream_queue_bytes", int(65_536, 1 << 30, "bytes"),
         Value("67108864"), [],
         "Bytes waiting for one instance's socket; more are refused";
+    CORE_FLIGHT_RECORDS = Core "flight_records", int(0, 1 << 22, "records"), Value("65536"), [],
+        "Last things that happened on a core, 32 bytes each, for corelane dump; 0 keeps none";
 
     CONTROL_CPU = Control "cpu", Kind::CpuOrLast, Value("last"), [],
         "CPU of the control core; last is the last one, free of data cores where there is one";
+    CONTROL_FLIGHT_DIR = Control "flight_dir", Kind::Path,
+        Unset("the first of LOGS_DIRECTORY, which systemd sets, else nothing is written"), [],
+        "Folder for the last records of a core that ends by itself, or makes no progress";
 
     TLS_CERT = Tls "cert", Kind::Path, Unset("accept connections without TLS"),
         [same("DYN_TCP_TLS_CERT_PATH")],
@@ -383,6 +415,8 @@ keys! {
         "How long a handshake may take";
     TLS_THREADS = Tls "threads", int(1, 64, "threads"), Value("1"), [],
         "Threads for handshakes and encryption, shared by the cores";
+    TLS_KERNEL = Tls "kernel", Kind::Words(KernelTls::WORDS), Value("auto"), [],
+        "Who encrypts after the handshake: auto, the kernel if it has TLS, else threads";
 
     DRAIN_GRACE_S = Drain "grace_s", int(0, 3_600, "seconds"), Value("5"),
         [same("DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS")],
@@ -446,6 +480,26 @@ keys! {
     EVENTS_XPUB = Events "xpub", Kind::Text { bytes_max: 64 }, Unset("[server] host, port 5556"),
         [same("ZMQ_BROKER_XPUB_BIND")],
         "Where subscribers connect: tcp://IP:PORT; port 0 is any";
+    EVENTS_TCP = Events "tcp", Kind::Text { bytes_max: 64 }, Unset("no plain TCP"), [],
+        "Where publishers and subscribers without ZMTP connect: tcp://IP:PORT; port 0 is any";
+    EVENTS_CPU = Events "cpu", Kind::CpuOrLast, Unset("that of the control core"), [],
+        "CPU that the thread of the broker is pinned to";
+    EVENTS_IDLE = Events "idle", Kind::Words(Idle::WORDS), Value("block"), [],
+        "What that thread does with nothing to do";
+    EVENTS_BRIDGE = Events "bridge", Kind::Words(Bridge::WORDS), Value("off"), [],
+        "What the broker exchanges events with: NATS, another ZMQ broker, both, or nothing";
+    EVENTS_BRIDGE_XSUB = Events "bridge_xsub", Kind::Text { bytes_max: 64 },
+        Unset("no other broker"), [],
+        "Where the other broker takes events: tcp://IP:PORT";
+    EVENTS_BRIDGE_XPUB = Events "bridge_xpub", Kind::Text { bytes_max: 64 },
+        Unset("no other broker"), [],
+        "Where the other broker gives events: tcp://IP:PORT";
+    EVENTS_BRIDGE_NAMESPACE = Events "bridge_namespace", Kind::Text { bytes_max: 256 },
+        Unset("all namespaces"), [],
+        "The one namespace whose events are exchanged";
+    EVENTS_BRIDGE_SIDE = Events "bridge_side", Kind::Text { bytes_max: 256 },
+        Unset("nobody shares them"), [],
+        "Name of our own peers, if they connect to other brokers of the same name as well";
     EVENTS_OVERFLOW = Events "overflow", Kind::Words(Overflow::WORDS), Value("drop_newest"), [],
         "What happens to an event that a subscriber's queue has no room for";
     EVENTS_QUEUE_EVENTS_MAX = Events "queue_events_max", int(1, 1 << 24, "events"),

@@ -25,6 +25,7 @@ mod events;
 mod gpu;
 mod host;
 mod keys;
+mod kv;
 mod layers;
 mod lists;
 mod planner;
@@ -38,16 +39,17 @@ mod value;
 mod words;
 
 pub use corelane_codec::path::EndpointId;
-pub use events::Broker;
+pub use events::{BridgeConfig, Broker};
 pub use host::Host;
 pub use keys::{Alias, Dialect, Fallback, Key, Section, find, keys};
+pub use kv::{RouteKv, RouteLoad};
 pub use layers::Setting;
 pub use problem::{Origin, Problem, Severity};
 pub use tls::{Tls, TlsClient, TlsServer};
 pub use value::{Kind, Value, address};
 pub use words::{
-    Ack, Backend, DurableLayout, Generation, GpuBackend, Idle, Io, Overflow, PlannerNames, Policy,
-    RelayPlane, Response, ResponsePlane, Switch,
+    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Io, KernelTls, LoadSource,
+    Overflow, PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Switch,
 };
 
 pub use crate::words::Word;
@@ -255,6 +257,12 @@ pub struct Route {
     pub relay: RelayTimes,
     /// Workers that share memory take the place of instances.
     pub lane: Option<RouteLane>,
+    /// Tokens of a block of KV cache.
+    pub block_tokens: u32,
+    /// What is remembered of KV caches; for [`Policy::Kv`] only.
+    pub kv: Option<RouteKv>,
+    /// What the load of its instances is.
+    pub load: RouteLoad,
 }
 
 /// The deadlines of a relayed route; 0 is for ever.
@@ -311,6 +319,8 @@ pub struct Core {
     pub in_flight_max: u32,
     /// Bytes waiting for one instance's socket at most.
     pub upstream_queue_bytes: u32,
+    /// Records of the flight recorder.
+    pub flight_records: u32,
 }
 
 /// `[control]`.
@@ -318,6 +328,8 @@ pub struct Core {
 pub struct Control {
     /// The CPU of the control core; may be one of the data cores on a small machine.
     pub cpu: usize,
+    /// Where flight records of a core in trouble are written.
+    pub flight_dir: Option<PathBuf>,
 }
 
 /// `[drain]`.

@@ -24,7 +24,7 @@ const OTHER_FILES: u64 = 64;
 pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
     let server = server(layers);
     let discovery = discovery(layers);
-    let broker = events::broker(layers, inputs.purpose, server.host);
+    let broker = events::broker(layers, inputs.purpose, server.host, &inputs.host);
     let routed = inputs.purpose.routes();
     let (routes, instances) = match routed {
         true => routes::routes(layers, inputs.purpose, discovery.backend, broker.is_some()),
@@ -311,16 +311,22 @@ fn core(layers: &mut Layers, cpu: usize) -> Core {
         buffers: layers.int(&keys::CORE_BUFFERS, of),
         in_flight_max: layers.int(&keys::CORE_IN_FLIGHT_MAX, of),
         upstream_queue_bytes: layers.int(&keys::CORE_UPSTREAM_QUEUE_BYTES, of),
+        flight_records: layers.int(&keys::CORE_FLIGHT_RECORDS, of),
     }
 }
 
-fn control(layers: &mut Layers, host: &Host, cores: &[Core]) -> Option<Control> {
-    let (value, at) = layers.get(&keys::CONTROL_CPU, Of::Once)?;
-    let is_data = |cpu: usize| cores.iter().find(|core| core.cpu == cpu);
+/// A CPU by its number or as the last one, of those that are `free` if there are any.
+pub(super) fn cpu(
+    layers: &mut Layers,
+    host: &Host,
+    key: &'static keys::Key,
+    free: impl Fn(usize) -> bool,
+) -> Option<(usize, Origin)> {
+    let (value, at) = layers.get(key, Of::Once)?;
     let cpu = match value {
         Value::Int(number) => usize::try_from(number).ok()?,
         _ => {
-            let free = host.cpus.iter().rev().find(|&&cpu| is_data(cpu).is_none());
+            let free = host.cpus.iter().rev().find(|&&cpu| free(cpu));
             *free.or(host.cpus.last())?
         }
     };
@@ -332,6 +338,14 @@ fn control(layers: &mut Layers, host: &Host, cores: &[Core]) -> Option<Control> 
         layers.error(&at, what, r#"write one of these, or "last""#);
         return None;
     }
+    Some((cpu, at))
+}
+
+fn control(layers: &mut Layers, host: &Host, cores: &[Core]) -> Option<Control> {
+    let is_data = |cpu: usize| cores.iter().find(|core| core.cpu == cpu);
+    let (cpu, at) = cpu(layers, host, &keys::CONTROL_CPU, |cpu| {
+        is_data(cpu).is_none()
+    })?;
     if is_data(cpu).is_some_and(|core| core.idle == Idle::Spin) {
         let what = format!("the control core shares CPU {cpu} with a data core that spins");
         layers.warn(
@@ -340,7 +354,11 @@ fn control(layers: &mut Layers, host: &Host, cores: &[Core]) -> Option<Control> 
             r#"write idle = "block", or keep a CPU out of cpus"#,
         );
     }
-    Some(Control { cpu })
+    let flight_dir = layers.text(&keys::CONTROL_FLIGHT_DIR, Of::Once);
+    Some(Control {
+        cpu,
+        flight_dir: flight_dir.map(|(dir, _)| PathBuf::from(dir)),
+    })
 }
 
 /// Whether the kernel lets us have as many sockets as are promised.

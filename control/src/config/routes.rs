@@ -2,6 +2,7 @@
 //! nobody can provide.
 
 use super::keys::{self, Section};
+use super::kv;
 use super::layers::{Layers, Of};
 use super::problem::{Origin, Problem, quoted};
 use super::words::{Ack, Backend, Policy, Response};
@@ -69,6 +70,9 @@ fn route(layers: &mut Layers, index: usize) -> Option<Placed> {
         useless(layers, index, &relay);
     }
     let lane = lane(layers, index, ack);
+    let kv = kv::kv(layers, index, policy);
+    let load = kv::load(layers, index, policy, response);
+    let block_tokens = layers.int(&keys::ROUTE_BLOCK_TOKENS, of);
     if let Some((text, at)) = &listen {
         offered(layers, text, at);
     }
@@ -96,6 +100,9 @@ fn route(layers: &mut Layers, index: usize) -> Option<Placed> {
         hold_bytes,
         relay,
         lane,
+        block_tokens,
+        kv,
+        load,
     };
     Some(Placed {
         route,
@@ -188,29 +195,39 @@ fn useless(layers: &mut Layers, index: usize, relay: &RelayTimes) {
             relay.inactivity_timeout_ms,
         ),
     ] {
-        // A default that is written down is no mistake.
-        let default =
-            matches!(key.fallback, keys::Fallback::Value(text) if text == value.to_string());
-        if default {
-            continue;
-        }
-        let table = layers.main.table(Section::Route, index);
-        let typed = table.and_then(|table| table.entries.iter().find(|entry| entry.key == key));
-        if let Some(at) = typed.map(|entry| entry.at.clone()) {
-            let what = format!("{} does nothing with response = \"direct\"", key.name);
-            layers.warn(&at, what, r#"write response = "relay", or take it out"#);
-        }
+        let instead = r#"write response = "relay", or take it out"#;
+        let (place, value) = ((index, key), value.to_string());
+        idle(layers, place, &value, "response = \"direct\"", instead);
+    }
+}
+
+/// Warns of a key that was typed and does nothing. A default that is written down is no mistake.
+pub(super) fn idle(
+    layers: &mut Layers,
+    (index, key): (usize, &'static keys::Key),
+    value: &str,
+    why: &str,
+    instead: &str,
+) {
+    if matches!(key.fallback, keys::Fallback::Value(text) if text == value) {
+        return;
+    }
+    if let Some(at) = typed(layers, index, key) {
+        let what = format!("{} does nothing with {why}", key.name);
+        layers.warn(&at, what, instead);
     }
 }
 
 /// Where a key of a route was typed, else where the route begins.
 fn entry(layers: &Layers, index: usize, key: &keys::Key) -> Origin {
-    let table = layers.main.table(Section::Route, index);
-    let typed = table.and_then(|table| table.entries.iter().find(|entry| entry.key == key));
-    typed.map_or_else(
-        || layers.header(Section::Route, index),
-        |entry| entry.at.clone(),
-    )
+    typed(layers, index, key).unwrap_or_else(|| layers.header(Section::Route, index))
+}
+
+/// Where a key of a route was typed, if it was.
+pub(super) fn typed(layers: &Layers, index: usize, key: &keys::Key) -> Option<Origin> {
+    let table = layers.main.table(Section::Route, index)?;
+    let entry = table.entries.iter().find(|entry| entry.key == key)?;
+    Some(entry.at.clone())
 }
 
 /// A name that we put into discovery has three plain parts.

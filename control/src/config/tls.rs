@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::keys::{self, Key};
 use super::layers::{Layers, Of};
 use super::resolve::origin;
-use super::words::Switch;
+use super::words::{KernelTls, Switch};
 use crate::tls::material::{self, Unusable};
 
 /// TLS of the request and response planes: towards those who connect to us (callers, and workers
@@ -23,6 +23,8 @@ pub struct Tls {
     pub handshake_timeout: Duration,
     /// Threads for handshakes and encryption.
     pub threads: usize,
+    /// Whether the kernel encrypts.
+    pub kernel: KernelTls,
 }
 
 /// What those who connect to us see.
@@ -63,6 +65,7 @@ pub(super) fn tls(layers: &mut Layers) -> Tls {
         client: client(layers),
         handshake_timeout: Duration::from_secs(seconds.into()),
         threads: threads.into(),
+        kernel: layers.word(&keys::TLS_KERNEL, KernelTls::parse, KernelTls::Auto),
     };
     if let Some(server) = &tls.server
         && let Err(error) = material::server(server)

@@ -35,6 +35,20 @@ words! {
 }
 
 words! {
+    /// Who encrypts once hands are shaken.
+    #[derive(Default)]
+    KernelTls {
+        /// The kernel where it can, else threads of this process.
+        #[default]
+        Auto = "auto",
+        /// Threads of this process.
+        Off = "off",
+        /// The kernel; a host that cannot is not served on.
+        Required = "required",
+    }
+}
+
+words! {
     /// What happens to an event that a subscriber's queue has no room for.
     Overflow {
         /// It is dropped.
@@ -74,6 +88,20 @@ words! {
         Direct = "direct",
         /// The same one for the same value of a header, as long as it is there.
         Hash = "hash",
+        /// The one with most of the prompt in its KV cache, load considered.
+        Kv = "kv",
+    }
+}
+
+words! {
+    /// What the load of an instance is taken from.
+    LoadSource {
+        /// What each core has given it.
+        Own = "own",
+        /// The requests in its forward-pass metrics.
+        ForwardPass = "forward_pass",
+        /// The blocks in its KV metrics.
+        KvMetrics = "kv_metrics",
     }
 }
 
@@ -104,6 +132,20 @@ words! {
         Block = "block",
         /// Poll.
         Spin = "spin",
+    }
+}
+
+words! {
+    /// What the broker of events exchanges events with.
+    Bridge {
+        /// Nothing.
+        Off = "off",
+        /// A NATS server.
+        Nats = "nats",
+        /// Another broker, by ZMQ.
+        Zmq = "zmq",
+        /// NATS and another broker.
+        Both = "both",
     }
 }
 

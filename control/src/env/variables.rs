@@ -66,6 +66,20 @@ pub const VARIABLES: &[Variable] = variables! {
         "NVIDIA_VISIBLE_DEVICES", "unset", "device list", Honoured,
             "makes device_type of our records cpu when none or void";
     }
+    "service manager" {
+        "NOTIFY_SOCKET", "unset", "path, or @ and a name", Honoured,
+            "names the socket at which a service manager is told how a router is";
+        "WATCHDOG_USEC", "unset", "microseconds", Honoured,
+            "is how long the manager waits for a sign of life; at least 2000000";
+        "WATCHDOG_PID", "this process", "number", Honoured, "is the process that this is meant for";
+        "LISTEN_FDS", "0", "sockets", Honoured,
+            "is how many listening sockets are handed to a router, from descriptor 3 on";
+        "LISTEN_PID", "this process", "number", Honoured, "is the process that this is meant for";
+        "LISTEN_FDNAMES", "requests", "names between colons", Honoured,
+            "says what each is for: requests or status";
+        "LOGS_DIRECTORY", "unset", "paths between colons", Honoured,
+            "is where flight records go when [control] flight_dir is not set";
+    }
     "request plane" {
         "DYN_REQUEST_PLANE", "tcp", "tcp or nats", Honoured,
             "is the transport of requests to our endpoints";

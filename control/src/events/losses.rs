@@ -27,14 +27,14 @@ pub struct Losses {
 
 /// The numbers of each publisher.
 #[derive(Debug, Default)]
-pub(super) struct Numbers {
+pub(crate) struct Numbers {
     of: HashMap<u64, Tracker>,
-    pub(super) losses: Losses,
+    pub(crate) losses: Losses,
 }
 
 impl Numbers {
     /// An event has come.
-    pub(super) fn came(&mut self, publisher_id: u64, sequence: u64) {
+    pub(crate) fn came(&mut self, publisher_id: u64, sequence: u64) {
         if self.of.len() >= PUBLISHERS_MAX && !self.of.contains_key(&publisher_id) {
             self.of.clear();
         }

@@ -11,7 +11,7 @@
 mod losses;
 mod publisher;
 pub(crate) mod reports;
-mod seen;
+pub(crate) mod seen;
 mod subscriber;
 mod tap;
 mod zmq;
@@ -26,6 +26,7 @@ use corelane_engine::events::stats::Stats;
 use thiserror::Error;
 
 pub use losses::Losses;
+pub(crate) use losses::Numbers;
 pub use publisher::Publisher;
 pub use subscriber::{Event, Subscriber};
 pub use tap::{Tap, Tapped};

@@ -35,6 +35,9 @@ pub(crate) fn tell(report: &Report) {
             let publisher = format!("{publisher_id:x}");
             tracing::warn!(publisher, so_far, "events: a publisher's events have a gap");
         }
+        Report::NotPinned { cpu, why } => {
+            tracing::warn!(cpu, why, "events: the thread of the plane is not pinned");
+        }
         Report::Stopped { .. } => {}
     }
 }

@@ -8,14 +8,14 @@ const SEEN_MAX: usize = 100_000;
 
 /// The last events, by publisher and number.
 #[derive(Debug, Default)]
-pub(super) struct Seen {
+pub(crate) struct Seen {
     events: HashSet<(u64, u64)>,
     order: VecDeque<(u64, u64)>,
 }
 
 impl Seen {
     /// Whether this one is new; it is remembered from now on.
-    pub(super) fn is_new(&mut self, publisher_id: u64, sequence: u64) -> bool {
+    pub(crate) fn is_new(&mut self, publisher_id: u64, sequence: u64) -> bool {
         let event = (publisher_id, sequence);
         if !self.events.insert(event) {
             return false;

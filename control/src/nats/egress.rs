@@ -8,15 +8,18 @@
 //! its subject: routing, failover and acknowledgement stay what they are. The worker brings its
 //! response to the caller directly, over TCP, as always.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::rc::Rc;
 use std::str::FromStr;
 use std::time::Duration;
 
 use async_nats::client::{Request, RequestErrorKind};
 use async_nats::{HeaderMap, HeaderName, HeaderValue};
 use bytes::{Bytes, BytesMut};
+use corelane_codec::error::DynamoError;
 use corelane_codec::request_frame::{Prefix, check_size, decode_prefix};
 use corelane_codec::{Decoded, limits, reply_frame};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -26,7 +29,7 @@ use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_local};
 use tokio::time::sleep;
 
-use super::Nats;
+use super::{Nats, home};
 
 /// Requests of one connection that wait for their replies.
 const WAITING_MAX: usize = 1024;
@@ -41,6 +44,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// The listener. Ends when it is dropped.
 pub struct Egress {
     address: SocketAddr,
+    too_large: Rc<Cell<u64>>,
     task: JoinHandle<()>,
 }
 
@@ -53,8 +57,22 @@ impl Egress {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
         tracing::info!(%address, "requests to instances on NATS pass here");
-        let task = spawn_local(accept(listener, nats.clone()));
-        Ok(Egress { address, task })
+        let too_large = Rc::default();
+        let way = Way {
+            nats: nats.clone(),
+            too_large: Rc::clone(&too_large),
+        };
+        let task = spawn_local(accept(listener, way));
+        Ok(Egress {
+            address,
+            too_large,
+            task,
+        })
+    }
+
+    /// Requests that were larger than the server takes (`max_payload`).
+    pub fn too_large(&self) -> u64 {
+        self.too_large.get()
     }
 
     /// Where shards dial instances on NATS.
@@ -69,13 +87,20 @@ impl Drop for Egress {
     }
 }
 
-async fn accept(listener: TcpListener, nats: Nats) {
+/// Where requests go.
+#[derive(Clone)]
+struct Way {
+    nats: Nats,
+    too_large: Rc<Cell<u64>>,
+}
+
+async fn accept(listener: TcpListener, way: Way) {
     let mut connections = tokio::task::JoinSet::new();
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => {
-                    connections.spawn_local(serve(stream, nats.clone()));
+                    connections.spawn_local(serve(stream, way.clone()));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "no connection for requests over NATS");
@@ -88,7 +113,7 @@ async fn accept(listener: TcpListener, nats: Nats) {
 }
 
 /// Serves one connection: replies go back in the order of the requests, however NATS answers.
-async fn serve(stream: TcpStream, nats: Nats) {
+async fn serve(stream: TcpStream, way: Way) {
     // Replies are small and awaited.
     let _ = stream.set_nodelay(true);
     let (mut read, write) = stream.into_split();
@@ -98,7 +123,7 @@ async fn serve(stream: TcpStream, nats: Nats) {
     loop {
         match next_frame(&mut input) {
             Ok(Some((prefix, frame))) => {
-                let asked = spawn_local(ask(nats.clone(), prefix, frame));
+                let asked = spawn_local(ask(way.clone(), prefix, frame));
                 if replies.send(asked).await.is_err() {
                     break;
                 }
@@ -156,17 +181,15 @@ fn refusal(why: &str) -> String {
 
 /// Sends a request and waits for the worker's acknowledgement; the answer is the text of the
 /// reply, empty if the request was accepted.
-async fn ask(nats: Nats, prefix: Prefix, frame: Bytes) -> String {
+async fn ask(Way { nats, too_large }: Way, prefix: Prefix, frame: Bytes) -> String {
     let Ok(subject) = std::str::from_utf8(&frame[prefix.path.clone()]) else {
         return refusal("the subject is not UTF-8");
     };
     let payload = frame.slice(prefix.payload());
     let max_bytes = nats.message_bytes_max();
     if payload.len() > max_bytes {
-        // It would keep other requests away for longer if the instance counted as unavailable.
-        let bytes = payload.len();
-        let prefix = reply_frame::OVERLOADED_PREFIX;
-        return format!("{prefix} a request of {bytes} bytes, NATS takes {max_bytes}");
+        too_large.set(too_large.get() + 1);
+        return refuse_size(subject, payload, max_bytes);
     }
     let headers = headers(&frame[prefix.headers.clone()]);
     let mut tries = 0;
@@ -193,6 +216,21 @@ async fn ask(nats: Nats, prefix: Prefix, frame: Bytes) -> String {
             _ => return refusal(&format!("NATS: {error}")),
         }
     }
+}
+
+/// A request that NATS does not take: accepted, and its caller called home with the error that
+/// Dynamo's own caller raises (spec/request-plane.md §8). Where he cannot be called, the refusal
+/// is one that keeps no other request away from the instance.
+fn refuse_size(subject: &str, payload: Bytes, max_bytes: usize) -> String {
+    let bytes = payload.len();
+    let why = format!("a request of {bytes} bytes; NATS takes {max_bytes} (max_payload)");
+    tracing::warn!(subject, bytes, max_bytes, "a request is too large for NATS");
+    if home::is_reached(&payload) {
+        let error = DynamoError::invalid_argument(why);
+        spawn_local(async move { home::tell(&payload, &error).await });
+        return String::new();
+    }
+    format!("{} {why}", reply_frame::OVERLOADED_PREFIX)
 }
 
 /// The headers of a frame as those of a message. What NATS cannot carry is left out.

@@ -14,25 +14,19 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use async_nats::service::{Request, Service, ServiceExt, endpoint};
 use bytes::Bytes;
-use corelane_codec::call_home::{self, SENTINEL_FRAME};
-use corelane_codec::control_message::{self, StreamType, TcpConnectionInfo};
 use corelane_codec::error::DynamoError;
-use corelane_codec::limits::CONNECTION_INFO_SCRATCH_BYTES;
 use corelane_codec::path::{EndpointId, Slug, instance_path, instance_subject};
 use corelane_codec::reply_frame::Reply;
-use corelane_codec::{Decoded, headers, request_frame, two_part};
+use corelane_codec::{headers, request_frame};
 use futures_util::StreamExt;
 use serde_json::Value;
-use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinSet, spawn_local};
-use tokio::time::timeout;
 
+use super::home::tell;
 use super::shards::Shards;
 use super::{Nats, NatsError};
 
@@ -42,8 +36,6 @@ const VERSION: &str = "1.6.1";
 const CONNECTIONS: usize = 8;
 /// Requests that have been taken off NATS and not been answered by a shard.
 const RUNNING_MAX: usize = 4096;
-/// Time to call a caller home.
-const TELL_MAX: Duration = Duration::from_secs(5);
 
 /// What services tell about their endpoints beside counts, by subject.
 pub type ServiceData = Arc<Mutex<BTreeMap<String, Value>>>;
@@ -205,38 +197,4 @@ fn frame_headers(request: &Request, path: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
     headers::write(&members, &mut out);
     out
-}
-
-/// Calls the sender of a request home with an error. He may be gone, or on another transport;
-/// then his own deadline has to do.
-async fn tell(envelope: &[u8], error: &DynamoError) {
-    let Some((address, message)) = home(envelope, error) else {
-        tracing::warn!(%error, "a caller over NATS could not be told");
-        return;
-    };
-    let call = async {
-        let mut stream = TcpStream::connect(address).await?;
-        stream.write_all(&message).await?;
-        stream.shutdown().await
-    };
-    match timeout(TELL_MAX, call).await {
-        Ok(Ok(())) => tracing::debug!(%address, %error, "a caller over NATS was told"),
-        Ok(Err(why)) => tracing::warn!(%address, %error, %why, "a caller could not be told"),
-        Err(_) => tracing::warn!(%address, %error, "a caller does not listen"),
-    }
-}
-
-/// Where the sender of a request listens, and what is to be written there.
-fn home(envelope: &[u8], error: &DynamoError) -> Option<(SocketAddr, Vec<u8>)> {
-    let Decoded::Frame(parts) = two_part::decode_prefix(envelope, None) else {
-        return None;
-    };
-    let control = control_message::decode(envelope.get(parts.header)?).ok()?;
-    let mut scratch = [0; CONNECTION_INFO_SCRATCH_BYTES];
-    let info = TcpConnectionInfo::parse(&control.connection_info, &mut scratch).ok()?;
-    let mut message = Vec::new();
-    call_home::write_handshake(&info.subject.to_cow(), StreamType::Response, &mut message);
-    call_home::write_prologue_error(error.text(), Some(&error.to_json()), &mut message);
-    message.extend_from_slice(&SENTINEL_FRAME);
-    Some((info.socket_addr().ok()?, message))
 }

@@ -7,6 +7,7 @@
 //! Its tasks run on the control thread's tokio; a [`Nats`] may be used from any thread.
 
 mod egress;
+mod home;
 mod ingress;
 mod objects;
 mod options;

@@ -1,5 +1,6 @@
 //! Both directions of requests over NATS, for a process that has a use for them.
 
+use std::fmt::Write;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::rc::Rc;
@@ -106,9 +107,25 @@ impl Requests {
         })))
     }
 
+    /// The connection.
+    pub fn nats(&self) -> &Nats {
+        &self.0.nats
+    }
+
     /// Where shards dial instances on NATS.
     pub fn gateway(&self) -> SocketAddr {
         self.0.egress.address()
+    }
+
+    /// Writes what is counted, as families of `/metrics` without the mark of the end.
+    pub fn write_metrics(&self, out: &mut String) {
+        let too_large = self.0.egress.too_large();
+        let name = "corelane_nats_requests_too_large";
+        let _ = write!(
+            out,
+            "# HELP {name} Requests larger than NATS takes; their callers were told.\n\
+             # TYPE {name} counter\n{name}_total {too_large}\n"
+        );
     }
 
     /// Whether our endpoints are offered on NATS.

@@ -77,7 +77,9 @@ pub fn server(settings: &TlsServer) -> Result<Arc<ServerConfig>, Unusable> {
     };
     let (chain, key) = identity(&settings.cert, &settings.key)?;
     let config = builder.with_single_cert(chain, key);
-    let config = config.map_err(|error| mismatch(&settings.cert, &settings.key, &error))?;
+    let mut config = config.map_err(|error| mismatch(&settings.cert, &settings.key, &error))?;
+    // For the kernel.
+    config.enable_secret_extraction = true;
     Ok(Arc::new(config))
 }
 
@@ -102,7 +104,7 @@ pub fn client(settings: &TlsClient) -> Result<Dialling, Unusable> {
         .map_err(|error| Unusable::new(at, error.to_string(), AUTHORITIES))?
         .dangerous()
         .with_custom_certificate_verifier(verifier);
-    let config = match &settings.identity {
+    let mut config = match &settings.identity {
         None => builder.with_no_client_auth(),
         Some((cert, key)) => {
             let (chain, private) = identity(cert, key)?;
@@ -110,6 +112,7 @@ pub fn client(settings: &TlsClient) -> Result<Dialling, Unusable> {
             config.map_err(|error| mismatch(cert, key, &error))?
         }
     };
+    config.enable_secret_extraction = true;
     let name = settings.server_name.as_ref().map(|name| {
         let parsed = ServerName::try_from(name.clone());
         parsed.map_err(|_| Unusable::new(Path::new(name), "is not a host name", NAME))
@@ -136,16 +139,55 @@ fn identity(
 ) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), Unusable> {
     let chain = certificates(cert, CHAIN)?;
     let text = read(key, KEY)?;
-    let key_der = PrivateKeyDer::from_pem_slice(&text).map_err(|error| match error {
+    Ok((chain, parse_key(&text, key)?))
+}
+
+fn parse_key(text: &[u8], key: &Path) -> Result<PrivateKeyDer<'static>, Unusable> {
+    PrivateKeyDer::from_pem_slice(text).map_err(|error| match error {
         pem::Error::NoItemsFound => Unusable::new(key, "has no private key in it", KEY),
         other => Unusable::new(key, format!("is not PEM: {other}"), KEY),
-    })?;
-    Ok((chain, key_der))
+    })
+}
+
+/// From PEM text: what a connection to etcd is dialled with. `authority` signs the server's
+/// certificate; `identity` is our certificate and its key.
+///
+/// # Errors
+/// One is not what it should be; its path is a name for messages.
+pub(crate) fn client_of_text(
+    authority: &str,
+    identity: Option<(&str, &str)>,
+) -> Result<Arc<ClientConfig>, Unusable> {
+    let (ca, cert, key) = (
+        Path::new("ca"),
+        Path::new("client_cert"),
+        Path::new("client_key"),
+    );
+    let found = parse_certificates(authority.as_bytes(), ca, AUTHORITIES)?;
+    let roots = roots(found, ca)?;
+    let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(|error| Unusable::new(ca, error.to_string(), AUTHORITIES))?
+        .with_root_certificates(roots);
+    let config = match identity {
+        None => builder.with_no_client_auth(),
+        Some((chain, private)) => {
+            let chain = parse_certificates(chain.as_bytes(), cert, CHAIN)?;
+            let private = parse_key(private.as_bytes(), key)?;
+            let config = builder.with_client_auth_cert(chain, private);
+            config.map_err(|error| mismatch(cert, key, &error))?
+        }
+    };
+    Ok(Arc::new(config))
 }
 
 fn authorities(path: &Path) -> Result<RootCertStore, Unusable> {
+    roots(certificates(path, AUTHORITIES)?, path)
+}
+
+fn roots(found: Vec<CertificateDer<'static>>, path: &Path) -> Result<RootCertStore, Unusable> {
     let mut roots = RootCertStore::empty();
-    for certificate in certificates(path, AUTHORITIES)? {
+    for certificate in found {
         let added = roots.add(certificate);
         added.map_err(|error| {
             let why = format!("holds a certificate of no use: {error}");
@@ -160,7 +202,15 @@ fn certificates(
     wanted: &'static str,
 ) -> Result<Vec<CertificateDer<'static>>, Unusable> {
     let text = read(path, wanted)?;
-    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).collect();
+    parse_certificates(&text, path, wanted)
+}
+
+fn parse_certificates(
+    text: &[u8],
+    path: &Path,
+    wanted: &'static str,
+) -> Result<Vec<CertificateDer<'static>>, Unusable> {
+    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(text).collect();
     match found {
         Ok(found) if found.is_empty() => {
             Err(Unusable::new(path, "has no certificate in it", wanted))

@@ -2,15 +2,19 @@
 //! comes here for its handshake and goes back as one that carries what was inside.
 //!
 //! ```text
-//! shard --Insecure--> [thread "tls-N": handshake] --Adopt(one end of a pair)--> shard
+//! shard --Handshake--> [thread "tls-N": handshake] --Adopt(the same)--> shard ==TLS, kernel== peer
+//!                                                '--Adopt(one end of a pair)--> shard
 //!                           peer ==TLS== [pump] == the other end
 //! ```
 //!
-//! Handshakes and encryption have threads of their own: a shard never computes a cipher. Files are
+//! The kernel encrypts where it can ([`kernel`]). Otherwise encryption has the threads of the
+//! handshakes, and a shard never computes a cipher. Files are
 //! looked at every other second, and new handshakes use what they hold; a file of no use changes
 //! nothing. What is bounded: handshakes by `HANDSHAKES_MAX` and by their time, connections by
 //! the tables of the shards.
 
+mod cork;
+pub mod kernel;
 pub mod material;
 mod pump;
 mod reason;
@@ -28,21 +32,24 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use corelane_engine::adopt::{Adoption, Insecure, Ticket};
+use corelane_engine::adopt::{Adoption, Errand, Insecure, Ticket};
 use corelane_engine::config::ShardConfig;
 use corelane_engine::executor::ShardHandle;
 use corelane_engine::mesh::{Receiver, Sender};
 use corelane_engine::shard::Command;
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustls::ServerConfig;
 use rustls::pki_types::ServerName;
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::mpsc;
 use tokio::task::{LocalSet, spawn_local};
 use tokio::time::{Instant, interval, sleep, timeout};
-use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
+use self::cork::{Corked, Gate};
+use self::kernel::{Kernel, Unavailable};
 use self::material::Dialling;
 pub use self::material::Unusable;
 pub use self::reason::Reason;
@@ -71,6 +78,9 @@ pub enum TlsError {
     /// A file cannot be used.
     #[error("[tls] {0}")]
     Unusable(#[from] Unusable),
+    /// The kernel is to encrypt, and cannot.
+    #[error("[tls] kernel is required: {0}")]
+    Kernel(Unavailable),
     /// No thread, or no descriptor.
     #[error("cannot start TLS: {0}")]
     Resources(#[from] io::Error),
@@ -85,7 +95,7 @@ pub struct Tls {
 
 /// A shard, as a thread of ours sees it.
 struct Lane {
-    insecure: Receiver<Insecure>,
+    insecure: Receiver<Errand>,
     commands: Sender<Command>,
 }
 
@@ -98,8 +108,10 @@ impl Tls {
         if settings.is_off() {
             return Ok(None);
         }
+        let kernel = Kernel::of(settings);
         let shared = Arc::new(Shared {
             material: RwLock::new(Material::read(settings)?),
+            kernel: said(kernel, settings.kernel)?,
             settings: settings.clone(),
             stats: Arc::default(),
         });
@@ -132,7 +144,7 @@ impl Tls {
     }
 
     /// Does the handshakes of a shard from now on.
-    pub fn serve(&self, insecure: Receiver<Insecure>, commands: Sender<Command>) {
+    pub fn serve(&self, insecure: Receiver<Errand>, commands: Sender<Command>) {
         let next = self.next.get();
         self.next.set(next + 1);
         let lane = Lane { insecure, commands };
@@ -151,8 +163,31 @@ impl Tls {
     /// their way.
     pub async fn finish(&self) {
         let deadline = Instant::now() + FINISH_MAX;
-        while self.stats.pumped() > 0 && Instant::now() < deadline {
+        loop {
+            // First of all, that what the shards have handed out last is taken.
             sleep(Duration::from_millis(2)).await;
+            let busy = self.stats.pumped() + self.stats.parting.load(Relaxed) > 0;
+            if !busy || Instant::now() >= deadline {
+                return;
+            }
+        }
+    }
+}
+
+/// Logs who encrypts.
+fn said(
+    kernel: Result<Kernel, Unavailable>,
+    wish: config::KernelTls,
+) -> Result<Option<Kernel>, TlsError> {
+    match kernel {
+        Ok(kernel) => {
+            tracing::info!("TLS: the kernel encrypts");
+            Ok(Some(kernel))
+        }
+        Err(why) if wish == config::KernelTls::Required => Err(TlsError::Kernel(why)),
+        Err(why) => {
+            tracing::info!("TLS: threads of this process encrypt: {why}");
+            Ok(None)
         }
     }
 }
@@ -174,6 +209,8 @@ pub fn attend(tls: &Option<Rc<Tls>>, handle: &mut ShardHandle) {
 struct Shared {
     settings: config::Tls,
     material: RwLock<Material>,
+    /// None: the kernel encrypts nothing.
+    kernel: Option<Kernel>,
     stats: Arc<Stats>,
 }
 
@@ -261,7 +298,18 @@ async fn serve(
     let shaking = Rc::new(Cell::new(0));
     loop {
         insecure.clear_wake();
-        while let Some(insecure) = insecure.next() {
+        while let Some(errand) = insecure.next() {
+            let insecure = match errand {
+                Errand::Handshake(insecure) => insecure,
+                Errand::Farewell(socket) => {
+                    let stats = Arc::clone(&shared.stats);
+                    spawn_local(async move {
+                        let _parting = Counted::new(&stats.parting);
+                        kernel::part(socket).await;
+                    });
+                    continue;
+                }
+            };
             let connection = Connection {
                 shared: Arc::clone(&shared),
                 commands: Rc::clone(&commands),
@@ -284,9 +332,19 @@ struct Connection {
     shaking: Rc<Cell<usize>>,
 }
 
-/// What could be shaken hands on.
-trait Secured: AsyncRead + AsyncWrite {}
-impl<T: AsyncRead + AsyncWrite> Secured for T {}
+/// A connection whose hands are shaken.
+struct Shaken {
+    stream: TlsStream<Corked<TcpStream>>,
+    gate: Rc<Gate>,
+    /// The flags that the shard had given its socket.
+    flags: OFlags,
+}
+
+/// Who carries the bytes of a connection from now on.
+enum Carrier {
+    Kernel,
+    Pump(Box<TlsStream<Corked<TcpStream>>>),
+}
 
 /// Counts as long as it lives.
 struct Counted<'a>(&'a std::sync::atomic::AtomicU64);
@@ -328,8 +386,12 @@ impl Connection {
                 Err(_) => Err((Reason::Overdue, None)),
             }
         };
-        let stream = match shaken {
-            Ok(stream) => stream,
+        let carrier = shaken.and_then(|shaken| {
+            let carrier = self.carrier(shaken);
+            carrier.map_err(|error| (Reason::Kernel, Some(error)))
+        });
+        let carrier = match carrier {
+            Ok(carrier) => carrier,
             Err((reason, error)) => {
                 stats.failed(dialled, reason);
                 self.log
@@ -339,30 +401,76 @@ impl Connection {
             }
         };
         stats.succeeded(dialled);
-        let _pumped = Counted::new(&stats.pumped);
-        self.carry(stream, ticket).await;
+        match carrier {
+            Carrier::Kernel => {
+                stats.carried(true);
+                let adoption = Adoption::Same;
+                self.tell(Command::Adopt { ticket, adoption }).await;
+            }
+            Carrier::Pump(stream) => {
+                stats.carried(false);
+                let _pumped = Counted::new(&stats.pumped);
+                self.carry(*stream, ticket).await;
+            }
+        }
     }
 
-    async fn shake(&self, socket: StdTcpStream, dialled: bool) -> io::Result<Box<dyn Secured>> {
+    async fn shake(&self, socket: StdTcpStream, dialled: bool) -> io::Result<Shaken> {
+        let flags = fcntl_getfl(&socket)?;
         socket.set_nonblocking(true)?;
         let material = self.shared.material();
-        if !dialled {
-            let config = material.server.ok_or(io::ErrorKind::Unsupported)?;
-            let socket = TcpStream::from_std(socket)?;
-            return Ok(Box::new(TlsAcceptor::from(config).accept(socket).await?));
+        let gate = Rc::new(Gate::default());
+        if self.shared.kernel.is_none() {
+            gate.open();
         }
-        let dialling = material.client.ok_or(io::ErrorKind::Unsupported)?;
-        let name = match dialling.name {
-            Some(name) => name,
-            None => ServerName::IpAddress(socket.peer_addr()?.ip().into()),
+        let address = socket.peer_addr()?.ip();
+        let socket = Corked::new(TcpStream::from_std(socket)?, Rc::clone(&gate));
+        let mut stream: TlsStream<_> = if !dialled {
+            let config = material.server.ok_or(io::ErrorKind::Unsupported)?;
+            let accept = TlsAcceptor::from(config).accept(socket);
+            cork::exactly(&gate, accept).await?.into()
+        } else {
+            let dialling = material.client.ok_or(io::ErrorKind::Unsupported)?;
+            let name = dialling
+                .name
+                .unwrap_or(ServerName::IpAddress(address.into()));
+            let connect = TlsConnector::from(dialling.config).connect(name, socket);
+            cork::exactly(&gate, connect).await?.into()
         };
-        let socket = TcpStream::from_std(socket)?;
-        let connector = TlsConnector::from(dialling.config);
-        Ok(Box::new(connector.connect(name, socket).await?))
+        stream.flush().await?;
+        Ok(Shaken {
+            stream,
+            gate,
+            flags,
+        })
+    }
+
+    /// Hands the connection to the kernel if it can do with it.
+    fn carrier(&self, shaken: Shaken) -> io::Result<Carrier> {
+        let Shaken {
+            stream,
+            gate,
+            flags,
+        } = shaken;
+        let session = stream.get_ref().1;
+        let kernel = self.shared.kernel.as_ref();
+        let stream = match kernel.and_then(|kernel| kernel.fits(session)) {
+            Some(fits) => match kernel::hand_over(stream, fits) {
+                Ok(socket) => {
+                    // They are shared with the socket of the shard.
+                    fcntl_setfl(&socket?, flags)?;
+                    return Ok(Carrier::Kernel);
+                }
+                Err(stream) => stream,
+            },
+            None => Box::new(stream),
+        };
+        gate.open();
+        Ok(Carrier::Pump(stream))
     }
 
     /// Gives the shard its end of a pair and carries bytes until the connection is over.
-    async fn carry(&self, stream: Box<dyn Secured>, ticket: Ticket) {
+    async fn carry(&self, stream: TlsStream<Corked<TcpStream>>, ticket: Ticket) {
         let pair = StdUnixStream::pair().and_then(|(ours, theirs)| {
             ours.set_nonblocking(true)?;
             Ok((UnixStream::from_std(ours)?, theirs))
@@ -377,7 +485,7 @@ impl Connection {
         };
         let adoption = Adoption::Socket(theirs.into());
         self.tell(Command::Adopt { ticket, adoption }).await;
-        if let Some(errno) = pump::pump(Box::into_pin(stream), ours).await {
+        if let Some(errno) = pump::pump(stream, ours).await {
             self.tell(Command::Broken { ticket, errno }).await;
         }
     }

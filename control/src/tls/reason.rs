@@ -27,11 +27,13 @@ pub enum Reason {
     Lost,
     /// Too many handshakes are under way.
     TooMany,
+    /// The kernel did not take the keys.
+    Kernel,
 }
 
 impl Reason {
     /// Every reason, in the order of their numbers.
-    pub const ALL: [Reason; 9] = [
+    pub const ALL: [Reason; 10] = [
         Reason::NotTls,
         Reason::NoCertificate,
         Reason::UnknownAuthority,
@@ -41,6 +43,7 @@ impl Reason {
         Reason::Overdue,
         Reason::Lost,
         Reason::TooMany,
+        Reason::Kernel,
     ];
 
     /// The word of the label `reason`.
@@ -55,6 +58,7 @@ impl Reason {
             Reason::Overdue => "timeout",
             Reason::Lost => "lost",
             Reason::TooMany => "too_many",
+            Reason::Kernel => "kernel",
         }
     }
 
@@ -115,6 +119,9 @@ impl Reason {
             (Reason::RefusedByPeer, _) => "it refused us; its log says more".into(),
             (Reason::Lost, _) => "it went away during the handshake".into(),
             (Reason::TooMany, _) => "too many handshakes are under way".into(),
+            (Reason::Kernel, _) => {
+                "the kernel does not take its keys; write [tls] kernel = \"off\"".into()
+            }
             (Reason::BadCertificate | Reason::Protocol, _) => "the handshake failed".into(),
         }
     }

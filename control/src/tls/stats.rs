@@ -22,6 +22,10 @@ pub struct Stats {
     pub(super) shaking: AtomicU64,
     /// Connections that are pumped.
     pub(super) pumped: AtomicU64,
+    /// Connections by who encrypts them: this process, the kernel.
+    carried: [AtomicU64; 2],
+    /// Farewells that wait until what was sent before is on its way.
+    pub(super) parting: AtomicU64,
     /// Files read anew.
     pub(super) reloads: AtomicU64,
     /// Files that were changed into something of no use.
@@ -29,6 +33,7 @@ pub struct Stats {
 }
 
 const SIDES: [&str; 2] = ["accepted", "dialled"];
+const MODES: [&str; 2] = ["user", "kernel"];
 
 impl Stats {
     /// Adds the families of TLS to the text of a scrape.
@@ -41,6 +46,15 @@ impl Stats {
 
     pub(super) fn succeeded(&self, dialled: bool) {
         self.done[usize::from(dialled)].fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn carried(&self, kernel: bool) {
+        self.carried[usize::from(kernel)].fetch_add(1, Relaxed);
+    }
+
+    /// Connections that were ever encrypted by the kernel, or by this process.
+    pub fn connections(&self, kernel: bool) -> u64 {
+        self.carried[usize::from(kernel)].load(Relaxed)
     }
 
     pub(super) fn failed(&self, dialled: bool, reason: Reason) {
@@ -100,6 +114,13 @@ impl Collector for Shown {
                 let mut series = family.encode_family(&labels)?;
                 series.encode_counter::<NoLabelSet, _, f64>(&count, None)?;
             }
+        }
+        let help = "TLS connections by who encrypts them: the kernel, or threads of this process.";
+        let mut family = encoder.encode_descriptor("tls_connections", help, None, counter)?;
+        for (kernel, mode) in MODES.into_iter().enumerate() {
+            let labels = [("mode", mode)];
+            let mut series = family.encode_family(&labels)?;
+            series.encode_counter::<NoLabelSet, _, f64>(&stats.connections(kernel == 1), None)?;
         }
         let gauges = [
             (

@@ -20,7 +20,8 @@ mod view;
 mod wanted;
 
 pub use apply::{Done, Outcome, RECORD, Record, apply, undo};
-pub use print::{drop_in, script, text};
+pub(crate) use nic::looked_at;
+pub use print::{command, drop_in, script, text};
 pub use view::View;
 
 /// Where a value of the host is kept.
@@ -52,9 +53,35 @@ pub enum Standing {
     Change,
 }
 
+/// What a setting is about.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Topic {
+    /// A setting of the kernel, under its name.
+    Sysctl,
+    /// Transparent huge pages.
+    HugePages,
+    /// The clock of a CPU.
+    Frequency,
+    /// A state that a CPU sleeps in.
+    Sleep,
+    /// Queues, receive ring and coalescing of a device.
+    Hardware,
+    /// The CPU of a queue's interrupt.
+    Interrupt,
+    /// Packets handed to other CPUs (RPS).
+    Receive,
+    /// CPUs of a transmit queue (XPS).
+    Transmit,
+    /// A limit of the process.
+    Limit,
+}
+
 /// One setting of the host.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
 pub struct Item {
+    /// What it is about.
+    pub topic: Topic,
     /// What people call it: `net.core.somaxconn`, `irq 38 (eth0 queue 0)`.
     pub name: String,
     /// What it is.
@@ -108,11 +135,19 @@ impl Plan {
     }
 
     /// Adds a file's setting; a file that is not there is no setting of this host.
-    fn file(&mut self, view: &View, path: &str, name: &str, want: Want, why: &'static str) {
+    fn file(
+        &mut self,
+        view: &View,
+        path: &str,
+        (topic, name): (Topic, &str),
+        want: Want,
+        why: &'static str,
+    ) {
         let Some(now) = view.read(path) else { return };
         let now = chosen(&now);
         let (standing, wanted) = want.judge(&now);
         self.items.push(Item {
+            topic,
             name: name.to_owned(),
             now,
             wanted,
@@ -124,7 +159,7 @@ impl Plan {
 }
 
 /// Of a list with one word in brackets that word, else all with single spaces.
-fn chosen(text: &str) -> String {
+pub(crate) fn chosen(text: &str) -> String {
     let word = text
         .split_once('[')
         .and_then(|(_, rest)| rest.split_once(']'));

@@ -3,7 +3,7 @@
 
 use std::io;
 
-use super::{Goal, Item, Place, Plan, View, Want};
+use super::{Goal, Item, Place, Plan, Topic, View, Want};
 
 /// Receive descriptors that outlast a burst.
 const RING: u64 = 4_096;
@@ -12,12 +12,8 @@ const COALESCE_US: u64 = 8;
 
 /// Adds the settings of all devices that count.
 pub(super) fn devices(view: &View, goal: &Goal, plan: &mut Plan) {
-    let devices = match &goal.devices {
-        Some(named) => named.clone(),
-        None => with_hardware(view),
-    };
     let mut ethtool = true;
-    for device in &devices {
+    for device in &looked_at(view, goal) {
         if view.list(format!("sys/class/net/{device}")).is_empty() {
             plan.notes
                 .push(format!("there is no network device {device}"));
@@ -33,6 +29,12 @@ pub(super) fn devices(view: &View, goal: &Goal, plan: &mut Plan) {
         interrupts(view, goal, device, plan);
         steering(view, goal, device, plan);
     }
+}
+
+/// The devices that count: those that were named, else those that have hardware and are up.
+pub(crate) fn looked_at(view: &View, goal: &Goal) -> Vec<String> {
+    let named = goal.devices.clone();
+    named.unwrap_or_else(|| with_hardware(view))
 }
 
 fn with_hardware(view: &View) -> Vec<String> {
@@ -128,6 +130,7 @@ fn hardware(view: &View, goal: &Goal, device: &str, plan: &mut Plan) -> io::Resu
         };
         let (standing, wanted) = want.judge(&now);
         plan.items.push(Item {
+            topic: Topic::Hardware,
             name: format!("{device} {shown}"),
             now,
             wanted,
@@ -155,7 +158,10 @@ fn interrupts(view: &View, goal: &Goal, device: &str, plan: &mut Plan) {
         plan.file(
             view,
             &format!("proc/irq/{irq}/smp_affinity_list"),
-            &format!("irq {irq} ({device} queue {queue})"),
+            (
+                Topic::Interrupt,
+                &format!("irq {irq} ({device} queue {queue})"),
+            ),
             Want::Is(cpu.to_string().into()),
             "packets of a queue are handled on another core than the shard that waits for them",
         );
@@ -213,7 +219,7 @@ fn steering(view: &View, goal: &Goal, device: &str, plan: &mut Plan) {
             plan.file(
                 view,
                 &path,
-                &format!("{device} {queue} RPS"),
+                (Topic::Receive, &format!("{device} {queue} RPS")),
                 Want::Is(zeros(&now).into()),
                 "the kernel hands packets to other cores after the device has chosen one",
             );
@@ -233,7 +239,7 @@ fn steering(view: &View, goal: &Goal, device: &str, plan: &mut Plan) {
             plan.file(
                 view,
                 &path,
-                &format!("{device} {queue} XPS"),
+                (Topic::Transmit, &format!("{device} {queue} XPS")),
                 Want::Is(mask(&now, own).into()),
                 "cores share a transmit queue and its lock while others are idle",
             );

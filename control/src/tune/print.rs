@@ -43,7 +43,7 @@ fn word(value: &str) -> &str {
 }
 
 /// What does the change in a shell.
-fn command(place: &Place, value: &str) -> String {
+pub fn command(place: &Place, value: &str) -> String {
     match place {
         Place::File(path) => format!(
             "echo {} > {}",

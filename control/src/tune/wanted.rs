@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::path::Path;
 
-use super::{Goal, Item, Place, Plan, Standing, View, Want};
+use super::{Goal, Item, Place, Plan, Standing, Topic, View, Want};
 
 /// Exit latency above which a CPU's sleep is felt in a request, in microseconds.
 const SLEEP_MAX_US: u64 = 10;
@@ -87,20 +87,20 @@ const SYSCTLS: [(&str, Want, &str); 13] = [
 pub(super) fn kernel(view: &View, plan: &mut Plan) {
     for (name, want, why) in SYSCTLS {
         let path = format!("proc/sys/{}", name.replace('.', "/"));
-        plan.file(view, &path, name, want, why);
+        plan.file(view, &path, (Topic::Sysctl, name), want, why);
     }
     let huge = "sys/kernel/mm/transparent_hugepage";
     plan.file(
         view,
         &format!("{huge}/enabled"),
-        "transparent huge pages",
+        (Topic::HugePages, "transparent huge pages"),
         Want::OneOf(&["madvise", "never"]),
         "memory is gathered into huge pages behind our back, with stalls",
     );
     plan.file(
         view,
         &format!("{huge}/defrag"),
-        "transparent huge pages: defrag",
+        (Topic::HugePages, "transparent huge pages: defrag"),
         Want::OneOf(&["madvise", "never", "defer", "defer+madvise"]),
         "a page fault may compact memory first: milliseconds",
     );
@@ -114,7 +114,7 @@ pub(super) fn cpus(view: &View, goal: &Goal, plan: &mut Plan) {
         plan.file(
             view,
             &path,
-            &format!("cpu {cpu} governor"),
+            (Topic::Frequency, &format!("cpu {cpu} governor")),
             Want::Is("performance".into()),
             "the clock falls while a core waits and rises late when a request comes",
         );
@@ -127,10 +127,11 @@ pub(super) fn cpus(view: &View, goal: &Goal, plan: &mut Plan) {
                 continue;
             }
             let name = view.read(format!("{state}/name")).unwrap_or_default();
+            let name = format!("cpu {cpu} sleep state {name} ({latency} us) disabled");
             plan.file(
                 view,
                 &format!("{state}/disable"),
-                &format!("cpu {cpu} sleep state {name} ({latency} us) disabled"),
+                (Topic::Sleep, &name),
                 Want::Is("1".into()),
                 "waking from it takes longer than a request's way through the router",
             );
@@ -190,6 +191,7 @@ fn limit(view: &View, plan: &mut Plan, names: (&str, &str), least: u64, why: &'s
     };
     let fine = value >= least;
     plan.items.push(Item {
+        topic: Topic::Limit,
         name: names.0.to_lowercase(),
         now: word(value),
         wanted: if fine { word(value) } else { word(least) },

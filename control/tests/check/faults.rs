@@ -149,6 +149,29 @@ pub(crate) const AFTER_ROUTE: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "[events]\ntcp = \"tcp://127.0.0.1:5557\"\n",
+        &["c.toml:8:7: tcp is written, and there is no broker; \
+         write broker = true under [events] as well"],
+    ),
+    (
+        "[events]\nbroker = true\nxsub = \"tcp://127.0.0.1:1\"\ntcp = \"tcp://127.0.0.1:1\"\n",
+        &["c.toml:10:7: tcp is 127.0.0.1:1, which is xsub too; write another port"],
+    ),
+    (
+        "[events]\nbroker = true\nbridge = \"zmq\"\n",
+        &[
+            "c.toml:9:10: bridge is zmq, and the other broker is not named; \
+         write bridge_xsub and bridge_xpub, tcp://IP:PORT each",
+        ],
+    ),
+    (
+        "[events]\nbroker = true\ncpu = 77\n",
+        &[
+            "c.toml:9:7: cpu is 77, which this process may not use (0-3); \
+         write one of these, or \"last\"",
+        ],
+    ),
+    (
         "[discovery]\nbackend = \"kubernetes\"\n",
         &[
             "c.toml:8:11: backend = \"kubernetes\" is not in this version; \
@@ -399,7 +422,46 @@ pub(crate) const IN_ROUTE: &[(&str, &[&str])] = &[
             "c.toml:6:10: unknown policy \"leastloaded\"; did you mean \"least_loaded\"? \
              possible are \
          \"round_robin\" | \"random\" | \"power_of_two_choices\" | \"least_loaded\" | \"direct\" | \
-         \"hash\"",
+         \"hash\" | \"kv\"",
+        ],
+    ),
+    (
+        "policy = \"kv\"\nlane = \"/tmp/lane.sock\"",
+        &[
+            "c.toml:7:8: policy = \"kv\" does not go with a lane: its workers publish no KV \
+         events; write policy = \"least_loaded\", or take lane out",
+        ],
+    ),
+    (
+        "kv_blocks_max = 2048",
+        &[
+            "c.toml:6:17: warning: kv_blocks_max does nothing with policy = \"least_loaded\"; \
+         write policy = \"kv\", or take it out",
+        ],
+    ),
+    (
+        "policy = \"kv\"\nkv_body_bytes_max = 70000",
+        &["c.toml:7:21: kv_body_bytes_max is 70000, outside 0 to 65536 (bytes); write 65536"],
+    ),
+    (
+        "policy = \"round_robin\"\nload = \"forward_pass\"",
+        &[
+            "c.toml:7:8: warning: load does nothing with policy = \"round_robin\"; \
+         write policy = \"least_loaded\", or take it out",
+        ],
+    ),
+    (
+        "response = \"relay\"\nload = \"kv_metrics\"",
+        &[
+            "c.toml:7:8: warning: load does nothing with response = \"relay\"; \
+         take it out: where responses pass through, load is known exactly",
+        ],
+    ),
+    (
+        "load_stale_ms = 1000",
+        &[
+            "c.toml:6:17: warning: load_stale_ms does nothing with load = \"own\"; \
+         write load = \"forward_pass\" or \"kv_metrics\", or take it out",
         ],
     ),
     (

@@ -247,6 +247,11 @@ impl Worker {
         self.frames.lock().unwrap().len()
     }
 
+    /// Drops the frames that it has taken.
+    pub fn forget(&self) {
+        self.frames.lock().unwrap().clear();
+    }
+
     /// The lines that make it an instance of `endpoint` in a configuration.
     pub fn instance(&self, endpoint: &str) -> String {
         let address = self.address;

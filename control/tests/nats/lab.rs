@@ -96,6 +96,28 @@ impl NatsServer {
         panic!("nats-server ends at once; is its configuration right?\n{configuration}");
     }
 
+    /// Ends it, as a power cut would.
+    pub(crate) fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Starts it again at the same port.
+    pub(crate) fn again(&mut self) {
+        let began = Instant::now();
+        loop {
+            // The port may still be in use for a moment.
+            self.child = spawn(self.folder.path(), self.port, false).unwrap();
+            while self.child.try_wait().unwrap().is_none() {
+                if TcpStream::connect(("127.0.0.1", self.port)).is_ok() {
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            assert!(began.elapsed() < DEADLINE, "nats-server does not come back");
+        }
+    }
+
     /// Its folder.
     pub(crate) fn path(&self, name: &str) -> std::path::PathBuf {
         self.folder.path().join(name)

@@ -2,6 +2,7 @@
 //! package `nats-server`.
 
 mod auth;
+mod bridge;
 mod events;
 mod jetstream;
 mod lab;

@@ -163,6 +163,38 @@ fn a_worker_that_is_full_calls_its_caller_home() {
     });
 }
 
+/// As Dynamo's own caller would be told (spec/request-plane.md §8), and the instance stays in use.
+#[test]
+fn a_request_larger_than_the_server_takes_is_told_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = NatsServer::configured(folder, "max_payload: 65536\n");
+    run(async {
+        let store = MemoryStore::default();
+        let worker = Runtime::start(options(&server, &store, RequestPlane::Nats));
+        let worker = worker.await.unwrap();
+        let _served = generate(&worker).serve(echo).await.unwrap();
+        let caller = Runtime::start(options(&server, &store, RequestPlane::Nats));
+        let caller = caller.await.unwrap();
+        let client = generate(&caller).client();
+        client.wait_for_instances(PATIENCE).await.unwrap();
+        for _ in 0..2 {
+            let large = json!({"text": "x".repeat(70_000)});
+            let refused = match client.call(&large).await {
+                Err(error) => error.to_string(),
+                Ok(mut reply) => match reply.next_data::<Value>().await.unwrap() {
+                    Err(error) => error.to_string(),
+                    Ok(item) => panic!("{item}"),
+                },
+            };
+            assert!(refused.contains("NATS takes 65536"), "{refused}");
+            let small = json!({"text": "x".repeat(1000)});
+            assert_eq!(all(&client, &small).await, vec![small; 3]);
+        }
+        caller.stop().await;
+        worker.stop().await;
+    });
+}
+
 #[test]
 fn a_subject_without_a_listener_is_told_at_once() {
     let server = NatsServer::start();

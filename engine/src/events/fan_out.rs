@@ -1,13 +1,12 @@
 //! Events go to the queues of those who want them. Nothing is copied: a queue holds the buffers.
 
-use corelane_codec::zmtp::{self, Event};
+use corelane_codec::zmtp::Event;
 
-use super::local;
 use super::memory::Slice;
 use super::plane::Plane;
 use super::queue::{Bounds, Queued};
-use super::session::{Memo, Source};
-use super::{Overflow, Report};
+use super::session::{Memo, Source, Wire};
+use super::{Overflow, Report, crossing, local};
 use crate::ring::Ring;
 
 /// Each subscriber may have so much waiting even when the memory of all queues is used up.
@@ -21,15 +20,58 @@ pub(super) fn runs<R: Ring>(plane: &mut Plane<R>, source: &Source) {
     for run in &runs {
         let memo = &source.memos[run.memo];
         received(plane, memo, u64::from(run.events), run.slice.bytes());
+        let mut crosses = false;
         for member in &memo.members {
             if local::is_consumer(*member) {
-                local::deliver_run(plane, *member, run.slice);
+                local::deliver_run(plane, *member, memo, run.slice);
+            } else if speaks(plane, *member, memo.wire) {
+                queue_run(plane, *member, memo.wire, run.slice, run.events);
             } else {
-                queue_run(plane, *member, run.slice, run.events);
+                crosses = true;
             }
+        }
+        if crosses {
+            cross_run(plane, memo, run.slice);
         }
     }
     plane.runs = runs;
+}
+
+/// A run for those of its members that speak the other wire.
+fn cross_run<R: Ring>(plane: &mut Plane<R>, memo: &Memo, slice: Slice) {
+    let max_bytes = plane.config.event_bytes_max as usize;
+    let mut events = std::mem::take(&mut plane.crossed);
+    let mut pieces = std::mem::take(&mut plane.slices);
+    let fronts = crossing::run(&mut plane.memory, memo, slice, max_bytes, &mut events);
+    for member in &memo.members {
+        if local::is_consumer(*member) || speaks(plane, *member, memo.wire) {
+            continue;
+        }
+        for event in &events {
+            event.pieces(&mut pieces);
+            queue_pieces(plane, *member, &pieces, event.bytes());
+        }
+    }
+    if let Some(block) = fronts {
+        plane.memory.release(block);
+    }
+    plane.slices = pieces;
+    plane.crossed = events;
+}
+
+fn speaks<R: Ring>(plane: &Plane<R>, slot: u32, wire: Wire) -> bool {
+    let session = plane.sessions.get(slot);
+    session.is_some_and(|session| session.wire == wire)
+}
+
+/// One event that lies in these pieces, for one subscriber.
+fn queue_pieces<R: Ring>(plane: &mut Plane<R>, slot: u32, pieces: &[Slice], bytes: usize) {
+    if make_room(plane, slot, bytes) {
+        let session = &mut plane.sessions[slot];
+        session.queue.push_pieces(&mut plane.memory, pieces);
+        plane.queued_bytes += bytes as u64;
+        plane.mark(slot);
+    }
 }
 
 /// An event in pieces.
@@ -40,15 +82,29 @@ pub(super) fn scattered<R: Ring>(
     event: &Event,
 ) {
     received(plane, memo, 1, event.end);
+    let mut crosses = false;
     for member in &memo.members {
         if local::is_consumer(*member) {
             local::deliver_pieces(plane, *member, memo, pieces, event);
-        } else if make_room(plane, *member, event.end) {
-            let session = &mut plane.sessions[*member];
-            session.queue.push_pieces(&mut plane.memory, pieces);
-            plane.queued_bytes += event.end as u64;
-            plane.mark(*member);
+        } else if speaks(plane, *member, memo.wire) {
+            queue_pieces(plane, *member, pieces, event.end);
+        } else {
+            crosses = true;
         }
+    }
+    if !crosses {
+        return;
+    }
+    let mut crossed = Vec::new();
+    let front = crossing::pieces(&mut plane.memory, memo, event, pieces, &mut crossed);
+    let bytes = crossed.iter().map(Slice::bytes).sum();
+    for member in &memo.members {
+        if !local::is_consumer(*member) && !speaks(plane, *member, memo.wire) {
+            queue_pieces(plane, *member, &crossed, bytes);
+        }
+    }
+    if let Some(block) = front {
+        plane.memory.release(block);
     }
 }
 
@@ -74,7 +130,7 @@ impl<R: Ring> Plane<R> {
 }
 
 /// Whole events that follow each other: as one run if they fit, otherwise one by one.
-fn queue_run<R: Ring>(plane: &mut Plane<R>, slot: u32, slice: Slice, events: u32) {
+fn queue_run<R: Ring>(plane: &mut Plane<R>, slot: u32, wire: Wire, slice: Slice, events: u32) {
     let bounds = plane.bounds();
     // What would be dropped at once stays small beside the bound.
     let merge = (bounds.messages / 8).clamp(1, 4096) as u32;
@@ -84,7 +140,8 @@ fn queue_run<R: Ring>(plane: &mut Plane<R>, slot: u32, slice: Slice, events: u32
     if session.closing {
         return;
     }
-    let fits = session.queue.fits(bounds, events as usize, slice.bytes());
+    let fits = session.queue.fits(bounds, events as usize, slice.bytes())
+        && slice.bytes() <= session.frame_bytes_max;
     if fits && (events <= merge || plane.config.overflow != Overflow::DropOldest) {
         session.queue.push(&mut plane.memory, slice, events, merge);
         plane.queued_bytes += slice.bytes() as u64;
@@ -93,7 +150,7 @@ fn queue_run<R: Ring>(plane: &mut Plane<R>, slot: u32, slice: Slice, events: u32
     let max_bytes = plane.config.event_bytes_max as usize;
     let mut rest = slice;
     while rest.start < rest.end {
-        let Some(event) = zmtp::decode_event(plane.memory.bytes(rest), max_bytes) else {
+        let Some((event, _)) = wire.decode(plane.memory.bytes(rest), max_bytes) else {
             return;
         };
         let end = rest.start + event.end as u32;
@@ -117,6 +174,10 @@ fn make_room<R: Ring>(plane: &mut Plane<R>, slot: u32, bytes: usize) -> bool {
         return false;
     };
     if session.closing {
+        return false;
+    }
+    if bytes > session.frame_bytes_max {
+        plane.stats.plane.events_dropped_too_large.add(1);
         return false;
     }
     if session.queue.fits(bounds, 1, bytes) {

@@ -29,41 +29,12 @@ impl Incoming {
 
     /// Copies bytes from `offset` on; returns how many there were.
     pub(super) fn peek(&self, memory: &Memory, offset: usize, to: &mut [u8]) -> usize {
-        let (mut skip, mut filled) = (offset, 0);
-        for slice in &self.slices {
-            if skip >= slice.bytes() {
-                skip -= slice.bytes();
-                continue;
-            }
-            let from = &memory.bytes(*slice)[skip..];
-            skip = 0;
-            let here = from.len().min(to.len() - filled);
-            to[filled..filled + here].copy_from_slice(&from[..here]);
-            filled += here;
-            if filled == to.len() {
-                break;
-            }
-        }
-        filled
+        peek(&self.slices, memory, offset, to)
     }
 
     /// The slices of the bytes `from..to`, each in order; nothing is held for it.
     pub(super) fn cut(&self, from: usize, to: usize, into: &mut Vec<Slice>) {
-        let (mut at, from) = (0, from);
-        for slice in &self.slices {
-            let (begin, end) = (from.max(at), to.min(at + slice.bytes()));
-            if begin < end {
-                into.push(Slice {
-                    block: slice.block,
-                    start: slice.start + (begin - at) as u32,
-                    end: slice.start + (end - at) as u32,
-                });
-            }
-            at += slice.bytes();
-            if at >= to {
-                return;
-            }
-        }
+        cut(&self.slices, from, to, into);
     }
 
     /// Drops the first `bytes` bytes.
@@ -109,6 +80,51 @@ impl Incoming {
         let (start, end) = (0, all as u32);
         self.push(Slice { block, start, end });
         all
+    }
+}
+
+/// Copies bytes of slices that follow each other, from `offset` on; returns how many there were.
+pub(super) fn peek<'a>(
+    slices: impl IntoIterator<Item = &'a Slice>,
+    memory: &Memory,
+    offset: usize,
+    to: &mut [u8],
+) -> usize {
+    let (mut skip, mut filled) = (offset, 0);
+    for slice in slices {
+        if skip >= slice.bytes() {
+            skip -= slice.bytes();
+            continue;
+        }
+        let from = &memory.bytes(*slice)[skip..];
+        skip = 0;
+        let here = from.len().min(to.len() - filled);
+        to[filled..filled + here].copy_from_slice(&from[..here]);
+        filled += here;
+        if filled == to.len() {
+            break;
+        }
+    }
+    filled
+}
+
+/// Lists the parts of slices that follow each other which hold the bytes `from..to`.
+pub(super) fn cut<'a>(
+    slices: impl IntoIterator<Item = &'a Slice>,
+    from: usize,
+    to: usize,
+    into: &mut Vec<Slice>,
+) {
+    let mut at = 0;
+    for slice in slices {
+        let (begin, end) = (from.max(at), to.min(at + slice.bytes()));
+        if begin < end {
+            into.push(slice.part(begin - at, end - at));
+        }
+        at += slice.bytes();
+        if at >= to {
+            return;
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use corelane_codec::zmtp::{self, Event};
 
 use super::memory::Slice;
 use super::plane::{DialState, Plane};
-use super::session::{Memo, Source};
+use super::session::{Memo, Source, Wire};
 use super::{Command, Group, LocalEvent, Sink, asks, fan_out, take};
 use crate::ring::Ring;
 
@@ -124,6 +124,7 @@ fn publish<R: Ring>(plane: &mut Plane<R>, group: Group, event: &LocalEvent) {
     let block = plane.memory.block(bytes);
     let mut memo = Memo {
         subject: event.subject.clone(),
+        wire: Wire::Zmtp,
         publisher_id: id,
         tracker: plane.sequences.find(id),
         topic: plane.stats.topic(&event.subject),
@@ -152,7 +153,7 @@ fn publish<R: Ring>(plane: &mut Plane<R>, group: Group, event: &LocalEvent) {
 }
 
 /// Whole events that follow each other, for a task.
-pub(super) fn deliver_run<R: Ring>(plane: &mut Plane<R>, member: u32, slice: Slice) {
+pub(super) fn deliver_run<R: Ring>(plane: &mut Plane<R>, member: u32, memo: &Memo, slice: Slice) {
     let max_bytes = plane.config.event_bytes_max as usize;
     let place = (member - CONSUMERS) as usize;
     let Some(Some(consumer)) = plane.consumers.get_mut(place) else {
@@ -160,9 +161,9 @@ pub(super) fn deliver_run<R: Ring>(plane: &mut Plane<R>, member: u32, slice: Sli
     };
     let mut rest = plane.memory.bytes(slice);
     let mut dropped = 0;
-    while let Some(event) = zmtp::decode_event(rest, max_bytes) {
+    while let Some((event, _)) = memo.wire.decode(rest, max_bytes) {
         let delivered = consumer.events.take(LocalEvent {
-            subject: rest[event.subject_at..][..event.subject_bytes].to_vec(),
+            subject: memo.subject.clone(),
             publisher_id: event.publisher_id,
             sequence: event.sequence,
             frame: rest[event.frame_at..event.end].to_vec(),

@@ -20,10 +20,12 @@ use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
 mod asks;
+mod crossing;
 mod fan_out;
 mod incoming;
 mod local;
 mod memory;
+mod plain;
 mod plane;
 mod queue;
 mod relief;
@@ -38,7 +40,7 @@ mod wishes;
 
 pub use thread::{PlaneHandle, spawn};
 
-use crate::config::RingKind;
+use crate::config::{Idle, RingKind};
 use crate::mesh::Sender;
 
 /// What happens to an event that a subscriber's queue has no room for.
@@ -59,6 +61,8 @@ pub enum DoorKind {
     Publishers,
     /// ZMTP subscribers; we are their XPUB.
     Subscribers,
+    /// Both, without ZMTP: a hello, then frames.
+    Plain,
 }
 
 /// Sessions of one group see each other's events and no others': the broker is group 0, and each
@@ -83,6 +87,8 @@ pub struct PlaneConfig {
     pub cpu: usize,
     /// Which ring moves its bytes.
     pub ring: RingKind,
+    /// Whether it sleeps in the kernel when there is nothing to do.
+    pub idle: Idle,
     /// Sessions with publishers and subscribers, at most.
     pub sessions_max: u32,
     /// Bytes of one receive buffer.
@@ -110,6 +116,7 @@ impl PlaneConfig {
         PlaneConfig {
             cpu: crate::config::ANY_CPU,
             ring,
+            idle: Idle::Block,
             sessions_max: 4096,
             buffer_bytes: 32 << 10,
             buffers: 2048,
@@ -283,6 +290,13 @@ pub enum Report {
         publisher_id: u64,
         /// Events that have not come, of all publishers until now.
         so_far: u64,
+    },
+    /// The thread goes on without the CPU that was meant for it.
+    NotPinned {
+        /// Which one.
+        cpu: usize,
+        /// Why.
+        why: String,
     },
     /// The thread has ended.
     Stopped {

@@ -14,14 +14,17 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::time::{ClockId, clock_gettime};
+
+use super::crossing::Crossed;
 use super::memory::{Memory, Slice};
 use super::sequence::Sequences;
-use super::session::{HANDSHAKE_NS, Session, Stage};
+use super::session::{HANDSHAKE_NS, Session, Stage, Wire};
 use super::stats::Stats;
 use super::subscriptions::Subscriptions;
 use super::{Command, Door, Group, PlaneConfig, Report, Side, asks, local, relief, take};
 use crate::buffers::Buffers;
-use crate::config::RingKind;
+use crate::config::{Idle, RingKind};
 use crate::mesh::{Receiver, Sender};
 use crate::operation::{Kind, Operation};
 use crate::ring::{Completion, Event, Ring, Span};
@@ -84,6 +87,7 @@ pub(super) struct Plane<R: Ring> {
     pub(super) slices: Vec<Slice>,
     pub(super) spans: Vec<Span>,
     pub(super) runs: Vec<take::Run>,
+    pub(super) crossed: Vec<Crossed>,
     pub(super) lost_told_ns: u64,
     housekeeping_ns: u64,
     stop_ns: u64,
@@ -126,6 +130,7 @@ impl<R: Ring> Plane<R> {
             slices: Vec::new(),
             spans: Vec::new(),
             runs: Vec::new(),
+            crossed: Vec::new(),
             lost_told_ns: 0,
             housekeeping_ns: 0,
             stop_ns: u64::MAX,
@@ -176,11 +181,18 @@ impl<R: Ring> Plane<R> {
     /// # Errors
     /// The ring is broken.
     pub(super) fn tick(&mut self) -> io::Result<()> {
-        self.ring.wait(Duration::from_nanos(HOUSEKEEPING_NS))?;
+        let patience = match self.config.idle {
+            Idle::Block => Duration::from_nanos(HOUSEKEEPING_NS),
+            Idle::Spin => Duration::ZERO,
+        };
+        self.ring.wait(patience)?;
         self.now_ns = self.ring.now_ns();
+        let mut idle = true;
         while let Some(completion) = self.ring.next_completion() {
+            idle = false;
             self.complete(completion);
         }
+        self.stats.plane.idle_ticks.add(u64::from(idle));
         if self.now_ns >= self.housekeeping_ns {
             self.housekeeping_ns = self.now_ns + HOUSEKEEPING_NS;
             self.keep_house();
@@ -333,6 +345,16 @@ impl<R: Ring> Plane<R> {
         plane.subscriptions.set(self.subscriptions.len() as u64);
         plane.publishers_followed.set(self.sequences.len() as u64);
         plane.queued_bytes.set(self.queued_bytes);
+        let plain = |slot: &u32| {
+            let session = &self.sessions[*slot];
+            session.wire == Wire::Plain && session.is_open()
+        };
+        plane
+            .plain_peers
+            .set(self.sessions.slots().filter(plain).count() as u64);
+        let cpu = clock_gettime(ClockId::ThreadCPUTime);
+        let cpu_us = cpu.tv_sec * 1_000_000 + cpu.tv_nsec / 1000;
+        plane.cpu_us.set(cpu_us as u64);
         let queues = self
             .sessions
             .slots()

@@ -7,7 +7,7 @@ use corelane_codec::zmtp::{self, Command, Fault, Walk};
 use corelane_codec::{Bad, Decoded};
 
 use super::incoming::Incoming;
-use super::memory::BlockId;
+use super::plain::Subjects;
 use super::plane::Plane;
 use super::queue::Queue;
 use super::{Group, Side};
@@ -22,12 +22,24 @@ pub(super) const HANDSHAKE_NS: u64 = 30_000_000_000;
 pub(super) enum Stage {
     /// We dial.
     Dialling,
-    /// ZMTP: its greeting is to come.
+    /// Its greeting is to come, or its hello.
     Greeting,
     /// ZMTP: its READY is to come.
     Handshake,
     /// Events pass.
     Open,
+    /// It is told why it is not served, and then it goes.
+    Leaving,
+}
+
+/// How a peer speaks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Wire {
+    /// Messages of four parts.
+    #[default]
+    Zmtp,
+    /// Frames, after a hello.
+    Plain,
 }
 
 /// What a publisher's session knows of the subjects that it brings.
@@ -35,6 +47,10 @@ pub(super) enum Stage {
 pub(super) struct Source {
     pub(super) memos: Vec<Memo>,
     pub(super) next: usize,
+    /// How its events are written.
+    pub(super) wire: Wire,
+    /// What its topics become; of plain peers.
+    pub(super) subjects: Subjects,
     /// The beginning of a message that has not come whole.
     pub(super) walk: Walk,
 }
@@ -43,6 +59,7 @@ pub(super) struct Source {
 #[derive(Debug)]
 pub(super) struct Memo {
     pub(super) subject: Vec<u8>,
+    pub(super) wire: Wire,
     pub(super) publisher_id: u64,
     pub(super) tracker: u32,
     pub(super) topic: usize,
@@ -57,6 +74,7 @@ pub(super) struct Session {
     pub(super) peer: SocketAddr,
     pub(super) group: Group,
     pub(super) side: Side,
+    pub(super) wire: Wire,
     pub(super) stage: Stage,
     pub(super) dial: Option<u64>,
     /// The peer's minor version of ZMTP 3.
@@ -86,8 +104,8 @@ pub(super) struct Session {
     pub(super) source: Source,
     /// Its prefixes, and how often it has asked for each.
     pub(super) wishes: HashMap<Box<[u8]>, u32>,
-    /// Where fronts are written for it.
-    pub(super) fronts: Option<BlockId>,
+    /// Largest frame that a plain subscriber takes.
+    pub(super) frame_bytes_max: usize,
     pub(super) dropped: u64,
     pub(super) bad: u64,
     /// Why we end it.
@@ -101,6 +119,7 @@ impl Session {
             peer,
             group,
             side,
+            wire: Wire::Zmtp,
             stage: Stage::Greeting,
             dial: None,
             minor: 0,
@@ -121,7 +140,7 @@ impl Session {
             queue: Queue::default(),
             source: Source::default(),
             wishes: HashMap::new(),
-            fronts: None,
+            frame_bytes_max: usize::MAX,
             dropped: 0,
             bad: 0,
             why: None,
@@ -154,11 +173,13 @@ impl Session {
     }
 }
 
-/// The connection stands: we greet.
+/// The connection stands: we greet. Plain peers speak first.
 pub(super) fn greet<R: Ring>(plane: &mut Plane<R>, slot: u32) {
     plane.sessions[slot].stage = Stage::Greeting;
     plane.sessions[slot].since_ns = plane.now_ns;
-    plane.push_control(slot, &zmtp::greeting());
+    if plane.sessions[slot].wire == Wire::Zmtp {
+        plane.push_control(slot, &zmtp::greeting());
+    }
 }
 
 /// A step of the handshake with what has come. `false`: more is needed, or the session ends.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use socket2::{SockRef, TcpKeepalive};
 
 use super::plane::{DialState, Plane};
-use super::session::{Session, Stage, greet};
+use super::session::{Session, Stage, Wire, greet};
 use super::{Door, DoorKind, Report, Side};
 use crate::operation::{Kind, Operation};
 use crate::ring::{Event, Handle, Ring, Span};
@@ -19,7 +19,7 @@ const KEEPALIVE: Duration = Duration::from_secs(30);
 const PAUSE_FIRST_NS: u64 = 100_000_000;
 const PAUSE_LAST_NS: u64 = 5_000_000_000;
 /// Whoever came in by a door that is shut has so long to take what waits for him.
-const LEAVE_NS: u64 = 1_000_000_000;
+pub(super) const LEAVE_NS: u64 = 1_000_000_000;
 /// A pause after an accept that failed, for lack of descriptors for example.
 const ACCEPT_PAUSE_NS: u64 = 100_000_000;
 
@@ -109,11 +109,7 @@ impl<R: Ring> Plane<R> {
                 if !more && !self.stopping {
                     self.arm(door as usize);
                 }
-                let side = match kind {
-                    DoorKind::Publishers => Side::Publisher,
-                    DoorKind::Subscribers => Side::Subscriber,
-                };
-                self.admit(socket, side, group);
+                self.admit(socket, kind, group);
             }
             _ => {
                 entry.armed = false;
@@ -122,7 +118,13 @@ impl<R: Ring> Plane<R> {
         }
     }
 
-    fn admit(&mut self, socket: OwnedFd, side: Side, group: super::Group) {
+    fn admit(&mut self, socket: OwnedFd, kind: DoorKind, group: super::Group) {
+        let (side, wire) = match kind {
+            DoorKind::Publishers => (Side::Publisher, Wire::Zmtp),
+            DoorKind::Subscribers => (Side::Subscriber, Wire::Zmtp),
+            // Its hello says what it is.
+            DoorKind::Plain => (Side::Subscriber, Wire::Plain),
+        };
         let peer = SockRef::from(&socket).peer_addr().ok();
         let peer = peer.and_then(|peer| peer.as_socket());
         // A socket without a peer has been reset already.
@@ -131,6 +133,8 @@ impl<R: Ring> Plane<R> {
         };
         prepare(&SockRef::from(&socket));
         if let Some(slot) = self.open(socket.into_raw_fd(), peer, side, group) {
+            let session = &mut self.sessions[slot];
+            (session.wire, session.source.wire) = (wire, wire);
             greet(self, slot);
             self.receive(slot);
         }
@@ -362,9 +366,6 @@ impl<R: Ring> Plane<R> {
         self.queued_bytes -= session.queue.bytes() as u64;
         let left = session.queue.clear(&mut self.memory);
         self.stats.plane.events_dropped_disconnect.add(left);
-        if let Some(block) = session.fronts {
-            self.memory.release(block);
-        }
         self.ring.detach(session.handle);
         self.ring.close(session.handle);
         if let Some(dial) = session.dial {

@@ -38,6 +38,8 @@ cells! {
         Counter events_dropped_disconnect,
         /// Events dropped because a task of this process does not take them fast enough
         Counter events_dropped_local,
+        /// Events that are larger than a plain subscriber said it takes: dropped for it
+        Counter events_dropped_too_large,
         /// Subscribers disconnected because their queue was at its bound
         Counter subscribers_overrun,
         /// Sessions ended by us because the peer broke the protocol
@@ -52,6 +54,8 @@ cells! {
         Gauge publishers,
         /// Subscribers connected
         Gauge subscribers,
+        /// Publishers and subscribers among them that speak plain TCP
+        Gauge plain_peers,
         /// Pairs of a subscriber and a prefix
         Gauge subscriptions,
         /// Publishers whose numbers are followed
@@ -64,6 +68,12 @@ cells! {
         Gauge buffers_in_use,
         /// Turns of the loop
         Counter ticks,
+        /// Turns that found nothing to do
+        Counter idle_ticks,
+        /// CPU time of the thread, in microseconds
+        Counter cpu_us,
+        /// Whether the thread is pinned to the CPU that is named for it
+        Gauge pinned,
         /// System calls made by the ring
         Counter system_calls,
     }

@@ -4,14 +4,16 @@
 //! looked at in place; neighbours that go to the same subscribers are one [`Run`] from here on.
 //! An event that a boundary of buffers cuts through is walked over, frame by frame.
 
+use std::fmt::Display;
+
 use corelane_codec::event::Verdict;
-use corelane_codec::zmtp::{self, Event, EventFault, Walk};
+use corelane_codec::zmtp::{self, Event, Walk};
 use corelane_codec::{Bad, Decoded};
 
 use super::memory::Slice;
 use super::plane::Plane;
-use super::session::{self, Memo, Small, Source, Stage};
-use super::{Report, Side, fan_out, wishes};
+use super::session::{self, Memo, Small, Source, Stage, Wire};
+use super::{Report, Side, fan_out, plain, wishes};
 use crate::ring::Ring;
 
 /// Subjects that a session remembers: publishers have one, bridges some.
@@ -37,6 +39,11 @@ pub(super) fn take<R: Ring>(plane: &mut Plane<R>, slot: u32) {
         }
         let goes_on = match (session.stage, session.side) {
             (Stage::Dialling, _) => false,
+            (Stage::Leaving, _) => {
+                plain::ignore(plane, slot);
+                false
+            }
+            (Stage::Greeting, _) if session.wire == Wire::Plain => plain::shake_hands(plane, slot),
             (Stage::Greeting, _) => session::shake_hands(plane, slot),
             (Stage::Handshake, _) => session::ready(plane, slot),
             (Stage::Open, Side::Subscriber) => subscriber(plane, slot),
@@ -50,6 +57,9 @@ pub(super) fn take<R: Ring>(plane: &mut Plane<R>, slot: u32) {
 
 /// A subscriber's command or message.
 fn subscriber<R: Ring>(plane: &mut Plane<R>, slot: u32) -> bool {
+    if plane.sessions[slot].wire == Wire::Plain {
+        return plane.refuse(slot, "a plain subscriber says nothing after its hello");
+    }
     let Small::There { command, more } = session::small_frame(plane, slot) else {
         return false;
     };
@@ -79,7 +89,10 @@ fn publisher<R: Ring>(plane: &mut Plane<R>, slot: u32) -> bool {
             return true;
         }
     }
-    let goes_on = slowly(plane, slot, &mut source);
+    let goes_on = match source.wire {
+        Wire::Zmtp => slowly(plane, slot, &mut source),
+        Wire::Plain => plain::slowly(plane, slot, &mut source),
+    };
     plane.sessions[slot].source = source;
     goes_on
 }
@@ -104,8 +117,9 @@ fn find_runs<R: Ring>(plane: &mut Plane<R>, slot: u32, source: &mut Source) -> u
     let bytes = memory.bytes(front);
     let mut noted = Noted::default();
     let mut at = 0;
-    while let Some(event) = zmtp::decode_event(&bytes[at..], max_bytes) {
-        let subject = &bytes[at + event.subject_at..][..event.subject_bytes];
+    let (wire, mut subjects) = (source.wire, std::mem::take(&mut source.subjects));
+    while let Some((event, named)) = wire.decode(&bytes[at..], max_bytes) {
+        let subject = wire.subject(named, &mut subjects);
         let version = subscriptions.version();
         let known = source.find(subject, event.publisher_id, version);
         let memo = match known {
@@ -149,6 +163,7 @@ fn find_runs<R: Ring>(plane: &mut Plane<R>, slot: u32, source: &mut Source) -> u
             }),
         }
     }
+    source.subjects = subjects;
     noted.show(plane);
     at
 }
@@ -221,6 +236,7 @@ impl Source {
         };
         let memo = Memo {
             subject: subject.to_vec(),
+            wire: self.wire,
             publisher_id,
             tracker,
             topic,
@@ -274,7 +290,7 @@ fn slowly<R: Ring>(plane: &mut Plane<R>, slot: u32, source: &mut Source) -> bool
     source.walk = Walk::default();
     match event {
         Ok(event) => scattered(plane, slot, source, &event),
-        Err(fault) => bad_event(plane, slot, fault),
+        Err(fault) => bad_event(plane, slot, &fault),
     }
     let session = &mut plane.sessions[slot];
     session.incoming.advance(&mut plane.memory, end);
@@ -301,13 +317,24 @@ fn scattered<R: Ring>(plane: &mut Plane<R>, slot: u32, source: &mut Source, even
     session
         .incoming
         .peek(&plane.memory, event.subject_at, &mut subject);
+    pass_pieces(plane, slot, source, &subject, event);
+    plane.scratch = subject;
+}
+
+/// Passes the event at the front of what has come on, in the pieces that it lies in.
+pub(super) fn pass_pieces<R: Ring>(
+    plane: &mut Plane<R>,
+    slot: u32,
+    source: &mut Source,
+    subject: &[u8],
+    event: &Event,
+) {
     let mut pieces = std::mem::take(&mut plane.slices);
     pieces.clear();
-    session.incoming.cut(0, event.end, &mut pieces);
-    let memo = look_up(plane, slot, source, &subject, event);
+    plane.sessions[slot].incoming.cut(0, event.end, &mut pieces);
+    let memo = look_up(plane, slot, source, subject, event);
     fan_out::scattered(plane, &source.memos[memo], &pieces, event);
     plane.slices = pieces;
-    plane.scratch = subject;
 }
 
 /// The subject's place, with its number counted.
@@ -348,7 +375,7 @@ fn look_up<R: Ring>(
 }
 
 /// A message that is no event is counted, its publisher named, and passed over.
-fn bad_event<R: Ring>(plane: &mut Plane<R>, slot: u32, fault: EventFault) {
+pub(super) fn bad_event<R: Ring>(plane: &mut Plane<R>, slot: u32, fault: &dyn Display) {
     plane.stats.plane.events_bad.add(1);
     let session = &mut plane.sessions[slot];
     session.bad += 1;

@@ -91,7 +91,13 @@ type Lanes = (Receiver<Command>, Sender<Report>);
 fn run(config: PlaneConfig, doors: Vec<Door>, stats: Arc<Stats>, lanes: Lanes) -> io::Result<()> {
     if config.cpu != ANY_CPU {
         // Not being pinned costs speed and nothing else.
-        let _ = crate::placement::pin_current_thread(config.cpu);
+        match crate::placement::pin_current_thread(config.cpu) {
+            Ok(()) => stats.plane.pinned.set(1),
+            Err(error) => {
+                let (cpu, why) = (config.cpu, error.to_string());
+                let _ = lanes.1.send(Report::NotPinned { cpu, why });
+            }
+        }
     }
     let buffers = Buffers::new(config.buffers, config.buffer_bytes as usize)?;
     match config.ring {

@@ -4,6 +4,7 @@
 use corelane_codec::zmtp;
 
 use super::plane::Plane;
+use super::session::Wire;
 use super::{Group, Side};
 use crate::ring::Ring;
 
@@ -74,7 +75,8 @@ impl<R: Ring> Plane<R> {
         for place in 0..self.publishers.len() {
             let slot = self.publishers[place];
             let session = &self.sessions[slot];
-            if session.group != group || !session.is_open() {
+            // Plain publishers send all they have.
+            if session.group != group || !session.is_open() || session.wire == Wire::Plain {
                 continue;
             }
             let mut bytes = Vec::new();
@@ -105,6 +107,9 @@ impl<R: Ring> Plane<R> {
     /// Tells a new publisher all that is wanted in its group.
     pub(super) fn tell_wishes(&mut self, slot: u32) {
         let (group, minor) = (self.sessions[slot].group, self.sessions[slot].minor);
+        if self.sessions[slot].wire == Wire::Plain {
+            return;
+        }
         let mut bytes = Vec::new();
         self.subscriptions.each(&group.to_be_bytes(), |key| {
             let prefix = &key[size_of::<Group>()..];

@@ -25,6 +25,7 @@ use crate::in_flight::TRIED_MAX;
 use crate::respond::{self, Refusal};
 use crate::ring::{Ring, Room};
 use crate::shard::Shard;
+use crate::stats::flight::Kind as Noted;
 use crate::table::NONE;
 use crate::{decode, recv, respond_stream, worker};
 
@@ -203,6 +204,7 @@ fn begin<R: Ring>(
     stats.requests.add(1);
     stats.lane_requests.add(1);
     stats.lane_copied_bytes.add((bytes.len() + body_at) as u64);
+    shard.note(Noted::Laned, route, job, slot.into());
     let connection = &mut shard.connections[slot];
     connection.need = 0;
     connection.frames += 1;

@@ -464,6 +464,14 @@ impl Ring for Epoll {
         self.queue(handle.slot);
     }
 
+    fn secured(&mut self, handle: Handle) {
+        // Watched anew: what has come before is reported as TLS sees it. A short receive may end at
+        // a record of another kind, for which there is no edge any more.
+        let refused = self.watch(handle.fd, EDGES, ON_SLOT | u64::from(handle.slot));
+        let slot = &mut self.slots[handle.slot as usize];
+        (slot.refused, slot.readable, slot.ending) = (refused, true, true);
+    }
+
     fn low_water(&mut self, handle: Handle, bytes: u32) {
         self.system_calls += 1;
         sockets::low_water(handle.fd, bytes);

@@ -20,6 +20,7 @@ use crate::buffers::BufferId;
 use crate::operation::Operation;
 
 pub mod epoll;
+pub mod ktls;
 pub mod sim;
 mod sockets;
 pub mod uring;
@@ -240,12 +241,30 @@ pub trait Ring {
 
     /// Ends [`Ring::watch_wake`] of this operation. The descriptor may be closed after it.
     fn unwatch_wake(&mut self, operation: Operation, eventfd: RawFd);
+
     /// Another descriptor of the same socket, for somebody else.
     ///
     /// # Errors
     /// No descriptor is left.
     fn duplicate(&self, handle: Handle) -> io::Result<OwnedFd> {
         sockets::duplicate(handle.fd)
+    }
+
+    /// Gives a socket that is detached away, instead of [`Ring::close`].
+    fn release(&mut self, handle: Handle) -> OwnedFd {
+        sockets::release(handle.fd)
+    }
+
+    /// The kernel does TLS on an attached socket from now on: its bytes come in records.
+    fn secured(&mut self, _handle: Handle) {}
+
+    /// Takes the record that is no data and for which a receive of such a socket has failed with
+    /// EIO: its type, and how many bytes of it are in `into`.
+    ///
+    /// # Errors
+    /// The kernel's answer; there may be no such record.
+    fn take_record(&mut self, handle: Handle, into: &mut [u8]) -> io::Result<(u8, usize)> {
+        ktls::take_record(handle.fd, into)
     }
 
     /// Two stream sockets that are connected to each other: one to be attached, one to be given

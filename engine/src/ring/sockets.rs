@@ -72,8 +72,13 @@ pub(super) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
 
 /// Closes a descriptor.
 pub(super) fn close(fd: RawFd) {
+    drop(release(fd));
+}
+
+/// A descriptor, for somebody else.
+pub(super) fn release(fd: RawFd) -> OwnedFd {
     // SAFETY: the caller owns the descriptor and gives it up here.
-    drop(unsafe { OwnedFd::from_raw_fd(fd) });
+    unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
 /// Sends without blocking. None: the socket takes nothing now.

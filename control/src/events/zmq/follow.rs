@@ -157,10 +157,10 @@ impl Follower {
     async fn hang_up(&self, dialled: &Dialled) {
         let (link, number) = (&self.running.link, dialled.number);
         // A plane that has stopped has nothing to hang up.
+        // The wish goes first: what the publisher sends from then on is not to be taken for lost.
+        let wish = Command::Unsubscribe { consumer: number };
+        let _ = link.command(wish).await;
         let _ = link.command(Command::Hang { dial: number }).await;
-        let _ = link
-            .command(Command::Unsubscribe { consumer: number })
-            .await;
     }
 
     async fn end(self) {

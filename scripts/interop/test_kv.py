@@ -1,0 +1,109 @@
+"""KV routing between stock workers that tell of their caches, our router, and a stock KV router."""
+
+import base64
+import json
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+
+from events_lab import Broker
+from lab import metric_sum, wait_for
+from store import MODEL_CARDS, Nats, card
+
+HERE = Path(__file__).resolve().parent
+PATIENCE_S = 120
+BLOCK_TOKENS = 4
+CACHED = list(range(1, 33))
+PROMPT = [*CACHED, 70, 71, 72, 73]
+
+pytestmark = pytest.mark.timeout(400)
+
+
+@pytest.fixture(scope="module")
+def nats(tmp_path_factory):
+    """A NATS server for these tests."""
+    server = Nats(tmp_path_factory.mktemp("nats"))
+    yield server
+    server.stop()
+
+
+def stock(lab, role, endpoint, tokens, **env):
+    """A stock worker with these tokens in its cache, or a stock KV router that asks for them."""
+    command = [
+        sys.executable, HERE / "stock_kv.py", "--role", role, "--endpoint", endpoint,
+        "--tokens", json.dumps(tokens), "--block-tokens", str(BLOCK_TOKENS),
+    ]  # fmt: skip
+    return lab.start(role, command, lab.env(**env))
+
+
+def workers(lab, endpoint, **env):
+    """One with the prompt in its cache, and two without; their names and ids."""
+    caches = [CACHED, [], [900, *CACHED]]
+    started = [stock(lab, "worker", endpoint, tokens, **env) for tokens in caches]
+    return [lab.ready(worker) for worker in started]
+
+
+def count(lab, router, name):
+    """One of the router's numbers, all cores added up."""
+    return metric_sum(lab.metrics(router), rf"^corelane_{name}\{{")
+
+
+def routed(lab, **env):
+    """Requests through our router, which hears the workers' events over `env`'s transport."""
+    backend, listen = lab.endpoint("backend"), lab.endpoint("router")
+    holder, *_ = workers(lab, backend, **env)
+    router = lab.router(
+        listen, backend, env=env, policy="kv", block_tokens=BLOCK_TOKENS, kv_body_bytes_max=4096,
+        kv_prefill_scale_pct=10_000,
+    )  # fmt: skip
+    cores = metric_sum(lab.metrics(router), r"^corelane_ring_info\{")
+    blocks = 2 * len(CACHED) // BLOCK_TOKENS * cores
+    known = lambda: count(lab, router, "kv_blocks") == blocks  # noqa: E731
+    wait_for("every core knows all blocks", known, PATIENCE_S)
+    tokens = base64.b64encode(struct.pack(f"<{len(PROMPT)}I", *PROMPT)).decode()
+    for options in [
+        ("--header", f"x-corelane-token-ids={tokens}", "--body", "{}"),
+        ("--body", json.dumps({"token_ids": PROMPT})),
+    ]:
+        for _ in range(4):
+            status, call = lab.call(listen, *options)
+            assert status == 0 and holder.hex in call.out(), call.log()
+    assert count(lab, router, "kv_hits_total") == count(lab, router, "kv_lookups_total") == 8
+    assert count(lab, router, "kv_prompt_blocks_total") == 8 * len(PROMPT) // BLOCK_TOKENS
+    assert count(lab, router, "kv_overlap_blocks_total") == 8 * len(CACHED) // BLOCK_TOKENS
+    assert count(lab, router, "feed_kv_lost_total") == 0
+    holder.kill()
+    lab.etcd.revoke(holder.instance)
+    wait_for("its blocks are gone", lambda: count(lab, router, "kv_blocks") < blocks, PATIENCE_S)
+
+
+def test_our_router_follows_events_over_nats(lab, nats):
+    routed(lab, DYN_EVENT_PLANE="nats", NATS_SERVER=nats.url)
+
+
+def test_our_router_follows_events_over_zmq(lab):
+    routed(lab, DYN_EVENT_PLANE="zmq")
+
+
+def test_a_stock_kv_router_uses_events_that_passed_our_broker(lab):
+    broker = Broker(lab)
+    backend = lab.endpoint("backend")
+    env = {"DYN_EVENT_PLANE": "zmq", "DYN_ZMQ_BROKER_ENABLED": "1"}
+    started = workers(lab, backend, **env)
+    for worker in started:
+        record = card(backend, worker.instance, kv_cache_block_size=BLOCK_TOKENS)
+        lab.etcd.put(f"{MODEL_CARDS}/{backend}/{worker.hex}", record)
+    router = stock(lab, "router", backend, PROMPT, **env)
+
+    def best():
+        assert router.alive(), router.tail()
+        found = [event for event in router.events("best") if event["overlap"] > 0]
+        return found and found[-1]
+
+    found = wait_for("a choice by overlap", best, PATIENCE_S)
+    assert found["worker"] == started[0].instance, found
+    assert found["overlap"] == len(CACHED) // BLOCK_TOKENS
+    assert broker.count("received_total") > 0 and broker.count("bad_total") == 0
+    assert broker.count("subscribers") >= 1
