@@ -37,6 +37,7 @@ pub mod preflight;
 pub mod progress;
 pub mod publish;
 pub mod quic;
+pub mod signals;
 pub mod status_client;
 pub mod status_server;
 pub mod supervise;

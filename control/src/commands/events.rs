@@ -16,7 +16,7 @@ use crate::env::Env;
 use crate::events::{BrokerUrl, Events, Via, ZmqOptions};
 use crate::nats::{Nats, NatsOptions};
 use crate::preflight;
-use crate::supervise::Signals;
+use crate::signals::Signals;
 
 /// What events go over.
 #[derive(Clone, Debug)]

@@ -12,7 +12,8 @@ use crate::config::{EndpointId, Server};
 use crate::discovery::MemoryStore;
 use crate::echo::EchoWorker;
 use crate::preflight::{self, Plan};
-use crate::supervise::{Router, Signals, Store};
+use crate::signals::Signals;
+use crate::supervise::{Router, Store};
 
 /// Runs router and workers.
 ///

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use super::options::Options;
 use super::runtime::Runtime;
-use crate::supervise::Signals;
+use crate::signals::Signals;
 
 /// Runs `main` until it returns, a signal comes, or a shard fails; see [`Runtime::run`].
 pub(super) async fn run<T>(
