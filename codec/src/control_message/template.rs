@@ -160,7 +160,11 @@ mod tests {
 
     #[test]
     fn callers_on_quic_are_named_as_such() {
-        let home = QuicConnection::SAMPLE;
+        let home = QuicConnection {
+            registration_id: "",
+            request_id: "",
+            ..QuicConnection::SAMPLE
+        };
         let template = CallTemplate::quic(&home, PayloadCodec::MessagePack);
         for id in ["a-1", "\"\\\n", ""] {
             let mut out = Vec::new();
