@@ -39,6 +39,10 @@ const STOP_MAX: Duration = Duration::from_secs(5);
 const LANE_FAULTS: usize = 1024;
 /// A thread that ended without a report is noticed this late at most.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Longest wait, before we are offered, until listed instances can be reached.
+const REACH_MAX: Duration = Duration::from_secs(1);
+/// How often it is looked whether they have.
+const REACH_EVERY: Duration = Duration::from_millis(10);
 
 /// Why the shards do not run.
 #[derive(Debug, Error)]
@@ -465,6 +469,23 @@ impl Cores {
             } else {
                 sleep(Duration::from_millis(2)).await;
             }
+        }
+    }
+
+    /// Waits until every shard knows the instances that it was told of and is connected to them, a
+    /// second at most.
+    pub async fn reach_instances(&self) {
+        self.settled(REACH_MAX / 10).await;
+        let missing = |stats: &Stats| {
+            let shard = &stats.shard;
+            shard
+                .instances
+                .get()
+                .saturating_sub(shard.instances_ready.get())
+        };
+        let deadline = Instant::now() + REACH_MAX;
+        while self.sum(missing) > 0 && Instant::now() < deadline {
+            sleep(REACH_EVERY).await;
         }
     }
 

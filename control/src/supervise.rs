@@ -48,8 +48,6 @@ use crate::status_server::{Health, StatusOptions, StatusServer};
 
 /// Longest wait, before we are offered, for the first list of instances.
 const LIST_MAX: Duration = Duration::from_secs(2);
-/// Longest wait, before we are offered, until listed instances can be reached.
-const REACH_MAX: Duration = Duration::from_secs(1);
 /// Longest wait for what an offer is writing when the drain begins.
 const OFFER_MAX: Duration = Duration::from_secs(6);
 /// How often a drain looks whether requests have ended.
@@ -213,19 +211,7 @@ impl Router {
         let publisher = Rc::clone(board);
         let publisher = spawn_local(async move { publisher.keep_published().await });
         self.followers.push(publisher.abort_handle());
-        let cores = &self.pulse.cores;
-        cores.settled(REACH_MAX / 10).await;
-        let missing = |stats: &corelane_engine::stats::Stats| {
-            let shard = &stats.shard;
-            shard
-                .instances
-                .get()
-                .saturating_sub(shard.instances_ready.get())
-        };
-        let deadline = Instant::now() + REACH_MAX;
-        while cores.sum(missing) > 0 && Instant::now() < deadline {
-            sleep(LOOK_EVERY).await;
-        }
+        self.pulse.cores.reach_instances().await;
     }
 
     /// Hears what workers publish about themselves, if a route wants to know.
@@ -236,8 +222,7 @@ impl Router {
         };
         let nats = self.requests.as_ref().map(Requests::nats);
         let events = feeds::open(&Env::current(), &self.discovery, nats, ring).await?;
-        let feeds = Feeds::start(events, &self.pulse.board, &self.pulse.cores);
-        let feeds = Rc::new(feeds);
+        let feeds = Rc::new(Feeds::start(events, &self.pulse.board, &self.pulse.cores));
         let written = Rc::clone(&feeds);
         self.add_metrics(Box::new(move |out| written.write(out)));
         self.feeds = Some(feeds);

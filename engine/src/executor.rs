@@ -371,7 +371,7 @@ async fn sleep(shard: &mut Shard<Uring>) {
     let Some(eventfd) = shard.ring().park() else {
         return;
     };
-    shard.count_park();
+    shard.stats.shard.parks.add(1);
     // What completed before the ring was told to signal is not signalled: look once more.
     let looked = shard.ring().wait(Duration::ZERO);
     if looked.is_ok() && !shard.ring().is_ready() {

@@ -13,7 +13,6 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -299,11 +298,6 @@ impl<R: Ring> Shard<R> {
         Duration::from_nanos(deadline.saturating_sub(self.ring.now_ns()))
     }
 
-    /// Counts one sleep in the executor.
-    pub fn count_park(&self) {
-        self.stats.shard.parks.add(1);
-    }
-
     fn complete(&mut self, completion: Completion) {
         let Completion { operation, event } = completion;
         match operation.kind {
@@ -577,11 +571,6 @@ impl<R: Ring> Shard<R> {
         stats.relay_strangers.set(self.relays.strangers as u64);
         stats.relay_heads.set(self.relays.heads.used() as u64);
         stats.system_calls.set(self.ring.system_calls());
-    }
-
-    /// Descriptor of the listener.
-    pub(crate) fn listener_fd(&self) -> Option<std::os::fd::RawFd> {
-        self.listener.as_ref().map(AsRawFd::as_raw_fd)
     }
 
     /// The ring, for the executor that drives the shard.

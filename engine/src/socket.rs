@@ -2,6 +2,7 @@
 //! connection's role is decided in `shard.rs`; here is what all roles share.
 
 use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, RawFd};
 
 use crate::connection::{Connection, Intake, Role};
 use crate::lane;
@@ -15,8 +16,13 @@ use crate::table::NONE;
 const CAREFUL_BYTES: u32 = 4096;
 
 impl<R: Ring> Shard<R> {
+    /// Descriptor of the listener.
+    pub(crate) fn listener_fd(&self) -> Option<RawFd> {
+        self.listener.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
     /// Puts a socket into the table. `None`, and the socket is closed, when the table is full.
-    pub(crate) fn open(&mut self, fd: std::os::fd::RawFd, role: Role) -> Option<u32> {
+    pub(crate) fn open(&mut self, fd: RawFd, role: Role) -> Option<u32> {
         let connection = Connection::new(Handle { fd, slot: NONE }, role);
         match self.connections.insert(connection) {
             Ok(slot) => {

@@ -420,10 +420,10 @@ fn what_a_slow_subscriber_loses_is_counted_exactly() {
         assert!(dropped > 0 && dropped < MANY, "{dropped}");
         let came: Vec<u64> = (dropped..MANY).map(|_| slow.sequence().unwrap()).collect();
         assert!(came.is_sorted());
-        assert_eq!(
-            overflow == Overflow::DropOldest,
-            came.last() == Some(&(MANY - 1))
-        );
+        // Among the newest that are dropped the last one need not be: there may be room again.
+        if overflow == Overflow::DropOldest {
+            assert_eq!(came.last(), Some(&(MANY - 1)));
+        }
         // What it can take it still gets.
         publisher
             .stream

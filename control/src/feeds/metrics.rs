@@ -20,7 +20,7 @@ use super::{Counts, Feed, What};
 /// One number of one feed.
 type Number = (&'static str, CellKind, &'static str, f64);
 
-/// The labels of one feed.
+/// Target and topic of a feed.
 type Labels = [(&'static str, String); 2];
 
 #[derive(Debug)]
