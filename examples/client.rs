@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 fn main() -> anyhow::Result<()> {
     let text = std::env::args().nth(1);
     let prompt = json!({ "text": text.unwrap_or_else(|| "the quick brown fox".to_owned()) });
-    Runtime::run(Options::from_env()?, async |runtime| {
+    Runtime::run(Options::from_env()?.calls_only(), async |runtime| {
         let client = runtime.client("dyn://production.worker.generate")?;
         let client = client.mode(RoutingMode::LeastLoaded);
         client.wait_for_instances(Duration::from_secs(10)).await?;

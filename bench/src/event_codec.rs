@@ -6,7 +6,8 @@ use std::time::Instant;
 
 use anyhow::Context;
 use corelane_codec::event::{Envelope, KvChange, KvEvents, frame, multipart, topic, typed};
-use serde::{Deserialize, Serialize};
+use corelane_codec::fuzz::Derived;
+use serde::Serialize;
 
 use crate::instructions;
 
@@ -35,16 +36,6 @@ struct Row {
     /// None where ptrace is forbidden.
     instructions: Option<f64>,
     ns: f64,
-}
-
-/// What a derived serde reader makes of an envelope; Dynamo's own is such a one.
-#[derive(Deserialize)]
-struct Derived<'a> {
-    publisher_id: u64,
-    sequence: u64,
-    published_at: u64,
-    topic: &'a str,
-    payload: &'a [u8],
 }
 
 /// A frame of exactly so many bytes.

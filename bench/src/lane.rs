@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 
 use crate::cpu::Pins;
@@ -13,8 +14,8 @@ use crate::lane_path::PathArm;
 use crate::lane_worker::Way;
 use crate::middle::CorelaneArgs;
 use crate::report::{
-    OutputArgs, Quantiles, Spread, Table, figure, host, median, now_utc, order, progress,
-    ratio_text, round,
+    OutputArgs, Quantiles, Spread, Table, figure, host, interleave, median, now_utc, ratio_text,
+    round,
 };
 use crate::usage_error;
 
@@ -60,7 +61,7 @@ const WAYS: [Way; 3] = [Way::Lane, Way::Unix, Way::Tcp];
 const PATHS: [&str; 4] = ["lane", "tcp", "unix-direct", "tcp-direct"];
 
 /// What one arm has shown with one size, a value for each round.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Record {
     p50_us: Vec<f64>,
     p99_us: Vec<f64>,
@@ -69,6 +70,15 @@ struct Record {
     router_us: Vec<f64>,
     worker_us: Vec<f64>,
     copied: Vec<f64>,
+}
+
+impl Record {
+    /// Takes in the latencies of one round.
+    fn count(&mut self, latency_ns: &Histogram<u64>) {
+        let latency = Quantiles::of_ns(latency_ns);
+        self.p50_us.push(latency.p50);
+        self.p99_us.push(latency.p99);
+    }
 }
 
 /// All arms of one size and mode, the one that others are divided by named `tcp`.
@@ -112,7 +122,6 @@ pub(crate) fn run(args: &LaneArgs) -> Result<()> {
     for body_bytes in args.bodies.iter().copied() {
         groups.push(path(args, body_bytes, &mut arms)?);
     }
-    progress("");
     args.output.print_table(&text(&groups))?;
     args.output.write_json("lane", &report(args, &groups))
 }
@@ -135,63 +144,47 @@ fn times(args: &LaneArgs) -> (Duration, Duration) {
 fn handoff(args: &LaneArgs, spin: bool, body_bytes: usize, arms: &mut [Handoff]) -> Result<Group> {
     let mode = if spin { "spinning" } else { "blocking" };
     let title = format!("hand-off of {body_bytes} bytes, {mode}");
-    let named = |way: &Way| (way.name().to_owned(), Record::default());
-    let mut records: Vec<_> = WAYS.iter().map(named).collect();
+    let names = WAYS.map(Way::name);
+    let mut records = vec![Record::default(); names.len()];
     let (warmup, seconds) = times(args);
-    for number in 0..args.rounds {
-        for index in order(arms.len(), number) {
-            progress(&format!(
-                "{title}: round {}, {}",
-                number + 1,
-                records[index].0
-            ));
-            let found = arms[index].slice(body_bytes, warmup, seconds)?;
-            let latency = Quantiles::of_ns(&found.latency_ns);
-            let record = &mut records[index].1;
-            record.p50_us.push(latency.p50);
-            record.p99_us.push(latency.p99);
-            if !spin {
-                record.cpu_us.push(found.cpu_us);
-            }
+    interleave(&title, args.rounds, &names, |_, index| {
+        let found = arms[index].slice(body_bytes, warmup, seconds)?;
+        let record = &mut records[index];
+        record.count(&found.latency_ns);
+        if !spin {
+            record.cpu_us.push(found.cpu_us);
         }
-    }
+        Ok(())
+    })?;
+    let names = names.map(str::to_owned);
     Ok(Group {
         title,
         body_bytes,
-        arms: records,
+        arms: names.into_iter().zip(records).collect(),
     })
 }
 
 fn path(args: &LaneArgs, body_bytes: usize, arms: &mut [PathArm]) -> Result<Group> {
     let title = format!("path of {body_bytes} bytes");
-    let named = |arm: &PathArm| (arm.name.to_owned(), Record::default());
-    let mut records: Vec<_> = arms.iter().map(named).collect();
+    let names: Vec<String> = arms.iter().map(|arm| arm.name.to_owned()).collect();
+    let mut records = vec![Record::default(); names.len()];
     let (warmup, seconds) = times(args);
-    for number in 0..args.rounds {
-        for index in order(arms.len(), number) {
-            progress(&format!(
-                "{title}: round {}, {}",
-                number + 1,
-                records[index].0
-            ));
-            let found = arms[index].slice(body_bytes, warmup, seconds)?;
-            let latency = Quantiles::of_ns(&found.request_ns);
-            let record = &mut records[index].1;
-            record.p50_us.push(latency.p50);
-            record.p99_us.push(latency.p99);
-            record
-                .whole_p50_us
-                .push(Quantiles::of_ns(&found.whole_ns).p50);
-            record.cpu_us.push(found.cpu_us.iter().sum());
-            record.router_us.push(found.cpu_us[0]);
-            record.worker_us.push(found.cpu_us[1]);
-            record.copied.extend(found.copied);
-        }
-    }
+    interleave(&title, args.rounds, &names, |_, index| {
+        let found = arms[index].slice(body_bytes, warmup, seconds)?;
+        let record = &mut records[index];
+        record.count(&found.request_ns);
+        let whole = Quantiles::of_ns(&found.whole_ns);
+        record.whole_p50_us.push(whole.p50);
+        record.cpu_us.push(found.cpu_us.iter().sum());
+        record.router_us.push(found.cpu_us[0]);
+        record.worker_us.push(found.cpu_us[1]);
+        record.copied.extend(found.copied);
+        Ok(())
+    })?;
     Ok(Group {
         title,
         body_bytes,
-        arms: records,
+        arms: names.into_iter().zip(records).collect(),
     })
 }
 

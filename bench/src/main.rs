@@ -3,6 +3,7 @@
 
 mod arrivals;
 mod cpu;
+mod dynamo;
 mod event_codec;
 mod events;
 mod events_broker;

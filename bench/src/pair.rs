@@ -2,22 +2,24 @@
 //! one interleaved run. Requests go straight to the worker; no router is between.
 
 use std::fmt;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::cpu::{Machine, Usage};
+use crate::dynamo::{
+    CLIENT_LIMIT, Counters, ENDPOINT, NAMESPACE, last_report, loopback_variables, peer, program,
+    round_of, rounds, start_etcd, start_ready,
+};
 use crate::hiccup::HiccupMeter;
 use crate::interrupt;
-use crate::report::{OutputArgs, Quantiles, Table, figure, host, median, now_utc, order, progress};
-use crate::servers::{Server, find_program};
-use crate::stock::{Counters, loopback_variables, round_of, start_etcd};
+use crate::report::{OutputArgs, Quantiles, Table, figure, host, median, now_utc};
+use crate::servers::Server;
 use crate::stock_report::Round;
 use crate::usage_error;
 
@@ -77,10 +79,6 @@ struct Load {
 
 /// Items of a stream, and bytes of each.
 const STREAM: (u32, u32) = (128, 64);
-const NAMESPACE: &str = "bench";
-const ENDPOINT: &str = "generate";
-/// What a client may take besides its load: discovery, and the drain at the end.
-const CLIENT_LIMIT: Duration = Duration::from_secs(60);
 
 impl FromStr for Load {
     type Err = String;
@@ -234,10 +232,6 @@ pub(crate) fn run(args: &PairArgs) -> Result<()> {
 
 impl Scene {
     fn start(args: &PairArgs) -> Result<Self> {
-        let program = |path: &Path, flag: &str| {
-            find_program(path)
-                .ok_or_else(|| usage_error(format!("{} is not there ({flag})", path.display())))
-        };
         let etcd_program = program(&args.etcd, "--etcd; apt-get install etcd-server")?;
         let dyn_worker = program(&args.dyn_worker, "--dyn-worker")?;
         let client = program(&args.dyn_client, "--dyn-client")?;
@@ -254,15 +248,7 @@ impl Scene {
             let shape = ["unary", "stream"][stream];
             for (name, variables) in CONFIGS {
                 let component = format!("{name}-{shape}");
-                let mut command = Command::new(&dyn_worker);
-                command.args([
-                    "--no-logging",
-                    "--namespace",
-                    NAMESPACE,
-                    "--endpoint",
-                    ENDPOINT,
-                ]);
-                command.args(["--component", &component]);
+                let mut command = peer(&dyn_worker, &component);
                 match stream {
                     0 => command.args(["-n", "1"]),
                     _ => command.args(["-n", &STREAM.0.to_string(), "-m", &STREAM.1.to_string()]),
@@ -299,15 +285,7 @@ impl Scene {
     fn client(&self, arm: Arm, worker: &Worker, arguments: &[String]) -> Result<Server> {
         let mut command = match arm.client {
             Some(config) => {
-                let mut command = Command::new(&self.client);
-                command.args([
-                    "--no-logging",
-                    "--namespace",
-                    NAMESPACE,
-                    "--endpoint",
-                    ENDPOINT,
-                ]);
-                command.args(["--component", &worker.component]);
+                let mut command = peer(&self.client, &worker.component);
                 command.envs(CONFIGS[config].1.iter().copied());
                 command
             }
@@ -323,22 +301,10 @@ impl Scene {
 
     /// All rounds of one load; the rounds of each arm.
     fn measure(&mut self, args: &PairArgs, load: Load) -> Result<Vec<Vec<Round>>> {
-        let mut records: Vec<Vec<Round>> = ARMS.iter().map(|_| Vec::new()).collect();
-        for number in 0..args.rounds {
-            for index in order(ARMS.len(), number) {
-                let name = ARMS[index].name;
-                progress(&format!(
-                    "{load}: round {} of {}, {name}",
-                    number + 1,
-                    args.rounds
-                ));
-                let round = self.slice(args, load, number, ARMS[index]);
-                let round = round.with_context(|| format!("arm {name}, {load}"))?;
-                records[index].push(round);
-            }
-        }
-        progress("");
-        Ok(records)
+        let names = ARMS.map(|arm| arm.name);
+        rounds(args.rounds, &load.to_string(), &names, |number, index| {
+            self.slice(args, load, number, ARMS[index])
+        })
     }
 
     fn slice(&mut self, args: &PairArgs, load: Load, number: usize, arm: Arm) -> Result<Round> {
@@ -358,13 +324,7 @@ impl Scene {
         self.etcd.check_alive()?;
         self.workers[stream][arm.worker].server.check_alive()?;
         ended?;
-        let text = fs::read_to_string(&client.stdout).context("the client left no report")?;
-        let found: Option<Value> = text
-            .lines()
-            .rev()
-            .find_map(|line| serde_json::from_str(line).ok());
-        let found = found.context("the client printed no JSON report")?;
-        round_of(number, &found, &before, &after, hiccups)
+        round_of(number, &last_report(&client)?, &before, &after, hiccups)
     }
 }
 
@@ -379,19 +339,12 @@ fn counters((worker, etcd): (u32, u32)) -> Counters {
 }
 
 fn start_worker(component: String, command: Command, dir: &Path) -> Result<Worker> {
-    let mut server = Server::start(&component, command, dir, None)?;
-    let out = server.stdout.clone();
-    let ready = server.wait_until("to be ready", || {
-        let text = fs::read_to_string(&out).ok()?;
-        let lines = text
-            .lines()
-            .filter_map(|line| serde_json::from_str(line).ok());
-        lines.into_iter().find(|line: &Value| line["ready"] == true)
-    })?;
+    let (server, ready) = start_ready(&component, command, dir)?;
+    let address = ready["address"].as_str().unwrap_or_default().to_owned();
     Ok(Worker {
         server,
         component,
-        address: ready["address"].as_str().unwrap_or_default().to_owned(),
+        address,
     })
 }
 

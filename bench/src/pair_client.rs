@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::item;
-use corelane_engine::client::{Deadlines, NewCall};
+use corelane_engine::call::{Deadlines, NewCall};
 use corelane_engine::config::{ANY_CPU, RingKind, ShardConfig};
 use corelane_engine::ends::{Ends, HomeAddress};
 use corelane_engine::executor::spawn_with;
@@ -129,7 +129,6 @@ fn call(args: &ClientArgs) -> Result<NewCall> {
         &mut body,
     )?;
     Ok(NewCall {
-        number: 0,
         address: address.parse().map_err(|_| wrong())?,
         path: path.into(),
         id: String::new(),

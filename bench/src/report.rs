@@ -107,6 +107,27 @@ pub(crate) fn order(arms: usize, round: usize) -> Vec<usize> {
     }
 }
 
+/// Runs every arm once in each round, in [`order`], and shows how far it is.
+pub(crate) fn interleave(
+    title: &str,
+    rounds: usize,
+    arms: &[impl AsRef<str>],
+    mut run: impl FnMut(usize, usize) -> Result<()>,
+) -> Result<()> {
+    for number in 0..rounds {
+        for index in order(arms.len(), number) {
+            let name = arms[index].as_ref();
+            progress(&format!(
+                "{title}: round {} of {rounds}, {name}",
+                number + 1
+            ));
+            run(number, index)?;
+        }
+    }
+    progress("");
+    Ok(())
+}
+
 /// A value for a table: three significant digits or so, and no more than are known.
 pub(crate) fn figure(value: f64) -> String {
     match value.abs() {

@@ -5,7 +5,7 @@
 mod event;
 mod prompt;
 
-pub use event::{event_envelope, event_frame, event_hello, event_names, event_payload};
+pub use event::{Derived, event_envelope, event_frame, event_hello, event_names, event_payload};
 pub use prompt::{kv_headers, token_ids};
 
 use crate::control_message::{

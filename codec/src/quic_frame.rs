@@ -301,6 +301,18 @@ impl QuicConnection<'_> {
 }
 
 #[cfg(test)]
+impl QuicConnection<'static> {
+    /// One for tests; its request has an odd name.
+    pub(crate) const SAMPLE: Self = Self {
+        address: "127.0.0.1:34784",
+        frontend_id: "b988cc11-0746-4853-a73a-e3b5a7fbff50",
+        registration_id: "be0d3514-1100-43ed-b5ba-79059c8d3fc0",
+        request_id: "odd \"\\ é",
+        certificate_sha256: "5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e",
+    };
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -330,13 +342,7 @@ mod tests {
 
     #[test]
     fn infos_round_trip() {
-        let written = QuicConnection {
-            address: "127.0.0.1:34784",
-            frontend_id: "b988cc11-0746-4853-a73a-e3b5a7fbff50",
-            registration_id: "be0d3514-1100-43ed-b5ba-79059c8d3fc0",
-            request_id: "odd \"\\ é",
-            certificate_sha256: &"5e".repeat(32),
-        };
+        let written = QuicConnection::SAMPLE;
         let mut json = Vec::new();
         written.write(&mut json);
         let info = ConnectionInfo::decode(&json).unwrap();

@@ -16,42 +16,34 @@
 //! The summary comes with more than one call. A call with an error item has failed.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use corelane_codec::control_message::PayloadCodec;
-use corelane_codec::headers::TRACEPARENT;
 use corelane_codec::item::write_value;
-use corelane_codec::path::parse_instance_path;
-use corelane_codec::trace_context::TraceContext;
-use corelane_engine::client::{CallEvent, Deadlines, NewCall, What};
-use corelane_engine::ends::{Ends, HomeAddress};
-use corelane_engine::shard::Command;
 use hdrhistogram::Histogram;
 use serde_json::{Value, json};
-use tokio::runtime::Builder;
-use tokio::task::LocalSet;
-use tokio::time::timeout;
+use tokio::sync::mpsc::error::TryRecvError;
+use tokio::sync::mpsc::{self, Receiver};
 
+mod caller;
 mod print;
 
+use self::caller::{Caller, End, Heard, What};
 use self::print::{Item, Printer};
-use crate::cli::{CallArgs, Early, Exit, Target};
-use crate::config::{self, Backend, EndpointId};
-use crate::discovery::{Discovery, EtcdDiscovery, EtcdOptions, FileDiscovery, FileOptions};
-use crate::env::Env;
-use crate::nats::Requests;
-use crate::peer::Peer;
-use crate::trace::{self, CallSpan};
-use crate::watch::{Instance, InstanceWatch};
+use crate::cli::{CallArgs, Exit, Target};
+use crate::component::{Client, Options, Runtime};
+use crate::config::{Backend, Drain, EndpointId};
+use crate::discovery::MemoryStore;
 
 /// Longest wait for an instance to appear in discovery.
 const APPEAR_MAX: Duration = Duration::from_secs(5);
-/// How long a worker has for its acknowledgement, unless the whole call has less.
-const ACK_MAX: Duration = Duration::from_secs(5);
 /// Slowest call that the histograms tell apart, in microseconds.
 const SLOWEST_US: u64 = 86_400_000_000;
+/// What callers have heard and is not printed yet, at most; then they wait.
+const HEARD_MAX: usize = 1024;
 
 /// Makes the calls.
 ///
@@ -59,114 +51,76 @@ const SLOWEST_US: u64 = 86_400_000_000;
 /// No instance is there, or this host cannot run a shard. A failed call is no error but
 /// [`Exit::Failed`].
 pub fn run(args: CallArgs) -> Result<Exit> {
-    trace::export();
-    let runtime = Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.context("cannot make the control runtime")?;
-    let local = LocalSet::new();
-    let outcome = local.block_on(&runtime, calls(args));
-    drop(local);
-    runtime.shutdown_background();
-    outcome
+    let nothing = Drain {
+        grace_s: 0,
+        timeout_s: 0,
+    };
+    let options = Options::of_command(args.server.clone(), args.discovery.clone(), nothing)?;
+    let options = options.calls_only().calls_max(args.concurrency + 64);
+    let options = options.status(None).signals(false);
+    let options = match args.target {
+        Target::Endpoint(_) => options,
+        // Nobody is looked up.
+        Target::Address { .. } => options.memory(&MemoryStore::default()),
+    };
+    let exit = Runtime::run(options, async |runtime| calls(&runtime, args).await)?;
+    Ok(exit.unwrap_or(Exit::Failed))
 }
 
-/// Nothing of ours is offered, so nobody dials this.
-const ANYWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
-
-async fn calls(args: CallArgs) -> Result<Exit> {
-    let requests = Requests::from_env(&Env::current(), ANYWHERE).await?;
-    let gateway = requests.as_ref().map(Requests::gateway);
-    let mut targets = Targets::find(&args, gateway).await?;
-    let home = HomeAddress {
-        bind: SocketAddr::new(args.server.host, 0),
-        advertise: args.server.advertised(),
-    };
-    let calls_max = args.concurrency + 64;
-    let peer = Peer::start(&args.server, None, || Ends::client(home, calls_max)).await?;
-    let mut caller = Caller {
-        bodies: Bodies::of(&args.body)?,
-        peer: &peer,
-        running: HashMap::new(),
+async fn calls(runtime: &Runtime, args: CallArgs) -> Result<Exit> {
+    let (client, name) = find(runtime, &args).await?;
+    let bodies = Bodies::of(&args.body)?;
+    let (out, heard) = mpsc::channel(HEARD_MAX);
+    let mut listener = Listener {
         printer: Printer::new(args.json),
         tally: Tally::new()?,
-        args: &args,
+        running: HashMap::new(),
     };
-    let outcome = caller.all(&mut targets).await;
-    peer.stop().await;
-    outcome?;
-    let failed = caller.tally.failed > 0;
-    if args.count > 1 {
-        let summary = caller.tally.summary();
-        caller.printer.summary(&summary)?;
+    if !args.json && args.count > 1 {
+        let text = format!("{} calls of {name}", args.count);
+        listener.printer.line(&text)?;
     }
-    caller.printer.flush()?;
-    Ok(if failed { Exit::Failed } else { Exit::Done })
+    let count = args.count;
+    let callers = count.min(args.concurrency.into());
+    let caller = Caller {
+        args: Arc::new(args),
+        bodies: Arc::new(bodies),
+        client: client.detect_faults(false),
+        begun: Arc::new(AtomicU64::new(0)),
+        out,
+    };
+    for _ in 0..callers {
+        let caller = caller.clone();
+        runtime.spawn(|shard| caller.run(shard)).await?;
+    }
+    drop(caller);
+    listener.hear(heard, count).await?;
+    if count > 1 {
+        let summary = listener.tally.summary();
+        listener.printer.summary(&summary)?;
+    }
+    listener.printer.flush()?;
+    Ok(match listener.tally.failed {
+        0 => Exit::Done,
+        _ => Exit::Failed,
+    })
 }
 
-/// The instances to call, in turn.
-struct Targets {
-    watch: Option<(Discovery, InstanceWatch)>,
-    instances: Vec<Instance>,
-    next: usize,
-    name: String,
-}
-
-impl Targets {
-    async fn find(args: &CallArgs, gateway: Option<SocketAddr>) -> Result<Targets> {
-        let endpoint = match &args.target {
-            Target::Endpoint(endpoint) => endpoint.clone(),
-            Target::Address { socket, path, .. } => {
-                let id = parse_instance_path(path).map_or(0, |(id, _)| id);
-                let instance = Instance {
-                    id,
-                    address: *socket,
-                    path: path.clone().into_bytes(),
-                    codec: PayloadCodec::Json,
-                    device: None,
-                };
-                return Ok(Targets {
-                    watch: None,
-                    instances: vec![instance],
-                    next: 0,
-                    name: format!("{socket}/{path}"),
-                });
-            }
-        };
-        let discovery = open(&args.discovery).await?;
-        let mut watch = InstanceWatch::new(&discovery, &endpoint).over_nats(gateway);
-        let mut instances = Vec::new();
-        let appear = async {
-            watch.listed().await;
-            loop {
-                instances = watch.instances();
-                if !instances.is_empty() {
-                    return;
-                }
-                watch.changed().await;
-            }
-        };
-        if timeout(APPEAR_MAX.min(args.timeout), appear).await.is_err() {
-            bail!("{}", nobody(&endpoint, args));
+/// Whom to call, and what he is called.
+async fn find(runtime: &Runtime, args: &CallArgs) -> Result<(Client, String)> {
+    match &args.target {
+        Target::Address { socket, path, .. } => {
+            let address = format!("{socket}/{path}");
+            Ok((runtime.client_at(&address)?, address))
         }
-        Ok(Targets {
-            watch: Some((discovery, watch)),
-            instances,
-            next: 0,
-            name: endpoint.to_string(),
-        })
-    }
-
-    /// The next one in turn. Instances that have left are not called; when all have left, the
-    /// last known ones are tried.
-    fn next(&mut self) -> Instance {
-        if let Some((_, watch)) = &mut self.watch {
-            let now = watch.instances();
-            if !now.is_empty() {
-                self.instances = now;
+        Target::Endpoint(endpoint) => {
+            let client = runtime.client_of(std::slice::from_ref(endpoint));
+            let there = client.wait_for_instances(APPEAR_MAX.min(args.timeout));
+            if there.await.is_err() {
+                bail!("{}", nobody(endpoint, args));
             }
+            Ok((client, endpoint.to_string()))
         }
-        let instance = self.instances[self.next % self.instances.len()].clone();
-        self.next += 1;
-        instance
     }
 }
 
@@ -180,28 +134,6 @@ fn nobody(endpoint: &EndpointId, args: &CallArgs) -> String {
         "no instance of {endpoint} in {place}; check the name and that its worker runs, or name \
          an instance with --address IP:PORT/PATH"
     )
-}
-
-/// The store of a command that looks others up.
-///
-/// # Errors
-/// It cannot be reached, or it is our own memory.
-pub(crate) async fn open(discovery: &config::Discovery) -> Result<Discovery> {
-    let lookup = |name: &str| discovery.variable(name);
-    Ok(match discovery.backend {
-        Backend::Etcd => {
-            Discovery::Etcd(EtcdDiscovery::connect(EtcdOptions::from_env(lookup)?).await?)
-        }
-        Backend::File => Discovery::File(FileDiscovery::open(FileOptions::from_env(lookup)).await?),
-        // The command line has refused this; a name cannot be looked up in our own memory.
-        Backend::Memory => bail!("discovery in memory knows only its own process"),
-    })
-}
-
-/// Takes out the trace that the user has named: a span of ours comes between.
-fn take_trace(headers: &mut Vec<(String, String)>) -> Option<TraceContext> {
-    let at = headers.iter().position(|(name, _)| name == TRACEPARENT)?;
-    TraceContext::parse(&headers.remove(at).1)
 }
 
 /// The body in both codecs.
@@ -227,17 +159,14 @@ impl Bodies {
     }
 }
 
-/// A call under way.
+/// What was heard of a call that has not ended.
+#[derive(Default)]
 struct Running {
-    instance: Instance,
-    span: Option<CallSpan>,
     items: u64,
-    ack_us: Option<f64>,
     first_us: Option<f64>,
     last_us: Option<f64>,
     /// The first error item.
     error: Option<String>,
-    ended_early: bool,
 }
 
 /// How a call ended.
@@ -260,138 +189,92 @@ impl Outcome {
     }
 }
 
-struct Caller<'a> {
-    args: &'a CallArgs,
-    peer: &'a Peer,
-    bodies: Bodies,
-    running: HashMap<u64, Running>,
+/// Prints and counts what callers hear.
+struct Listener {
     printer: Printer,
     tally: Tally,
+    running: HashMap<u64, Running>,
 }
 
-impl Caller<'_> {
-    async fn all(&mut self, targets: &mut Targets) -> Result<()> {
-        let mut begun = 0;
-        if !self.args.json && self.args.count > 1 {
-            self.printer
-                .line(&format!("{} calls of {}", self.args.count, targets.name))?;
-        }
-        while begun < self.args.count || !self.running.is_empty() {
-            let room = self.running.len() < self.args.concurrency as usize;
-            if begun < self.args.count && room {
-                begun += 1;
-                self.begin(begun, targets.next()).await?;
-                continue;
-            }
-            let event = match self.peer.next_event() {
-                Some(event) => event,
-                None => {
+impl Listener {
+    /// Until so many calls have ended.
+    async fn hear(&mut self, mut heard: Receiver<Heard>, calls: u64) -> Result<()> {
+        let mut ended = 0;
+        while ended < calls {
+            let next = match heard.try_recv() {
+                Ok(next) => Some(next),
+                Err(TryRecvError::Disconnected) => None,
+                Err(TryRecvError::Empty) => {
                     // Streams are looked at while they flow.
                     self.printer.flush()?;
-                    tokio::select! {
-                        event = self.peer.event() => event,
-                        why = self.peer.ended() => bail!("the shard has ended: {why}"),
-                    }
+                    heard.recv().await
                 }
             };
-            self.take(event).await?;
+            let Some(next) = next else {
+                bail!("the shard has ended before its calls");
+            };
+            ended += u64::from(matches!(next.what, What::End(_)));
+            self.take(next)?;
         }
         Ok(())
     }
 
-    async fn begin(&mut self, number: u64, instance: Instance) -> Result<()> {
-        let total = self.args.timeout;
-        let mut headers = self.args.headers.clone();
-        let span = CallSpan::begin(take_trace(&mut headers));
-        if let Some(span) = &span {
-            headers.push((TRACEPARENT.to_owned(), span.context().to_string()));
-        } else {
-            headers.clone_from(&self.args.headers);
-        }
-        let call = NewCall {
-            number,
-            address: instance.address,
-            path: instance.path.clone(),
-            id: String::new(),
-            headers,
-            body: self.bodies.in_codec(instance.codec),
-            codec: instance.codec,
-            deadlines: Deadlines {
-                ack: ACK_MAX.min(total),
-                first_item: total,
-                total,
-            },
-        };
-        let running = Running {
-            instance,
-            span,
-            items: 0,
-            ack_us: None,
-            first_us: None,
-            last_us: None,
-            error: None,
-            ended_early: false,
-        };
-        self.running.insert(number, running);
-        self.peer.command(Command::Call(Box::new(call))).await
-    }
-
-    async fn take(&mut self, event: CallEvent) -> Result<()> {
-        let Some(running) = self.running.get_mut(&event.call) else {
-            return Ok(());
-        };
-        let at_us = (event.at_ns - event.began_ns) as f64 / 1e3;
-        let item = match event.what {
-            What::Acked => {
-                running.ack_us = Some(at_us);
-                return Ok(());
-            }
-            What::Item(data) => Item::read(&data, running.instance.codec),
+    fn take(&mut self, heard: Heard) -> Result<()> {
+        let at_us = heard.at.as_nanos() as f64 / 1e3;
+        let item = match heard.what {
+            What::Item(data, codec) => Item::read(&data, codec),
             What::BadItem(error) => Item::Error(error),
-            end => return self.end(event.call, at_us, end),
+            What::End(end) => return self.end(heard.call, heard.instance, at_us, end),
         };
+        let running = self.running.entry(heard.call).or_default();
         running.first_us.get_or_insert(at_us);
         running.last_us = Some(at_us);
         if let Item::Error(error) = &item {
             running.error.get_or_insert_with(|| error.to_string());
         }
-        self.printer.item(event.call, running, at_us, &item)?;
+        let index = running.items;
         running.items += 1;
-        let kill = match self.args.early {
-            Some(Early::Stop(items)) if running.items >= items => false,
-            Some(Early::Kill(items)) if running.items >= items => true,
-            _ => return Ok(()),
-        };
-        if !std::mem::replace(&mut running.ended_early, true) {
-            let number = event.call;
-            self.peer.command(Command::EndCall { number, kill }).await?;
-        }
-        Ok(())
+        let place = (heard.call, index);
+        self.printer.item(place, heard.instance, at_us, &item)
     }
 
-    fn end(&mut self, number: u64, at_us: f64, end: What) -> Result<()> {
-        let Some(mut running) = self.running.remove(&number) else {
-            return Ok(());
+    fn end(&mut self, call: u64, instance: Option<u64>, at_us: f64, end: End) -> Result<()> {
+        let mut running = self.running.remove(&call).unwrap_or_default();
+        let said = match end.outcome {
+            Outcome::Refused => end.error.map(|error| error.text().to_owned()),
+            _ => end.error.map(|error| error.to_string()),
         };
-        let (outcome, error) = match end {
-            What::Refused(text) => (Outcome::Refused, Some(text)),
-            What::Failed(error) => (Outcome::Failed, Some(error.to_string())),
-            What::Stopped => (Outcome::Stopped, None),
-            _ => (Outcome::Ok, None),
-        };
-        let (outcome, error) = match (outcome, running.error.take()) {
+        let (outcome, error) = match (end.outcome, running.error.take()) {
             (Outcome::Ok, Some(error)) => (Outcome::Failed, Some(error)),
-            _ => (outcome, error),
+            (outcome, _) => (outcome, said),
         };
-        if let Some(span) = running.span {
+        if let Some(span) = end.span {
             let failed = !matches!(outcome, Outcome::Ok | Outcome::Stopped);
-            span.end(outcome.word(), failed, running.instance.id);
+            span.end(outcome.word(), failed, instance.unwrap_or_default());
         }
         let error = error.as_deref();
         self.tally.count(outcome, error, &running, at_us);
-        self.printer.end(number, &running, at_us, outcome, error)?;
-        Ok(())
+        let ended = Ended {
+            call,
+            instance,
+            outcome,
+            error,
+            ack_us: end.accepted.map(|time| time.as_nanos() as f64 / 1e3),
+            end_us: at_us,
+        };
+        self.printer.end(&running, &ended)
     }
+}
+
+/// A call that has ended.
+struct Ended<'a> {
+    call: u64,
+    /// Who answered, or was to.
+    instance: Option<u64>,
+    outcome: Outcome,
+    error: Option<&'a str>,
+    ack_us: Option<f64>,
+    end_us: f64,
 }
 
 /// Counts and times of all calls.

@@ -144,8 +144,8 @@ pub struct Cores {
 }
 
 impl Cores {
-    /// Starts the threads of all shards; they listen on one port when this returns, and take
-    /// connections soon after. Needs a `LocalSet`.
+    /// Starts the threads of all shards; those that are to listen do so on one port when this
+    /// returns, and take connections soon after. Needs a `LocalSet`.
     ///
     /// # Errors
     /// The port is taken, or threads and descriptors are not to be had.
@@ -173,7 +173,7 @@ impl Cores {
         let mut list: Vec<Core> = Vec::with_capacity(plan.shards.len());
         for planned in &plan.shards {
             let mut planned = planned.clone();
-            planned.config.listen = Some(address);
+            planned.config.listen = planned.config.listen.and(Some(address));
             tls::ask(&mut planned.config, &plan.tls);
             let own = ends(planned.config.shard);
             quic.ask(&mut planned.config, own.home)?;
@@ -250,7 +250,7 @@ impl Cores {
             );
             planned.config.ring = RingKind::Epoll;
             planned.cause = "start_failed";
-            planned.config.listen = Some(self.address);
+            planned.config.listen = planned.config.listen.and(Some(self.address));
             if let Some(handed) = &planned.config.handed {
                 // Its mode is that of all who share it; io_uring takes either.
                 let _ = handed.set_nonblocking(true);
@@ -348,7 +348,7 @@ impl Cores {
         self.quic.stats().write(out);
     }
 
-    /// Whether every shard listens.
+    /// Whether every shard runs.
     pub fn all_run(&self) -> bool {
         let runs = |core: &Core| *core.state.borrow() == State::Running;
         self.list.iter().all(runs)

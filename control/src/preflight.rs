@@ -11,6 +11,7 @@ use corelane_engine::preflight as host;
 
 use crate::cli::Stop;
 use crate::config::{self, Config, Core};
+use crate::env::Env;
 use crate::tls;
 
 /// Connections that a core is left with however few files this process may open.
@@ -205,6 +206,30 @@ fn log_rings(shards: &[Planned], report: &host::Report) {
             tracing::warn!(cpus, "ring {}", choice.explain);
         }
     }
+}
+
+/// What `CORELANE_IO` wants, where no configuration says it.
+///
+/// # Errors
+/// [`Stop::Usage`] for a word that it is not.
+pub(crate) fn wanted_io(env: &Env) -> Result<host::Io, Stop> {
+    match env.get("CORELANE_IO") {
+        Some(text) => text
+            .parse()
+            .map_err(|error: host::UnknownIo| Stop::Usage(error.to_string())),
+        None => Ok(host::Io::Auto),
+    }
+}
+
+/// The ring that `CORELANE_IO` and this host allow.
+///
+/// # Errors
+/// As [`wanted_io`]; [`Stop::HostCannot`] when io_uring is required and refused.
+pub(crate) fn ring(env: &Env) -> Result<RingKind, Stop> {
+    let choice = host::choose(wanted_io(env)?, &host::probe());
+    let choice = choice.map_err(|refused| Stop::HostCannot(refused.to_string()))?;
+    tracing::info!("ring {}", choice.explain);
+    Ok(choice.ring)
 }
 
 /// The word of a ring in metrics and logs.

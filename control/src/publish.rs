@@ -377,20 +377,13 @@ mod tests {
 
     use super::*;
 
-    fn instance(id: u64, port: u16) -> Instance {
-        Instance {
-            id,
-            address: ([127, 0, 0, 1], port).into(),
-            path: format!("{id:x}/x").into_bytes(),
-            codec: PayloadCodec::Json,
-            device: None,
-        }
-    }
-
     #[test]
     fn found_instances_stand_before_static_ones_of_the_same_id() {
-        let statics = [instance(7, 1), instance(2, 2)];
-        let all = merged(&statics, vec![instance(9, 9), instance(7, 70)]);
+        let statics = [Instance::sample(7, 1), Instance::sample(2, 2)];
+        let all = merged(
+            &statics,
+            vec![Instance::sample(9, 9), Instance::sample(7, 70)],
+        );
         let seen: Vec<(u64, u16)> = all
             .iter()
             .map(|instance| (instance.id, instance.address.port()))
@@ -422,7 +415,7 @@ mod tests {
         let handed = route(
             &configured,
             vec![b"0/a/router/g".to_vec()],
-            &[instance(3, 30)],
+            &[Instance::sample(3, 30)],
             0,
         );
         assert_eq!(

@@ -20,7 +20,6 @@ use corelane_codec::path::instance_path;
 use corelane_engine::ends::Ends;
 use corelane_engine::lane::RESPONSES_MAX;
 use corelane_engine::shard::Command;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinHandle, spawn_blocking, spawn_local};
 use tokio::time::{Instant, sleep, timeout};
@@ -44,6 +43,7 @@ use crate::offer::Offer;
 use crate::preflight::Plan;
 use crate::progress::{Progress, STILL_DEAD, STILL_TOLD, Turns};
 use crate::publish::{Board, Listed};
+use crate::signals::Signals;
 use crate::status_server::{Health, StatusOptions, StatusServer};
 
 /// Longest wait, before we are offered, for the first list of instances.
@@ -54,33 +54,6 @@ const OFFER_MAX: Duration = Duration::from_secs(6);
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// How often a long drain says what it waits for.
 const SAY_EVERY: Duration = Duration::from_secs(5);
-
-/// The two signals that mean stop.
-pub struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    /// Catches them from now on.
-    ///
-    /// # Errors
-    /// The process may not.
-    pub fn catch() -> std::io::Result<Self> {
-        Ok(Self {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-        })
-    }
-
-    /// Waits for the next one and answers its name.
-    pub async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        }
-    }
-}
 
 /// Where a router looks for instances.
 pub enum Store {

@@ -250,6 +250,20 @@ fn dial(
 }
 
 #[cfg(test)]
+impl Instance {
+    /// One for tests.
+    pub(crate) fn sample(id: u64, port: u16) -> Instance {
+        Instance {
+            id,
+            address: ([127, 0, 0, 1], port).into(),
+            path: format!("{id:x}/x").into_bytes(),
+            codec: PayloadCodec::Json,
+            device: None,
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::discovery::{MemoryDiscovery, MemoryStore};

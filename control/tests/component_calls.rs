@@ -5,21 +5,17 @@ mod component_lab;
 
 use std::time::Duration;
 
-use component_lab::{echo, endpoint, options, settled, with_runtime};
+use component_lab::{
+    client_of, echo, endless, endpoint, ends_early, options, settled, with_runtime,
+};
 use corelane::component::{
     Call, Client, Deadlines, DynamoError, Ending, EndpointId, Fault, MemoryStore, Outcome,
-    PayloadCodec, Reason, Request, RoutingMode, Runtime, Served, Stream, TokioRequest, TokioStream,
+    PayloadCodec, Reason, Request, RoutingMode, Stream, TokioRequest, TokioStream,
 };
 use serde_json::{Value, json};
 
 /// A wait that is over at once if all is well.
 const PATIENCE: Duration = Duration::from_secs(30);
-
-async fn client_of(runtime: &Runtime, served: &Served) -> Client {
-    let client = runtime.client(&served.id().to_string()).unwrap();
-    client.wait_for_instances(PATIENCE).await.unwrap();
-    client
-}
 
 async fn all(client: &Client, call: Call) -> Result<Vec<Value>, DynamoError> {
     let mut reply = client.send(call).await?;
@@ -74,44 +70,9 @@ fn a_handler_calls_another_endpoint_from_its_shard() {
     });
 }
 
-/// Sends numbers until its caller wants no more.
-async fn endless(_: Request, stream: &mut Stream) -> Outcome {
-    for number in 0u64.. {
-        stream.send(&number).await?;
-        if number % 16 == 15 {
-            stream.sleep(Duration::from_millis(1)).await?;
-        }
-    }
-    Ok(())
-}
-
 #[test]
 fn a_call_ends_when_it_is_stopped_killed_or_dropped() {
-    with_runtime(options(), async |runtime| {
-        let served = endpoint(runtime, "generate").serve(endless).await.unwrap();
-        let client = client_of(runtime, &served).await;
-        for way in ["stop", "kill", "drop", "drop before it began"] {
-            if way == "drop before it began" {
-                let send = client.call(&1);
-                let _ = tokio::time::timeout(Duration::from_micros(50), send).await;
-                continue;
-            }
-            let mut reply = client.call(&1).await.unwrap();
-            let first: u64 = reply.next_data().await.unwrap().unwrap();
-            assert_eq!(first, 0);
-            match way {
-                "stop" => reply.stop(),
-                "kill" => reply.kill(),
-                _ => continue,
-            }
-            while let Some(item) = reply.next_item().await {
-                item.unwrap();
-            }
-            assert_ne!(reply.ending(), Some(Ending::Failed), "{way}");
-        }
-        settled(&[&served], &client).await;
-        assert_eq!(served.count(|stats| stats.finished.get()), 0);
-    });
+    with_runtime(options(), ends_early);
 }
 
 #[test]

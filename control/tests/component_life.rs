@@ -10,10 +10,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use component_lab::{echo, endpoint, options, settled, until, with_runtime};
+use component_lab::{client_of, echo, endpoint, options, settled, until, with_runtime};
 use corelane::component::{
     Admission, Checks, Client, DynamoError, Ending, Options, Outcome, Reason, Request, Runtime,
-    Served, State, Stream,
+    State, Stream,
 };
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -51,12 +51,6 @@ async fn seen(runtime: &Runtime) -> (bool, Value, String) {
         .unwrap_or_default();
     let listed = health["endpoints"]["production/worker/generate"].clone();
     (ready, listed, state.to_owned())
-}
-
-async fn client_of(runtime: &Runtime, served: &Served) -> Client {
-    let client = runtime.client(&served.id().to_string()).unwrap();
-    client.wait_for_instances(PATIENCE).await.unwrap();
-    client
 }
 
 async fn first(client: &Client) -> Result<Value, DynamoError> {

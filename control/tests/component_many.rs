@@ -11,8 +11,6 @@ use corelane::component::{
     Served, Shard, Stream, TokioInput, TokioRequest, TokioStream,
 };
 
-const PATIENCE: Duration = Duration::from_secs(60);
-
 /// The sum so far, for each value.
 async fn sums(_: Request, mut input: Input, stream: &mut Stream) -> Outcome {
     let mut sum = 0;
@@ -25,8 +23,7 @@ async fn sums(_: Request, mut input: Input, stream: &mut Stream) -> Outcome {
 }
 
 async fn client_of(runtime: &Runtime, served: &Served) -> Client {
-    let client = runtime.client(&served.id().to_string()).unwrap();
-    client.wait_for_instances(PATIENCE).await.unwrap();
+    let client = component_lab::client_of(runtime, served).await;
     client.detect_faults(false)
 }
 

@@ -2,23 +2,17 @@
 
 mod component_lab;
 
-use std::time::Duration;
-
-use component_lab::{DEADLINE, endpoint, options, settled, until, with_runtime};
+use component_lab::{
+    client_of, endless, endpoint, ends_early, options, settled, until, with_runtime,
+};
 use corelane::component::{
-    Admission, Client, DynamoError, Ending, Input, Options, Outcome, PayloadCodec, Reason, Request,
-    ResponsePlane, Runtime, Served, Stream,
+    Admission, DynamoError, Ending, Input, Options, Outcome, PayloadCodec, Reason, Request,
+    ResponsePlane, Runtime, Stream,
 };
 use serde_json::{Value, json};
 
 fn on_quic() -> Options {
     options().response_plane(ResponsePlane::Quic)
-}
-
-async fn client_of(runtime: &Runtime, served: &Served) -> Client {
-    let client = runtime.client(&served.id().to_string()).unwrap();
-    client.wait_for_instances(DEADLINE).await.unwrap();
-    client
 }
 
 /// As many items as are asked for, each with the text of the request; then the error, if one is
@@ -88,44 +82,9 @@ fn errors_keep_what_they_are() {
     });
 }
 
-/// Sends numbers until its caller wants no more.
-async fn endless(_: Request, stream: &mut Stream) -> Outcome {
-    for number in 0u64.. {
-        stream.send(&number).await?;
-        if number % 16 == 15 {
-            stream.sleep(Duration::from_millis(1)).await?;
-        }
-    }
-    Ok(())
-}
-
 #[test]
 fn a_response_ends_when_it_is_stopped_killed_or_dropped() {
-    with_runtime(on_quic(), async |runtime| {
-        let served = endpoint(runtime, "endless").serve(endless).await.unwrap();
-        let client = client_of(runtime, &served).await;
-        for way in ["stop", "kill", "drop", "drop before it began"] {
-            if way == "drop before it began" {
-                let send = client.call(&1);
-                let _ = tokio::time::timeout(Duration::from_micros(50), send).await;
-                continue;
-            }
-            let mut reply = client.call(&1).await.unwrap();
-            let first: u64 = reply.next_data().await.unwrap().unwrap();
-            assert_eq!(first, 0);
-            match way {
-                "stop" => reply.stop(),
-                "kill" => reply.kill(),
-                _ => continue,
-            }
-            while let Some(item) = reply.next_item().await {
-                item.unwrap();
-            }
-            assert_ne!(reply.ending(), Some(Ending::Failed), "{way}");
-        }
-        settled(&[&served], &client).await;
-        assert_eq!(served.count(|stats| stats.finished.get()), 0);
-    });
+    with_runtime(on_quic(), ends_early);
 }
 
 /// One request runs, the other waits for its slot: its caller has no prologue, and goes.

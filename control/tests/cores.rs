@@ -1,9 +1,12 @@
 //! Several shards in one process: one port, one directory, and what becomes of one that fails.
 
+mod common;
+
 use std::net::{SocketAddr, TcpStream};
 use std::rc::Rc;
 use std::time::Duration;
 
+use common::run;
 use corelane::config::{Ack, EndpointId, Policy, Response, Route, StaticInstance};
 use corelane::cores::{Cores, CoresError};
 use corelane::preflight::{Plan, Planned};
@@ -12,18 +15,9 @@ use corelane_engine::config::{RingKind, ShardConfig};
 use corelane_engine::placement::affinity;
 use corelane_engine::shard::Command;
 use corelane_engine::stats::Stats;
-use tokio::task::LocalSet;
 use tokio::time::{sleep, timeout};
 
 const PATIENCE: Duration = Duration::from_secs(90);
-
-fn run(test: impl Future<Output = ()>) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
-    LocalSet::new().block_on(&runtime, test);
-}
 
 async fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let waiting = async {

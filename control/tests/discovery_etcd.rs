@@ -3,7 +3,7 @@
 
 use std::cell::Cell;
 use std::net::SocketAddr;
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -14,12 +14,13 @@ use corelane::watch::{Instance, InstanceWatch};
 use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::path::{EndpointId, InstanceKey, instance_path};
 use etcd_client::{Client, DeleteOptions, GetOptions, KeyValue, PutOptions, Txn, TxnOp};
-use tokio::task::LocalSet;
 use tokio::time::{Instant, sleep, timeout};
 
+mod common;
 #[path = "ports/mod.rs"]
 mod ports;
 
+use common::run;
 use ports::free_port;
 
 /// Longest wait for anything here; the machine may be busy.
@@ -122,48 +123,7 @@ impl Drop for Etcd {
 }
 
 fn spawn(data: &std::path::Path, client_port: u16, peer_port: u16) -> Option<Child> {
-    let (client, peer) = (
-        format!("http://127.0.0.1:{client_port}"),
-        format!("http://127.0.0.1:{peer_port}"),
-    );
-    let spawned = Command::new("etcd")
-        .args(["--name", "test", "--data-dir"])
-        .arg(data.join("etcd"))
-        .args([
-            "--listen-client-urls",
-            &client,
-            "--advertise-client-urls",
-            &client,
-        ])
-        .args([
-            "--listen-peer-urls",
-            &peer,
-            "--initial-advertise-peer-urls",
-            &peer,
-        ])
-        .args(["--initial-cluster", &format!("test={peer}")])
-        .env_remove("ETCD_UNSUPPORTED_ARCH")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn();
-    match spawned {
-        Ok(child) => Some(child),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            eprintln!("skipped: there is no etcd on the path");
-            None
-        }
-        Err(error) => panic!("etcd does not start: {error}"),
-    }
-}
-
-/// Runs a test on the kind of runtime that the control core has.
-fn run(test: impl Future<Output = ()>) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
-    LocalSet::new().block_on(&runtime, test);
+    common::etcd(&data.join("etcd"), client_port, peer_port)
 }
 
 fn target() -> EndpointId {

@@ -2,9 +2,8 @@
 //! client certificates, and one that asks for a password. Skipped, with a
 //! line that says so, where there is no etcd or no openssl to make certificates with.
 
-use std::io::ErrorKind;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use corelane::discovery::{Discovery, EtcdAuth, EtcdDiscovery, EtcdOptions, Record, Registered};
@@ -12,6 +11,7 @@ use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::path::EndpointId;
 use tokio::task::LocalSet;
 
+mod common;
 #[path = "ports/mod.rs"]
 mod ports;
 
@@ -21,21 +21,7 @@ const EXTENSIONS: &str = "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAu
 
 /// Runs a quiet command in `folder`; None when there is no such program.
 fn command(program: &str, folder: &Path, arguments: &[&str]) -> Option<Child> {
-    let spawned = Command::new(program)
-        .args(arguments)
-        .current_dir(folder)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn();
-    match spawned {
-        Ok(child) => Some(child),
-        Err(error) if error.kind() == ErrorKind::NotFound => {
-            eprintln!("skipped: there is no {program} on the path");
-            None
-        }
-        Err(error) => panic!("{program} does not start: {error}"),
-    }
+    common::if_there(Command::new(program).args(arguments).current_dir(folder))
 }
 
 /// An authority and two certificates of it.

@@ -1,26 +1,20 @@
 //! The file backend among several identities that share a directory.
 
+mod common;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use common::run;
 use corelane::discovery::{Discovery, FileDiscovery, FileOptions, Freshness, Record, Registered};
 use corelane::watch::InstanceWatch;
 use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::path::EndpointId;
-use tokio::task::LocalSet;
 use tokio::time::timeout;
 
 /// Longest wait for anything here.
 const PATIENCE: Duration = Duration::from_secs(90);
-
-fn run(test: impl Future<Output = ()>) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
-    LocalSet::new().block_on(&runtime, test);
-}
 
 fn target() -> EndpointId {
     EndpointId::new("demo", "back-end", "gen_x")

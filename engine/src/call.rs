@@ -1,4 +1,4 @@
-//! A call as control asks for it, and what it hears of it.
+//! A call as whoever makes it asks for it, and what he hears of it.
 
 use std::hash::{DefaultHasher, Hasher};
 use std::net::SocketAddr;
@@ -7,11 +7,9 @@ use std::time::Duration;
 use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::error::DynamoError;
 
-/// What control wants to call.
+/// What is to be called.
 #[derive(Clone, Debug)]
 pub struct NewCall {
-    /// Names the call in its events; control's choice, different for all calls under way.
-    pub number: u64,
     /// The worker's request plane.
     pub address: SocketAddr,
     /// The path that the worker serves.
@@ -50,24 +48,22 @@ impl Default for Deadlines {
     }
 }
 
-/// Something that happened to a call. Times are of the monotonic clock, in ns.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CallEvent {
-    /// The number that control gave the call.
-    pub call: u64,
-    /// When the shard began it.
-    pub began_ns: u64,
-    /// When this happened.
-    pub at_ns: u64,
-    /// What.
-    pub what: What,
+/// When the steps of a call happened, each since its shard began it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Times {
+    /// The worker has accepted it. `None` until then; it stays so when the worker called home at
+    /// once and its connection was then lost.
+    pub accepted: Option<Duration>,
+    /// The item that was given last has come.
+    pub item: Option<Duration>,
+    /// It has ended.
+    pub ended: Option<Duration>,
 }
 
-/// What happens to calls. The last five are ends: no further event follows.
+/// What happens to calls. The last four are ends: nothing follows.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum What {
-    /// The worker has accepted it. Does not come when the worker called home at once and its
-    /// connection was then lost.
+pub(crate) enum What {
+    /// The worker has accepted it.
     Acked,
     /// An item: the data of its wrapper, still encoded.
     Item(Vec<u8>),
@@ -79,15 +75,8 @@ pub enum What {
     Refused(String),
     /// It came to nothing, or broke off.
     Failed(DynamoError),
-    /// It ended early because control wanted that.
+    /// It ended early because its reader wanted that.
     Stopped,
-}
-
-impl What {
-    /// Whether no further event follows.
-    pub fn is_end(&self) -> bool {
-        !matches!(self, What::Acked | What::Item(_) | What::BadItem(_))
-    }
 }
 
 /// Who was called.

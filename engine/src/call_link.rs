@@ -9,7 +9,8 @@ use corelane_codec::Decoded;
 use corelane_codec::error::DynamoError;
 use corelane_codec::reply_frame::{self, Reply};
 
-use crate::client::{self, Phase, Target, What};
+use crate::call::{Phase, Target, What};
+use crate::client;
 use crate::connection::{End, Role};
 use crate::ends;
 use crate::ring::Ring;
@@ -234,7 +235,7 @@ fn give_up<R: Ring>(shard: &mut Shard<R>, of: impl Fn(&Target) -> bool) {
     let calls = &shard.client.calls;
     let waits = |slot: &u32| {
         let call = &calls[*slot];
-        call.phase == Phase::Waiting && !call.is_over() && of(&call.target)
+        call.phase == Phase::Waiting && !call.is_late() && of(&call.target)
     };
     let waiting: Vec<u32> = calls.slots().filter(waits).collect();
     for call in waiting {

@@ -1,33 +1,32 @@
-//! Calls that this process makes: begun by control or by a task of the shard (`local`), ended by a
-//! worker, a deadline or whoever began them.
+//! Calls that tasks of this shard make (`local`): ended by a worker, a deadline or whoever began
+//! them.
 //!
 //! ```text
 //! begin -> frame on a shared connection (call_link) -> ack
 //!                                     (home) handshake -> prologue -> items -> final -> end
 //! ```
 //!
-//! A call always ends, and its last event always arrives: while control does not take events, the
-//! call keeps its place and its socket is not read.
+//! A call always ends, and its reader always hears of it: while he takes nothing, the call keeps
+//! its place and its socket is not read.
 
+use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
-use std::collections::{HashMap, VecDeque};
 use std::hash::BuildHasher;
 use std::net::{SocketAddr, TcpListener};
+use std::rc::Rc;
 use std::time::Duration;
 
 use corelane_codec::call_home::{KILL_FRAME, STOP_FRAME};
 use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::error::DynamoError;
 
-pub use crate::call::{CallEvent, Deadlines, NewCall, What};
-pub(crate) use crate::call::{Phase, Target};
+use crate::call::{NewCall, Phase, Target, What};
 use crate::call_frame::FrameWriter;
 use crate::call_link::{self, Link};
 use crate::ends::Ends;
 use crate::feed;
 use crate::home;
 use crate::local;
-use crate::mesh::Sender;
 use crate::mux_home;
 use crate::quic;
 use crate::ring::Ring;
@@ -37,26 +36,16 @@ use crate::timer_wheel::TimerId;
 
 /// Connections to workers, at most; idle ones make room.
 const LINKS_MAX: usize = 1024;
-/// Events that wait for control beside those of calls, at most; then no command is taken.
-const UNDELIVERED_MAX: usize = 256;
 /// Memory for a frame beyond this is given back.
 const FRAME_KEPT_BYTES_MAX: usize = 64 * 1024;
 /// A worker that calls home within this time after its call was ended is told so.
 const LATE_NS: u64 = 10_000_000_000;
 
-/// Who hears of a call.
-pub(crate) enum Hearer {
-    /// Control, by the number that it gave the call.
-    Control(u64),
-    /// A task of this shard.
-    Task(local::Shared),
-}
-
 /// One call.
 pub(crate) struct Call {
-    pub(crate) hearer: Hearer,
+    /// What its reader sees of it.
+    pub(crate) inbox: local::Shared,
     pub(crate) target: Target,
-    began_ns: u64,
     pub(crate) codec: PayloadCodec,
     pub(crate) subject: u128,
     /// Its request stream, if it has one.
@@ -68,13 +57,11 @@ pub(crate) struct Call {
     /// The response's place on that socket, if it is shared.
     pub(crate) stream: Option<mux_home::Stream>,
     pub(crate) has_item: bool,
-    /// Its hearer wants it to end: `Some(kill)`.
+    /// Its reader wants it to end: `Some(kill)`.
     early: Option<bool>,
-    /// How it ended, as long as that has not been told.
-    end: Option<(u64, What)>,
     /// It ended before the worker called home, who is told when he does.
     late: bool,
-    /// Its socket is not read because its hearer does not take events.
+    /// Its socket is not read because its reader takes nothing.
     pub(crate) held_up: bool,
     ack_ns: u64,
     first_item_ns: u64,
@@ -95,27 +82,15 @@ pub(crate) struct Client {
     /// The frame that is being written.
     frame: Vec<u8>,
     subjects: HashMap<u128, u32>,
-    numbers: HashMap<u64, u32>,
-    events: Sender<CallEvent>,
-    unwoken: bool,
-    undelivered: VecDeque<CallEvent>,
-    /// Calls that wait for control to take events.
-    held_up: Vec<(u32, u32)>,
     /// Scratch for what tasks want.
     pub(crate) begun: Vec<local::Wished>,
     pub(crate) touched: Vec<(u32, u32)>,
-    /// Commands wait for the same.
-    clogged: bool,
     random: [RandomState; 2],
     drawn: u64,
 }
 
 impl Client {
-    pub(crate) fn new(
-        ends: &Ends,
-        home: Option<(TcpListener, SocketAddr)>,
-        events: Sender<CallEvent>,
-    ) -> Client {
+    pub(crate) fn new(ends: &Ends, home: Option<(TcpListener, SocketAddr)>) -> Client {
         let calls_max = if home.is_some() { ends.calls_max } else { 0 } as usize;
         let (listener, address) = match home {
             Some((listener, address)) => (Some(listener), address.to_string()),
@@ -132,41 +107,16 @@ impl Client {
             writer: FrameWriter::new(&address),
             frame: Vec::new(),
             subjects: HashMap::with_capacity(calls_max),
-            numbers: HashMap::with_capacity(calls_max),
-            events,
-            unwoken: false,
-            undelivered: VecDeque::new(),
-            held_up: Vec::new(),
             begun: Vec::new(),
             touched: Vec::new(),
-            clogged: false,
             random: [RandomState::new(), RandomState::new()],
             drawn: 0,
         }
     }
 
-    /// Whether control must take events before another command is looked at.
-    pub(crate) fn is_clogged(&mut self) -> bool {
-        self.clogged = self.undelivered.len() >= UNDELIVERED_MAX;
-        self.clogged
-    }
-
-    /// Whether something waits for control to take events.
-    pub(crate) fn is_held_up(&self) -> bool {
-        !self.held_up.is_empty() || !self.undelivered.is_empty() || self.clogged
-    }
-
-    /// Whether control can be told another event now.
-    fn has_room(&self) -> bool {
-        self.undelivered.is_empty() && !self.events.is_full()
-    }
-
-    /// Whether another event of a call can be told now.
+    /// Whether the reader of a call can be told more now.
     pub(crate) fn has_room_for(&self, call: u32) -> bool {
-        match &self.calls[call].hearer {
-            Hearer::Control(_) => self.has_room(),
-            Hearer::Task(inbox) => inbox.borrow().has_room(),
-        }
+        self.calls[call].inbox.borrow().has_room()
     }
 
     /// The call that a subject was made for.
@@ -182,42 +132,13 @@ impl Client {
         let bits = u128::from(high) << 64 | u128::from(low);
         bits & !(0xf << 76 | 0xc << 60) | 0x4 << 76 | 0x8 << 60
     }
-
-    fn push(&mut self, event: CallEvent) {
-        self.unwoken = true;
-        if let Err(event) = self.events.push(event) {
-            self.undelivered.push_back(event);
-        }
-    }
-
-    fn deliver(&mut self) {
-        while let Some(event) = self.undelivered.pop_front() {
-            self.unwoken = true;
-            if let Err(event) = self.events.push(event) {
-                return self.undelivered.push_front(event);
-            }
-        }
-    }
 }
 
-/// Begins a call for control.
-pub(crate) fn begin<R: Ring>(shard: &mut Shard<R>, new: NewCall) {
-    let (number, began_ns) = (new.number, shard.now_ns);
-    if let Err(error) = begin_for(shard, new, Hearer::Control(number), None) {
-        shard.client.push(CallEvent {
-            call: number,
-            began_ns,
-            at_ns: began_ns,
-            what: What::Failed(error),
-        });
-    }
-}
-
-/// Begins a call for whoever is to hear of it.
-pub(crate) fn begin_for<R: Ring>(
+/// Begins a call for the reader of `inbox`.
+pub(crate) fn begin<R: Ring>(
     shard: &mut Shard<R>,
     new: NewCall,
-    hearer: Hearer,
+    inbox: local::Shared,
     feed: Option<feed::Shared>,
 ) -> Result<(), DynamoError> {
     let began_ns = shard.now_ns;
@@ -229,10 +150,9 @@ pub(crate) fn begin_for<R: Ring>(
     let frame = frame(shard, &new, subject, feed.as_ref())?;
     let after = |time: Duration| began_ns.saturating_add(time.as_nanos().min(1 << 62) as u64);
     let call = Call {
-        hearer,
+        inbox: Rc::clone(&inbox),
         target: Target::new(new.address, &new.path),
         feed,
-        began_ns,
         codec: new.codec,
         subject,
         acked: false,
@@ -241,7 +161,6 @@ pub(crate) fn begin_for<R: Ring>(
         stream: None,
         has_item: false,
         early: None,
-        end: None,
         late: false,
         held_up: false,
         ack_ns: after(new.deadlines.ack),
@@ -257,12 +176,7 @@ pub(crate) fn begin_for<R: Ring>(
         feed.borrow_mut().begin(place);
         shard.client.subjects.insert(feed.borrow().subject, slot);
     }
-    match &shard.client.calls[slot].hearer {
-        Hearer::Control(number) => {
-            shard.client.numbers.insert(*number, slot);
-        }
-        Hearer::Task(inbox) => inbox.borrow_mut().placed(place),
-    }
+    inbox.borrow_mut().placed(place, began_ns);
     watch(shard, slot);
     call_link::send(shard, new.address, slot, &frame);
     if frame.capacity() <= FRAME_KEPT_BYTES_MAX {
@@ -306,54 +220,35 @@ fn frame<R: Ring>(
     Ok(frame)
 }
 
-/// Tells of something that is not an end. The caller has made sure of room, except for the
-/// acknowledgement, of which there is one for each call.
+/// Tells of something that is not an end. Whoever calls this has made sure of room.
 pub(crate) fn tell<R: Ring>(shard: &mut Shard<R>, slot: u32, what: What) {
-    let call = &shard.client.calls[slot];
-    match &call.hearer {
-        Hearer::Task(inbox) => inbox.borrow_mut().tell(what),
-        Hearer::Control(number) => {
-            let event = CallEvent {
-                call: *number,
-                began_ns: call.began_ns,
-                at_ns: shard.now_ns,
-                what,
-            };
-            shard.client.push(event);
-        }
-    }
+    let inbox = &shard.client.calls[slot].inbox;
+    inbox.borrow_mut().tell(what, shard.now_ns);
 }
 
 /// The worker's prologue was good.
 pub(crate) fn begun<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     let call = &mut shard.client.calls[slot];
     call.phase = Phase::Items;
-    if let Hearer::Task(inbox) = &call.hearer {
-        inbox.borrow_mut().begin();
-    }
+    call.inbox.borrow_mut().begin();
 }
 
 /// The worker has accepted the call.
 pub(crate) fn acked<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     let call = &mut shard.client.calls[slot];
-    if !call.acked && !call.is_over() {
+    if !call.acked && !call.late {
         call.acked = true;
         tell(shard, slot, What::Acked);
     }
 }
 
 impl Call {
-    /// Whether its end is known.
-    pub(crate) fn is_over(&self) -> bool {
-        self.end.is_some() || self.late
-    }
-
-    /// Whether only its worker is still to be told of its end.
+    /// Whether it has ended, and only its worker is still to be told so.
     pub(crate) fn is_late(&self) -> bool {
         self.late
     }
 
-    /// Whether its hearer has asked for an early end.
+    /// Whether its reader has asked for an early end.
     pub(crate) fn is_ended_early(&self) -> bool {
         self.early.is_some()
     }
@@ -370,13 +265,12 @@ impl Call {
     }
 }
 
-/// The call has ended: its socket goes, and its hearer is told as soon as he takes events.
+/// The call has ended: its reader is told, its socket goes, and its place is free.
 pub(crate) fn end<R: Ring>(shard: &mut Shard<R>, slot: u32, what: What) {
     let call = &mut shard.client.calls[slot];
-    if call.is_over() {
+    if call.late {
         return;
     }
-    call.end = Some((shard.now_ns, what));
     let home = std::mem::replace(&mut call.home, NONE);
     if let Some(feed) = call.feed.take() {
         shard.client.subjects.remove(&feed.borrow().subject);
@@ -387,44 +281,15 @@ pub(crate) fn end<R: Ring>(shard: &mut Shard<R>, slot: u32, what: What) {
         None if home != NONE => home::hang_up(shard, home),
         None => {}
     }
-    if !report_end(shard, slot) {
-        hold_up(shard, slot);
-    }
-}
-
-/// Tells the end if there is room, and frees the call's place.
-fn report_end<R: Ring>(shard: &mut Shard<R>, slot: u32) -> bool {
-    let to_control = matches!(shard.client.calls[slot].hearer, Hearer::Control(_));
-    if to_control && !shard.client.has_room() {
-        return false;
-    }
     let call = &mut shard.client.calls[slot];
-    let Some((at_ns, what)) = call.end.take() else {
-        return true;
-    };
+    call.inbox.borrow_mut().tell(what, shard.now_ns);
     // A worker who has not called home yet will, and is told then that nobody waits.
     call.late = call.early.is_some() && call.phase == Phase::Waiting;
     call.total_ns = shard.now_ns + LATE_NS;
-    let late = call.late;
-    match &call.hearer {
-        Hearer::Task(inbox) => inbox.borrow_mut().tell(what),
-        Hearer::Control(number) => {
-            let number = *number;
-            let event = CallEvent {
-                call: number,
-                began_ns: call.began_ns,
-                at_ns,
-                what,
-            };
-            shard.client.push(event);
-            shard.client.numbers.remove(&number);
-        }
-    }
-    match late {
+    match call.late {
         true => watch(shard, slot),
         false => remove(shard, slot),
     }
-    true
 }
 
 fn remove<R: Ring>(shard: &mut Shard<R>, slot: u32) {
@@ -436,30 +301,18 @@ fn remove<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     }
 }
 
-/// The call waits until its hearer takes events.
+/// The call waits until its reader takes something.
 pub(crate) fn hold_up<R: Ring>(shard: &mut Shard<R>, slot: u32) {
-    let generation = shard.client.calls.generation(slot);
     let call = &mut shard.client.calls[slot];
-    if std::mem::replace(&mut call.held_up, true) {
-        return;
-    }
-    match &call.hearer {
-        Hearer::Control(_) => shard.client.held_up.push((slot, generation)),
-        Hearer::Task(inbox) => inbox.borrow_mut().hold_up(),
+    if !std::mem::replace(&mut call.held_up, true) {
+        call.inbox.borrow_mut().hold_up();
     }
 }
 
-/// Control wants a call to end.
-pub(crate) fn end_early<R: Ring>(shard: &mut Shard<R>, number: u64, kill: bool) {
-    if let Some(slot) = shard.client.numbers.get(&number).copied() {
-        end_one_early(shard, slot, kill);
-    }
-}
-
-/// Whoever hears of a call wants it to end.
-pub(crate) fn end_one_early<R: Ring>(shard: &mut Shard<R>, slot: u32, kill: bool) {
+/// The reader of a call wants it to end.
+pub(crate) fn end_early<R: Ring>(shard: &mut Shard<R>, slot: u32, kill: bool) {
     let call = &mut shard.client.calls[slot];
-    if call.is_over() || call.early.is_some_and(|killed| killed || !kill) {
+    if call.late || call.early.is_some_and(|killed| killed || !kill) {
         return;
     }
     call.early = Some(kill);
@@ -535,9 +388,6 @@ pub(crate) fn overdue<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     if call.late {
         return remove(shard, slot);
     }
-    if call.is_over() {
-        return;
-    }
     let error = if call.total_ns <= now_ns {
         DynamoError::deadline_exceeded("the call took longer than it may")
     } else if !call.has_item && call.first_item_ns <= now_ns {
@@ -552,7 +402,7 @@ pub(crate) fn overdue<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     end(shard, slot, What::Failed(error));
 }
 
-/// At the end of a tick: requests leave, and events go to control.
+/// At the end of a tick: what tasks have asked for is begun, and requests leave.
 pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
     local::settle(shard);
     let mut links = std::mem::take(&mut shard.client.dirty_links);
@@ -561,39 +411,6 @@ pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
     }
     shard.client.dirty_links = links;
     mux_home::flush(shard);
-    if shard.client.is_held_up() {
-        shard.client.deliver();
-        go_on(shard);
-    }
-    if std::mem::take(&mut shard.client.unwoken) {
-        shard.client.events.wake();
-    }
-}
-
-/// Control may have taken events: those who waited for it go on.
-fn go_on<R: Ring>(shard: &mut Shard<R>) {
-    let mut held_up = std::mem::take(&mut shard.client.held_up).into_iter();
-    while shard.client.has_room() {
-        let Some((slot, generation)) = held_up.next() else {
-            break;
-        };
-        if !shard.client.calls.is_current(slot, generation) {
-            continue;
-        }
-        let call = &mut shard.client.calls[slot];
-        call.held_up = false;
-        if call.is_over() {
-            report_end(shard, slot);
-        } else {
-            home::go_on(shard, slot);
-        }
-    }
-    // Those who were first in line stay so.
-    let again = std::mem::replace(&mut shard.client.held_up, held_up.collect());
-    shard.client.held_up.extend(again);
-    if shard.client.clogged && !shard.client.is_clogged() {
-        shard.obey();
-    }
 }
 
 #[cfg(test)]
@@ -603,8 +420,7 @@ mod tests {
 
     #[test]
     fn subjects_are_uuids_of_version_4_and_all_differ() {
-        let (events, _taken) = crate::mesh::lane().unwrap();
-        let mut client = Client::new(&Ends::default(), None, events);
+        let mut client = Client::new(&Ends::default(), None);
         let mut seen = std::collections::HashSet::new();
         for _ in 0..10_000 {
             let text = uuid(client.draw());

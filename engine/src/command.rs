@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::task::Waker;
 
 use crate::adopt::{Adoption, Errand, Ticket};
-use crate::client::NewCall;
 use crate::directory::Directory;
 use crate::handler::NewHandler;
 use crate::kv::{Batch, Question, Reports};
@@ -30,15 +29,6 @@ pub enum Command {
     Handler(NewHandler),
     /// From now on exactly these paths are served by handlers of this process.
     Serve(Vec<LocalPath>),
-    /// Make a call; its events come over the shard's own queue.
-    Call(Box<NewCall>),
-    /// End a call early. Nothing happens when it has ended.
-    EndCall {
-        /// The number that control gave it.
-        number: u64,
-        /// Do not even take what the worker still sends.
-        kill: bool,
-    },
     /// An instance that calls may be under way to has left discovery.
     InstanceLeft {
         /// Its address.

@@ -3,8 +3,8 @@
 //!
 //! ```text
 //! callers --requests--> worker -> handler -> respond_stream --call home--> callers
-//! control --calls--> client -> call_link --requests--> workers
-//!                    client <- home      <--call home-- workers
+//! tasks --calls--> client -> call_link --requests--> workers
+//!                  client <- home      <--call home-- workers
 //! ```
 
 use std::net::{IpAddr, SocketAddr};
@@ -72,8 +72,8 @@ impl Ends {
 /// While handlers are at work, the executor gets a turn this often: they may wait for more than
 /// what the shard knows of.
 const TURN_EVERY: Duration = Duration::from_millis(1);
-/// While control does not take events, it is looked at this often.
-const FULL_PAUSE: Duration = Duration::from_millis(1);
+/// While requests wait for slots that other shards may free, these are looked at this often.
+const SLOT_PAUSE: Duration = Duration::from_millis(1);
 
 /// Starts one send of what waits in `outgoing`, if the socket is free for it.
 pub(crate) fn flush<R: Ring>(shard: &mut Shard<R>, slot: u32) {
@@ -207,8 +207,8 @@ pub(crate) fn patience<R: Ring>(shard: &Shard<R>, longest: Duration) -> Duration
     if host.tasks() > 0 {
         longest = longest.min(TURN_EVERY);
     }
-    if shard.client.is_held_up() || shard.worker.waits_for_others() {
-        longest = longest.min(FULL_PAUSE);
+    if shard.worker.waits_for_others() {
+        longest = longest.min(SLOT_PAUSE);
     }
     match host.next_deadline() {
         Some(deadline_ns) => {
@@ -220,7 +220,7 @@ pub(crate) fn patience<R: Ring>(shard: &Shard<R>, longest: Duration) -> Duration
 }
 
 /// At the end of a tick, and after a turn of the executor: what handlers have written and what
-/// calls have made necessary is sent, and events go to control.
+/// calls have made necessary is sent.
 pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
     shard.worker.host.wake_sleepers(shard.now_ns);
     let mut touched = std::mem::take(&mut shard.worker.touched);
@@ -255,7 +255,7 @@ impl<R: Ring> Shard<R> {
     /// Whether nothing happens here that the ring does not know of.
     pub fn may_sleep(&self) -> bool {
         let spins = self.config.idle == Idle::Spin;
-        let waits = self.client.is_held_up() || self.worker.waits_for_others();
+        let waits = self.worker.waits_for_others();
         !spins && !waits && !self.has_tasks() && !self.lanes.is_ready()
     }
 

@@ -24,7 +24,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::adopt::Errand;
 use crate::buffers::Buffers;
-use crate::client::{CallEvent, Client};
+use crate::client::Client;
 use crate::config::{ANY_CPU, RingKind, ShardConfig};
 use crate::ends::{Ends, HomeAddress};
 use crate::mesh::{self, Receiver, Sender};
@@ -80,8 +80,6 @@ pub struct ShardHandle {
     commands: Sender<Command>,
     /// What it tells control; its descriptor is readable when there is something.
     pub reports: Receiver<Report>,
-    /// What becomes of its calls; its descriptor is readable when there is something.
-    pub events: Receiver<CallEvent>,
     /// Its sockets that wait for a handshake; to be taken by who does these.
     pub insecure: Option<Receiver<Errand>>,
     /// Its responses that leave on QUIC; to be taken by who speaks it.
@@ -197,7 +195,6 @@ pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartE
         .relay_home
         .map(|home| home_listener(home, nonblocking))
         .transpose()?;
-    let (event_sender, events) = mesh::lane().map_err(resources("eventfd"))?;
     let (commands, command_receiver) = mesh::lane().map_err(resources("eventfd"))?;
     let (report_sender, reports) = mesh::lane().map_err(resources("eventfd"))?;
     let (insecure_sender, insecure) = mesh::lane().map_err(resources("eventfd"))?;
@@ -216,7 +213,6 @@ pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartE
         ends,
         home,
         relay,
-        events: event_sender,
     };
     let thread = std::thread::Builder::new()
         .name(format!("shard-{shard}"))
@@ -228,7 +224,6 @@ pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartE
         address,
         commands,
         reports,
-        events,
         insecure: Some(insecure),
         outbound: Some(outbound),
         thread: Some(thread),
@@ -259,7 +254,6 @@ struct Parts {
     ends: Ends,
     home: Option<(TcpListener, SocketAddr)>,
     relay: Option<(TcpListener, SocketAddr)>,
-    events: Sender<CallEvent>,
 }
 
 /// Where the tasks of handlers run.
@@ -409,7 +403,7 @@ fn buffers(config: &ShardConfig) -> io::Result<Buffers> {
 
 impl Parts {
     fn shard<R: Ring>(self, ring: R, buffers: Buffers, spawner: Spawner) -> Shard<R> {
-        let client = Client::new(&self.ends, self.home, self.events);
+        let client = Client::new(&self.ends, self.home);
         let worker = Worker::new(self.ends, spawner);
         let ends = (worker, client);
         let mut shard = Shard::new(

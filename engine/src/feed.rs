@@ -158,7 +158,7 @@ impl State {
 fn expected<R: Ring>(shard: &Shard<R>, subject: u128) -> Option<(u32, Shared)> {
     let call = shard.client.of_subject(subject)?;
     let entry = &shard.client.calls[call];
-    let feed = entry.feed.as_ref().filter(|_| !entry.is_over())?;
+    let feed = entry.feed.as_ref().filter(|_| !entry.is_late())?;
     let state = feed.borrow();
     let taken = state.connection != NONE || state.shared.is_some();
     (state.subject == subject && !taken && !state.over).then(|| (call, Rc::clone(feed)))

@@ -15,7 +15,8 @@ use corelane_codec::limits::TWO_PART_PREFIX_BYTES;
 use corelane_codec::two_part::{self, Message, Shape};
 use corelane_codec::{Decoded, item, mux};
 
-use crate::client::{self, Phase, What};
+use crate::call::{Phase, What};
+use crate::client;
 use crate::connection::{End, Intake, Role};
 use crate::ends;
 use crate::feed;
@@ -410,9 +411,7 @@ fn read_item(bytes: &[u8], message: &Message, codec: PayloadCodec) -> Got {
 pub(crate) fn expected<R: Ring>(shard: &Shard<R>, subject: u128) -> Option<u32> {
     shard.client.of_subject(subject).filter(|call| {
         let call = &shard.client.calls[*call];
-        call.subject == subject
-            && call.phase == Phase::Waiting
-            && (call.is_late() || !call.is_over())
+        call.subject == subject && call.phase == Phase::Waiting
     })
 }
 

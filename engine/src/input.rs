@@ -18,7 +18,7 @@ use corelane_codec::control_message::{PayloadCodec, StreamType};
 use corelane_codec::two_part::{self, Message};
 use corelane_codec::{Decoded, item};
 
-use crate::client::What;
+use crate::call::What;
 use crate::connection::{End, Role};
 use crate::ends;
 use crate::handler::CallHome;
@@ -36,6 +36,8 @@ pub(crate) mod shared;
 
 /// The largest item; Dynamo knows no limit, we do not buffer without one.
 const MESSAGE_BYTES_MAX: u64 = 64 << 20;
+/// Nobody asks when a value of a request stream came.
+const NO_TIME: u64 = 0;
 
 /// What the caller of a bidirectional endpoint sends, item by item.
 pub struct Input {
@@ -122,7 +124,7 @@ pub(crate) fn open<R: Ring>(
         shard.worker.inputs.remove(slot);
         return None;
     }
-    inbox.borrow_mut().placed(own);
+    inbox.borrow_mut().placed(own, NO_TIME);
     respond_stream::feeds(shard, place, own);
     Some(Input {
         items: Reply::of(inbox),
@@ -220,13 +222,13 @@ fn hear(source: &mut Source, bytes: &[u8], message: &Message) -> Option<Option<b
         StreamMessage::Item(body) => match item::value(&bytes[body], source.codec) {
             Ok(value) => {
                 let value = value.to_vec();
-                source.inbox.borrow_mut().tell(What::Item(value));
+                source.inbox.borrow_mut().tell(What::Item(value), NO_TIME);
                 None
             }
             Err(_) => Some(Some(true)),
         },
         StreamMessage::Sentinel => {
-            source.inbox.borrow_mut().tell(What::Finished);
+            source.inbox.borrow_mut().tell(What::Finished, NO_TIME);
             Some(None)
         }
         StreamMessage::Stop => Some(Some(false)),
@@ -275,7 +277,7 @@ pub(crate) fn close<R: Ring>(shard: &mut Shard<R>, source: u32) {
         return;
     };
     if entry.inbox.borrow().ending().is_none() {
-        entry.inbox.borrow_mut().tell(What::Stopped);
+        entry.inbox.borrow_mut().tell(What::Stopped, NO_TIME);
     }
     match entry.shared.take() {
         Some(place) => shared::leave(shard, &place),

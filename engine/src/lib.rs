@@ -9,7 +9,7 @@ pub mod buffers;
 pub mod call;
 mod call_frame;
 mod call_link;
-pub mod client;
+mod client;
 mod collect;
 pub mod command;
 pub mod config;

@@ -15,12 +15,13 @@ use std::future::poll_fn;
 use std::ops::Deref;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use corelane_codec::error::{DynamoError, Reason};
 use corelane_codec::reply_frame;
 
-use crate::call::{NewCall, What};
-use crate::client::{self, Hearer};
+use crate::call::{NewCall, Times, What};
+use crate::client;
 use crate::feed::{self, Feed};
 use crate::home;
 use crate::input;
@@ -105,8 +106,7 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// Begins a call. [`NewCall::number`] means nothing here. What goes wrong, from the beginning
-    /// on, comes out of the reply.
+    /// Begins a call. What goes wrong, from the beginning on, comes out of the reply.
     pub fn call(&self, new: NewCall) -> Reply {
         self.begin(new, None)
     }
@@ -131,9 +131,11 @@ impl Caller {
         match places {
             None => {
                 let text = "this shard has no call-home listener, so it cannot call";
-                inbox.borrow_mut().fail(DynamoError::invalid_argument(text));
+                inbox
+                    .borrow_mut()
+                    .refuse(DynamoError::invalid_argument(text));
             }
-            Some(0) => inbox.borrow_mut().fail(too_many()),
+            Some(0) => inbox.borrow_mut().refuse(too_many()),
             Some(places) => {
                 wishes.places.set(Some(places - 1));
                 let inbox = Rc::clone(&inbox);
@@ -181,6 +183,9 @@ pub enum Ending {
     Complete,
     /// It ended early because its reader wanted that.
     Stopped,
+    /// The worker refused it in place of accepting it: nothing of it has run. The error was the
+    /// last thing that it gave.
+    Refused,
     /// It came to nothing, or broke off; the error was the last thing that it gave.
     Failed,
 }
@@ -243,6 +248,27 @@ impl Reply {
         }
     }
 
+    /// Waits until the worker has accepted the request: it stands in its queue, or runs. It need
+    /// not be waited for. A call that is stopped before that has been accepted as well.
+    ///
+    /// # Errors
+    /// Why the call came to nothing.
+    pub async fn accepted(&mut self) -> Result<(), DynamoError> {
+        poll_fn(|context| self.poll_accepted(context)).await
+    }
+
+    /// [`Reply::accepted`] for those who poll.
+    pub fn poll_accepted(&mut self, context: &mut Context<'_>) -> Poll<Result<(), DynamoError>> {
+        {
+            let mut inbox = self.inbox.borrow_mut();
+            if inbox.times.accepted.is_some() {
+                return Poll::Ready(Ok(()));
+            }
+            inbox.wants_accepted = true;
+        }
+        self.poll_begun(context)
+    }
+
     /// Asks the worker to stop. What it still sends is given.
     pub fn stop(&self) {
         self.inbox.borrow_mut().wish(false);
@@ -256,6 +282,11 @@ impl Reply {
     /// How it has ended, if it has. Items may still lie here.
     pub fn ending(&self) -> Option<Ending> {
         self.inbox.borrow().ending
+    }
+
+    /// When its steps happened.
+    pub fn times(&self) -> Times {
+        self.inbox.borrow().times
     }
 }
 
@@ -279,8 +310,13 @@ pub(crate) enum Kind {
 /// What a call, or a request stream, and its reader share.
 pub(crate) struct Inbox {
     kind: Kind,
-    items: VecDeque<Result<Vec<u8>, DynamoError>>,
+    /// With the time at which each came, since the call began.
+    items: VecDeque<(Duration, Result<Vec<u8>, DynamoError>)>,
     bytes: usize,
+    began_ns: u64,
+    times: Times,
+    /// The reader waits for the acknowledgement.
+    wants_accepted: bool,
     begun: bool,
     ending: Option<Ending>,
     waker: Option<Waker>,
@@ -303,6 +339,9 @@ impl Inbox {
             kind,
             items: VecDeque::new(),
             bytes: 0,
+            began_ns: u64::MAX,
+            times: Times::default(),
+            wants_accepted: false,
             begun: false,
             ending: None,
             waker: None,
@@ -317,7 +356,8 @@ impl Inbox {
     // --- for the reader --------------------------------------------------------------
 
     fn take(&mut self) -> Option<Result<Vec<u8>, DynamoError>> {
-        let item = self.items.pop_front()?;
+        let (came, item) = self.items.pop_front()?;
+        self.times.item = Some(came);
         if let Ok(data) = &item {
             self.bytes -= data.len();
         }
@@ -363,9 +403,10 @@ impl Inbox {
 
     // --- for the call ----------------------------------------------------------------
 
-    /// The call has a slot.
-    pub(crate) fn placed(&mut self, place: (u32, u32)) {
+    /// The call has a slot, and begins.
+    pub(crate) fn placed(&mut self, place: (u32, u32), now_ns: u64) {
         self.place = Some(place);
+        self.began_ns = now_ns;
     }
 
     /// Whether the reader wants it to end, and how; told once.
@@ -396,26 +437,44 @@ impl Inbox {
     }
 
     /// Something has happened to the call.
-    pub(crate) fn tell(&mut self, what: What) {
-        match what {
-            What::Acked => return,
+    pub(crate) fn tell(&mut self, what: What, now_ns: u64) {
+        let since = Duration::from_nanos(now_ns.saturating_sub(self.began_ns));
+        let ending = match what {
+            What::Acked => {
+                self.times.accepted = Some(since);
+                if self.wants_accepted {
+                    self.wake();
+                }
+                return;
+            }
             What::Item(data) => {
                 self.bytes += data.len();
-                self.items.push_back(Ok(data));
+                self.items.push_back((since, Ok(data)));
+                return self.wake();
             }
-            What::BadItem(error) => self.items.push_back(Err(error)),
-            What::Finished => self.ending = Some(Ending::Complete),
-            What::Stopped => self.ending = Some(Ending::Stopped),
-            What::Refused(text) => return self.fail(refused(text)),
-            What::Failed(error) => return self.fail(error),
-        }
+            What::BadItem(error) => {
+                self.items.push_back((since, Err(error)));
+                return self.wake();
+            }
+            What::Finished => Ending::Complete,
+            What::Stopped => Ending::Stopped,
+            What::Refused(text) => {
+                self.items.push_back((since, Err(refused(text))));
+                Ending::Refused
+            }
+            What::Failed(error) => {
+                self.items.push_back((since, Err(error)));
+                Ending::Failed
+            }
+        };
+        self.ending = Some(ending);
+        self.times.ended = Some(since);
         self.wake();
     }
 
-    pub(crate) fn fail(&mut self, error: DynamoError) {
-        self.items.push_back(Err(error));
-        self.ending = Some(Ending::Failed);
-        self.wake();
+    /// The call does not even begin.
+    fn refuse(&mut self, error: DynamoError) {
+        self.tell(What::Failed(error), 0);
     }
 
     fn wake(&mut self) {
@@ -476,11 +535,8 @@ pub(crate) fn show_places<R: Ring>(shard: &Shard<R>) {
 /// The reader of a reply has taken something, or wants the call to end.
 fn hear_reader<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     let call = &mut shard.client.calls[slot];
-    let Hearer::Task(inbox) = &call.hearer else {
-        return;
-    };
-    let wish = inbox.borrow_mut().seen();
-    let has_room = inbox.borrow().has_room();
+    let wish = call.inbox.borrow_mut().seen();
+    let has_room = call.inbox.borrow().has_room();
     if has_room && std::mem::take(&mut call.held_up) {
         home::go_on(shard, slot);
     }
@@ -491,7 +547,7 @@ fn hear_reader<R: Ring>(shard: &mut Shard<R>, slot: u32) {
     if let Some(kill) = wish
         && shard.client.calls.get(slot).is_some()
     {
-        client::end_one_early(shard, slot, kill);
+        client::end_early(shard, slot, kill);
     }
 }
 
@@ -501,12 +557,11 @@ fn begin_local<R: Ring>(shard: &mut Shard<R>, wished: Wished) {
     let unused = feed.clone();
     if inbox.borrow_mut().seen().is_some() {
         give_up(unused);
-        return inbox.borrow_mut().tell(What::Stopped);
+        return inbox.borrow_mut().tell(What::Stopped, shard.now_ns);
     }
-    let hearer = Hearer::Task(Rc::clone(&inbox));
-    if let Err(error) = client::begin_for(shard, new, hearer, feed) {
+    if let Err(error) = client::begin(shard, new, Rc::clone(&inbox), feed) {
         give_up(unused);
-        inbox.borrow_mut().fail(error);
+        inbox.borrow_mut().refuse(error);
     }
 }
 

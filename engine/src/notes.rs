@@ -49,8 +49,6 @@ impl<R: Ring> Shard<R> {
             Command::Serve(paths) => (Order::Serve, paths.len() as u64),
             Command::Lane(_) => (Order::Lane, 0),
             Command::EndLanes { worker } => (Order::EndLanes, *worker),
-            Command::Call(_) => (Order::Call, 0),
-            Command::EndCall { number, .. } => (Order::EndCall, *number),
             Command::InstanceLeft { address, .. } => (Order::InstanceLeft, address.port().into()),
             Command::Adopt { .. } => (Order::Adopt, 0),
             Command::Broken { .. } => (Order::Broken, 0),

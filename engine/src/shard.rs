@@ -29,7 +29,7 @@ use crate::executor::Spawner;
 use crate::in_flight::Request;
 use crate::lane::Lanes as WorkerLanes;
 use crate::ledger::{ENVELOPE_BYTES_MAX, Ledger};
-use crate::mesh::{self, Receiver, Sender};
+use crate::mesh::{Receiver, Sender};
 use crate::operation::{Kind, Operation};
 use crate::pieces::Pieces;
 use crate::quic::{Outbound, Place, ResponsePlane};
@@ -44,7 +44,7 @@ use crate::timer_wheel::TimerWheel;
 use crate::upstream::{InstanceState, Upstream};
 use crate::worker::Worker;
 use crate::{
-    accept, call_link, client, collect, decode, ends, forward, home, kv, lane, link, local, recv,
+    accept, call_link, collect, decode, ends, forward, home, kv, lane, link, local, recv,
     relay_flow, relay_home, respond, tell,
 };
 
@@ -200,9 +200,6 @@ impl<R: Ring> Shard<R> {
     }
 
     /// A shard that only routes, for whoever drives a ring by himself.
-    ///
-    /// # Errors
-    /// No eventfd can be made.
     pub fn router(
         config: ShardConfig,
         ring: R,
@@ -210,15 +207,12 @@ impl<R: Ring> Shard<R> {
         listener: Option<TcpListener>,
         stats: Arc<Stats>,
         lanes: Lanes,
-    ) -> io::Result<Shard<R>> {
+    ) -> Shard<R> {
         let ends = Ends::default();
-        let (events, _) = mesh::lane()?;
-        let client = Client::new(&ends, None, events);
+        let client = Client::new(&ends, None);
         let worker = Worker::new(ends, Spawner::local());
         let ends = (worker, client);
-        Ok(Shard::new(
-            config, ring, buffers, listener, stats, lanes, ends,
-        ))
+        Shard::new(config, ring, buffers, listener, stats, lanes, ends)
     }
 
     /// Workers whose responses this shard relays call home at `listener`; they are told `address`.
@@ -321,7 +315,7 @@ impl<R: Ring> Shard<R> {
                 return;
             }
             Kind::Wake => {
-                if let Event::Woken { more: false } = event {
+                if event.is_last_wake() {
                     self.watch_wake();
                 }
                 return self.obey();
@@ -332,10 +326,7 @@ impl<R: Ring> Shard<R> {
         let slot = operation.slot;
         if !self.connections.is_current(slot, operation.generation) {
             self.stats.shard.stale_completions.add(1);
-            if let Event::Received { buffer, .. } = event {
-                self.ring.recycle(buffer);
-            }
-            return;
+            return event.give_back(&mut self.ring);
         }
         match event {
             Event::Received {
@@ -528,10 +519,7 @@ impl<R: Ring> Shard<R> {
 
     pub(crate) fn obey(&mut self) {
         self.commands.clear_wake();
-        while !self.client.is_clogged() {
-            let Some(command) = self.commands.next() else {
-                return;
-            };
+        while let Some(command) = self.commands.next() {
             self.note_command(&command);
             match command {
                 Command::Directory(directory) => link::publish(self, directory),
@@ -545,8 +533,6 @@ impl<R: Ring> Shard<R> {
                 }
                 Command::Lane(new) => lane::attach(self, *new),
                 Command::EndLanes { worker } => lane::end(self, worker),
-                Command::Call(call) => client::begin(self, *call),
-                Command::EndCall { number, kill } => client::end_early(self, number, kill),
                 Command::InstanceLeft { address, path } => {
                     call_link::instance_left(self, address, &path);
                 }

@@ -150,8 +150,7 @@ impl Bare {
                 insecure: mesh::lane().unwrap().0,
                 outbound: mesh::lane().unwrap().0,
             };
-            let shard = Shard::router(config, ring, buffers, listener, shown, lanes);
-            let mut shard = shard.unwrap();
+            let mut shard = Shard::router(config, ring, buffers, listener, shown, lanes);
             let home = listen(any, false, false).unwrap();
             let home_address = home.local_addr().unwrap();
             shard.relay_home(home, home_address);
@@ -281,7 +280,7 @@ fn relayed(ring: RingKind) {
     let json = PayloadCodec::Json;
     let frame = frame(
         LISTEN_PATH,
-        &ends::envelope_in(&home, "a-subject", json, &[7; 300]),
+        &envelope_in(&home, "a-subject", json, &[7; 300]),
     );
     let answer = lab::answer(8, json);
     let mut caller = Caller::dial(address);

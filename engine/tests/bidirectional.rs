@@ -59,7 +59,7 @@ fn all_that_is_written_comes_back() {
             let item = format!("\"{}\"", "x".repeat(bytes)).into_bytes();
             let expected = vec![item.clone(); count];
             let outcome = run(&client, move |host| async move {
-                let (mut feed, reply) = host.caller().call_many(call_to(address, 0));
+                let (mut feed, reply) = host.caller().call_many(call_to(address));
                 host.spawn(async move {
                     for _ in 0..count {
                         feed.item(&item).await.unwrap();
@@ -88,7 +88,7 @@ fn many_request_streams_share_a_connection_and_none_holds_up_another() {
         let address = worker.address();
         // Its writer waits for credit all the time: the handler's items are not read.
         let stuck = run(&client, move |host| async move {
-            let (mut feed, reply) = host.caller().call_many(call_to(address, 0));
+            let (mut feed, reply) = host.caller().call_many(call_to(address));
             let (item, writer) = (vec![b'1'; 20_000], host.clone());
             writer.spawn(async move { while feed.item(&item).await.is_ok() {} });
             let alive = host.clone();
@@ -101,7 +101,7 @@ fn many_request_streams_share_a_connection_and_none_holds_up_another() {
         let outcome = run(&client, move |host| async move {
             let mut replies = Vec::new();
             for number in 0..CALLS {
-                let (mut feed, reply) = host.caller().call_many(call_to(address, 0));
+                let (mut feed, reply) = host.caller().call_many(call_to(address));
                 replies.push(reply);
                 host.spawn(async move {
                     for _ in 0..20 {
@@ -156,7 +156,7 @@ fn request_streams_that_share_a_connection_break_off() {
         let outcome = run(&client, move |host| async move {
             let mut all = Vec::new();
             for way in 0..3 {
-                let (mut feed, mut reply) = host.caller().call_many(call_to(address, 0));
+                let (mut feed, mut reply) = host.caller().call_many(call_to(address));
                 feed.item(way.to_string().as_bytes()).await.unwrap();
                 let first = reply.next().await.unwrap().unwrap();
                 assert_eq!(&*first, way.to_string().as_bytes());
@@ -203,7 +203,7 @@ where
     let worker = HandWorker::default();
     let address = worker.address();
     let writer = run(client, move |host| async move {
-        let (feed, reply) = host.caller().call_many(call_to(address, 0));
+        let (feed, reply) = host.caller().call_many(call_to(address));
         write(feed, reply).await
     });
     Asking { worker, writer }

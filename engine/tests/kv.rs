@@ -479,7 +479,7 @@ fn relayed_requests_are_looked_into_as_well() {
         let home = listener.local_addr().unwrap().to_string();
         let json = PayloadCodec::Json;
         let body = json_body(&tokens(0..7));
-        let request = frame(LISTEN_PATH, &ends::envelope_in(&home, "s", json, &body));
+        let request = frame(LISTEN_PATH, &envelope_in(&home, "s", json, &body));
         let mut caller = Caller::dial(router.address);
         caller.send(&request);
         let mut called = {

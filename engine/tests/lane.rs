@@ -87,6 +87,14 @@ fn worker(local: &Local, id: u64) -> (LaneWorker, UnixStream) {
     (worker, here)
 }
 
+/// A router, its one worker, and a caller.
+fn scene(ring: RingKind, id: u64) -> (Local, (LaneWorker, UnixStream), Frontend) {
+    let local = router(ring, |_| {});
+    let worker = worker(&local, id);
+    let frontend = Frontend::of(&local);
+    (local, worker, frontend)
+}
+
 /// A worker that sends each body back, in a thread of its own, until its socket is closed.
 struct Echo {
     socket: UnixStream,
@@ -221,9 +229,7 @@ fn a_large_body_is_hardly_copied() {
 #[test]
 fn the_worker_sees_id_headers_and_an_aligned_body() {
     for ring in rings() {
-        let local = router(ring, |_| {});
-        let (mut worker, _socket) = worker(&local, 7);
-        let mut frontend = Frontend::of(&local);
+        let (_local, (mut worker, _socket), mut frontend) = scene(ring, 7);
         frontend.send("s", Json, b"{\"a\":1}");
         let request = next_request(&mut worker);
         assert_eq!(worker.request_id(&request), "id-1");
@@ -253,9 +259,7 @@ fn the_worker_sees_id_headers_and_an_aligned_body() {
 #[test]
 fn a_failure_is_an_error_prologue_or_an_error_item() {
     for ring in rings() {
-        let local = router(ring, |_| {});
-        let (mut worker, _socket) = worker(&local, 7);
-        let mut frontend = Frontend::of(&local);
+        let (_local, (mut worker, _socket), mut frontend) = scene(ring, 7);
         frontend.send("s", Json, b"1");
         let request = next_request(&mut worker);
         worker.fail(&request, "no such model", 1).unwrap();
@@ -280,9 +284,7 @@ fn a_failure_is_an_error_prologue_or_an_error_item() {
 #[test]
 fn a_dead_worker_loses_what_it_had_taken_and_nothing_else() {
     for ring in rings() {
-        let local = router(ring, |_| {});
-        let (mut dying, socket) = worker(&local, 1);
-        let mut frontend = Frontend::of(&local);
+        let (local, (mut dying, socket), mut frontend) = scene(ring, 1);
         frontend.send("began", Json, b"1");
         let began = next_request(&mut dying);
         dying.item(&began, b"1", ANNOTATED).unwrap();
@@ -344,9 +346,7 @@ fn without_a_worker_requests_are_refused() {
 #[test]
 fn a_body_under_way_moves_to_another_worker_when_its_own_dies() {
     for ring in rings() {
-        let local = router(ring, |_| {});
-        let (dying, socket) = worker(&local, 1);
-        let mut frontend = Frontend::of(&local);
+        let (local, (dying, socket), mut frontend) = scene(ring, 1);
         let body = text(2 << 20);
         let frame = frontend.frame("s", Json, &body);
         let (first, rest) = frame.split_at(frame.len() / 2);
@@ -407,9 +407,7 @@ fn a_caller_who_leaves_in_the_middle_of_a_body_leaves_nothing_behind() {
 #[test]
 fn stop_and_kill_reach_the_worker() {
     for ring in rings() {
-        let local = router(ring, |_| {});
-        let (mut worker, _socket) = worker(&local, 1);
-        let mut frontend = Frontend::of(&local);
+        let (local, (mut worker, _socket), mut frontend) = scene(ring, 1);
         for (word, stop) in [("hand_control_stop", true), ("hand_control_kill", false)] {
             frontend.send("s", Json, b"1");
             let request = next_request(&mut worker);
@@ -453,9 +451,7 @@ fn stop_and_kill_reach_the_worker() {
 #[test]
 fn a_caller_who_does_not_read_holds_only_his_own_request_back() {
     for ring in rings() {
-        let local = router(ring, |_| {});
-        let (mut worker, _socket) = worker(&local, 1);
-        let mut frontend = Frontend::of(&local);
+        let (local, (mut worker, _socket), mut frontend) = scene(ring, 1);
         frontend.send("slow", Json, b"1");
         let slow = next_request(&mut worker);
         let mut called = frontend.called();

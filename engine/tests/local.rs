@@ -14,8 +14,7 @@ use corelane_codec::call_home::{self, KILL, STOP};
 use corelane_codec::control_message::PayloadCodec::Json;
 use corelane_codec::error::{DynamoError, Reason};
 use corelane_codec::item;
-use corelane_engine::client::{Deadlines, NewCall};
-use corelane_engine::config::RingKind;
+use corelane_engine::call::{Deadlines, NewCall};
 use corelane_engine::ends::Ends;
 use corelane_engine::handler::Request;
 use corelane_engine::local::{Ending, Reply};
@@ -50,20 +49,6 @@ fn call(local: &Local, new: NewCall) -> Receiver<Outcome> {
     )
 }
 
-fn echoing(ring: RingKind, items: u32) -> Local {
-    let make = handler(
-        move |request: Request, mut responder: Responder| async move {
-            for _ in 0..items {
-                if responder.item(request.body()).await.is_err() {
-                    return;
-                }
-            }
-            responder.finish();
-        },
-    );
-    Local::worker(ring, make)
-}
-
 fn items(count: usize, data: &[u8]) -> Outcome {
     Outcome {
         items: vec![Ok(data.to_vec()); count],
@@ -84,7 +69,7 @@ fn one_item_and_a_thousand_come_intact() {
         let client = Local::client(ring);
         for count in [0, 1, 1_000] {
             let worker = echoing(ring, count as u32);
-            let outcome = answered(&call(&client, call_to(worker.address(), 0)));
+            let outcome = answered(&call(&client, call_to(worker.address())));
             assert_eq!(outcome, items(count, b"{\"a\":1}"));
         }
         let stats = &client.handle.stats.shard;
@@ -103,7 +88,7 @@ fn many_calls_of_one_task_run_at_the_same_time() {
         let done = run(&client, move |host| async move {
             let replies: Vec<Reply> = (0..CALLS)
                 .map(|number| {
-                    let mut new = call_to(address, 0);
+                    let mut new = call_to(address);
                     new.body = number.to_string().into_bytes();
                     host.caller().call(new)
                 })
@@ -130,7 +115,7 @@ fn a_handler_passes_on_what_another_worker_answers() {
             let caller = host.caller();
             let serve = move |request: Request, mut responder: Responder| {
                 let there = request.body() != b"0";
-                let mut new = call_to(if there { address } else { nobody }, 0);
+                let mut new = call_to(if there { address } else { nobody });
                 new.body = request.body().to_vec();
                 let mut reply = caller.call(new);
                 async move {
@@ -170,18 +155,27 @@ fn refusals_and_failures_are_errors_with_a_reason() {
     for ring in rings() {
         let client = Local::client(ring);
         let mut worker = HandWorker::default();
-        for (text, reason) in [
-            ("Server overloaded: full", Reason::WorkerOverloaded),
-            ("Server unavailable: gone", Reason::WorkerUnavailable),
-            ("what?", Reason::BackendProtocol),
+        let (refused, broken) = (Some(Ending::Refused), Some(Ending::Failed));
+        for (text, reason, ending) in [
+            ("Server overloaded: full", Reason::WorkerOverloaded, refused),
+            (
+                "Server unavailable: gone",
+                Reason::WorkerUnavailable,
+                refused,
+            ),
+            ("what?", Reason::BackendProtocol, broken),
         ] {
-            let outcome = call(&client, call_to(worker.address(), 0));
+            let outcome = call(&client, call_to(worker.address()));
             worker.take();
             worker.reply(text);
-            assert_eq!(answered(&outcome), failed(reason), "{text}");
+            let told = Outcome {
+                ending,
+                ..failed(reason)
+            };
+            assert_eq!(answered(&outcome), told, "{text}");
         }
         // An item that cannot be understood is one error among the items.
-        let outcome = call(&client, call_to(worker.address(), 0));
+        let outcome = call(&client, call_to(worker.address()));
         let mut called = worker.take().call_home();
         let mut out = call_home::PROLOGUE_OK_FRAME.to_vec();
         item::write_frame(b"1", Json, &mut out);
@@ -197,7 +191,7 @@ fn refusals_and_failures_are_errors_with_a_reason() {
         // A refusal in the prologue comes out of `begun`.
         let address = worker.address();
         let begun = run(&client, move |host| async move {
-            let mut reply = host.caller().call(call_to(address, 0));
+            let mut reply = host.caller().call(call_to(address));
             let begun = reply.begun().await.map_err(|error| error.reason());
             (begun, reply.next().await.is_none(), reply.ending())
         });
@@ -219,14 +213,14 @@ fn calls_beyond_the_places_for_them_fail_at_once() {
         let client = Local::start(ring, Ends::client(home(), 2));
         let outcome = run(&client, move |host| async move {
             let caller = host.caller();
-            let held = [(); 2].map(|()| caller.call(call_to(address, 0)));
-            let third = read(caller.call(call_to(address, 0))).await;
+            let held = [(); 2].map(|()| caller.call(call_to(address)));
+            let third = read(caller.call(call_to(address))).await;
             drop(held);
             third
         });
         assert_eq!(answered(&outcome), failed(Reason::PoolExhausted));
         let worker = echoing(ring, 1);
-        let outcome = call(&worker, call_to(address, 0));
+        let outcome = call(&worker, call_to(address));
         assert_eq!(answered(&outcome), failed(Reason::InvalidArgument));
     }
 }
@@ -236,14 +230,14 @@ fn every_wait_has_its_deadline() {
     for ring in rings() {
         let client = Local::client(ring);
         let mut worker = HandWorker::default();
-        let mut new = call_to(worker.address(), 0);
+        let mut new = call_to(worker.address());
         new.deadlines.ack = Duration::from_millis(100);
         let outcome = answered(&call(&client, new));
         assert_eq!(outcome, failed(Reason::ConnectionTimeout));
         worker.take();
         worker.reply("");
         // A reader who takes nothing does not keep a call for ever either.
-        let mut new = call_to(worker.address(), 0);
+        let mut new = call_to(worker.address());
         new.deadlines = Deadlines {
             total: Duration::from_millis(300),
             ..Deadlines::default()
@@ -274,7 +268,7 @@ fn stop_takes_the_rest_and_kill_or_a_drop_does_not() {
         for how in ["stop", "kill", "drop"] {
             let address = worker.address();
             let outcome = run(&client, move |host| async move {
-                let mut reply = host.caller().call(call_to(address, 0));
+                let mut reply = host.caller().call(call_to(address));
                 reply.begun().await.unwrap();
                 let first = reply.next().await.unwrap().unwrap();
                 assert_eq!(&first[..], b"1");
@@ -312,7 +306,7 @@ fn stop_takes_the_rest_and_kill_or_a_drop_does_not() {
         // Killed before the worker has called home: he is told when he does.
         let address = worker.address();
         let outcome = run(&client, move |host| async move {
-            let mut reply = host.caller().call(call_to(address, 0));
+            let mut reply = host.caller().call(call_to(address));
             host.sleep(Duration::from_millis(20)).await;
             reply.kill();
             (reply.begun().await.is_ok(), read(reply).await)
@@ -325,7 +319,7 @@ fn stop_takes_the_rest_and_kill_or_a_drop_does_not() {
         assert_eq!(called.message().unwrap().0, KILL);
         // Killed before it left the shard: the worker hears nothing of it.
         let outcome = run(&client, move |host| async move {
-            let reply = host.caller().call(call_to(address, 0));
+            let reply = host.caller().call(call_to(address));
             reply.kill();
             read(reply).await
         });
@@ -343,7 +337,7 @@ fn a_reader_who_does_not_read_holds_the_worker_back() {
         let go = Arc::new(AtomicBool::new(false));
         let told = Arc::clone(&go);
         let count = run(&client, move |host| async move {
-            let mut reply = host.caller().call(call_to(address, 0));
+            let mut reply = host.caller().call(call_to(address));
             while !told.load(Ordering::Relaxed) {
                 host.sleep(Duration::from_millis(1)).await;
             }
@@ -375,6 +369,13 @@ fn a_reader_who_does_not_read_holds_the_worker_back() {
         });
         let stats = &client.handle.stats.shard;
         wait_until("it does not read on", || stats.receives_paused.get() >= 1);
+        let mut held = u64::MAX;
+        wait_until("it holds no more", || {
+            let now = stats.buffers_held.get();
+            std::thread::sleep(Duration::from_millis(20));
+            std::mem::replace(&mut held, now) == now
+        });
+        assert!(held < 300, "{held} buffers of 16 KiB are held");
         assert!(!writer.is_finished());
         go.store(true, Ordering::Relaxed);
         assert_eq!(answered(&count), ITEMS);
@@ -389,7 +390,7 @@ fn a_task_that_panics_ends_alone() {
         let stats = &client.handle.stats.shard;
         let address = worker.address();
         let gone = run(&client, move |host| async move {
-            let _reply = host.caller().call(call_to(address, 0));
+            let _reply = host.caller().call(call_to(address));
             host.sleep(Duration::from_millis(1)).await;
             std::panic::resume_unwind(Box::new("on purpose"));
             #[allow(unreachable_code)]
@@ -411,7 +412,7 @@ fn a_task_that_panics_ends_alone() {
             }
         });
         assert_eq!(answered(&nested), 7);
-        let outcome = answered(&call(&client, call_to(address, 0)));
+        let outcome = answered(&call(&client, call_to(address)));
         assert_eq!(outcome, items(1, b"{\"a\":1}"));
         wait_until("all is given back", || stats.calls.get() == 0);
     }

@@ -15,29 +15,12 @@ use corelane_codec::control_message::{CallTemplate, PayloadCodec::Json};
 use corelane_codec::error::Reason;
 use corelane_codec::mux::{self, Kind, WINDOW_BYTES};
 use corelane_codec::{Decoded, item, two_part};
-use corelane_engine::client::What;
-use corelane_engine::config::RingKind;
 use corelane_engine::ends::Ends;
 use corelane_engine::handler::Request;
 use corelane_engine::responder::Responder;
-use corelane_engine::shard::Command;
 use ends::*;
 
 const SUBJECT: &str = "00000000-0000-4000-8000-00000000000";
-
-fn echoing(ring: RingKind, items: u32) -> Local {
-    let make = handler(
-        move |request: Request, mut responder: Responder| async move {
-            for _ in 0..items {
-                if responder.item(request.body()).await.is_err() {
-                    return;
-                }
-            }
-            responder.finish();
-        },
-    );
-    Local::worker(ring, make)
-}
 
 /// One end of a shared connection, hand-made.
 struct Wire {
@@ -193,9 +176,9 @@ fn many_calls_share_one_connection_and_need_no_other() {
         for items in [1, 100] {
             let (worker, client) = (echoing(ring, items), Local::client(ring));
             for number in 0..CALLS {
-                let mut call = call_to(worker.address(), number);
+                let mut call = call_to(worker.address());
                 call.body = number.to_string().into_bytes();
-                client.call(call);
+                client.call(number, call);
             }
             let (mut finished, mut seen) = (0, 0);
             while finished < CALLS {
@@ -231,9 +214,9 @@ fn a_large_item_and_a_reader_who_stands_still() {
         let (worker, client) = (echoing(ring, 300), Local::client(ring));
         // 300 items of 64 KiB, and control takes none of its 20 MB for a while.
         let data = format!("\"{}\"", "x".repeat(65_000));
-        let mut call = call_to(worker.address(), 1);
+        let mut call = call_to(worker.address());
         call.body = data.clone().into_bytes();
-        client.call(call);
+        client.call(1, call);
         // Meanwhile other calls go on.
         let ours = &client.handle.stats.shard;
         wait_until("it has come home", || ours.mux_received.get() == 1);
@@ -249,10 +232,10 @@ fn a_large_item_and_a_reader_who_stands_still() {
     // One item that is larger than the window.
     for ring in rings() {
         let (worker, client) = (echoing(ring, 3), Local::client(ring));
-        let mut call = call_to(worker.address(), 1);
+        let mut call = call_to(worker.address());
         call.body = format!("\"{}\"", "y".repeat(3_000_000)).into_bytes();
         let expected = call.body.clone();
-        client.call(call);
+        client.call(1, call);
         let items = client.outcome();
         assert_eq!(items.len(), 4);
         assert!(
@@ -267,7 +250,7 @@ fn a_large_item_and_a_reader_who_stands_still() {
 fn stop_and_kill_reach_the_worker_at_every_stage() {
     for ring in rings() {
         let (mut worker, client) = (HandWorker::default(), Local::client(ring));
-        client.call(call_to(worker.address(), 1));
+        client.call(1, call_to(worker.address()));
         let asked = worker.take();
         worker.reply("");
         let mut wire = Wire::to(&asked);
@@ -279,11 +262,10 @@ fn stop_and_kill_reach_the_worker_at_every_stage() {
         for kill in [false, true] {
             let word = if kill { KILL } else { STOP };
             let end = |client: &Local| {
-                let command = Command::EndCall { number: 1, kill };
-                client.handle.command(command).unwrap();
+                client.end_call(1, kill);
             };
             // In the middle of the items.
-            client.call(call_to(worker.address(), 1));
+            client.call(1, call_to(worker.address()));
             let asked = worker.take();
             worker.reply("");
             wire.open(2, &asked, &response(&["1"]), false);
@@ -304,7 +286,7 @@ fn stop_and_kill_reach_the_worker_at_every_stage() {
                 assert_eq!(client.event().what, What::Stopped);
             }
             // Before the stream: said when it opens.
-            client.call(call_to(worker.address(), 1));
+            client.call(1, call_to(worker.address()));
             let asked = worker.take();
             end(&client);
             assert_eq!(client.event().what, What::Stopped);
@@ -326,7 +308,7 @@ fn ends_of_streams_mean_what_ends_of_sockets_do() {
     for ring in rings() {
         let (mut worker, client) = (HandWorker::default(), Local::client(ring));
         let mut begin = |client: &Local| {
-            client.call(call_to(worker.address(), 1));
+            client.call(1, call_to(worker.address()));
             let asked = worker.take();
             worker.reply("");
             asked
@@ -360,7 +342,7 @@ fn ends_of_streams_mean_what_ends_of_sockets_do() {
         }
         // The connection dies: all its streams do, one of which was whole but for its end.
         let (one, two) = (begin(&client), {
-            client.call(call_to(worker.address(), 2));
+            client.call(2, call_to(worker.address()));
             let asked = worker.take();
             worker.reply("");
             asked
@@ -391,7 +373,7 @@ fn a_worker_that_breaks_the_rules_loses_the_connection() {
     for ring in rings() {
         let (mut worker, client) = (HandWorker::default(), Local::client(ring));
         for wrong in 0..5 {
-            client.call(call_to(worker.address(), 1));
+            client.call(1, call_to(worker.address()));
             let asked = worker.take();
             worker.reply("");
             let mut wire = Wire::to(&asked);
@@ -557,16 +539,12 @@ fn many_calls_that_end_anyhow_leave_nothing_behind() {
         let mut outcomes = std::collections::HashMap::new();
         while over < CALLS {
             while begun < CALLS && begun - over < 200 {
-                let mut call = call_to(worker.address(), begun);
+                let mut call = call_to(worker.address());
                 call.body = vec![b'1'; 1 + (begun as usize * 37) % 3_000];
-                client.call(call);
+                client.call(begun, call);
                 if begun % 3 == 0 {
                     let kill = begun % 2 == 0;
-                    let command = Command::EndCall {
-                        number: begun,
-                        kill,
-                    };
-                    client.handle.command(command).unwrap();
+                    client.end_call(begun, kill);
                 }
                 begun += 1;
             }

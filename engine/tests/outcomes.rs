@@ -62,9 +62,7 @@ use corelane_codec::control_message::PayloadCodec::Json;
 use corelane_codec::error::{DynamoError, Reason};
 use corelane_codec::mux::{self, Kind};
 use corelane_codec::{item, reply_frame, two_part};
-use corelane_engine::client::What;
 use corelane_engine::local::Ending;
-use corelane_engine::shard::Command;
 use ends::*;
 use socket2::SockRef;
 
@@ -79,7 +77,7 @@ fn play(client: &Local, worker: &mut HandWorker, bytes: &[u8]) -> (Vec<What>, Ca
 }
 
 fn answer(client: &Local, worker: &mut HandWorker, bytes: &[u8]) -> Called {
-    client.call(call_to(worker.address(), 1));
+    client.call(1, call_to(worker.address()));
     let asked = worker.take();
     worker.reply("");
     let mut called = asked.call_home();
@@ -231,7 +229,7 @@ fn a_reset_means_what_a_close_does() {
         let received = &client.handle.stats.shard.received_bytes;
         for (bytes, count, text) in stages {
             let before = received.get();
-            client.call(call_to(worker.address(), 1));
+            client.call(1, call_to(worker.address()));
             let asked = worker.take();
             worker.reply("");
             let mut called = asked.call_home();
@@ -268,11 +266,7 @@ fn after_a_stop_every_end_is_plain() {
             let mut called = answer(&client, &mut worker, &items(&["1"], b""));
             assert_eq!(client.event().what, What::Acked);
             assert_eq!(client.event().what, What::Item(b"1".to_vec()));
-            let (number, kill) = (1, false);
-            client
-                .handle
-                .command(Command::EndCall { number, kill })
-                .unwrap();
+            client.end_call(1, false);
             assert_eq!(called.message().expect("a word").0, STOP);
             match how {
                 "close" => drop(called),
@@ -323,7 +317,7 @@ fn call_to_end(
 ) -> Receiver<Option<(bool, usize, Option<Ending>)>> {
     let told = Arc::clone(now);
     run(client, move |host| async move {
-        let mut reply = host.caller().call(call_to(address, 0));
+        let mut reply = host.caller().call(call_to(address));
         while !told.load(Ordering::Relaxed) {
             host.sleep(Duration::from_millis(1)).await;
         }
@@ -401,7 +395,7 @@ fn ends_at(client: &Local, how: &'static str, stage: Stage) {
 fn a_kill_after_a_stop_is_said_too() {
     for ring in rings() {
         let (mut worker, client) = (HandWorker::default(), Local::client(ring));
-        client.call(call_to(worker.address(), 1));
+        client.call(1, call_to(worker.address()));
         let asked = worker.take();
         worker.reply("");
         let mut called = asked.call_home();
@@ -409,8 +403,7 @@ fn a_kill_after_a_stop_is_said_too() {
         assert_eq!(client.event().what, What::Acked);
         assert_eq!(client.event().what, What::Item(b"1".to_vec()));
         for (kill, word) in [(false, STOP), (true, KILL)] {
-            let command = Command::EndCall { number: 1, kill };
-            client.handle.command(command).unwrap();
+            client.end_call(1, kill);
             assert_eq!(
                 called.message().map(|(header, _)| header),
                 Some(word.to_vec())
@@ -427,7 +420,7 @@ fn a_silent_caller_home_is_reset() {
     let mut clients = Vec::new();
     for ring in rings() {
         let (mut worker, client) = (HandWorker::default(), Local::client(ring));
-        client.call(call_to(worker.address(), 1));
+        client.call(1, call_to(worker.address()));
         let asked = worker.take();
         let mut half = TcpStream::connect(asked.address).unwrap();
         half.write_all(&[0; 10]).unwrap();
@@ -469,7 +462,7 @@ fn streams_mean_the_same_on_a_shared_connection() {
         for (number, name) in names.into_iter().enumerate() {
             let bytes = golden(&format!("hand_worker_{name}"));
             let (alone, _) = play(&client, &mut worker, &bytes);
-            client.call(call_to(worker.address(), 1));
+            client.call(1, call_to(worker.address()));
             let asked = worker.take();
             worker.reply("");
             let wire = wire.get_or_insert_with(|| {

@@ -15,14 +15,12 @@ use corelane_codec::call_home::{self, KILL, STOP};
 use corelane_codec::control_message::{PayloadCodec, StreamType};
 use corelane_codec::error::{Class, DynamoError};
 use corelane_codec::{item, two_part};
-use corelane_engine::client::What;
 use corelane_engine::config::RingKind;
 use corelane_engine::directory::Instance;
 use corelane_engine::directory::{Ack, Policy};
 use corelane_engine::handler::Request;
 use corelane_engine::responder::Responder;
-use corelane_engine::shard::Command;
-use ends::Called;
+use ends::{Called, What};
 use lab::*;
 
 #[test]
@@ -189,9 +187,7 @@ fn an_error_that_is_not_worth_another_try_passes_as_it_is() {
             None,
         ] {
             let mut lab = Lab::new(ring, Ack::OnForward, 2);
-            lab.ask("s", b"x");
-            let (first, asked) = lab.taker();
-            lab.workers[first].reply("");
+            let (_, asked) = lab.asked();
             let mut out = Vec::new();
             let json = typed.as_ref().map(DynamoError::to_json);
             call_home::write_prologue_error("it failed", json.as_deref(), &mut out);
@@ -211,9 +207,7 @@ fn an_error_that_is_not_worth_another_try_passes_as_it_is() {
 fn when_nobody_is_left_the_caller_gets_a_typed_prologue() {
     for ring in rings() {
         let mut lab = Lab::new(ring, Ack::OnForward, 1);
-        lab.ask("s", b"x");
-        let asked = lab.workers[0].take();
-        lab.workers[0].reply("");
+        let (_, asked) = lab.asked();
         drop(asked.call_home());
         let mut caller = lab.called();
         caller.handshake();
@@ -260,9 +254,7 @@ fn a_stream_that_breaks_off_ends_at_once_with_an_error_of_class_unavailable() {
 fn items_of_another_type_are_cut_off_without_an_error_of_ours() {
     for ring in rings() {
         let mut lab = Lab::new(ring, Ack::OnForward, 1);
-        lab.ask("s", b"x");
-        let asked = lab.workers[0].take();
-        lab.workers[0].reply("");
+        let (_, asked) = lab.asked();
         let mut worker = asked.call_home();
         let mut out = call_home::PROLOGUE_OK_FRAME.to_vec();
         item::write_frame(b"[1,2]", PayloadCodec::Json, &mut out);
@@ -288,9 +280,7 @@ fn stop_and_kill_reach_the_worker_and_what_still_comes_reaches_the_caller() {
             (&KILL[..], &call_home::KILL_FRAME),
         ] {
             let mut lab = Lab::new(ring, Ack::OnForward, 2);
-            lab.ask("s", b"x");
-            let (first, asked) = lab.taker();
-            lab.workers[first].reply("");
+            let (_, asked) = lab.asked();
             let mut worker = asked.call_home();
             let mut out = call_home::PROLOGUE_OK_FRAME.to_vec();
             out.extend(items(1, PayloadCodec::Json));
@@ -318,9 +308,7 @@ fn a_caller_who_goes_away_takes_his_worker_along() {
     for ring in rings() {
         for called in [false, true] {
             let mut lab = Lab::new(ring, Ack::OnForward, 1);
-            lab.ask("s", b"x");
-            let asked = lab.workers[0].take();
-            lab.workers[0].reply("");
+            let (_, asked) = lab.asked();
             let mut caller = lab.called();
             caller.handshake();
             let mut worker = called.then(|| asked.call_home());
@@ -384,9 +372,7 @@ fn one_is_late(ring: RingKind, called: bool, workers: usize, time: Duration) {
             true => times.first_item_ns = ns(time),
         }
     });
-    lab.ask("s", b"x");
-    let (first, asked) = lab.taker();
-    lab.workers[first].reply("");
+    let (first, asked) = lab.asked();
     let late = called.then(|| asked.call_home());
     let mut caller = lab.called();
     caller.handshake();
@@ -412,9 +398,7 @@ fn a_stream_that_falls_silent_is_ended_after_the_inactivity_deadline() {
         let mut lab = Lab::with(ring, Ack::OnForward, 1, |route| {
             route.relay.as_mut().unwrap().inactivity_ns = 100_000_000;
         });
-        lab.ask("s", b"x");
-        let asked = lab.workers[0].take();
-        lab.workers[0].reply("");
+        let (_, asked) = lab.asked();
         let mut worker = asked.call_home();
         let mut out = call_home::PROLOGUE_OK_FRAME.to_vec();
         out.extend(items(1, PayloadCodec::Json));
@@ -436,9 +420,7 @@ fn a_stream_that_falls_silent_is_ended_after_the_inactivity_deadline() {
 fn large_items_pass_and_a_slow_caller_holds_his_worker_back() {
     for ring in rings() {
         let mut lab = Lab::new(ring, Ack::OnForward, 1);
-        lab.ask("s", b"x");
-        let asked = lab.workers[0].take();
-        lab.workers[0].reply("");
+        let (_, asked) = lab.asked();
         let mut worker = asked.call_home();
         let mut out = call_home::PROLOGUE_OK_FRAME.to_vec();
         let data = format!("\"{}\"", "x".repeat(1 << 20));
@@ -530,7 +512,7 @@ fn envelopes_that_name_no_caller_are_refused() {
     for ring in rings() {
         let mut lab = Lab::new(ring, Ack::OnForward, 1);
         let home = lab.home().to_string();
-        let good = ends::envelope_in(&home, "s", PayloadCodec::Json, b"body");
+        let good = envelope_in(&home, "s", PayloadCodec::Json, b"body");
         let (mut huge, mut empty) = (vec![0; 64], Vec::new());
         huge[2] = 1;
         two_part::write(b"{}", b"body", &mut empty);
@@ -552,11 +534,7 @@ fn envelopes_that_name_no_caller_are_refused() {
             let refused = text.starts_with("Server unavailable: ");
             assert!(refused && text.contains(why), "{why}: {text}");
         }
-        // And the connection serves on.
-        lab.ask("s", b"x");
-        lab.workers[0].take();
-        let refused = &lab.router.handle.stats.shard.refused_bad_envelope;
-        assert_eq!(refused.get(), all.len() as u64);
+        lab.serves_on_after(all.len());
     }
 }
 
@@ -566,7 +544,7 @@ fn callers_of_envelopes_that_a_worker_would_drop_in_silence_are_called() {
     for ring in rings() {
         let mut lab = Lab::new(ring, Ack::OnForward, 1);
         let home = lab.home().to_string();
-        let good = ends::envelope_in(&home, "s", PayloadCodec::Json, b"body");
+        let good = envelope_in(&home, "s", PayloadCodec::Json, b"body");
         let other = |from: &str, to: &str| replaced(&good, from, to);
         let (response, request) = (r#"type\":\"response"#, r#"type\":\"request"#);
         let long = format!(r#"\"{}\""#, "s".repeat(65));
@@ -576,10 +554,7 @@ fn callers_of_envelopes_that_a_worker_would_drop_in_silence_are_called() {
                 "context",
             ),
             (other(response, request), "stream_type"),
-            (
-                ends::envelope_in(&home, "s", PayloadCodec::Json, b""),
-                "no body",
-            ),
+            (envelope_in(&home, "s", PayloadCodec::Json, b""), "no body"),
             (
                 other("single_in", "many_in"),
                 "request_stream_connection_info",
@@ -595,10 +570,7 @@ fn callers_of_envelopes_that_a_worker_would_drop_in_silence_are_called() {
             let typed = text.contains("request.invalid_argument");
             assert!(typed && text.contains(why), "{why}: {text}");
         }
-        lab.ask("s", b"x");
-        lab.workers[0].take();
-        let refused = &lab.router.handle.stats.shard.refused_bad_envelope;
-        assert_eq!(refused.get(), all.len() as u64);
+        lab.serves_on_after(all.len());
     }
 }
 
@@ -606,9 +578,7 @@ fn callers_of_envelopes_that_a_worker_would_drop_in_silence_are_called() {
 fn strangers_are_reset_and_a_ticket_is_good_for_one_call() {
     for ring in rings() {
         let mut lab = Lab::new(ring, Ack::OnForward, 1);
-        lab.ask("s", b"x");
-        let asked = lab.workers[0].take();
-        lab.workers[0].reply("");
+        let (_, asked) = lab.asked();
         for what in 0..5 {
             let mut stranger = asked.dial();
             let mut out = Vec::new();
@@ -652,9 +622,7 @@ fn load_is_what_is_open(ring: RingKind, time: Duration) {
     let mut open: Vec<Vec<Called>> = vec![Vec::new(), Vec::new()];
     let mut callers = Vec::new();
     for _ in 0..6 {
-        lab.ask("s", b"x");
-        let (taker, asked) = lab.taker();
-        lab.workers[taker].reply("");
+        let (taker, asked) = lab.asked();
         let mut worker = asked.call_home();
         worker.say(&call_home::PROLOGUE_OK_FRAME);
         worker.say(&items(1, PayloadCodec::Json));
@@ -773,17 +741,13 @@ fn two_thousand_calls_with_all_kinds_of_ends_leave_nothing_behind() {
         let mut whole = 0;
         while ended < CALLS {
             while begun < CALLS && begun < ended + 64 {
-                let mut call = ends::call_to(router.address, begun);
+                let mut call = ends::call_to(router.address);
                 call.path = LISTEN_PATH.into();
                 call.body = begun.to_string().into_bytes();
-                client.call(call);
+                client.call(begun, call);
                 if begun.is_multiple_of(11) {
                     let kill = begun.is_multiple_of(2);
-                    let end = Command::EndCall {
-                        number: begun,
-                        kill,
-                    };
-                    client.handle.command(end).unwrap();
+                    client.end_call(begun, kill);
                 }
                 begun += 1;
             }

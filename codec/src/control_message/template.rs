@@ -161,11 +161,9 @@ mod tests {
     #[test]
     fn callers_on_quic_are_named_as_such() {
         let home = QuicConnection {
-            address: "[::1]:9",
-            frontend_id: "b988cc11-0746-4853-a73a-e3b5a7fbff50",
             registration_id: "",
             request_id: "",
-            certificate_sha256: &"5e".repeat(32),
+            ..QuicConnection::SAMPLE
         };
         let template = CallTemplate::quic(&home, PayloadCodec::MessagePack);
         for id in ["a-1", "\"\\\n", ""] {

@@ -9,7 +9,7 @@ use corelane_codec::item::{self, Annotated};
 use corelane_codec::path::instance_hex;
 use serde_json::{Value, json};
 
-use super::{Outcome, Running};
+use super::{Ended, Running};
 
 /// An item as people read it.
 pub(super) enum Item {
@@ -85,10 +85,11 @@ impl Printer {
         }
     }
 
+    /// The item of a call at that index.
     pub(super) fn item(
         &mut self,
-        call: u64,
-        running: &Running,
+        (call, index): (u64, u64),
+        instance: Option<u64>,
         at_us: f64,
         item: &Item,
     ) -> Result<()> {
@@ -102,9 +103,9 @@ impl Printer {
         let mut line = json!({
             "type": "item",
             "call": call,
-            "index": running.items,
+            "index": index,
             "at_us": at_us,
-            "instance": instance_hex(running.instance.id),
+            "instance": instance.map(instance_hex),
         });
         match item {
             Item::Data(data) => line["data"] = data.clone(),
@@ -125,42 +126,32 @@ impl Printer {
         self.line(&line.to_string())
     }
 
-    pub(super) fn end(
-        &mut self,
-        call: u64,
-        running: &Running,
-        end_us: f64,
-        outcome: Outcome,
-        error: Option<&str>,
-    ) -> Result<()> {
-        let instance = &running.instance;
+    pub(super) fn end(&mut self, running: &Running, ended: &Ended<'_>) -> Result<()> {
         if self.json {
             let line = json!({
                 "type": "end",
-                "call": call,
-                "instance": instance_hex(instance.id),
-                "outcome": outcome.word(),
-                "error": error,
+                "call": ended.call,
+                "instance": ended.instance.map(instance_hex),
+                "outcome": ended.outcome.word(),
+                "error": ended.error,
                 "items": running.items,
-                "ack_us": running.ack_us,
+                "ack_us": ended.ack_us,
                 "first_us": running.first_us,
                 "last_us": running.last_us,
-                "end_us": end_us,
+                "end_us": ended.end_us,
             });
             return self.line(&line.to_string());
         }
-        let mut text = format!(
-            "{}: {} items from {:x}",
-            outcome.word(),
-            running.items,
-            instance.id
-        );
+        let mut text = format!("{}: {} items", ended.outcome.word(), running.items);
+        if let Some(instance) = ended.instance {
+            text += &format!(" from {instance:x}");
+        }
         if let (Some(first), Some(last)) = (running.first_us, running.last_us) {
             let (first, last) = (milliseconds(first), milliseconds(last));
             text += &format!(", first after {first}, last after {last}");
         }
-        text += &format!(", end after {}", milliseconds(end_us));
-        if let Some(error) = error {
+        text += &format!(", end after {}", milliseconds(ended.end_us));
+        if let Some(error) = ended.error {
             text += &format!("; {error}");
         }
         self.line(&text)

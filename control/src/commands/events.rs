@@ -9,15 +9,14 @@ use serde_json::{Value, json};
 use tokio::time::sleep;
 
 use super::serve::on_this_thread;
-use crate::call::open;
 use crate::cli::{self, Exit, Stop};
 use crate::config;
-use crate::discovery::{Discovery, MemoryDiscovery, MemoryStore};
+use crate::discovery::{self, Discovery, MemoryDiscovery, MemoryStore};
 use crate::env::Env;
 use crate::events::{BrokerUrl, Events, Via, ZmqOptions};
 use crate::nats::{Nats, NatsOptions};
-use crate::peer;
-use crate::supervise::Signals;
+use crate::preflight;
+use crate::signals::Signals;
 
 /// What events go over.
 #[derive(Clone, Debug)]
@@ -91,7 +90,7 @@ impl Plane {
                 discovery,
                 env,
             } => {
-                let (ring, ..) = peer::ring()?;
+                let ring = preflight::ring(&env)?;
                 let options = ZmqOptions::read(&env, ring);
                 let mut options = options.map_err(|error| Stop::Usage(error.to_string()))?;
                 if let Some(url) = broker {
@@ -100,7 +99,9 @@ impl Plane {
                 let discovery = match options.via {
                     // Nobody has to be found.
                     Via::Url(_) => Discovery::Memory(MemoryDiscovery::new(&MemoryStore::default())),
-                    Via::Direct | Via::Discovered => open(&discovery).await?,
+                    Via::Direct | Via::Discovered => {
+                        discovery::open(&discovery, &MemoryStore::default(), None).await?
+                    }
                 };
                 Ok(Plane {
                     events: Events::zmq(&discovery, options),

@@ -14,8 +14,8 @@ use super::serve::on_this_thread;
 use crate::cli::{self, Exit, GmsArgs, ProbeArgs};
 use crate::gpu_memory::GpuMemory;
 use crate::gpu_metrics;
+use crate::signals::Signals;
 use crate::status_server::{Health, StatusOptions, StatusServer};
-use crate::supervise::Signals;
 
 /// Serves until a signal.
 ///

@@ -18,7 +18,8 @@ use crate::gpu_metrics;
 use crate::nats::NatsOptions;
 use crate::planner::Feed;
 use crate::preflight::{self, Plan};
-use crate::supervise::{Router, Signals, Store};
+use crate::signals::Signals;
+use crate::supervise::{Router, Store};
 use crate::trace;
 
 /// Runs the router.

@@ -4,15 +4,16 @@ use std::future::poll_fn;
 use std::task::Poll;
 
 use anyhow::{Context, Result};
-use corelane_codec::control_message::PayloadCodec;
 
 use super::serve::{on_this_thread, pin};
 use crate::cli::{self, Exit, UpArgs};
-use crate::config::{Drain, EndpointId, Server};
+use crate::component::Options;
+use crate::config::{EndpointId, Server};
 use crate::discovery::MemoryStore;
-use crate::echo::{self, EchoWorker};
+use crate::echo::EchoWorker;
 use crate::preflight::{self, Plan};
-use crate::supervise::{Router, Signals, Store};
+use crate::signals::Signals;
+use crate::supervise::{Router, Store};
 
 /// Runs router and workers.
 ///
@@ -30,7 +31,7 @@ pub fn up(args: UpArgs) -> Result<Exit> {
             }
         };
         let (router, workers) = started;
-        let (failed, stop) = (any_ended(&workers), stop(&workers, &args.config.drain));
+        let (failed, stop) = (any_ended(&workers), stop(&workers));
         Ok(router.run(signals, failed, stop).await)
     })
 }
@@ -40,18 +41,15 @@ async fn start(args: &UpArgs, plan: &Plan) -> Result<(Router, Vec<EchoWorker>)> 
     let target = config.routes.first().map(|route| route.target.clone());
     let target = target.context("there is no route")?;
     let store = MemoryStore::default();
-    let options = echo::Options {
-        endpoint: target.clone(),
-        answer: args.answer.clone(),
-        codec: PayloadCodec::MessagePack,
-        server: Server {
-            port: 0,
-            ..config.server.clone()
-        },
+    let server = Server {
+        port: 0,
+        ..config.server.clone()
     };
+    let options = Options::of_command(server, config.discovery.clone(), config.drain.clone())?;
+    let options = options.memory(&store).calls_max(0).status(None);
     let mut workers = Vec::with_capacity(args.workers.into());
     for _ in 0..args.workers {
-        workers.push(EchoWorker::start(&options, echo::Store::Shared(&store)).await?);
+        workers.push(EchoWorker::start(options.clone(), &target, &args.answer).await?);
     }
     // Only now: the threads of workers are to go wherever there is room.
     pin(plan.control_cpu);
@@ -100,27 +98,24 @@ fn program(called: Option<String>) -> String {
 
 /// Waits until a worker has ended by itself.
 async fn any_ended(workers: &[EchoWorker]) {
-    let ended = |worker| Box::pin(EchoWorker::ended(worker));
+    let ended = |worker| Box::pin(EchoWorker::failed(worker));
     let mut all: Vec<_> = workers.iter().map(ended).collect();
     poll_fn(|context| {
-        let any = all
+        match all
             .iter_mut()
-            .find_map(|one| match one.as_mut().poll(context) {
-                Poll::Ready(why) => Some(why),
-                Poll::Pending => None,
-            });
-        any.map_or(Poll::Pending, |why| {
-            tracing::error!(why, "a worker has ended by itself");
-            Poll::Ready(())
-        })
+            .any(|one| one.as_mut().poll(context).is_ready())
+        {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        }
     })
     .await;
 }
 
 /// Lets the workers finish their responses, and stops them.
-async fn stop(workers: &[EchoWorker], drain: &Drain) {
+async fn stop(workers: &[EchoWorker]) {
     for worker in workers {
-        worker.stop(drain).await;
+        worker.stop().await;
     }
     tracing::info!(workers = workers.len(), "workers stopped");
 }

@@ -84,7 +84,6 @@ async fn check(inner: &Inner, serving: &Serving, patience: Duration) -> Result<(
         return Ok(());
     };
     let new = NewCall {
-        number: 0,
         address: within_reach(inner.cores.address()),
         path: instance_path(inner.discovery.instance_id(), &serving.id).into_bytes(),
         id: String::new(),

@@ -104,6 +104,13 @@ impl Call {
         self
     }
 
+    /// How long the first item, or the end, may take.
+    #[must_use]
+    pub fn first_item_within(mut self, time: Duration) -> Self {
+        self.deadlines.first_item = time;
+        self
+    }
+
     /// The longest pause between two items; `None` for no bound but the call's own.
     #[must_use]
     pub fn inactivity(mut self, pause: Option<Duration>) -> Self {

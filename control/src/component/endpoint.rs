@@ -86,6 +86,8 @@ pub struct Endpoint {
     codec: PayloadCodec,
     health_check: Option<serde_json::Value>,
     stats: Option<StatsHandler>,
+    /// It may have a name that is not to be made up.
+    any_name: bool,
 }
 
 impl Endpoint {
@@ -96,6 +98,15 @@ impl Endpoint {
             codec: runtime.inner().options.codec,
             health_check: None,
             stats: None,
+            any_name: false,
+        }
+    }
+
+    /// One that is served under whatever name a person has given it.
+    pub(super) fn of_any_name(runtime: &Runtime, id: EndpointId) -> Endpoint {
+        Endpoint {
+            any_name: true,
+            ..Endpoint::new(runtime, id)
         }
     }
 
@@ -144,8 +155,8 @@ impl Endpoint {
     /// a store that is away delays the registration and is no error.
     ///
     /// # Errors
-    /// The names are not ones that may be made up, this process serves it already, or it is
-    /// leaving.
+    /// The names are not ones that may be made up, this process serves it already, it is leaving,
+    /// or it is only to call.
     pub async fn serve<H>(self, handler: H) -> Result<Served, Error>
     where
         H: Handler + Clone + Send + Sync,
@@ -199,8 +210,13 @@ impl Endpoint {
         H: Handler,
         M: Fn(&Shard) -> H + Send + Sync + 'static,
     {
-        names::check_all(&self.id)?;
+        if !self.any_name {
+            names::check_all(&self.id)?;
+        }
         let inner = Rc::clone(self.runtime.inner());
+        if inner.options.calls_only {
+            return Err(Error::CallsOnly(self.id.to_string()));
+        }
         // Handlers have their index by order, which is the same on all shards.
         let _turn = inner.serving_turn.lock().await;
         if inner.is_stopping() {

@@ -24,6 +24,12 @@ pub enum Error {
     /// This process serves the endpoint already.
     #[error("{0} is served by this process already; stop it first")]
     AlreadyServed(String),
+    /// This process takes no requests.
+    #[error("{0} cannot be served: the runtime was started with Options::calls_only")]
+    CallsOnly(String),
+    /// A text that is not the address of an instance.
+    #[error("{0:?} is no instance; write it like 127.0.0.1:9000/1a/dynamo/backend/generate")]
+    Address(String),
     /// The runtime is leaving, or has left.
     #[error("the runtime is stopping; nothing new can be begun")]
     Stopping,

@@ -97,6 +97,11 @@ pub struct Stream {
     /// There until the response has ended.
     responder: Option<Responder>,
     scratch: Vec<u8>,
+    own: Rc<Own>,
+}
+
+/// What all requests of one handler share.
+struct Own {
     stats: Arc<HandlerStats>,
     shard: Shard,
 }
@@ -204,7 +209,7 @@ impl Stream {
 
     /// The shard that this runs on: for calls to others, tasks and timers.
     pub fn shard(&self) -> &Shard {
-        &self.shard
+        &self.own.shard
     }
 
     /// The values of the request, where it is a stream of them; once.
@@ -222,7 +227,7 @@ impl Stream {
     fn open(&mut self) -> Result<(&mut Responder, &HandlerStats), Fault> {
         let responder = self.responder.as_mut();
         let responder = responder.ok_or(corelane_engine::responder::Gone)?;
-        Ok((responder, &self.stats))
+        Ok((responder, &self.own.stats))
     }
 
     /// The handler has returned.
@@ -230,18 +235,19 @@ impl Stream {
         let Some(mut responder) = self.responder.take() else {
             return;
         };
+        let stats = &self.own.stats;
         if responder.is_stopped() {
-            self.stats.abandoned.add(1);
+            stats.abandoned.add(1);
         }
         match outcome.as_ref().map_err(Fault::told) {
             Ok(()) if responder.is_stopped() => {}
             Ok(()) => {
-                self.stats.finished.add(1);
+                stats.finished.add(1);
                 responder.finish();
             }
             Err(Some(error)) => {
                 if !responder.is_stopped() {
-                    self.stats.failed.add(1);
+                    stats.failed.add(1);
                 }
                 // Of an error in the prologue callers keep the reason only if the request was to
                 // blame, and take the others for a broken instance (§4.3); of an item always.
@@ -263,10 +269,11 @@ impl Drop for Stream {
         if self.responder.is_none() {
             return;
         }
+        let stats = &self.own.stats;
         if std::thread::panicking() {
-            self.stats.panicked.add(1);
+            stats.panicked.add(1);
         } else {
-            self.stats.abandoned.add(1);
+            stats.abandoned.add(1);
         }
     }
 }
@@ -275,8 +282,7 @@ impl Drop for Stream {
 struct Adapted<H> {
     handler: Rc<H>,
     takes: RequestType,
-    stats: Arc<HandlerStats>,
-    shard: Shard,
+    own: Rc<Own>,
 }
 
 impl<H: Handler> engine::Handler for Adapted<H> {
@@ -289,8 +295,7 @@ impl<H: Handler> engine::Handler for Adapted<H> {
         let mut stream = Stream {
             responder: Some(responder),
             scratch: Vec::new(),
-            stats: Arc::clone(&self.stats),
-            shard: self.shard.clone(),
+            own: Rc::clone(&self.own),
         };
         Box::pin(async move {
             let request = Request { inner: request };
@@ -313,12 +318,10 @@ pub(super) fn make<H: Handler>(
 ) -> MakeHandler {
     Box::new(move |host: &Host| {
         let shard = Shard::new(index, host);
-        let handler = Rc::new(make(&shard));
         Rc::new(Adapted {
-            handler,
+            handler: Rc::new(make(&shard)),
             takes,
-            stats,
-            shard,
+            own: Rc::new(Own { stats, shard }),
         })
     })
 }

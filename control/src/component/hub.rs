@@ -15,6 +15,7 @@ use corelane_engine::shard::Command;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
+use super::shard::Shard;
 use crate::cores::Cores;
 
 /// Longest wait for room in the queue of a shard.
@@ -106,6 +107,24 @@ impl Hub {
     /// Turns true when the shards have ended.
     pub(super) fn stopped(&self) -> watch::Receiver<bool> {
         self.stopped.clone()
+    }
+
+    /// Runs what `make` makes on the next shard, which is woken from other threads.
+    pub(super) async fn spawn<A>(
+        &self,
+        make: impl FnOnce(Shard) -> A + Send + 'static,
+    ) -> Result<(), DynamoError>
+    where
+        A: Future<Output = ()> + 'static,
+    {
+        let run = |index: usize| {
+            let nudge = self.nudge(index);
+            Run::new(move |host| {
+                let work = make(Shard::new(index, &host));
+                async move { nudge.hear(work).await }
+            })
+        };
+        self.run(run).await
     }
 
     /// Runs a task on the next shard, whose index it is told.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::error::{DynamoError, Reason};
 use corelane_codec::item::Annotated;
-use corelane_engine::call::NewCall;
+use corelane_engine::call::{NewCall, Times};
 use corelane_engine::local::{self as engine, Ending};
 use corelane_engine::stats::Cell;
 use serde::Serialize;
@@ -73,8 +73,7 @@ impl LocalClient {
     /// # Errors
     /// As [`LocalClient::call`].
     pub async fn send(&self, call: Call) -> Result<LocalReply, DynamoError> {
-        let caller = self.shard.host().caller();
-        let mut reply = self.begin(call, |new| ((), caller.call(new))).await?.1;
+        let mut reply = self.start(call).await?;
         match reply.reply.begun().await {
             Ok(()) => Ok(reply),
             Err(error) => {
@@ -82,6 +81,17 @@ impl LocalClient {
                 Err(error)
             }
         }
+    }
+
+    /// Sends a call, and does not wait until an instance has begun to respond: what goes wrong from
+    /// there on comes out of the reply.
+    ///
+    /// # Errors
+    /// No instance can take it.
+    pub async fn start(&self, call: Call) -> Result<LocalReply, DynamoError> {
+        let caller = self.shard.host().caller();
+        let begun = self.begin(call, |new| ((), caller.call(new))).await?;
+        Ok(begun.1)
     }
 
     /// Begins a bidirectional call, see [`Client::call_many`].
@@ -111,7 +121,6 @@ impl LocalClient {
         self.listed(call.deadlines.ack).await;
         let (member, loaded) = self.select(call.instance)?;
         let new = NewCall {
-            number: 0,
             address: member.instance.address,
             path: member.instance.path.clone(),
             id: call.id,
@@ -345,6 +354,11 @@ impl LocalReply {
     /// How it has ended, if it has.
     pub fn ending(&self) -> Option<Ending> {
         self.reply.ending()
+    }
+
+    /// When its steps happened, by the clock of the shard.
+    pub fn times(&self) -> Times {
+        self.reply.times()
     }
 
     /// The call counts no more, and its instance may be left out for a while.

@@ -28,12 +28,43 @@
 //! }
 //! ```
 //!
+//! A client is made of any name that anybody uses for an endpoint, and calls whoever serves it:
+//!
+//! ```no_run
+//! use corelane::component::{Options, Runtime};
+//!
+//! fn main() -> anyhow::Result<()> {
+//!     Runtime::run(Options::from_env()?.calls_only(), async |runtime| {
+//!         let client = runtime.client("production/worker/generate")?;
+//!         client.wait_for_instances(std::time::Duration::from_secs(10)).await?;
+//!         let mut reply = client.call("the quick brown fox").await?;
+//!         while let Some(word) = reply.next_data::<String>().await {
+//!             println!("{}", word?);
+//!         }
+//!         Ok(())
+//!     })?;
+//!     Ok(())
+//! }
+//! ```
+//!
+//! [`Options::from_env`] looks for etcd at `http://localhost:2379`, as Dynamo does; with
+//! `DYN_DISCOVERY_BACKEND=file` worker and client find each other through a folder, and
+//! [`Options::local`] is for one process alone. What happens is told to `tracing`: begin `main`
+//! with `corelane::logging::start(&corelane::env::Env::current())` for the log of the program
+//! `corelane`, or with a subscriber of your own.
+//!
 //! # What runs where
 //!
 //! A runtime has one or more *shards*, each a thread with sockets, buffers and an executor of its
 //! own, and the thread that called [`Runtime::run`], which does discovery, health and metrics and
 //! runs your `main`. A handler runs on the shard that received the request, without a hop to
-//! another thread, and needs no `Send`. It must not block: what does goes to tokio.
+//! another thread, and needs no `Send`. It must not block: what does goes to tokio, by
+//! [`Endpoint::serve_on`].
+//!
+//! A [`Client`] may go to any thread and into any tokio runtime; each of its calls hops to a shard
+//! and back. On a shard, [`Shard::client`] makes calls without a hop: [`Stream::shard`] is that of
+//! a handler, [`Endpoint::serve_with`] makes a handler for each, and [`Runtime::spawn`] runs tasks
+//! there.
 //!
 //! # Streams of requests
 //!
@@ -100,6 +131,7 @@ mod paths;
 mod registry;
 mod reply;
 mod routing;
+mod run;
 mod runtime;
 mod serving;
 mod shard;
@@ -119,7 +151,7 @@ pub use crate::events::{
 pub use crate::health::State;
 pub use crate::nats::{NatsAuth, NatsOptions, NatsTls, RequestPlane};
 
-pub use corelane_engine::call::Deadlines;
+pub use corelane_engine::call::{Deadlines, Times};
 pub use corelane_engine::local::Ending;
 pub use corelane_engine::quic::ResponsePlane;
 

@@ -8,11 +8,7 @@ use corelane_engine::config::RingKind;
 
 use super::options::Options;
 use super::paths::Paths;
-use crate::config::Backend;
-use crate::discovery::{
-    BeforeRegister, Discovery, EtcdDiscovery, EtcdOptions, FileDiscovery, FileOptions,
-    MemoryDiscovery,
-};
+use crate::discovery::{self, BeforeRegister, Discovery};
 use crate::events::{EventPlane, Events, ZmqOptions};
 use crate::nats::{Nats, RequestPlane, Requests};
 
@@ -53,29 +49,13 @@ impl Opened {
 
 /// Opens it. Whoever finds us under a new identity can be served under it already.
 async fn discovery(options: &Options, paths: &Rc<Paths>) -> Result<Discovery> {
-    let lookup = |name: &str| options.discovery.variable(name);
-    let discovery = match options.discovery.backend {
-        Backend::Memory => {
-            let store = options.memory.clone().unwrap_or_default();
-            Discovery::Memory(MemoryDiscovery::new(&store))
-        }
-        Backend::File => Discovery::File(FileDiscovery::open(FileOptions::from_env(lookup)).await?),
-        Backend::Etcd => {
-            let mut settings = EtcdOptions::from_env(lookup)?;
-            let paths = Rc::clone(paths);
-            let hook: BeforeRegister = Rc::new(move |id| {
-                let paths = Rc::clone(&paths);
-                Box::pin(async move { paths.be(id).await })
-            });
-            settings.before_register = Some(hook);
-            tracing::info!(
-                endpoints = settings.endpoints.join(","),
-                "connecting to etcd"
-            );
-            Discovery::Etcd(EtcdDiscovery::connect(settings).await?)
-        }
-    };
-    Ok(discovery)
+    let paths = Rc::clone(paths);
+    let hook: BeforeRegister = Rc::new(move |id| {
+        let paths = Rc::clone(&paths);
+        Box::pin(async move { paths.be(id).await })
+    });
+    let store = options.memory.clone().unwrap_or_default();
+    discovery::open(&options.discovery, &store, Some(hook)).await
 }
 
 /// Connects to NATS if anything goes over it: events, requests to us, or requests to others if

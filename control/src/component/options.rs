@@ -19,7 +19,8 @@ use crate::discovery::MemoryStore;
 use crate::env::Env;
 use crate::events::{EventPlane, ZmqOptions};
 use crate::nats::{NatsOptions, RequestPlane};
-use crate::preflight::{Plan, Planned};
+use crate::preflight::{self, Plan, Planned};
+use crate::tls;
 
 /// Receive buffers of a shard: it needs fewer than a router's.
 const BUFFERS: u16 = 1024;
@@ -39,6 +40,7 @@ pub struct Options {
     pub(super) shards: usize,
     pub(super) cpus: Vec<usize>,
     pub(super) io: host::Io,
+    pub(super) calls_only: bool,
     pub(super) server: Server,
     pub(super) status: Option<SocketAddr>,
     pub(super) discovery: config::Discovery,
@@ -233,19 +235,26 @@ impl Options {
         Options::of(config.server, config.discovery, config.drain, env)
     }
 
+    /// Of what a command was given; what the environment says beside it is read here. Nothing of
+    /// it needs events.
+    pub(crate) fn of_command(
+        server: Server,
+        discovery: config::Discovery,
+        drain: Drain,
+    ) -> Result<Options> {
+        let options = Options::of(server, discovery, drain, &Env::current());
+        let options = options.map_err(|why| Stop::Usage(format!("{why:#}")))?;
+        Ok(options.events(EventPlane::Off))
+    }
+
     /// Of what was configured elsewhere.
-    pub(crate) fn of(
+    fn of(
         server: Server,
         discovery: config::Discovery,
         drain: Drain,
         env: &Env,
     ) -> Result<Options> {
-        let io = match env.get("CORELANE_IO") {
-            Some(text) => text
-                .parse::<host::Io>()
-                .map_err(|error| Stop::Usage(error.to_string()))?,
-            None => host::Io::Auto,
-        };
+        let io = preflight::wanted_io(env)?;
         let codec = match env.get("DYN_REQUEST_PLANE_CODEC").map(str::trim) {
             Some("json") => PayloadCodec::Json,
             _ => PayloadCodec::MessagePack,
@@ -258,6 +267,7 @@ impl Options {
             shards: 1,
             cpus: Vec::new(),
             io,
+            calls_only: false,
             status: status.map(|port| SocketAddr::new(server.status_host, port)),
             server,
             discovery,
@@ -290,6 +300,14 @@ impl Options {
     #[must_use]
     pub fn cpus(mut self, cpus: impl IntoIterator<Item = usize>) -> Self {
         self.cpus = cpus.into_iter().collect();
+        self
+    }
+
+    /// Serves nothing: no port is opened for requests, so that a client can run where a worker has
+    /// the port of `DYN_TCP_RPC_PORT`.
+    #[must_use]
+    pub fn calls_only(mut self) -> Self {
+        self.calls_only = true;
         self
     }
 
@@ -369,7 +387,8 @@ impl Options {
         self
     }
 
-    /// Calls that one shard makes at the same time, at most.
+    /// Calls that one shard makes at the same time, at most; 0 opens no port for responses, and
+    /// then there are no health checks either, which are calls.
     #[must_use]
     pub fn calls_max(mut self, calls: u32) -> Self {
         self.calls_max = calls;
@@ -425,13 +444,15 @@ impl Options {
         let choice = host::choose(self.io, &host::probe());
         let choice = choice.map_err(|refused| Stop::HostCannot(refused.to_string()))?;
         tracing::info!("ring {}", choice.explain);
+        tls::kernel::demanded(&self.server.tls).map_err(Stop::HostCannot)?;
         let listen = SocketAddr::new(self.server.host, self.server.port);
+        let listen = (!self.calls_only).then_some(listen);
         let cpus = match self.cpus.is_empty() {
             true => vec![ANY_CPU; self.shards],
             false => self.cpus.clone(),
         };
         let planned = |(shard, cpu): (usize, &usize)| {
-            let mut config = ShardConfig::new(shard, *cpu, choice.ring, Some(listen));
+            let mut config = ShardConfig::new(shard, *cpu, choice.ring, listen);
             config.buffers = BUFFERS;
             config.message_bytes_max = u64::from(self.server.message_bytes_max);
             Planned {

@@ -140,6 +140,21 @@ pub(super) struct Watched {
 }
 
 impl Watched {
+    /// Nobody is known yet. What is answered beside it hears when the last client has gone.
+    fn new(id: EndpointId, shards: usize) -> (Watched, oneshot::Receiver<()>) {
+        let (alive, gone) = oneshot::channel();
+        let watched = Watched {
+            id,
+            members: Mutex::new(Arc::new([])),
+            changed: watch::Sender::new(0),
+            version: AtomicU64::new(0),
+            listed: AtomicBool::new(false),
+            shards,
+            _alive: alive,
+        };
+        (watched, gone)
+    }
+
     /// Changes with the members.
     pub(super) fn version(&self) -> u64 {
         self.version.load(Ordering::Acquire)
@@ -252,21 +267,20 @@ impl Registry {
             return watched;
         }
         entries.retain(|_, watched| watched.strong_count() > 0);
-        let (alive, gone) = oneshot::channel();
-        let watched = Arc::new(Watched {
-            id: id.clone(),
-            members: Mutex::new(Arc::new([])),
-            changed: watch::Sender::new(0),
-            version: AtomicU64::new(0),
-            listed: AtomicBool::new(false),
-            shards: self.0.shards,
-            _alive: alive,
-        });
+        let (watched, gone) = Watched::new(id.clone(), self.0.shards);
+        let watched = Arc::new(watched);
         entries.insert(id.clone(), Arc::downgrade(&watched));
         let watch = InstanceWatch::new(&self.0.discovery, id).over_nats(self.0.gateway);
         let cores = Rc::clone(&self.0.cores);
         spawn_local(follow(watch, Arc::downgrade(&watched), cores, gone));
         watched
+    }
+
+    /// One instance that is known without discovery.
+    pub(super) fn fixed(&self, id: EndpointId, instance: Instance) -> Arc<Watched> {
+        let (watched, _) = Watched::new(id, self.0.shards);
+        watched.take(vec![instance], true);
+        Arc::new(watched)
     }
 
     /// Endpoints that are watched now.
@@ -308,43 +322,22 @@ async fn follow(
 
 #[cfg(test)]
 mod tests {
-    use corelane_codec::control_message::PayloadCodec;
-
     use super::*;
 
-    fn instance(id: u64, port: u16) -> Instance {
-        Instance {
-            id,
-            address: ([127, 0, 0, 1], port).into(),
-            path: format!("{id:x}/x").into_bytes(),
-            codec: PayloadCodec::Json,
-            device: None,
-        }
-    }
-
     fn watched() -> Watched {
-        let (alive, _) = oneshot::channel();
-        Watched {
-            id: EndpointId::new("a", "b", "c"),
-            members: Mutex::new(Arc::new([])),
-            changed: watch::Sender::new(0),
-            version: AtomicU64::new(0),
-            listed: AtomicBool::new(false),
-            shards: 2,
-            _alive: alive,
-        }
+        Watched::new(EndpointId::new("a", "b", "c"), 2).0
     }
 
     #[test]
     fn members_that_stay_keep_their_load_and_get_another_chance() {
         let watched = watched();
-        watched.take(vec![instance(1, 1), instance(2, 2)], true);
+        watched.take(vec![Instance::sample(1, 1), Instance::sample(2, 2)], true);
         let before = watched.members();
         let loaded = before[0].begin(1);
         before[0].fail(Duration::from_secs(60));
         assert!(before[0].has_failed(now_ns()));
         let version = watched.version();
-        watched.take(vec![instance(1, 1), instance(3, 3)], true);
+        watched.take(vec![Instance::sample(1, 1), Instance::sample(3, 3)], true);
         assert!(watched.version() > version);
         let after = watched.members();
         assert!(Arc::ptr_eq(&before[0], &after[0]) && after.len() == 2);
@@ -353,14 +346,14 @@ mod tests {
         drop(loaded);
         assert_eq!(after[0].load(), 0);
         // The same id at another address is another member.
-        watched.take(vec![instance(1, 9)], true);
+        watched.take(vec![Instance::sample(1, 9)], true);
         assert!(!Arc::ptr_eq(&after[0], &watched.members()[0]));
     }
 
     #[test]
     fn who_is_busy_is_told_by_the_monitor_and_by_refusals() {
         let watched = watched();
-        watched.take(vec![instance(1, 1), instance(2, 2)], true);
+        watched.take(vec![Instance::sample(1, 1), Instance::sample(2, 2)], true);
         let members = watched.members();
         let busy = |member: &Member| member.is_overloaded(now_ns());
         members[1].overload();

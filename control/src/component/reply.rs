@@ -3,7 +3,7 @@
 use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::error::DynamoError;
 use corelane_codec::item::Annotated;
-use corelane_engine::local::{Ending, Run};
+use corelane_engine::local::Ending;
 use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, watch};
 
@@ -68,15 +68,8 @@ async fn carried(
     let (wish, wishes) = watch::channel(Wish::default());
     let codec = call.codec;
     let own = client.clone();
-    let make = move |index: usize| {
-        Run::new(move |host| {
-            let shard = Shard::new(index, &host);
-            let nudge = own.hub.nudge(index);
-            let carried = carry(own, shard, call, fodder, Out { out, wishes });
-            async move { nudge.hear(carried).await }
-        })
-    };
-    client.hub.run(make).await?;
+    let carried = move |shard| carry(own, shard, call, fodder, Out { out, wishes });
+    client.hub.spawn(carried).await?;
     let mut reply = Reply {
         said,
         wish,

@@ -10,13 +10,14 @@
 use std::cell::RefCell;
 use std::future::Future;
 use std::net::SocketAddr;
-use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use corelane_codec::path::{EndpointId, Reference, instance_path};
+use anyhow::{Context, Result};
+use corelane_codec::control_message::PayloadCodec;
+use corelane_codec::error::DynamoError;
+use corelane_codec::path::{EndpointId, Reference, instance_path, parse_instance_path};
 use corelane_engine::config::RingKind;
 use corelane_engine::ends::{Ends, HomeAddress};
 use corelane_engine::mesh::budget::Budget;
@@ -26,7 +27,7 @@ use serde_json::json;
 use tokio::runtime::Builder;
 use tokio::sync::{Mutex, watch};
 use tokio::task::LocalSet;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep};
 
 use super::client::Client;
 use super::endpoint::{Endpoint, Namespace};
@@ -37,10 +38,12 @@ use super::names;
 use super::open::Opened;
 use super::options::Options;
 use super::paths::Paths;
-use super::registry::Registry;
+use super::registry::{Registry, Watched};
+use super::run;
 use super::serving::Serving;
+use super::shard::Shard;
 use crate::broker_metrics;
-use crate::config::Backend;
+use crate::config::{self, Backend};
 use crate::cores::Cores;
 use crate::discovery::Discovery;
 use crate::engine_routes::EngineRoutes;
@@ -50,8 +53,8 @@ use crate::health::{Endpoints, Hold, Settings, State};
 use crate::metrics::{ProcessNumbers, ServedNumbers, Snapshot, WorkerNumbers};
 use crate::nats::{Nats, Requests};
 use crate::status_server::{Health, StatusOptions, StatusServer};
-use crate::supervise::Signals;
 use crate::trace;
+use crate::watch::Instance;
 
 /// Everything of one process. Clones are the same runtime; it stays on the thread that made it,
 /// while [`super::Client`]s may go anywhere.
@@ -110,7 +113,7 @@ impl Runtime {
         let tokio = Builder::new_current_thread().enable_all().build();
         let tokio = tokio.context("cannot make the control runtime")?;
         let local = LocalSet::new();
-        let outcome = local.block_on(&tokio, run(options, main));
+        let outcome = local.block_on(&tokio, run::run(options, main));
         // Tasks may hold what others wait for: they go first, and nobody waits for file work.
         drop(local);
         tokio.shutdown_background();
@@ -123,7 +126,9 @@ impl Runtime {
     /// # Errors
     /// An address is taken, the host cannot do what is required, or the store cannot be reached
     /// in time.
-    pub async fn start(options: Options) -> Result<Runtime> {
+    pub async fn start(mut options: Options) -> Result<Runtime> {
+        // A health check is a call.
+        options.checks.enabled &= options.calls_max > 0;
         trace::start(&options.env);
         trace::export();
         let plan = options.plan()?;
@@ -215,6 +220,11 @@ impl Runtime {
         Ok(Endpoint::new(self, readings.swap_remove(0)))
     }
 
+    /// An endpoint that is served under whatever name a person has given it.
+    pub(crate) fn endpoint_of_any_name(&self, id: &EndpointId) -> Endpoint {
+        Endpoint::of_any_name(self, id.clone())
+    }
+
     /// A client of the endpoint of any name, see [`Runtime::endpoint`]. Where a name has two
     /// readings, instances under either are called.
     ///
@@ -224,16 +234,65 @@ impl Runtime {
         Ok(self.client_of(&Reference::parse(reference)?.endpoints()))
     }
 
-    pub(super) fn client_of(&self, readings: &[EndpointId]) -> Client {
+    /// A client of one instance, wherever discovery has it or not: `IP:PORT/PATH`, as
+    /// [`super::Served::called_at`] answers. Its requests are JSON.
+    ///
+    /// # Errors
+    /// The text is not one.
+    pub fn client_at(&self, instance: &str) -> Result<Client, Error> {
+        let bad = || Error::Address(instance.to_owned());
+        let (address, path) = config::address(instance).ok_or_else(bad)?;
+        let (id, endpoint) = parse_instance_path(path).unwrap_or_else(|| {
+            // To messages it is what was written.
+            (0, EndpointId::new("", "", instance))
+        });
+        let instance = Instance {
+            id,
+            address,
+            path: path.as_bytes().to_vec(),
+            codec: PayloadCodec::Json,
+            device: None,
+        };
+        let fixed = self.0.registry.fixed(endpoint, instance);
+        Ok(self.client_with([fixed].into()))
+    }
+
+    pub(crate) fn client_of(&self, readings: &[EndpointId]) -> Client {
+        let watch = |id| self.0.registry.watch(id);
+        self.client_with(readings.iter().map(watch).collect())
+    }
+
+    fn client_with(&self, readings: Arc<[Arc<Watched>]>) -> Client {
         let inner = &self.0;
-        let watch = |id| inner.registry.watch(id);
         let shards = inner.hub.shards();
         Client {
             hub: Arc::clone(&inner.hub),
-            readings: readings.iter().map(watch).collect(),
+            readings,
             settings: Arc::new(inner.options.calls.clone()),
             turns: (0..shards).map(|_| Cell::default()).collect(),
         }
+    }
+
+    /// Runs a task on the next shard: `make` is called there, and what it makes runs beside the
+    /// handlers, need not be `Send`, and is woken from any thread. Calls that it makes with
+    /// [`Shard::client`] cost no hop. It is dropped when the shards end, and a panic ends it and
+    /// nothing more.
+    ///
+    /// # Errors
+    /// The shard is too busy to take it, or has ended.
+    pub async fn spawn<A>(
+        &self,
+        make: impl FnOnce(Shard) -> A + Send + 'static,
+    ) -> Result<(), DynamoError>
+    where
+        A: Future<Output = ()> + 'static,
+    {
+        self.0.hub.spawn(make).await
+    }
+
+    /// Waits until a shard has ended by itself, which no work survives: to be stopped then.
+    pub async fn failed(&self) {
+        self.0.cores.failed().await;
     }
 
     /// Endpoints that clients of this process watch in discovery, each once.
@@ -335,8 +394,9 @@ impl Runtime {
             .cores
             .reached(1, Duration::from_secs(2), draining)
             .await;
-        let deadline = began + Duration::from_secs(inner.options.drain.timeout_s.into());
-        for serving in &serving {
+        let deadline = Instant::now() + Duration::from_secs(inner.options.drain.timeout_s.into());
+        // Nobody ends what a shard left that has ended by itself.
+        for serving in serving.iter().filter(|_| inner.cores.all_run()) {
             let left = deadline.saturating_duration_since(Instant::now());
             serving.emptied(left).await;
         }
@@ -457,86 +517,16 @@ fn ends(options: &Options, shards: usize, home: HomeAddress) -> impl Fn(usize) -
             budget: budget.clone(),
             running_max: part.running_max,
             queue_max: part.queue_max,
-            home: Some(home),
+            home: (calls_max > 0).then_some(home),
             calls_max,
             ..Ends::default()
         }
     }
 }
 
-async fn run<T>(
-    options: Options,
-    main: impl AsyncFnOnce(Runtime) -> Result<T>,
-) -> Result<Option<T>> {
-    let mut signals = match options.signals {
-        true => Some(Signals::catch().context("cannot catch signals")?),
-        false => None,
-    };
-    let work_max = options.work_max;
-    let runtime = tokio::select! {
-        started = Runtime::start(options) => started?,
-        name = next(&mut signals) => {
-            tracing::info!("{name} before everything had started: ending");
-            return Ok(None);
-        }
-    };
-    let ending = runtime.clone();
-    let life = async {
-        let mut work = pin!(main(runtime.clone()));
-        let outcome = tokio::select! {
-            outcome = &mut work => Some(outcome),
-            () = runtime.stopping() => None,
-            () = runtime.0.cores.failed() => bail!("a core has ended by itself"),
-        };
-        match outcome {
-            Some(outcome) => {
-                runtime.stop().await;
-                outcome.map(Some)
-            }
-            None => after(&runtime, work, work_max).await,
-        }
-    };
-    let mut life = pin!(life);
-    tokio::select! {
-        outcome = &mut life => return outcome,
-        name = next(&mut signals) => {
-            tracing::info!("{name}: draining; a second signal ends at once");
-        }
-    }
-    let stop = async {
-        ending.stop().await;
-        std::future::pending().await
-    };
-    tokio::select! {
-        outcome = life => outcome,
-        () = stop => Ok(None),
-        name = next(&mut signals) => bail!("{name} again: ended at once"),
-    }
-}
-
-/// The rest of the program's own work once the runtime is stopping.
-async fn after<T>(
-    runtime: &Runtime,
-    work: impl Future<Output = Result<T>>,
-    patience: Duration,
-) -> Result<Option<T>> {
-    let mut work = pin!(work);
-    tokio::select! {
-        outcome = &mut work => {
-            runtime.drained().await;
-            return outcome.map(Some);
-        }
-        () = runtime.drained() => {}
-    }
-    match timeout(patience, work).await {
-        Ok(outcome) => outcome.map(Some),
-        Err(_) => bail!("the program's own work goes on {patience:?} after everything stopped"),
-    }
-}
-
 impl Runtime {
     /// Waits until a stop that somebody else has begun is over.
-    async fn drained(&self) {
+    pub(super) async fn drained(&self) {
         // The sender is ours.
         let _ = self
             .0
@@ -544,12 +534,5 @@ impl Runtime {
             .subscribe()
             .wait_for(|stopped| *stopped)
             .await;
-    }
-}
-
-async fn next(signals: &mut Option<Signals>) -> &'static str {
-    match signals {
-        Some(signals) => signals.next().await,
-        None => std::future::pending().await,
     }
 }

@@ -49,8 +49,10 @@ pub use tls::{Tls, TlsClient, TlsServer};
 pub use value::{Kind, Value, address};
 pub use words::{
     Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Io, KernelTls, LoadSource,
-    Overflow, PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Switch, Word,
+    Overflow, PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Switch,
 };
+
+pub use crate::words::Word;
 
 pub(crate) use host::cpu_list;
 pub(crate) use problem::quoted;

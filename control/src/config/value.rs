@@ -11,7 +11,8 @@ use super::keys::Key;
 use super::lists;
 use super::problem::quoted;
 use super::suggest::nearest;
-use super::words::{Switch, Word};
+use super::words::Switch;
+use crate::words::Word;
 
 /// CPU numbers end here: more than the kernel can be built for.
 const CPUS_MAX: usize = 4_096;

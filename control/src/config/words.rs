@@ -1,57 +1,6 @@
 //! The closed sets of words that a setting may be, and the word that each is written as.
 
-use std::fmt;
-
-/// A word that a setting may be.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Word {
-    /// As it is written.
-    pub text: &'static str,
-    /// False for a word of the contract that this version refuses.
-    pub usable: bool,
-}
-
-macro_rules! words {
-    ($(#[$doc:meta])* $name:ident {
-        $($(#[$variant_doc:meta])* $variant:ident = $text:literal,)+
-        $(; refused $($refused:literal),+)?
-    }) => {
-        $(#[$doc])*
-        #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-        pub enum $name {
-            $($(#[$variant_doc])* $variant,)+
-        }
-
-        impl $name {
-            /// Every word, the refused ones included.
-            pub const WORDS: &'static [Word] = &[
-                $(Word { text: $text, usable: true },)+
-                $($(Word { text: $refused, usable: false },)+)?
-            ];
-
-            /// The word as it is written.
-            pub const fn as_str(self) -> &'static str {
-                match self {
-                    $(Self::$variant => $text,)+
-                }
-            }
-
-            /// Reads a word; none for a refused or unknown one.
-            pub fn parse(text: &str) -> Option<Self> {
-                match text {
-                    $($text => Some(Self::$variant),)+
-                    _ => None,
-                }
-            }
-        }
-
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(self.as_str())
-            }
-        }
-    };
-}
+use crate::words::words;
 
 words! {
     /// The transport of responses.

@@ -20,7 +20,8 @@ use tokio::sync::{Mutex, Notify, watch};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::etcd_watch::follow;
-use super::watched::{AbortOnDrop, Parse, Shared};
+use super::shared::{AbortOnDrop, Shared};
+use super::watched::Parse;
 use super::{DiscoveryError, DiscoveryStats, Entry, EtcdOptions, Record, Registered, Watch};
 use crate::lease::{self, Backoff, Ended, Lease, jittered};
 
@@ -127,11 +128,8 @@ impl EtcdDiscovery {
         &self.0.inner.stats
     }
 
-    pub(super) async fn register(&self, record: Record) -> Result<Registered, DiscoveryError> {
-        if self.0.inner.wanted.borrow().contains_key(record.name()) {
-            return Err(DiscoveryError::AlreadyRegistered(record.name().to_owned()));
-        }
-        self.replace(record).await
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.0.inner.wanted.borrow().contains_key(name)
     }
 
     pub(super) async fn replace(&self, record: Record) -> Result<Registered, DiscoveryError> {

@@ -7,7 +7,8 @@ use std::time::Duration;
 use etcd_client::{Client, GetOptions, GetResponse, KvClient, WatchOptions, WatchStream};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::watched::{Gap, KEYS_MAX, Sink, TOTAL_BYTES_MAX};
+use super::shared::Sink;
+use super::watched::{Gap, KEYS_MAX, TOTAL_BYTES_MAX};
 use super::{DiscoveryStats, Entry};
 use crate::lease::{Backoff, jittered};
 

@@ -19,7 +19,8 @@ use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
 use super::file_store::{self, Place, Scan, TEMPORARY, split_key};
-use super::watched::{AbortOnDrop, Gap, Parse, Shared, Sink};
+use super::shared::{AbortOnDrop, Shared, Sink};
+use super::watched::{Gap, Parse};
 use super::{
     CONFIRM_MAX, DiscoveryError, DiscoveryStats, Entry, Record, Registered, Watch, random_id,
 };
@@ -110,11 +111,8 @@ impl FileDiscovery {
         &self.0.inner.stats
     }
 
-    pub(super) async fn register(&self, record: Record) -> Result<Registered, DiscoveryError> {
-        if self.0.inner.records.borrow().contains_key(record.name()) {
-            return Err(DiscoveryError::AlreadyRegistered(record.name().to_owned()));
-        }
-        self.replace(record).await
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.0.inner.records.borrow().contains_key(name)
     }
 
     pub(super) async fn replace(&self, record: Record) -> Result<Registered, DiscoveryError> {

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::watched::{Parse, Shared, Sink};
+use super::shared::{Shared, Sink};
+use super::watched::Parse;
 use super::{DiscoveryError, DiscoveryStats, Entry, Record, Registered, Watch, random_id};
 
 /// The store that several [`MemoryDiscovery`] of one process share.
@@ -106,11 +107,8 @@ impl MemoryDiscovery {
         &self.0.stats
     }
 
-    pub(super) async fn register(&self, record: Record) -> Result<Registered, DiscoveryError> {
-        if self.0.records.borrow().contains_key(record.name()) {
-            return Err(DiscoveryError::AlreadyRegistered(record.name().to_owned()));
-        }
-        self.replace(record).await
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.0.records.borrow().contains_key(name)
     }
 
     pub(super) async fn replace(&self, record: Record) -> Result<Registered, DiscoveryError> {

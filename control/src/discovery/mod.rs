@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  Record (name + builder) --register--> Discovery { Memory | File | Etcd } --> store
-//!  store --> backend task --> watched::Shared<T> --> Watch<T> (router, cards)
+//!  store --> backend task --> shared::Shared<T> --> Watch<T> (router, cards)
 //! ```
 //! Records are builders, not bytes: when the identity changes (a lost lease), id, key and JSON
 //! of every record are built again for the new id.
@@ -17,6 +17,7 @@ mod etcd_watch;
 pub mod file;
 mod file_store;
 pub mod memory;
+mod shared;
 pub mod watched;
 
 use std::cell::Cell;
@@ -33,11 +34,14 @@ use serde_json::value::RawValue;
 use thiserror::Error;
 use tokio::sync::watch;
 
+use crate::config::{self, Backend};
+
 pub use etcd::EtcdDiscovery;
 pub use etcd_options::{BeforeRegister, EtcdAuth, EtcdOptions};
 pub use file::{FileDiscovery, FileOptions};
 pub use memory::{MemoryDiscovery, MemoryStore};
-pub use watched::{Freshness, Watch};
+pub use shared::Watch;
+pub use watched::Freshness;
 
 /// Longest wait for a confirmation after an outage; see [`watched`].
 pub const CONFIRM_MAX: Duration = Duration::from_secs(10);
@@ -276,7 +280,10 @@ impl Discovery {
     /// When its name is taken, the store can never hold it, or the discovery is closed. A store
     /// that is away is no error: [`Registered::Deferred`].
     pub async fn register(&self, record: Record) -> Result<Registered, DiscoveryError> {
-        each!(self, backend => backend.register(record).await)
+        if each!(self, backend => backend.has(record.name())) {
+            return Err(DiscoveryError::AlreadyRegistered(record.name().to_owned()));
+        }
+        self.replace(record).await
     }
 
     /// Stores another content under the same name; registers it when there was none.
@@ -308,6 +315,29 @@ impl Discovery {
     pub fn watch<T: 'static>(&self, prefix: &str, parse: watched::Parse<T>) -> Watch<T> {
         each!(self, backend => backend.watch(prefix, parse))
     }
+}
+
+/// Opens what the configuration says: our own memory is `store`, and `before_register` is etcd's.
+///
+/// # Errors
+/// The store cannot be reached.
+pub(crate) async fn open(
+    config: &config::Discovery,
+    store: &MemoryStore,
+    before_register: Option<BeforeRegister>,
+) -> anyhow::Result<Discovery> {
+    let lookup = |name: &str| config.variable(name);
+    Ok(match config.backend {
+        Backend::Memory => Discovery::Memory(MemoryDiscovery::new(store)),
+        Backend::File => Discovery::File(FileDiscovery::open(FileOptions::from_env(lookup)).await?),
+        Backend::Etcd => {
+            let mut settings = EtcdOptions::from_env(lookup)?;
+            settings.before_register = before_register;
+            let endpoints = settings.endpoints.join(",");
+            tracing::info!(endpoints, "connecting to etcd");
+            Discovery::Etcd(EtcdDiscovery::connect(settings).await?)
+        }
+    })
 }
 
 /// A random identity for stores that grant none; positive as an `i64`, like etcd's lease ids.

@@ -108,14 +108,14 @@ impl Plugins {
     fn call(&mut self, call: &PluginCall) {
         let (plugin, stage) = (call.plugin_id.as_str(), call.stage.as_str());
         if let Some(outcome) = call.result {
-            self.add(Family::Evaluations, &[plugin, stage, outcome.word()], 1.0);
+            self.add(Family::Evaluations, &[plugin, stage, outcome.as_str()], 1.0);
             self.add(
                 Family::HeldOver,
                 &[plugin, stage],
                 f64::from(outcome == Outcome::HeldOver),
             );
-            for one in Override::ALL {
-                let labels = [plugin, stage, one.word()];
+            for one in Override::ALL.iter().copied() {
+                let labels = [plugin, stage, one.as_str()];
                 let active = f64::from(call.overrides.contains(&one));
                 self.set(Family::OverrideActive, &labels, active);
             }

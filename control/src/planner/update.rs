@@ -3,6 +3,8 @@
 
 use serde::Deserialize;
 
+use crate::words::words;
+
 /// One adjustment interval. Numbers must be finite; null is "not known".
 #[derive(Clone, Debug, Default, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields)]
@@ -178,25 +180,6 @@ pub struct PluginCall {
     pub skipped: bool,
     /// What it needs and was not there.
     pub missing_field: Option<String>,
-}
-
-/// Declares an enum of words, which are those of the wire and of labels.
-macro_rules! words {
-    ($(#[$doc:meta])* $name:ident { $($(#[$what:meta])* $variant:ident = $word:literal,)+ }) => {
-        $(#[$doc])*
-        #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
-        pub enum $name { $($(#[$what])* #[serde(rename = $word)] $variant,)+ }
-
-        impl $name {
-            /// All of them.
-            pub const ALL: [Self; [$($word),+].len()] = [$(Self::$variant),+];
-
-            /// Its word.
-            pub fn word(self) -> &'static str {
-                match self { $(Self::$variant => $word,)+ }
-            }
-        }
-    };
 }
 
 words! {

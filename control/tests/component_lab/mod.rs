@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use corelane::component::{
-    Client, Endpoint, Options, Outcome, Request, Runtime, SeenInstance, Served, Stream,
+    Client, Ending, Endpoint, Options, Outcome, Request, Runtime, SeenInstance, Served, Stream,
 };
 use serde_json::Value;
 use tokio::task::LocalSet;
@@ -39,6 +39,51 @@ pub(crate) async fn echo(request: Request, stream: &mut Stream) -> Outcome {
         stream.send(&value).await?;
     }
     Ok(())
+}
+
+/// A client of what is served, which knows an instance.
+pub(crate) async fn client_of(runtime: &Runtime, served: &Served) -> Client {
+    let client = runtime.client(&served.id().to_string()).unwrap();
+    client.wait_for_instances(DEADLINE).await.unwrap();
+    client
+}
+
+/// Sends numbers until its caller wants no more.
+pub(crate) async fn endless(_: Request, stream: &mut Stream) -> Outcome {
+    for number in 0u64.. {
+        stream.send(&number).await?;
+        if number % 16 == 15 {
+            stream.sleep(Duration::from_millis(1)).await?;
+        }
+    }
+    Ok(())
+}
+
+/// A response ends when it is stopped, killed or dropped, and nothing of it is left.
+pub(crate) async fn ends_early(runtime: &Runtime) {
+    let served = endpoint(runtime, "endless").serve(endless).await.unwrap();
+    let client = client_of(runtime, &served).await;
+    for way in ["stop", "kill", "drop", "drop before it began"] {
+        if way == "drop before it began" {
+            let send = client.call(&1);
+            let _ = tokio::time::timeout(Duration::from_micros(50), send).await;
+            continue;
+        }
+        let mut reply = client.call(&1).await.unwrap();
+        let first: u64 = reply.next_data().await.unwrap().unwrap();
+        assert_eq!(first, 0);
+        match way {
+            "stop" => reply.stop(),
+            "kill" => reply.kill(),
+            _ => continue,
+        }
+        while let Some(item) = reply.next_item().await {
+            item.unwrap();
+        }
+        assert_ne!(reply.ending(), Some(Ending::Failed), "{way}");
+    }
+    settled(&[&served], &client).await;
+    assert_eq!(served.count(|stats| stats.finished.get()), 0);
 }
 
 /// An endpoint of `production/worker`.

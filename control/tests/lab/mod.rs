@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 use corelane_codec::{Decoded, reply_frame, request_frame};
 use rustix::process::{Pid, Signal, kill_process};
 
+#[path = "../common/mod.rs"]
+mod common;
 #[path = "../ports/mod.rs"]
 mod ports;
 
@@ -347,7 +349,7 @@ impl Etcd {
     pub fn start() -> Option<Etcd> {
         let data = tempfile::tempdir().unwrap();
         let (client_port, peer_port) = (free_port(), free_port());
-        let child = spawn_etcd(&data, client_port, peer_port)?;
+        let child = common::etcd(&data.path().join("etcd"), client_port, peer_port)?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -381,7 +383,8 @@ impl Etcd {
         if !keep_data {
             self.data = tempfile::tempdir().unwrap();
         }
-        self.child = spawn_etcd(&self.data, self.client_port, self.peer_port).unwrap();
+        let data = self.data.path().join("etcd");
+        self.child = common::etcd(&data, self.client_port, self.peer_port).unwrap();
         self.serving();
     }
 
@@ -438,31 +441,5 @@ impl Drop for Etcd {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-    }
-}
-
-fn spawn_etcd(data: &tempfile::TempDir, client_port: u16, peer_port: u16) -> Option<Child> {
-    let client = format!("http://127.0.0.1:{client_port}");
-    let peer = format!("http://127.0.0.1:{peer_port}");
-    let spawned = Command::new("etcd")
-        .args(["--name", "test", "--data-dir"])
-        .arg(data.path().join("etcd"))
-        .args(["--listen-client-urls", &client])
-        .args(["--advertise-client-urls", &client])
-        .args(["--listen-peer-urls", &peer])
-        .args(["--initial-advertise-peer-urls", &peer])
-        .args(["--initial-cluster", &format!("test={peer}")])
-        .env_remove("ETCD_UNSUPPORTED_ARCH")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn();
-    match spawned {
-        Ok(child) => Some(child),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            eprintln!("skipped: there is no etcd on the path");
-            None
-        }
-        Err(error) => panic!("etcd does not start: {error}"),
     }
 }

@@ -219,7 +219,7 @@ impl<R: Ring> Plane<R> {
         match operation.kind {
             Kind::Accept => return self.accepted(slot, event),
             Kind::Wake => {
-                if let Event::Woken { more: false } = event {
+                if event.is_last_wake() {
                     self.watch_wake();
                 }
                 return self.obey();
@@ -227,10 +227,7 @@ impl<R: Ring> Plane<R> {
             _ => {}
         }
         if !self.sessions.is_current(slot, operation.generation) {
-            if let Event::Received { buffer, .. } = event {
-                self.ring.recycle(buffer);
-            }
-            return;
+            return event.give_back(&mut self.ring);
         }
         match event {
             Event::Received {

@@ -94,6 +94,20 @@ pub enum Event {
     },
 }
 
+impl Event {
+    /// Nobody waits for it any more: the buffer that it brought, if it did, goes back.
+    pub fn give_back(self, ring: &mut impl Ring) {
+        if let Event::Received { buffer, .. } = self {
+            ring.recycle(buffer);
+        }
+    }
+
+    /// Whether the wake-up must be asked for again to hear of the next one.
+    pub fn is_last_wake(&self) -> bool {
+        matches!(self, Event::Woken { more: false })
+    }
+}
+
 /// A socket as the ring knows it: its descriptor, and its place in the ring's table of files.
 #[derive(Clone, Copy, Debug)]
 pub struct Handle {

@@ -181,10 +181,6 @@ words! {
         Lane = "lane",
         /// It is gone; which
         EndLanes = "end_lanes",
-        /// Make a call
-        Call = "call",
-        /// End one early; which
-        EndCall = "end_call",
         /// An instance has gone; its port
         InstanceLeft = "instance_left",
         /// A handshake has ended

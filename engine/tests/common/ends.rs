@@ -1,26 +1,26 @@
 //! A shard with handlers or calls of its own, and hand-made peers for both.
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::future::poll_fn;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsFd;
 use std::rc::Rc;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, channel, sync_channel};
 use std::time::{Duration, Instant};
 
 use corelane_codec::call_home::{self, Handshake};
-use corelane_codec::control_message::{
-    self, NewControlMessage, PayloadCodec, RequestType, StreamType, TcpConnection,
-    TcpConnectionInfo,
-};
+use corelane_codec::control_message::{self, PayloadCodec, StreamType, TcpConnectionInfo};
+use corelane_codec::error::DynamoError;
 use corelane_codec::{Decoded, item, reply_frame, request_frame, two_part};
-use corelane_engine::client::{CallEvent, Deadlines, NewCall, What};
+use corelane_engine::call::{Deadlines, NewCall};
 use corelane_engine::command::LocalPath;
 use corelane_engine::config::{RingKind, ShardConfig};
 use corelane_engine::ends::{Ends, HomeAddress};
 use corelane_engine::executor::{ShardHandle, spawn_with};
 use corelane_engine::handler::{Handler, MakeHandler, Request};
-use corelane_engine::local::Run;
+use corelane_engine::local::{Ending, Reply, Run};
 use corelane_engine::responder::{Host, Responder};
 use corelane_engine::shard::Command;
 
@@ -46,9 +46,29 @@ pub fn home() -> HomeAddress {
     }
 }
 
+/// A worker that answers each request with its body, so many times.
+pub fn echoing(ring: RingKind, items: u32) -> Local {
+    let make = handler(
+        move |request: Request, mut responder: Responder| async move {
+            for _ in 0..items {
+                if responder.item(request.body()).await.is_err() {
+                    return;
+                }
+            }
+            responder.finish();
+        },
+    );
+    Local::worker(ring, make)
+}
+
+/// What becomes of calls is read from here, so much of it at most.
+const EVENTS_MAX: usize = 1024;
+
 /// A shard with ends.
 pub struct Local {
     pub handle: ShardHandle,
+    events: Receiver<CallEvent>,
+    sender: SyncSender<CallEvent>,
 }
 
 impl Local {
@@ -61,8 +81,11 @@ impl Local {
         let cpu = corelane_engine::placement::affinity().unwrap()[0];
         let mut config = ShardConfig::new(0, cpu, ring, Some(listen));
         config.buffers = buffers;
+        let (sender, events) = sync_channel(EVENTS_MAX);
         Local {
             handle: spawn_with(config, ends).unwrap(),
+            events,
+            sender,
         }
     }
 
@@ -93,30 +116,31 @@ impl Local {
         self.handle.address.unwrap()
     }
 
-    pub fn call(&self, call: NewCall) {
-        self.handle.command(Command::Call(Box::new(call))).unwrap();
+    /// Makes a call of that number; its events come from [`Local::event`].
+    pub fn call(&self, number: u64, call: NewCall) {
+        let out = self.sender.clone();
+        self.run(move |host| follow(host, number, call, out));
+    }
+
+    /// Ends a call early, if it has not ended.
+    pub fn end_call(&self, number: u64, kill: bool) {
+        self.run(move |_| async move {
+            let reply = CALLS.with_borrow(|calls| calls.get(&number).cloned());
+            match reply {
+                Some(reply) if kill => reply.borrow().kill(),
+                Some(reply) => reply.borrow().stop(),
+                None => {}
+            }
+        });
+    }
+
+    fn run<A: Future<Output = ()> + 'static>(&self, make: impl FnOnce(Host) -> A + Send + 'static) {
+        self.handle.command(Command::Run(Run::new(make))).unwrap();
     }
 
     /// The next event of any call.
     pub fn event(&self) -> CallEvent {
-        let deadline = Instant::now() + DEADLINE;
-        loop {
-            self.handle.events.clear_wake();
-            if let Some(event) = self.handle.events.next() {
-                return event;
-            }
-            assert!(Instant::now() < deadline, "no event");
-            let fd = self.handle.events.as_fd();
-            let mut fds = [rustix::event::PollFd::new(
-                &fd,
-                rustix::event::PollFlags::IN,
-            )];
-            let wait = rustix::time::Timespec {
-                tv_sec: 0,
-                tv_nsec: 100_000_000,
-            };
-            let _ = rustix::event::poll(&mut fds, Some(&wait));
-        }
+        self.events.recv_timeout(DEADLINE).expect("an event")
     }
 
     /// All events of one call, which is the only one, without the acknowledgement.
@@ -142,6 +166,91 @@ impl Drop for Local {
     }
 }
 
+/// Something that happened to a call.
+#[derive(Debug)]
+pub struct CallEvent {
+    pub call: u64,
+    pub what: What,
+}
+
+/// What happens to calls. The last four are ends.
+#[derive(Clone, Debug, PartialEq)]
+pub enum What {
+    Acked,
+    Item(Vec<u8>),
+    BadItem(DynamoError),
+    Finished,
+    Refused(String),
+    Failed(DynamoError),
+    Stopped,
+}
+
+impl What {
+    pub fn is_end(&self) -> bool {
+        !matches!(self, What::Acked | What::Item(_) | What::BadItem(_))
+    }
+
+    /// An error, the last thing of a call that has ended so.
+    fn last(error: DynamoError, ending: Option<Ending>) -> What {
+        match ending {
+            Some(Ending::Refused) => What::Refused(error.text().into()),
+            Some(Ending::Failed) => What::Failed(error),
+            _ => What::BadItem(error),
+        }
+    }
+}
+
+thread_local! {
+    /// The calls of a shard, by number.
+    static CALLS: RefCell<HashMap<u64, Rc<RefCell<Reply>>>> = RefCell::default();
+}
+
+/// Makes a call and tells what becomes of it; runs on the shard.
+async fn follow(host: Host, number: u64, call: NewCall, out: SyncSender<CallEvent>) {
+    let reply = Rc::new(RefCell::new(host.caller().call(call)));
+    CALLS.with_borrow_mut(|calls| calls.insert(number, Rc::clone(&reply)));
+    let say = async |what| {
+        let mut event = CallEvent { call: number, what };
+        while let Err(TrySendError::Full(back)) = out.try_send(event) {
+            event = back;
+            host.sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let accepted = poll_fn(|context| reply.borrow_mut().poll_accepted(context)).await;
+    let ending = reply.borrow().ending();
+    if let Err(error) = accepted {
+        say(What::last(error, ending)).await;
+    } else {
+        if reply.borrow().times().accepted.is_some() {
+            say(What::Acked).await;
+        }
+        read(&reply, say).await;
+    }
+    CALLS.with_borrow_mut(|calls| calls.remove(&number));
+}
+
+async fn read(reply: &RefCell<Reply>, say: impl AsyncFn(What)) {
+    // An error is an item, or the end: what comes next tells.
+    let mut held = None;
+    loop {
+        let next = poll_fn(|context| reply.borrow_mut().poll_next(context)).await;
+        let ending = match next {
+            Some(_) => None,
+            None => reply.borrow().ending(),
+        };
+        if let Some(error) = held.take() {
+            say(What::last(error, ending)).await;
+        }
+        match (next, ending) {
+            (Some(Ok(item)), _) => say(What::Item(item.into_bytes())).await,
+            (Some(Err(error)), _) => held = Some(error),
+            (None, Some(Ending::Complete)) => return say(What::Finished).await,
+            (None, Some(Ending::Stopped)) => return say(What::Stopped).await,
+            (None, _) => return,
+        }
+    }
+}
+
 /// Runs a task on a shard; what it answers.
 pub fn run<T, F, A>(local: &Local, task: F) -> Receiver<T>
 where
@@ -163,9 +272,8 @@ pub fn answered<T>(receiver: &Receiver<T>) -> T {
 }
 
 /// A call with a short body in JSON.
-pub fn call_to(address: SocketAddr, number: u64) -> NewCall {
+pub fn call_to(address: SocketAddr) -> NewCall {
     NewCall {
-        number,
         address,
         path: SERVED.into(),
         id: String::new(),
@@ -191,7 +299,7 @@ impl Frontend {
 
     pub fn frame(&self, subject: &str, codec: PayloadCodec, body: &[u8]) -> Vec<u8> {
         let address = self.listener.local_addr().unwrap().to_string();
-        common::frame(SERVED, &envelope_in(&address, subject, codec, body))
+        common::frame(SERVED, &common::envelope_in(&address, subject, codec, body))
     }
 
     pub fn send(&mut self, subject: &str, codec: PayloadCodec, body: &[u8]) {
@@ -313,28 +421,6 @@ impl Called {
     }
 }
 
-pub fn envelope_in(address: &str, subject: &str, codec: PayloadCodec, body: &[u8]) -> Vec<u8> {
-    let control = NewControlMessage {
-        id: "id-1",
-        request_type: RequestType::SingleIn,
-        payload_codec: codec,
-        connection_info: TcpConnection {
-            address,
-            subject,
-            context: "id-1",
-            stream_type: StreamType::Response,
-        },
-        metadata: &[],
-        frontend_send_ts_ns: None,
-        request_stream_connection_info: None,
-    };
-    let mut header = Vec::new();
-    control.write(&mut header).unwrap();
-    let mut envelope = Vec::new();
-    two_part::write(&header, body, &mut envelope);
-    envelope
-}
-
 /// A hand-made worker: one request connection.
 pub struct HandWorker {
     pub listener: TcpListener,
@@ -418,38 +504,27 @@ impl HandWorker {
     }
 
     pub fn take(&mut self) -> Asked {
-        self.connected();
-        let stream = self.stream.as_mut().unwrap();
-        loop {
-            if let Decoded::Frame(frame) = request_frame::decode_strict(&self.bytes) {
-                let parts = two_part::decode(frame.payload, None).frame().unwrap();
-                let control = control_message::decode(&frame.payload[parts.header]).unwrap();
-                let mut scratch = [0; 1024];
-                let info = TcpConnectionInfo::parse(&control.connection_info, &mut scratch);
-                let info = info.unwrap();
-                assert!(info.context == *control.id.to_cow());
-                let input = control.request_stream_connection_info.map(|info| {
-                    let mut scratch = [0; 1024];
-                    let info = TcpConnectionInfo::parse(&info, &mut scratch).unwrap();
-                    assert_eq!(info.stream_type, StreamType::Request);
-                    info.subject.to_cow().into_owned()
-                });
-                let asked = Asked {
-                    input,
-                    path: frame.path.into(),
-                    headers: String::from_utf8(frame.headers.to_vec()).unwrap(),
-                    address: info.socket_addr().unwrap(),
-                    subject: info.subject.to_cow().into_owned(),
-                    body: frame.payload[parts.body].to_vec(),
-                };
-                let taken = frame.frame_bytes;
-                self.bytes.drain(..taken);
-                return asked;
-            }
-            let mut chunk = [0; 4096];
-            let read = stream.read(&mut chunk).expect("a request in time");
-            assert!(read > 0, "the client closed the connection");
-            self.bytes.extend_from_slice(&chunk[..read]);
+        let bytes = self.take_frame();
+        let frame = request_frame::decode_strict(&bytes).frame().unwrap();
+        let parts = two_part::decode(frame.payload, None).frame().unwrap();
+        let control = control_message::decode(&frame.payload[parts.header]).unwrap();
+        let mut scratch = [0; 1024];
+        let info = TcpConnectionInfo::parse(&control.connection_info, &mut scratch);
+        let info = info.unwrap();
+        assert!(info.context == *control.id.to_cow());
+        let input = control.request_stream_connection_info.map(|info| {
+            let mut scratch = [0; 1024];
+            let info = TcpConnectionInfo::parse(&info, &mut scratch).unwrap();
+            assert_eq!(info.stream_type, StreamType::Request);
+            info.subject.to_cow().into_owned()
+        });
+        Asked {
+            input,
+            path: frame.path.into(),
+            headers: String::from_utf8(frame.headers.to_vec()).unwrap(),
+            address: info.socket_addr().unwrap(),
+            subject: info.subject.to_cow().into_owned(),
+            body: frame.payload[parts.body].to_vec(),
         }
     }
 

@@ -298,13 +298,17 @@ pub fn frame_with(path: &str, headers: &[u8], payload: &[u8]) -> Vec<u8> {
 
 /// An envelope whose caller listens at `address` for `subject`.
 pub fn envelope(address: &SocketAddr, subject: &str, body: &[u8]) -> Vec<u8> {
-    let address = address.to_string();
+    envelope_in(&address.to_string(), subject, PayloadCodec::Json, body)
+}
+
+/// The same with a body in that codec.
+pub fn envelope_in(address: &str, subject: &str, codec: PayloadCodec, body: &[u8]) -> Vec<u8> {
     let control = NewControlMessage {
         id: "id-1",
         request_type: RequestType::SingleIn,
-        payload_codec: PayloadCodec::Json,
+        payload_codec: codec,
         connection_info: TcpConnection {
-            address: &address,
+            address,
             subject,
             context: "id-1",
             stream_type: StreamType::Response,

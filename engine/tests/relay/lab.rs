@@ -77,7 +77,7 @@ impl Lab {
         let address = self.home().to_string();
         common::frame(
             LISTEN_PATH,
-            &ends::envelope_in(&address, subject, codec, body),
+            &common::envelope_in(&address, subject, codec, body),
         )
     }
 
@@ -102,6 +102,22 @@ impl Lab {
             assert!(Instant::now() < deadline, "nobody has the request");
             std::thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    /// One request that a worker has accepted: who, and what it is.
+    pub fn asked(&mut self) -> (usize, Asked) {
+        self.ask("s", b"x");
+        let (taker, asked) = self.taker();
+        self.workers[taker].reply("");
+        (taker, asked)
+    }
+
+    /// So many envelopes were refused, and the connection serves on.
+    pub fn serves_on_after(&mut self, refused: usize) {
+        self.ask("s", b"x");
+        self.workers[0].take();
+        let stats = &self.router.handle.stats.shard;
+        assert_eq!(stats.refused_bad_envelope.get(), refused as u64);
     }
 
     /// The next call home to the caller.

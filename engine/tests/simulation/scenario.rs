@@ -116,7 +116,7 @@ impl World {
             outbound: mesh::lane().unwrap().0,
         };
         let (listener, shown) = (Some(listener), Arc::clone(&stats));
-        let mut shard = Shard::router(config, ring, buffers, listener, shown, lanes).unwrap();
+        let mut shard = Shard::router(config, ring, buffers, listener, shown, lanes);
         if relayed {
             let listener = TcpListener::from(net.listen(relay_home()).unwrap());
             shard.relay_home(listener, relay_home());

@@ -41,7 +41,7 @@ from messages import (
     MetadataPutResponse,
     RuntimeStateRequest,
     RuntimeStateResponse,
-    Tagged,
+    message,
 )
 
 PATIENCE_S = 20.0
@@ -64,60 +64,41 @@ Reply = Union[
 ]
 
 
-class StrictHandshake(Tagged, tag="handshake_request", forbid_unknown_fields=True):
-    lock_type: str
-    expected_identity: Optional[tuple[str, str]] = None
-
-
-class StrictGranted(Tagged, tag="handshake_response", forbid_unknown_fields=True):
-    lock_type: str
-    server_nonce: str
-    gpu_uuid: str
-
-
-class StrictAllocate(Tagged, tag="allocate_request", forbid_unknown_fields=True):
-    allocation_id: str
-    aligned_size: int
-
-
-class StrictExport(Tagged, tag="export_request", forbid_unknown_fields=True):
-    allocation_id: str
-
-
-class StrictExported(Tagged, tag="export_response", forbid_unknown_fields=True):
-    pass
-
-
-class StrictSuccess(Tagged, tag="success_response", forbid_unknown_fields=True):
-    pass
-
-
-class StrictError(Tagged, tag="error_response", forbid_unknown_fields=True):
-    message: str
-    out_of_memory: bool = False
-
-
+StrictHandshake = message(
+    "handshake_request",
+    strict=True,
+    lock_type=str,
+    expected_identity=(Optional[tuple[str, str]], None),
+)
+StrictGranted = message(
+    "handshake_response", strict=True, lock_type=str, server_nonce=str, gpu_uuid=str
+)
+StrictAllocate = message("allocate_request", strict=True, allocation_id=str, aligned_size=int)
+StrictExport = message("export_request", strict=True, allocation_id=str)
+StrictExported = message("export_response", strict=True)
+StrictSuccess = message("success_response", strict=True)
+StrictError = message("error_response", strict=True, message=str, out_of_memory=(bool, False))
 StrictReply = Union[StrictGranted, StrictExported, StrictSuccess, StrictError]
 
 # Ours, beside the first generation's. The peers above know none of it, as stock peers do not.
 
-
-class IpcOffer(Tagged, tag="corelane_ipc_offer_request"):
-    handle: bytes
-    base_bytes: int
-    offset_bytes: int
-    size: int
-    tag: str = "default"
-    value: bytes = b""
-
-
-class IpcOffered(Tagged, tag="corelane_ipc_offer_response"):
-    allocation_id: str
-    slot: int
-    server_nonce: str
+IpcOffer = message(
+    "corelane_ipc_offer_request",
+    handle=bytes,
+    base_bytes=int,
+    offset_bytes=int,
+    size=int,
+    tag=(str, "default"),
+    value=(bytes, b""),
+)
+IpcOffered = message(
+    "corelane_ipc_offer_response", allocation_id=str, slot=int, server_nonce=str
+)
 
 
 class IpcEntry(msgspec.Struct):
+    """What is lent."""
+
     allocation_id: str
     base_bytes: int
     offset_bytes: int
@@ -127,33 +108,12 @@ class IpcEntry(msgspec.Struct):
     exporter_pid: int
 
 
-class IpcList(Tagged, tag="corelane_ipc_list_request"):
-    tag: Optional[str] = None
-
-
-class IpcListed(Tagged, tag="corelane_ipc_list_response"):
-    allocations: List[IpcEntry]
-
-
-class IpcOpen(Tagged, tag="corelane_ipc_open_request"):
-    allocation_id: str
-
-
-class IpcOpened(Tagged, tag="corelane_ipc_open_response"):
-    entry: IpcEntry
-    handle: bytes
-    value: bytes
-
-
-class IpcState(Tagged, tag="corelane_ipc_state_request"):
-    allocation_id: str
-
-
-class IpcStanding(Tagged, tag="corelane_ipc_state_response"):
-    held: bool
-    holders: int
-    server_nonce: str
-
+IpcList = message("corelane_ipc_list_request", tag=(Optional[str], None))
+IpcListed = message("corelane_ipc_list_response", allocations=List[IpcEntry])
+IpcOpen = message("corelane_ipc_open_request", allocation_id=str)
+IpcOpened = message("corelane_ipc_open_response", entry=IpcEntry, handle=bytes, value=bytes)
+IpcState = message("corelane_ipc_state_request", allocation_id=str)
+IpcStanding = message("corelane_ipc_state_response", held=bool, holders=int, server_nonce=str)
 
 IpcReply = Union[
     HandshakeResponse,
