@@ -3,13 +3,12 @@ one to the other, through our broker, and through a proxy of libzmq."""
 
 import json
 import struct
-import sys
 import threading
 
 import pytest
 import zmq
 
-from events_lab import HERE, PATIENCE_MS, Broker, channel, ours, shown, stock
+from events_lab import PATIENCE_MS, Broker, channel, ours, shown, stock
 from lab import wait_for
 
 pytestmark = pytest.mark.timeout(400)
@@ -141,59 +140,3 @@ def test_libzmq_to_our_subscriber(lab, context):
         (0xB0B, sequence) for sequence in range(3)
     ]
     assert [event["payload"] for event in events] == [7, 7, 7]
-
-
-# Two blocks of four tokens, and what Dynamo's router makes of them.
-TOKENS = "1,2,3,4,5,6,7,8"
-HASHES = [14643705804678351452, 16777012769546811212]
-
-
-def overlap(router, worker):
-    """Blocks that the router knows that worker to hold, by its last answer."""
-    known = router.events("overlap")[-1]["known"]["workers"]
-    return [row for row in known if row["worker_id"] == worker]
-
-
-def test_dynamos_kv_router_uses_our_events(lab):
-    """spec/events-discovery.md §3.9, row 1: with a channel and a source record, directly."""
-    backend = lab.endpoint("backend")
-    # Its id is the worker's; that nobody answers there is of no interest to the router.
-    worker = lab.etcd.register(backend, 9)
-    router = lab.start(
-        "kv-router",
-        [sys.executable, HERE / "stock_kv_router.py", "--endpoint", backend, "--tokens", TOKENS],
-        lab.env(DYN_EVENT_PLANE="zmq"),
-    )
-    router.wait_event("overlap")
-    assert not overlap(router, worker)
-    blocks = [
-        {"block_hash": 1001 + at, "tokens_hash": tokens, "mm_extra_info": None}
-        for at, tokens in enumerate(HASHES)
-    ]
-    stored = {"parent_hash": None, "start_position": None, "blocks": blocks}
-    event = {
-        "worker_id": worker, "storage_tier": "device", "residency_domain": "worker",
-        "event": {"event_id": 1, "data": {"stored": stored}, "dp_rank": 0},
-    }  # fmt: skip
-    # A publisher that goes takes what it has said with it.
-    options = ("--body", json.dumps([event]), "--count", 10_000, "--interval-ms", 100)
-    source = ours(lab, "publish", *options, "--wait-s", 100, topic="kv-events")
-    found = wait_for("its channel record", lambda: channel(lab, "kv-events"))
-    ((key, (record, lease)),) = found.items()
-    endpoint = dict(zip(("namespace", "component", "name"), backend.split("/")))
-    record = {
-        "type": "EventSource", "scope": record["scope"], "topic": "kv-events",
-        "publisher_id": record["instance_id"],
-        "metadata": {
-            "kv_state_endpoint": endpoint,
-            "worker": {"worker_id": worker, "dp_rank": 0},
-            "publisher_id": record["instance_id"],
-        },
-    }  # fmt: skip
-    lab.etcd.put(key.replace("v1/event_channels/", "v1/event_sources/"), record, lease)
-    wait_for("the router knows of both blocks", lambda: overlap(router, worker))
-    (row,) = overlap(router, worker)
-    assert 2 in row.values(), row
-    source.terminate()
-    assert shown(source)
-    wait_for("the router has forgotten it", lambda: not overlap(router, worker))
