@@ -12,7 +12,7 @@
 //! Two things keep an event from going round: a mark of the sides that it has been to
 //! (`corelane_codec::event::origin`), which stock peers ignore, and a memory of the last events of
 //! each side. Where several bridges join the same sides, one of them is each publisher's
-//! ([`members`]).
+//! (`members`).
 
 mod course;
 mod members;
