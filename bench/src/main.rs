@@ -3,21 +3,23 @@
 
 mod arrivals;
 mod cpu;
+mod curves;
 mod dynamo;
 mod event_codec;
 mod events;
 mod events_broker;
 mod events_load;
-mod export;
 mod frames;
 mod gms;
 mod gms_client;
 mod gms_report;
 mod gms_scene;
+mod hdr_files;
 mod hiccup;
 mod hop;
 mod hop_report;
 mod hop_scene;
+mod html;
 mod instructions;
 mod interrupt;
 mod kv;
@@ -27,15 +29,20 @@ mod lane_path;
 mod lane_worker;
 mod load;
 mod middle;
+mod output;
 mod pair;
 mod pair_client;
+mod plots;
 mod poll;
+mod progress;
+mod ratio;
 mod report;
 mod servers;
 mod sink;
 mod stock;
 mod stock_report;
 mod strace;
+mod thresholds;
 
 use std::process::ExitCode;
 
