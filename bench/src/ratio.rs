@@ -8,7 +8,8 @@
 //! The interval is a bootstrap: rounds are drawn again with replacement, many times over, and 95 of
 //! 100 such medians lie in it. Nothing is assumed of how times are distributed.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::report::{Spread, median, round};
 
@@ -18,7 +19,7 @@ const DRAWS: usize = 2000;
 const ROUNDS_MIN: usize = 3;
 
 /// A ratio over rounds.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
 pub(crate) struct Ratio {
     /// The median.
     pub(crate) median: f64,
@@ -80,6 +81,11 @@ impl Ratio {
             low,
             high,
         })
+    }
+
+    /// As it stands in a report.
+    pub(crate) fn of_json(told: &Value) -> Option<Self> {
+        serde_json::from_value(told.clone()).ok()
     }
 
     /// Whether 1 lies outside the interval: then the arms differ by more than chance between
