@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use anyhow::{Result, anyhow};
 use hdrhistogram::Histogram;
-use plotters::coord::ranged1d::{AsRangedCoord, KeyPointHint, NoDefaultFormatting, ValueFormatter};
+use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, ValueFormatter};
 use plotters::prelude::*;
 
 use crate::curves::{Curve, Panel, quantile_us};
@@ -44,9 +44,11 @@ const COLOURS: [RGBColor; 8] = [
 const FAINT: RGBColor = RGBColor(0xbb, 0xbb, 0xbb);
 const FONT: &str = "sans-serif";
 
-/// A horizontal axis with marks where they are wanted.
+/// An axis with marks where they are wanted.
+#[derive(Clone)]
 struct Marked {
     reach: Range<f64>,
+    logarithmic: bool,
     marks: Vec<f64>,
 }
 
@@ -54,9 +56,16 @@ impl Ranged for Marked {
     type FormatOption = NoDefaultFormatting;
     type ValueType = f64;
 
-    fn map(&self, value: &f64, (left, right): (i32, i32)) -> i32 {
-        let part = (value - self.reach.start) / (self.reach.end - self.reach.start);
-        left + (part * f64::from(right - left)).round() as i32
+    fn map(&self, value: &f64, (begin, end): (i32, i32)) -> i32 {
+        let Range {
+            start: low,
+            end: high,
+        } = self.reach;
+        let part = match self.logarithmic {
+            true => (value / low).ln() / (high / low).ln(),
+            false => (value - low) / (high - low),
+        };
+        begin + (part * f64::from(end - begin)).round() as i32
     }
 
     fn key_points<Hint: KeyPointHint>(&self, _hint: Hint) -> Vec<f64> {
@@ -106,23 +115,21 @@ struct Axes<'a> {
 /// All plots of a run, in the order of the report.
 pub(crate) fn all(panels: &[Panel]) -> Result<Vec<String>> {
     let mut plots = Vec::new();
+    if panels.len() > 1 {
+        plots.push(over_throughput(panels)?);
+    }
+    let mut curves = panels.iter().flat_map(|panel| &panel.curves);
+    if curves.any(|curve| curve.cpu_us.is_some()) {
+        plots.push(match panels.len() > 2 {
+            true => cpu_over_throughput(panels)?,
+            false => cpu_bars(panels)?,
+        });
+    }
     for panel in panels {
         plots.push(by_percentile(panel)?);
         if panel.curves.iter().any(|curve| curve.intervals.len() > 1) {
             plots.push(over_time(panel)?);
         }
-    }
-    if panels.len() > 1 {
-        plots.push(over_throughput(panels)?);
-    }
-    if panels
-        .iter()
-        .any(|panel| panel.curves.iter().any(|curve| curve.cpu_us.is_some()))
-    {
-        plots.push(match panels.len() > 2 {
-            true => cpu_over_throughput(panels)?,
-            false => cpu_bars(panels)?,
-        });
     }
     Ok(plots)
 }
@@ -206,18 +213,15 @@ fn over_time(panel: &Panel) -> Result<String> {
     let mut lines = Vec::new();
     for (arm, curve) in panel.curves.iter().enumerate() {
         for (quantile, width) in [(0.5, 1), (0.99, 2)] {
-            let points = curve.intervals.iter().filter_map(|interval| {
-                let middle = interval.start + interval.length / 2;
-                let us = quantile_us(&interval.latency_ns, quantile)?;
-                Some((middle.as_secs_f64(), us))
-            });
-            let points = points.collect();
-            lines.push(Line {
-                colour: colour(arm),
-                width,
-                dots: width > 1,
-                points,
-            });
+            let dots = width > 1;
+            for points in runs(curve, quantile) {
+                lines.push(Line {
+                    colour: colour(arm),
+                    width,
+                    dots,
+                    points,
+                });
+            }
         }
     }
     let axes = Axes {
@@ -228,6 +232,26 @@ fn over_time(panel: &Panel) -> Result<String> {
         logarithmic: true,
     };
     plot(&axes, &lines, &names(panel))
+}
+
+/// Points (seconds, us), a run for each time that intervals follow each other without a gap: in a
+/// gap other arms had their turn.
+fn runs(curve: &Curve, quantile: f64) -> Vec<Points> {
+    let (mut runs, mut last_end) = (Vec::<Points>::new(), None);
+    for interval in &curve.intervals {
+        let is_next = last_end.is_some_and(|end| interval.start <= end + interval.length / 2);
+        last_end = Some(interval.start + interval.length);
+        if !is_next {
+            runs.push(Points::new());
+        }
+        let middle = interval.start + interval.length / 2;
+        if let (Some(run), Some(us)) =
+            (runs.last_mut(), quantile_us(&interval.latency_ns, quantile))
+        {
+            run.push((middle.as_secs_f64(), us));
+        }
+    }
+    runs
 }
 
 /// A line for each arm over what it achieved under each load.
@@ -281,17 +305,36 @@ fn cpu_over_throughput(panels: &[Panel]) -> Result<String> {
 
 /// Lines on axes, the names of the arms beside them.
 fn plot(axes: &Axes<'_>, lines: &[Line], names: &[Name]) -> Result<String> {
-    draw(&axes.title, names, |area| match axes.logarithmic {
-        true => {
-            let (low, high) = reach(lines, |(_, y)| y);
-            let y = (low * 0.85..high * 1.15).log_scale();
-            lines_on(area, axes, lines, y)
-        }
-        false => {
-            let (_, high) = reach(lines, |(_, y)| y);
-            lines_on(area, axes, lines, 0.0..high * 1.1)
-        }
-    })
+    draw(&axes.title, names, |area| lines_on(area, axes, lines))
+}
+
+/// The horizontal axis.
+fn across(axes: &Axes<'_>, lines: &[Line]) -> Marked {
+    let (low, high) = reach(lines, |(x, _)| x);
+    let pad = (high - low).max(high * 1e-3) * 0.03;
+    let (reach, marks) = match axes.percentiles {
+        true => (0.0..NINES_MAX, PERCENTILES.map(|(nines, _)| nines).to_vec()),
+        false => ((low - pad).max(0.0)..high + pad, round_marks(low, high)),
+    };
+    Marked {
+        reach,
+        logarithmic: false,
+        marks,
+    }
+}
+
+/// The vertical axis.
+fn up(axes: &Axes<'_>, lines: &[Line]) -> Marked {
+    let (low, high) = reach(lines, |(_, y)| y);
+    let (reach, marks) = match axes.logarithmic {
+        true => (low * 0.85..high * 1.15, powers(low * 0.85, high * 1.15)),
+        false => (0.0..high * 1.1, round_marks(0.0, high * 1.1)),
+    };
+    Marked {
+        reach,
+        logarithmic: axes.logarithmic,
+        marks,
+    }
 }
 
 /// The least and the greatest of the points, or some reach where there are none.
@@ -306,22 +349,12 @@ fn reach(lines: &[Line], of: impl Fn(&(f64, f64)) -> &f64) -> (f64, f64) {
     }
 }
 
-fn lines_on<Y>(area: &Area<'_>, axes: &Axes<'_>, lines: &[Line], y: Y) -> Result<()>
-where
-    Y: AsRangedCoord<Value = f64>,
-    Y::CoordDescType: ValueFormatter<f64>,
-{
-    let (low, high) = reach(lines, |(x, _)| x);
-    let pad = (high - low).max(high * 1e-3) * 0.03;
-    let (reach, marks) = match axes.percentiles {
-        true => (0.0..NINES_MAX, PERCENTILES.map(|(nines, _)| nines).to_vec()),
-        false => ((low - pad).max(0.0)..high + pad, round_marks(low, high)),
-    };
+fn lines_on(area: &Area<'_>, axes: &Axes<'_>, lines: &[Line]) -> Result<()> {
     let mut chart = ChartBuilder::on(area)
         .margin(8)
         .x_label_area_size(44)
         .y_label_area_size(72)
-        .build_cartesian_2d(Marked { reach, marks }, y)
+        .build_cartesian_2d(across(axes, lines), up(axes, lines))
         .map_err(|error| anyhow!("cannot plot: {error}"))?;
     let percentile = |nines: &f64| {
         let named = PERCENTILES.iter().find(|(at, _)| (at - nines).abs() < 1e-9);
@@ -342,7 +375,6 @@ where
         .y_desc(axes.y)
         .x_label_formatter(x_text)
         .y_label_formatter(&plain)
-        .y_labels(8)
         .draw()
         .map_err(|error| anyhow!("cannot plot: {error}"))?;
     for line in lines {
@@ -359,6 +391,16 @@ where
         }
     }
     Ok(())
+}
+
+/// 1, 2 and 5 times powers of ten from `low` to `high`; the powers alone where these are many.
+fn powers(low: f64, high: f64) -> Vec<f64> {
+    let digits: &[f64] = match high / low.max(1e-9) > 1e3 {
+        true => &[1.0],
+        false => &[1.0, 2.0, 5.0],
+    };
+    let all = (-3..=9).flat_map(|power| digits.iter().map(move |d| d * 10_f64.powi(power)));
+    all.filter(|mark| (low..=high).contains(mark)).collect()
 }
 
 /// About six round numbers from `low` to `high`.
@@ -526,10 +568,23 @@ mod tests {
     }
 
     #[test]
+    fn lines_over_time_have_gaps_where_others_ran() {
+        let mut curve = curve("x", 10);
+        assert_eq!(
+            runs(&curve, 0.5).iter().map(Vec::len).collect::<Vec<_>>(),
+            [1, 1]
+        );
+        curve.intervals[1].start = Duration::from_secs(1);
+        assert_eq!(runs(&curve, 0.5), [vec![(0.5, 5.003), (1.5, 5.003)]]);
+    }
+
+    #[test]
     fn numbers_beside_axes_are_short() {
         let texts = [0.0, 0.25, 5.0, 1200.0, 25_000.0, 1_500_000.0].map(short);
         assert_eq!(texts, ["0", "0.25", "5", "1200", "25 k", "1.5 M"]);
         let marks = round_marks(1.2, 13.0);
         assert_eq!(&marks[..4], [0.0, 2.0, 4.0, 6.0]);
+        assert_eq!(powers(8.0, 60.0), [10.0, 20.0, 50.0]);
+        assert_eq!(powers(8.0, 60_000.0), [10.0, 100.0, 1e3, 1e4]);
     }
 }

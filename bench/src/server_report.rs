@@ -541,7 +541,7 @@ mod tests {
             stolen_cores: 0.0,
         };
         Record {
-            rounds: (0..3).map(round).collect(),
+            rounds: (0..6).map(round).collect(),
             ..Record::default()
         }
     }
@@ -587,7 +587,7 @@ mod tests {
     #[test]
     fn a_kept_run_is_compared_load_by_load() {
         let load = "open loop, 10 requests/s even";
-        let rounds: Vec<_> = (0..3)
+        let rounds: Vec<_> = (0..6)
             .map(|_| json!({"latency_us": {"p99": 50.0}}))
             .collect();
         let arms = json!([{"arm": "target", "rounds": rounds}]);
