@@ -1,20 +1,20 @@
 //! `corelane-bench hop`: the same frames to the sink directly and through each process in the
 //! middle, arm after arm in one interleaved run.
 
-use std::time::Duration;
+use std::time::SystemTime;
 
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 
 use crate::arrivals::Arrivals;
 use crate::cpu::Pins;
-use crate::export::{ExportArgs, Panel};
+use crate::curves::Panel;
 use crate::hop_report::{self, Record};
 use crate::hop_scene::Scene;
 use crate::interrupt;
 use crate::load::Shape;
 use crate::middle::CorelaneArgs;
-use crate::report::OutputArgs;
+use crate::output::{ExportArgs, OutputArgs, Told};
 use crate::usage_error;
 
 /// What may stand in the middle.
@@ -128,7 +128,7 @@ impl HopArgs {
         if !(1..=30 << 20).contains(&self.payload) {
             return Err(usage_error("--payload must be 1 byte to 30 MiB"));
         }
-        Ok(())
+        self.output.check()
     }
 
     /// The loads in the order they run.
@@ -166,6 +166,7 @@ impl HopArgs {
 pub(crate) fn run(args: &HopArgs) -> Result<()> {
     args.check()?;
     interrupt::install();
+    let began = SystemTime::now();
     let mut scene = Scene::start(args)?;
     for note in &scene.skipped {
         eprintln!("left out: {note}");
@@ -175,10 +176,16 @@ pub(crate) fn run(args: &HopArgs) -> Result<()> {
         records.push(scene.measure(args, shape)?);
     }
     let report = hop_report::report(args, &scene, &records);
-    args.output
-        .print_table(&hop_report::text(args, &scene, &records))?;
-    args.output.write_json("hop", &report)?;
-    args.export.write(&panels(args, &scene, &records))?;
+    let tables = hop_report::text(args, &scene, &records);
+    let panels = panels(args, &scene, &records);
+    args.output.print_table(&tables)?;
+    args.export.write(&panels, began)?;
+    args.output.finish(&Told {
+        kind: "hop",
+        report: &report,
+        tables: &tables,
+        panels: &panels,
+    })?;
     let errors: u64 = records
         .iter()
         .flatten()
@@ -196,15 +203,12 @@ pub(crate) fn run(args: &HopArgs) -> Result<()> {
 }
 
 /// The distributions of each load.
-fn panels<'a>(args: &HopArgs, scene: &'a Scene, records: &'a [Vec<Record>]) -> Vec<Panel<'a>> {
-    let measured = Duration::from_secs_f64(args.seconds * args.rounds as f64);
-    let panel = |(shape, records): (Shape, &'a Vec<Record>)| {
+fn panels(args: &HopArgs, scene: &Scene, records: &[Vec<Record>]) -> Vec<Panel> {
+    let panel = |(shape, records): (Shape, &Vec<Record>)| {
         let curves = scene.arms.iter().zip(records);
-        let curves = curves.map(|(arm, record)| (arm.name.as_str(), &record.latency_ns));
         Panel {
             title: shape.to_string(),
-            curves: curves.collect(),
-            measured,
+            curves: curves.map(|(arm, record)| record.curve(arm)).collect(),
         }
     };
     args.loads().into_iter().zip(records).map(panel).collect()

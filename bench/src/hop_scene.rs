@@ -6,7 +6,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use hdrhistogram::Histogram;
@@ -20,7 +20,8 @@ use crate::hop_report::{Record, Round};
 use crate::interrupt::wait_for;
 use crate::load::{self, Edge, Found, Shape, Slice};
 use crate::middle::{Corelane, Discovery, Proxy, Route, instance_address};
-use crate::report::{Quantiles, order, progress, round};
+use crate::progress::Progress;
+use crate::report::{Quantiles, order, round};
 use crate::servers::{START_LIMIT, Server, version_of};
 use crate::strace::Trace;
 
@@ -54,6 +55,7 @@ pub(crate) struct Scene {
     pub(crate) sink_cpus: String,
     sink: Server,
     hiccup: HiccupMeter,
+    began: Instant,
     dir: TempDir,
 }
 
@@ -76,6 +78,7 @@ impl Scene {
             sink_cpus: allowed_cpus(sink.pid()),
             sink,
             hiccup: HiccupMeter::start()?,
+            began: Instant::now(),
             dir,
         };
         scene.add_direct("direct", address, args)?;
@@ -201,27 +204,25 @@ impl Scene {
     /// All rounds of one load; a record per arm.
     pub(crate) fn measure(&mut self, args: &HopArgs, shape: Shape) -> Result<Vec<Record>> {
         let mut records: Vec<Record> = self.arms.iter().map(|_| Record::default()).collect();
+        let traced = if args.strace { self.arms.len() } else { 0 };
+        let mut progress = Progress::of(args.rounds * self.arms.len() + traced);
         for number in 0..args.rounds {
             for index in order(self.arms.len(), number) {
                 let name = &self.arms[index].name;
-                progress(&format!(
-                    "{shape}: round {} of {}, {name}",
-                    number + 1,
-                    args.rounds
-                ));
+                let (round, rounds) = (number + 1, args.rounds);
+                progress.begin(&format!("{shape}: round {round} of {rounds}, {name}"));
                 self.slice(args, shape, number, index, &mut records[index])?;
             }
         }
         if args.strace {
             for (index, record) in records.iter_mut().enumerate() {
-                progress(&format!(
+                progress.begin(&format!(
                     "{shape}: system calls of {}",
                     self.arms[index].name
                 ));
                 record.calls_per_request = self.trace(args, shape, index)?;
             }
         }
-        progress("");
         Ok(records)
     }
 
@@ -234,7 +235,11 @@ impl Scene {
         record: &mut Record,
     ) -> Result<()> {
         let Self {
-            arms, sink, hiccup, ..
+            arms,
+            sink,
+            hiccup,
+            began,
+            ..
         } = self;
         let Arm {
             name,
@@ -245,7 +250,7 @@ impl Scene {
         } = &mut arms[index];
         let middle_pid = middle.as_ref().map(Server::pid);
         let (mut before, mut after) = (Counters::default(), Counters::default());
-        let mut hiccups = None;
+        let (mut hiccups, mut start) = (None, Duration::ZERO);
         let slice = Slice {
             target: *target,
             frame,
@@ -258,6 +263,7 @@ impl Scene {
             match edge {
                 Edge::Open => {
                     hiccup.take();
+                    start = began.elapsed();
                     before = Counters::read(middle_pid, sink.pid());
                 }
                 Edge::Close => {
@@ -274,6 +280,7 @@ impl Scene {
         let hiccups = hiccups.context("the window never closed")?;
         record.add(
             round_of(number, &found, before, after, &hiccups),
+            start,
             &found,
             &hiccups,
         );
