@@ -22,6 +22,7 @@ use socket2::SockRef;
 
 use super::sockets::{self, connect_result, errno, send_now};
 use super::{Completion, Event, Handle, Ring, Room, SPANS_MAX, Span};
+use crate::balance::Origin;
 use crate::buffers::{BufferId, Buffers};
 use crate::operation::Operation;
 
@@ -581,6 +582,16 @@ impl Ring for Epoll {
     }
 
     fn unpark(&mut self) {}
+
+    fn origin(&mut self, fd: RawFd) -> Origin {
+        self.system_calls += 2;
+        sockets::origin(fd)
+    }
+
+    fn busy_poll(&mut self, microseconds: u32) -> io::Result<()> {
+        self.system_calls += 1;
+        sockets::poll_queues(self.epoll.as_raw_fd(), microseconds)
+    }
 
     fn now_ns(&self) -> u64 {
         super::monotonic_ns()
