@@ -357,19 +357,6 @@ impl Epoll {
         self.complete(operation, event);
     }
 
-    /// Notes a receive.
-    fn want(&mut self, operation: Operation, handle: Handle, once: u32, room: Option<Room>) {
-        let slot = &mut self.slots[handle.slot as usize];
-        debug_assert!(slot.receive.is_none(), "one receive per socket at a time");
-        if slot.refused != 0 {
-            let errno = slot.refused;
-            return self.complete(operation, Event::ReceiveFailed { errno });
-        }
-        slot.receive = Some(operation);
-        (slot.once_bytes, slot.room) = (once, room);
-        self.queue(handle.slot);
-    }
-
     fn idle(&self) -> bool {
         let acceptable = |listener: &Listener| listener.ready && listener.accept.is_some();
         self.ready.is_empty() && !self.listeners.iter().any(acceptable)
