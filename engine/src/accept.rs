@@ -66,9 +66,9 @@ fn come<R: Ring>(shard: &mut Shard<R>, socket: OwnedFd) {
 
 /// A connection that another shard has handed over. It stays here, whatever has changed meanwhile.
 pub(crate) fn take_over<R: Ring>(shard: &mut Shard<R>, socket: OwnedFd) {
-    shard.stats.shard.connections_taken_over.add(1);
     shard.ring.take_over(socket.as_raw_fd());
     admit(shard, socket);
+    shard.stats.shard.connections_taken_over.add(1);
 }
 
 fn admit<R: Ring>(shard: &mut Shard<R>, socket: OwnedFd) {

@@ -70,10 +70,10 @@ pub(crate) struct Balance {
 #[derive(Debug)]
 struct Known {
     neighbour: Neighbour,
-    /// Its callers when they were looked at last.
-    seen: u64,
-    /// Handed to it since that number has changed.
-    handed: u64,
+    /// Connections that it had taken over, from anybody, when that was looked at last.
+    taken: u64,
+    /// Handed to it and, as far as that number tells, not taken yet.
+    under_way: u64,
 }
 
 impl Balance {
@@ -81,8 +81,8 @@ impl Balance {
     pub(crate) fn meet(&mut self, neighbours: Vec<Neighbour>) {
         let known = |neighbour| Known {
             neighbour,
-            seen: 0,
-            handed: 0,
+            taken: 0,
+            under_way: 0,
         };
         self.neighbours = neighbours.into_iter().map(known).collect();
     }
@@ -115,11 +115,14 @@ impl Balance {
     pub(crate) fn hand_over(&mut self, socket: OwnedFd) -> Result<(), OwnedFd> {
         let mut least: Option<(u64, &mut Known)> = None;
         for known in &mut self.neighbours {
-            let now = known.neighbour.stats.shard.callers.get();
-            if now != known.seen {
-                (known.seen, known.handed) = (now, 0);
-            }
-            let callers = known.seen + known.handed;
+            let stats = &known.neighbour.stats.shard;
+            // In the order in which its writer is the other way round: none is counted by neither.
+            let taken = stats.connections_taken_over.get();
+            let callers = stats.callers.get();
+            let news = taken.wrapping_sub(known.taken);
+            known.under_way = known.under_way.saturating_sub(news);
+            known.taken = taken;
+            let callers = callers + known.under_way;
             if least.as_ref().is_none_or(|(fewest, _)| callers < *fewest) {
                 least = Some((callers, known));
             }
@@ -128,7 +131,7 @@ impl Balance {
             Some((fewest, known)) if fewest + FEWER_MIN.max(self.callers / 8) <= self.callers => {
                 let command = Command::TakeOver(socket);
                 match known.neighbour.commands.send(command) {
-                    Ok(()) => known.handed += 1,
+                    Ok(()) => known.under_way += 1,
                     Err(Command::TakeOver(socket)) => return Err(socket),
                     // It gives back what it was given.
                     Err(_) => {}
@@ -185,10 +188,12 @@ mod tests {
         balance.came();
         assert!(balance.hand_over(socket()).is_ok());
         assert_eq!((count(&at_few), count(&at_more)), (0, 1));
-        // Both have 4 in our eyes; one says that it has 2.
-        stats.shard.callers.set(1);
+        // What has arrived is not counted twice.
+        stats.shard.callers.set(3);
+        stats.shard.connections_taken_over.add(1);
         assert!(balance.hand_over(socket()).is_ok());
         assert_eq!((count(&at_few), count(&at_more)), (1, 0));
+        assert!(balance.hand_over(socket()).is_err());
         assert_eq!(balance.went(), 6);
     }
 

@@ -532,10 +532,10 @@ mod tests {
                 period_us: 100_000,
             }),
         );
-        assert_eq!(assignment.notes.len(), 4, "{:?}", assignment.notes);
+        assert_eq!(assignment.notes.len(), 5, "{:?}", assignment.notes);
         assert!(assignment.notes[0].contains("CPUs 0 and 2"));
         assert!(assignment.notes[1].contains("CPUs 1 and 3"));
-        assert!(assignment.notes[3].contains("1.50 CPUs and 4 are used"));
+        assert!(assignment.notes[4].contains("1.50 CPUs and 4 are used"));
 
         let mut elsewhere = assign(&[0], ControlCpu::Cpu(1), &[0, 1, 2, 3]);
         elsewhere.advise(&topology, None);
