@@ -40,6 +40,7 @@ pub mod quic;
 pub mod signals;
 pub mod status_client;
 pub mod status_server;
+pub mod steering;
 pub mod supervise;
 pub mod tls;
 pub mod trace;

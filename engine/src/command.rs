@@ -1,10 +1,12 @@
 //! What control and a shard say to each other.
 
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::task::Waker;
 
 use crate::adopt::{Adoption, Errand, Ticket};
+use crate::balance::Neighbour;
 use crate::directory::Directory;
 use crate::handler::NewHandler;
 use crate::kv::{Batch, Question, Reports};
@@ -64,6 +66,11 @@ pub enum Command {
     /// Wake a task of the shard. Its executor hears late of those who do it from other threads:
     /// glommio looks for them every 100 ms.
     Wake(Waker),
+    /// The other shards of this process, for [`crate::balance::Imbalance::LeastConnections`].
+    Neighbours(Vec<Neighbour>),
+    /// A connection that another shard has accepted and that is to be served here; nothing was read
+    /// from it.
+    TakeOver(OwnedFd),
     /// Accept connections from the socket that was handed over; to be said once.
     Accept,
     /// Refuse new requests from now on.
@@ -104,6 +111,11 @@ pub enum Report {
     },
     /// A peer speaks TLS where we do not; at most one a second is told.
     Stranger,
+    /// The ring does not poll the devices' queues as it was told to.
+    NoBusyPoll {
+        /// The kernel's answer.
+        errno: i32,
+    },
     /// The span of a request that has ended; only where spans are made, and lost when this queue is
     /// full.
     Span(Box<SpanRecord>),

@@ -4,8 +4,10 @@
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 
+use crate::balance::Imbalance;
 use crate::ends::HomeAddress;
 use crate::quic::{QuicHome, ResponsePlane};
+use crate::steering::Program;
 
 /// In place of a CPU: the kernel moves the shard's thread as it likes.
 pub const ANY_CPU: usize = usize::MAX;
@@ -26,6 +28,14 @@ pub struct ShardConfig {
     /// A socket that listens already and is used in place of `listen`; other shards may share it.
     /// For epoll it must not block. Nothing is accepted before [`crate::command::Command::Accept`].
     pub handed: Option<Arc<TcpListener>>,
+    /// Chooses the shard of a connection in the kernel; all that listen on one port share the one
+    /// that was given last.
+    pub steering: Option<Program>,
+    /// Connections that come here while others have fewer.
+    pub imbalance: Imbalance,
+    /// Microseconds for which the ring polls the devices' receive queues before it sleeps; 0 leaves
+    /// them to their interrupts.
+    pub busy_poll_us: u32,
     /// Connections of all kinds, at most.
     pub connections_max: u32,
     /// Bytes of one receive buffer.
@@ -83,6 +93,9 @@ impl ShardConfig {
             idle: Idle::Block,
             listen,
             handed: None,
+            steering: None,
+            imbalance: Imbalance::Keep,
+            busy_poll_us: 0,
             connections_max: 16_384,
             buffer_bytes: 16_384,
             buffers: 4_096,

@@ -114,6 +114,14 @@ cells! {
         Counter protocol_errors,
         /// Connections accepted
         Counter connections_accepted,
+        /// Connections accepted whose packets this core's own CPU has handled last
+        Counter connections_local,
+        /// Connections accepted whose packets another CPU has handled last
+        Counter connections_remote,
+        /// Connections handed to a core with fewer callers
+        Counter connections_handed_over,
+        /// Connections accepted by another core and taken over
+        Counter connections_taken_over,
         /// Connections refused because the table was full
         Counter connections_refused,
         /// Connections closed because no handshake could be begun: too many wait already
@@ -250,6 +258,12 @@ cells! {
         Counter lane_faults,
         /// Connections open now
         Gauge connections,
+        /// Of those, connections of callers
+        Gauge callers,
+        /// Receive queues of devices, 64 at most, that have brought connections of callers here
+        Gauge receive_queues,
+        /// Microseconds that this core polls its receive queues before it sleeps; 0: it does not
+        Gauge busy_poll_us,
         /// Connections to instances open now
         Gauge upstreams,
         /// Requests between arrival and end

@@ -3,8 +3,9 @@
 
 use super::value::Kind;
 use super::words::{
-    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Io, KernelTls, LoadSource,
-    Overflow, PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Switch,
+    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Imbalance, Io, KernelTls,
+    LoadSource, Overflow, PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Steering,
+    Switch,
 };
 
 /// A table of `corelane.toml`.
@@ -228,6 +229,10 @@ keys! {
     SERVER_STATUS_PORT = Server "status_port", int(-1, 65_535, "port"), Value("9090"),
         [Alias { name: "DYN_SYSTEM_PORT", dialect: Dialect::NegativeIsOff }],
         "Port of /health, /live and /metrics; 0 takes any free one, -1 switches them off";
+    SERVER_STEERING = Server "steering", Kind::Words(Steering::WORDS), Value("auto"), [],
+        "Who accepts: any core (off), that of the packet's CPU or of its queue; auto: queue or off";
+    SERVER_IMBALANCE = Server "imbalance", Kind::Words(Imbalance::WORDS), Value("keep"), [],
+        "A new connection stays, or is handed to the core with the fewest if those are far fewer";
     SERVER_MESSAGE_BYTES_MAX = Server "message_bytes_max", int(4_096, 1 << 30, "bytes"),
         Value("33554432"), [same("DYN_TCP_MAX_MESSAGE_SIZE")],
         "Largest whole request frame; a longer one is refused";
@@ -361,10 +366,10 @@ keys! {
         "What a core does with nothing to do: block sleeps, spin polls";
     CORE_IO = Core "io", Kind::Words(Io::WORDS), Value("auto"), [],
         "auto takes io_uring where the kernel allows it, else epoll";
-    CORE_NIC_QUEUE = Core "nic_queue", Kind::ReservedWord("none"), Value("none"), [],
-        "Network queue to serve; only none in this version";
-    CORE_BUSY_POLL_US = Core "busy_poll_us", Kind::ReservedInt(0), Value("0"), [],
-        "NAPI busy polling; only 0 in this version";
+    CORE_NIC_QUEUE = Core "nic_queue", Kind::NicQueue, Value("none"), [],
+        "Queue of a network device whose connections this core takes, such as eth0:2; see steering";
+    CORE_BUSY_POLL_US = Core "busy_poll_us", int(0, 10_000, "microseconds"), Value("0"), [],
+        "How long a core polls its receive queues before it sleeps; 0 leaves that to interrupts";
     CORE_CONNECTIONS_MAX = Core "connections_max", int(16, 1_000_000, "connections"),
         Value("16384"), [],
         "Sockets of one core, both sides together";
@@ -383,6 +388,8 @@ keys! {
 
     CONTROL_CPU = Control "cpu", Kind::CpuOrLast, Value("last"), [],
         "CPU of the control core; last is the last one, free of data cores where there is one";
+    CONTROL_SHARE = Control "share", Kind::Words(Switch::WORDS), Value("off"), [],
+        "Whether the control core's CPU may be one of cpus as well, and run both";
     CONTROL_FLIGHT_DIR = Control "flight_dir", Kind::Path,
         Unset("the first of LOGS_DIRECTORY, which systemd sets, else nothing is written"), [],
         "Folder for the last records of a core that ends by itself, or makes no progress";

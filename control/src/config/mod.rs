@@ -16,7 +16,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use corelane_engine::quic;
+use corelane_engine::nic::QueueName;
+use corelane_engine::{balance, quic, steering};
 
 use crate::env::Env;
 
@@ -28,6 +29,7 @@ mod keys;
 mod kv;
 mod layers;
 mod lists;
+mod placing;
 mod planner;
 mod problem;
 mod raw;
@@ -48,8 +50,9 @@ pub use problem::{Origin, Problem, Severity};
 pub use tls::{Tls, TlsClient, TlsServer};
 pub use value::{Kind, Value, address};
 pub use words::{
-    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Io, KernelTls, LoadSource,
-    Overflow, PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Switch,
+    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Imbalance, Io, KernelTls,
+    LoadSource, Overflow, PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Steering,
+    Switch,
 };
 
 pub use crate::words::Word;
@@ -107,6 +110,10 @@ pub struct Server {
     pub status_port: Option<u16>,
     /// Largest whole request frame.
     pub message_bytes_max: u32,
+    /// What chooses the core of a connection.
+    pub steering: steering::Steering,
+    /// What becomes of a connection that comes to a core with more than others.
+    pub imbalance: balance::Imbalance,
     /// How the responses that this process makes travel.
     pub responses: Responses,
     /// `[tls]`: who speaks TLS, and how.
@@ -309,6 +316,10 @@ pub struct Core {
     pub idle: Idle,
     /// Which kernel interface moves bytes.
     pub io: Io,
+    /// The queue of a network device whose connections it takes.
+    pub nic_queue: Option<QueueName>,
+    /// How long it polls its receive queues before it sleeps; 0: not at all.
+    pub busy_poll_us: u32,
     /// Sockets at most.
     pub connections_max: u32,
     /// Size of a receive buffer.
@@ -328,6 +339,8 @@ pub struct Core {
 pub struct Control {
     /// The CPU of the control core; may be one of the data cores on a small machine.
     pub cpu: usize,
+    /// A data core may run there too.
+    pub share: bool,
     /// Where flight records of a core in trouble are written.
     pub flight_dir: Option<PathBuf>,
 }

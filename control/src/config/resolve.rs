@@ -2,19 +2,20 @@
 //! What concerns routes and instances is in `routes`.
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use corelane_engine::quic;
+use corelane_engine::steering::Steering;
 
 use super::keys;
 use super::layers::{Layers, Of};
 use super::problem::Origin;
 use super::value::{Value, ip};
-use super::words::{Backend, Idle, Io, RelayPlane, ResponsePlane};
+use super::words::{Backend, Idle, Io, RelayPlane, ResponsePlane, Switch};
 use super::{
     Config, Control, Core, Discovery, Drain, Host, Inputs, Responses, Secret, Server, cpu_list,
-    events, gpu, planner, routes, tls,
+    events, gpu, placing, planner, routes, tls,
 };
 
 /// Sockets and files that are open besides connections: rings, listeners, stores.
@@ -22,7 +23,7 @@ const OTHER_FILES: u64 = 64;
 
 /// The configuration, if nothing is missing; the caller drops it when an error was reported.
 pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
-    let server = server(layers);
+    let mut server = server(layers);
     let discovery = discovery(layers);
     let broker = events::broker(layers, inputs.purpose, server.host, &inputs.host);
     let routed = inputs.purpose.routes();
@@ -33,6 +34,7 @@ pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
     let cores = cores(layers, &inputs.host);
     let control = control(layers, &inputs.host, &cores);
     if routed {
+        server.steering = placing::steering(layers, &cores, Path::new("/"));
         open_files(layers, &inputs.host, &cores);
     }
     let drain = Drain {
@@ -97,6 +99,9 @@ fn server(layers: &mut Layers) -> Server {
         status_host,
         status_port,
         message_bytes_max,
+        // Decided when the cores are known.
+        steering: Steering::Hash,
+        imbalance: placing::imbalance(layers),
         responses: responses(layers),
         tls: tls::tls(layers),
     }
@@ -253,7 +258,7 @@ pub(super) fn origin(layers: &Layers, key: &keys::Key) -> Origin {
 }
 
 /// The data cores that this machine has.
-fn cores(layers: &mut Layers, host: &Host) -> Vec<Core> {
+pub(super) fn cores(layers: &mut Layers, host: &Host) -> Vec<Core> {
     let (wanted, at) = match layers.get(&keys::CORE_CPUS, Of::Once) {
         Some((Value::Cpus(cpus), at)) => (cpus, at),
         _ => (host.cpus.clone(), Origin::Default),
@@ -299,13 +304,12 @@ fn cores(layers: &mut Layers, host: &Host) -> Vec<Core> {
 
 fn core(layers: &mut Layers, cpu: usize) -> Core {
     let of = Of::Core(cpu);
-    // Words of the contract that have only one value in this version: read, so that they show.
-    let _ = layers.get(&keys::CORE_NIC_QUEUE, of);
-    let _ = layers.get(&keys::CORE_BUSY_POLL_US, of);
     Core {
         cpu,
         idle: layers.word_of(&keys::CORE_IDLE, of, Idle::parse, Idle::Block),
         io: layers.word_of(&keys::CORE_IO, of, Io::parse, Io::Auto),
+        nic_queue: placing::queue(layers, of),
+        busy_poll_us: layers.int(&keys::CORE_BUSY_POLL_US, of),
         connections_max: layers.int(&keys::CORE_CONNECTIONS_MAX, of),
         buffer_bytes: layers.int(&keys::CORE_BUFFER_BYTES, of),
         buffers: layers.int(&keys::CORE_BUFFERS, of),
@@ -354,9 +358,11 @@ fn control(layers: &mut Layers, host: &Host, cores: &[Core]) -> Option<Control> 
             r#"write idle = "block", or keep a CPU out of cpus"#,
         );
     }
+    let share = layers.word(&keys::CONTROL_SHARE, Switch::parse, Switch::Off);
     let flight_dir = layers.text(&keys::CONTROL_FLIGHT_DIR, Of::Once);
     Some(Control {
         cpu,
+        share: share == Switch::On,
         flight_dir: flight_dir.map(|(dir, _)| PathBuf::from(dir)),
     })
 }

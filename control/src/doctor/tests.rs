@@ -32,6 +32,8 @@ impl Fake {
                     cpus: vec![0, 1, 2],
                     devices: None,
                     connections: 3 * 16_384,
+                    queues: Vec::new(),
+                    polls: false,
                 },
                 control: 3,
                 connections_max: 16_384,

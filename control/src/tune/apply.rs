@@ -284,6 +284,8 @@ mod tests {
                 cpus: vec![2, 3],
                 devices: None,
                 connections: 16_384,
+                queues: Vec::new(),
+                polls: false,
             };
             Plan::make(&self.view, &goal)
         }

@@ -248,16 +248,29 @@ pub(crate) const AFTER_ROUTE: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "[core]\nnic_queue = \"eth0:2\"\n",
+        "[core]\nnic_queue = \"eth0\"\n",
         &[
-            "c.toml:8:13: nic_queue = \"eth0:2\" is not in this version; \
-         write nic_queue = \"none\" or leave it out",
+            "c.toml:8:13: nic_queue is \"eth0\", neither DEVICE:QUEUE nor none; \
+         write it like \"eth0:2\"",
         ],
     ),
     (
-        "[core]\nbusy_poll_us = 50\n",
-        &["c.toml:8:16: busy_poll_us = 50 is not in this version; \
-         write busy_poll_us = 0 or leave it out"],
+        "[server]\nsteering = \"queue\"\n",
+        &[
+            "c.toml:8:12: steering = \"queue\", and no core has a nic_queue; \
+         write nic_queue in cores.d/<n>.toml, or steering = \"cpu\"",
+        ],
+    ),
+    (
+        "[core]\nidle = \"spin\"\nbusy_poll_us = 500\n",
+        &[
+            "c.toml:9:16: warning: busy_poll_us is 500 with idle = \"spin\": \
+         tasks of the core wait as long; write 100 or less, or idle = \"block\"",
+        ],
+    ),
+    (
+        "[core]\nbusy_poll_us = 20000\n",
+        &["c.toml:8:16: busy_poll_us is 20000, outside 0 to 10000 (microseconds); write 10000"],
     ),
     (
         "[core]\nbuffers = 5000\n",
