@@ -222,7 +222,10 @@ impl Router {
         };
         let nats = self.requests.as_ref().map(Requests::nats);
         let events = feeds::open(&Env::current(), &self.discovery, nats, ring).await?;
-        let feeds = Rc::new(Feeds::start(events, &self.pulse.board, &self.pulse.cores));
+        let gateway = self.requests.as_ref().map(Requests::gateway);
+        let heard = (events, &self.discovery, gateway);
+        let feeds = Feeds::start(config, heard, &self.pulse.board, &self.pulse.cores)?;
+        let feeds = Rc::new(feeds);
         let written = Rc::clone(&feeds);
         self.add_metrics(Box::new(move |out| written.write(out)));
         self.feeds = Some(feeds);

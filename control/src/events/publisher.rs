@@ -225,6 +225,7 @@ fn source_record(key: &EventKey, endpoint: EndpointId, dp_rank: u32) -> Record {
             kv_state_endpoint: endpoint.clone(),
             worker: KvWorker { worker_id, dp_rank },
             publisher_id: key.publisher_id,
+            recovery_target: None,
         };
         let record = EventSourceRecord::new(&key, &metadata);
         let value = record.and_then(|record| serde_json::to_vec(&record));

@@ -14,10 +14,6 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use corelane_codec::limits::TWO_PART_PREFIX_BYTES;
-use corelane_codec::request_frame::Prefix;
-use corelane_codec::{Decoded, two_part};
-
 use crate::directory::{Directory, KvRule, LoadSource};
 use crate::forward::{self, View};
 use crate::in_flight::Request;
@@ -31,10 +27,12 @@ mod held;
 mod index;
 mod nodes;
 mod prompt;
+mod reading;
 
 pub use index::{Counts, Index, Overlap, RANKS_MAX, RankId, Stored};
 pub use nodes::mix;
 pub use prompt::{BLOCK_TOKENS_MAX, PROMPT_BLOCKS_MAX, Prompt, Source};
+pub(crate) use reading::{read_body, read_headers};
 
 /// Changes of caches, in order, for one feed.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -138,8 +136,10 @@ pub(crate) struct Kv {
     /// By the number of the feed.
     indexes: Vec<Option<Index>>,
     prompt: Prompt,
-    /// Whose prompt it is; [`NONE`] once its request is placed.
+    /// Whose prompt it is; [`NONE`] once its request is placed, and when one is tried again.
     request: u32,
+    /// Those of a request that is tried again.
+    headers: Vec<u8>,
     /// Overlap of each instance of a route, by its place.
     overlaps: Vec<u32>,
 }
@@ -150,6 +150,7 @@ impl Kv {
             indexes: Vec::new(),
             prompt: Prompt::new(),
             request: NONE,
+            headers: Vec::new(),
             overlaps: Vec::new(),
         }
     }
@@ -168,6 +169,7 @@ impl Kv {
                 Index::new(rule.blocks_max as usize, rule.ranks_max as usize)
             });
             self.prompt.reserve();
+            self.headers.reserve(usize::from(u16::MAX));
             let places = route.instances.len();
             self.overlaps
                 .reserve(places.saturating_sub(self.overlaps.len()));
@@ -220,81 +222,20 @@ pub fn cost(rule: &KvRule, prompt_blocks: u32, overlap_blocks: u32, busy: Work) 
     percent(rule.prefill_scale_pct) * prefill + busy.decode_blocks + prompt
 }
 
-/// A frame of `route` is about to become a request: what do its headers say of its prompt?
-pub(crate) fn read_headers<R: Ring>(shard: &mut Shard<R>, slot: u32, prefix: &Prefix, route: u32) {
-    let Some(rule) = shard.directory.routes[route as usize].kv else {
-        return;
-    };
-    let incoming = shard.connections[slot].incoming;
-    let (front, end) = (shard.pieces.front(&incoming), prefix.headers.end);
-    if let Some(headers) = front.get(prefix.headers.clone()) {
-        return shard.kv.prompt.read_headers(headers, rule.block_tokens);
-    }
-    let scratch = &mut shard.scratch[..end];
-    shard.pieces.copy_out(&incoming, 0, scratch);
-    let headers = &scratch[prefix.headers.clone()];
-    shard.kv.prompt.read_headers(headers, rule.block_tokens);
-}
-
-/// The request stands in the table and is about to be placed: its body may say what its headers do
-/// not.
-pub(crate) fn read_body<R: Ring>(shard: &mut Shard<R>, request: u32) {
-    let entry = &shard.requests[request];
-    let Some(rule) = shard.directory.routes[entry.route as usize].kv else {
-        return;
-    };
-    shard.kv.request = request;
-    if rule.body_bytes_max > 0 && shard.kv.prompt.source() == Source::Nothing {
-        let mut skip = match entry.relay {
-            NONE => body_offset(shard, entry),
-            // The envelope's front has been taken off.
-            _ => 0,
-        };
-        let pieces = shard.pieces.iter(&entry.frame);
-        let pieces = pieces.map(|piece| {
-            let bytes = shard.pieces.bytes_of(piece);
-            let from = skip.min(bytes.len());
-            skip -= from;
-            &bytes[from..]
-        });
-        let (bytes_max, tokens) = (rule.body_bytes_max as usize, rule.block_tokens);
-        shard.kv.prompt.read_body(pieces, bytes_max, tokens);
-    }
-    let stats = &shard.stats.shard;
-    match shard.kv.prompt.source() {
-        Source::Nothing => stats.kv_prompts_unknown.add(1),
-        Source::Unreadable => stats.kv_prompts_unreadable.add(1),
-        Source::Headers | Source::Body => {}
-    }
-}
-
-/// Where the body begins in a frame; at its end if the envelope is none.
-fn body_offset<R: Ring>(shard: &Shard<R>, entry: &Request) -> usize {
-    let mut fixed = [0; TWO_PART_PREFIX_BYTES];
-    let begin = entry.payload_offset as usize;
-    shard.pieces.copy_out(&entry.frame, begin, &mut fixed);
-    match two_part::decode_prefix(&fixed, None) {
-        Decoded::Frame(message) => begin.saturating_add(message.header.end),
-        _ => usize::MAX,
-    }
-}
-
 /// The prompt of a request that has been placed is of no use to others.
 pub(crate) fn placed<R: Ring>(shard: &mut Shard<R>) {
     shard.kv.request = NONE;
 }
 
-/// The place of the cheapest instance. When a request is tried again only load counts: its prompt
-/// has been forgotten.
+/// The place of the cheapest instance.
 pub(crate) fn choose<R: Ring>(shard: &mut Shard<R>, request: u32, rule: KvRule) -> Option<usize> {
     let route = shard.requests[request].route as usize;
-    let is_known = shard.kv.request == request;
-    let prompt_blocks = match is_known {
-        true => shard.kv.prompt.hashes().len() as u32,
-        false => 0,
-    };
-    let prompt = (!is_known).then_some(&[][..]);
-    shard.kv.measure(rule, &shard.routes[route].ids, prompt);
+    let again = shard.kv.request != request;
+    if again {
+        reading::read_again(shard, request, rule);
+    }
+    let prompt_blocks = shard.kv.prompt.hashes().len() as u32;
+    shard.kv.measure(rule, &shard.routes[route].ids, None);
     let mut chooser = shard.routes[route].chooser.clone();
     let view = forward::view(shard, request);
     let costs = Costs {
@@ -307,14 +248,21 @@ pub(crate) fn choose<R: Ring>(shard: &mut Shard<R>, request: u32, rule: KvRule) 
     let overlap = place.map_or(0, |place| costs.overlap(place));
     shard.routes[route].chooser = chooser;
     if prompt_blocks > 0 {
-        let stats = &shard.stats.shard;
-        stats.kv_lookups.add(1);
-        stats.kv_hits.add(u64::from(overlap > 0));
-        stats.kv_prompt_blocks.add(u64::from(prompt_blocks));
-        stats.kv_overlap_blocks.add(u64::from(overlap));
+        match again {
+            true => shard.stats.shard.kv_lookups_again.add(1),
+            false => count(shard, prompt_blocks, overlap),
+        }
         shard.requests[request].work = Work::request(prompt_blocks, overlap);
     }
     place
+}
+
+fn count<R: Ring>(shard: &Shard<R>, prompt_blocks: u32, overlap: u32) {
+    let stats = &shard.stats.shard;
+    stats.kv_lookups.add(1);
+    stats.kv_hits.add(u64::from(overlap > 0));
+    stats.kv_prompt_blocks.add(u64::from(prompt_blocks));
+    stats.kv_overlap_blocks.add(u64::from(overlap));
 }
 
 fn draw(chooser: &mut Chooser, costs: &Costs<'_>) -> Option<usize> {
