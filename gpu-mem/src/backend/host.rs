@@ -66,6 +66,11 @@ impl HostBackend {
         })
     }
 
+    /// What exists now, over all clones.
+    pub fn used_bytes(&self) -> u64 {
+        self.used_bytes.load(Ordering::Relaxed)
+    }
+
     /// Counts a new block in, if it fits.
     fn claim(&self, bytes: u64) -> Result<Claim, CreateError> {
         let capacity = self.config.capacity_bytes.unwrap_or(u64::MAX);
