@@ -221,7 +221,8 @@ impl Router {
             return Ok(());
         };
         let nats = self.requests.as_ref().map(Requests::nats);
-        let events = feeds::open(&Env::current(), &self.discovery, nats, ring).await?;
+        let events =
+            feeds::open(&Env::current(), &config.curve, &self.discovery, nats, ring).await?;
         let feeds = Rc::new(Feeds::start(events, &self.pulse.board, &self.pulse.cores));
         let written = Rc::clone(&feeds);
         self.add_metrics(Box::new(move |out| written.write(out)));

@@ -8,7 +8,8 @@ use corelane_codec::Decoded;
 use corelane_codec::zmtp;
 use corelane_engine::config::RingKind;
 use corelane_engine::events::{
-    Command, Door, DoorKind, LocalEvent, Overflow, PlaneConfig, PlaneHandle, Report, Side, spawn,
+    Command, Door, DoorKind, LocalEvent, Overflow, PlaneConfig, PlaneHandle, Report, Security,
+    Side, spawn,
 };
 use corelane_engine::executor::listen;
 use corelane_engine::{mesh, preflight};
@@ -182,6 +183,7 @@ fn door(kind: DoorKind, group: u16) -> (SocketAddr, Door) {
             listener,
             kind,
             group,
+            security: Security::Null,
         },
     )
 }
@@ -489,6 +491,7 @@ fn tasks_of_this_process_publish_and_subscribe_in_direct_mode() {
             address,
             side: Side::Publisher,
             group: 8,
+            security: Security::Null,
         });
         for sequence in 0..2 {
             // The second time after the connection was lost.

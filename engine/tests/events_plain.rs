@@ -10,7 +10,8 @@ use corelane_codec::event::{Envelope, multipart};
 use corelane_codec::{Decoded, event::frame};
 use corelane_engine::config::{Idle, RingKind};
 use corelane_engine::events::{
-    Command, Door, DoorKind, LocalEvent, Overflow, PlaneConfig, PlaneHandle, Report, Side, spawn,
+    Command, Door, DoorKind, LocalEvent, Overflow, PlaneConfig, PlaneHandle, Report, Security,
+    Side, spawn,
 };
 use corelane_engine::executor::listen;
 use corelane_engine::mesh::{self, Receiver};
@@ -61,6 +62,7 @@ impl Plane {
                 listener,
                 kind,
                 group,
+                security: Security::Null,
             }
         });
         Plane {
@@ -98,6 +100,7 @@ impl Plane {
                 address,
                 side,
                 group,
+                security: Security::Null,
             });
         }
         let stats = &other.handle.stats.plane;

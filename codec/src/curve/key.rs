@@ -150,7 +150,10 @@ mod tests {
         assert_eq!(keys.public().to_string(), public);
         assert_eq!(*keys.secret_text(), secret);
         assert_eq!(public.parse::<PublicKey>(), Ok(keys.public()));
-        assert_eq!(format!(" {public}\n").parse::<PublicKey>(), Ok(keys.public()));
+        assert_eq!(
+            format!(" {public}\n").parse::<PublicKey>(),
+            Ok(keys.public())
+        );
         let shown = format!("{keys:?}");
         assert!(shown.contains(public) && !shown.contains(secret), "{shown}");
     }
@@ -161,7 +164,10 @@ mod tests {
         assert_eq!(wrong("short"), KeyError::Length(5));
         assert_eq!(wrong(&"~".repeat(40)), KeyError::Digit(1));
         assert_eq!(wrong(&"#".repeat(40)), KeyError::Digit(5));
-        assert_eq!(wrong(&format!("{}\u{fc}", "0".repeat(38))), KeyError::Digit(39));
+        assert_eq!(
+            wrong(&format!("{}\u{fc}", "0".repeat(38))),
+            KeyError::Digit(39)
+        );
     }
 
     #[test]

@@ -56,14 +56,13 @@ impl Seal {
     ///
     /// # Errors
     /// [`CurveFault::Exhausted`].
-    pub fn seal(
-        &mut self,
-        head: &Head,
-        body: &[u8],
-        out: &mut Vec<u8>,
-    ) -> Result<(), CurveFault> {
+    pub fn seal(&mut self, head: &Head, body: &[u8], out: &mut Vec<u8>) -> Result<(), CurveFault> {
         let number = self.sent.checked_add(1).ok_or(CurveFault::Exhausted)?;
-        let name = if self.is_server { FROM_SERVER } else { FROM_CLIENT };
+        let name = if self.is_server {
+            FROM_SERVER
+        } else {
+            FROM_CLIENT
+        };
         let more = if head.more { MORE } else { 0 };
         let flags = if head.command { more | COMMAND } else { more };
         out.reserve(HEAD_BYTES_MAX + SEAL_BYTES + body.len());
@@ -94,7 +93,11 @@ impl Seal {
         if number <= self.received {
             return Err(CurveFault::Replayed);
         }
-        let name = if self.is_server { FROM_CLIENT } else { FROM_SERVER };
+        let name = if self.is_server {
+            FROM_CLIENT
+        } else {
+            FROM_SERVER
+        };
         let inside = boxes::open(&self.shared, &numbered(name, number), sealed);
         let inside = inside.ok_or(CurveFault::Box("MESSAGE"))?;
         let (&mut flags, inner) = inside.split_first_mut().ok_or(unexpected)?;

@@ -108,7 +108,12 @@ impl Server {
         let mut cookie = cookie_nonce.to_vec();
         let sealer = XSalsa20Poly1305::new(Key::from_slice(cookie_key));
         let remembered = [&client[..], &*brief.secret_bytes()];
-        boxes::put(&sealer, &drawn(COOKIE, cookie_nonce), &remembered, &mut cookie)?;
+        boxes::put(
+            &sealer,
+            &drawn(COOKIE, cookie_nonce),
+            &remembered,
+            &mut cookie,
+        )?;
         let mut said = nonce.to_vec();
         let pieces = [&brief.public().0[..], &cookie];
         boxes::put(&key, &drawn(WELCOME, nonce), &pieces, &mut said)?;

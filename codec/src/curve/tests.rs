@@ -83,7 +83,10 @@ fn both_sides_agree_and_know_each_other() {
     let (said, client, server) = shake_hands();
     let sizes = said.map(|command| command.len());
     assert_eq!(sizes[..2], [200, 168]);
-    assert_eq!((client.peer, server.peer), (keys(2).public(), keys(1).public()));
+    assert_eq!(
+        (client.peer, server.peer),
+        (keys(2).public(), keys(1).public())
+    );
     let kind = |properties: &[u8]| {
         let kind = zmtp::property(properties, "Socket-Type").unwrap();
         String::from_utf8(kind.unwrap().to_vec()).unwrap()
@@ -91,7 +94,12 @@ fn both_sides_agree_and_know_each_other() {
     assert_eq!(kind(&client.properties), XPUB);
     assert_eq!(kind(&server.properties), SUB);
     let shown = format!("{client:?}{server:?}");
-    for secret in ["[1, 1", "[2, 2", &*keys(1).secret_text(), &*keys(2).secret_text()] {
+    for secret in [
+        "[1, 1",
+        "[2, 2",
+        &*keys(1).secret_text(),
+        &*keys(2).secret_text(),
+    ] {
         assert!(!shown.contains(secret), "{shown}");
     }
 }
@@ -114,7 +122,10 @@ fn what_was_changed_is_not_taken() {
             let padding = 6 + 2..6 + 74;
             if step == 0 && changed.len() == whole.len() {
                 let differs = |at: &usize| changed[*at] != whole[*at];
-                if (0..whole.len()).find(differs).is_some_and(|at| padding.contains(&at)) {
+                if (0..whole.len())
+                    .find(differs)
+                    .is_some_and(|at| padding.contains(&at))
+                {
                     continue;
                 }
             }
@@ -157,15 +168,24 @@ fn keys_that_do_not_fit_are_refused() {
     let mut server = pair(7).server;
     let mut old = hello.clone();
     old[6] = 0;
-    assert_eq!(serve(&mut server, &old).unwrap_err(), CurveFault::Unexpected("HELLO"));
+    assert_eq!(
+        serve(&mut server, &old).unwrap_err(),
+        CurveFault::Unexpected("HELLO")
+    );
     let ready = body(&{
         let mut out = vec![];
         zmtp::write_ready(SUB, &mut out);
         out
     });
     let mut server = pair(7).server;
-    assert_eq!(serve(&mut server, &ready).unwrap_err(), CurveFault::Unexpected("HELLO"));
-    assert!(matches!(decode_command(&hello), Ok(Command::Other(b"HELLO"))));
+    assert_eq!(
+        serve(&mut server, &ready).unwrap_err(),
+        CurveFault::Unexpected("HELLO")
+    );
+    assert!(matches!(
+        decode_command(&hello),
+        Ok(Command::Other(b"HELLO"))
+    ));
 }
 
 #[test]
@@ -206,7 +226,8 @@ fn head_of(body: &[u8], command: bool, more: bool) -> Head {
 
 fn sealed(seal: &mut Seal, body: &[u8]) -> Vec<u8> {
     let mut out = vec![];
-    seal.seal(&head_of(body, false, false), body, &mut out).unwrap();
+    seal.seal(&head_of(body, false, false), body, &mut out)
+        .unwrap();
     out
 }
 

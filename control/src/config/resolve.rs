@@ -25,6 +25,7 @@ pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
     let server = server(layers);
     let discovery = discovery(layers);
     let broker = events::broker(layers, inputs.purpose, server.host, &inputs.host);
+    let curve = events::curve(layers, inputs.purpose, broker.as_ref());
     let routed = inputs.purpose.routes();
     let (routes, instances) = match routed {
         true => routes::routes(layers, inputs.purpose, discovery.backend, broker.is_some()),
@@ -53,6 +54,7 @@ pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
         gpu,
         planner,
         broker,
+        curve,
         settings,
     })
 }

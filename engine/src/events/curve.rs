@@ -26,7 +26,7 @@ use super::memory::Slice;
 use super::plane::Plane;
 use super::session::Stage;
 use super::socket::LEAVE_NS;
-use super::Security;
+use super::{Security, take};
 use crate::ring::Ring;
 
 /// What ZMQ's clients are told who are not let in: its code for "not allowed".
@@ -210,16 +210,17 @@ pub(super) fn came<R: Ring>(plane: &mut Plane<R>, slot: u32, slice: Slice) {
 /// Takes all whole frames out of their boxes.
 fn unpack<R: Ring>(plane: &mut Plane<R>, slot: u32) {
     while !plane.sessions[slot].closing {
-        match unpack_one(plane, slot) {
-            Ok(true) => {}
+        let refusal = match unpack_one(plane, slot) {
+            Ok(true) => continue,
             Ok(false) => return,
-            Err(Refusal::Curve(fault)) => {
-                refuse(plane, slot, fault);
-            }
-            Err(Refusal::Zmtp(bad)) => {
-                plane.refuse(slot, &bad.to_string());
-            }
-        }
+            Err(refusal) => refusal,
+        };
+        // What came before was right.
+        take::take(plane, slot);
+        match refusal {
+            Refusal::Curve(fault) => refuse(plane, slot, fault),
+            Refusal::Zmtp(bad) => plane.refuse(slot, &bad.to_string()),
+        };
     }
 }
 

@@ -23,9 +23,7 @@ use super::sequence::Sequences;
 use super::session::{HANDSHAKE_NS, Session, Stage, Wire};
 use super::stats::Stats;
 use super::subscriptions::Subscriptions;
-use super::{
-    Command, Door, Group, PlaneConfig, Report, Security, Side, asks, local, relief, take,
-};
+use super::{Command, Door, Group, PlaneConfig, Report, Security, Side, asks, local, relief, take};
 use crate::buffers::Buffers;
 use crate::config::{Idle, RingKind};
 use crate::mesh::{Receiver, Sender};

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 
-use corelane_codec::zmtp::{self, Command, Fault, Walk};
 use corelane_codec::Decoded;
+use corelane_codec::zmtp::{self, Command, Fault, Walk};
 
 use super::incoming::Incoming;
 use super::plain::Subjects;

@@ -125,13 +125,7 @@ impl<R: Ring> Plane<R> {
         }
     }
 
-    fn admit(
-        &mut self,
-        socket: OwnedFd,
-        kind: DoorKind,
-        group: super::Group,
-        security: Security,
-    ) {
+    fn admit(&mut self, socket: OwnedFd, kind: DoorKind, group: super::Group, security: Security) {
         let (side, wire) = match kind {
             DoorKind::Publishers => (Side::Publisher, Wire::Zmtp),
             DoorKind::Subscribers => (Side::Subscriber, Wire::Zmtp),
