@@ -221,7 +221,8 @@ impl Router {
             return Ok(());
         };
         let nats = self.requests.as_ref().map(Requests::nats);
-        let events = feeds::open(&Env::current(), &self.discovery, nats, ring).await?;
+        let events =
+            feeds::open(&Env::current(), &config.curve, &self.discovery, nats, ring).await?;
         let gateway = self.requests.as_ref().map(Requests::gateway);
         let heard = (events, &self.discovery, gateway);
         let feeds = Feeds::start(config, heard, &self.pulse.board, &self.pulse.cores)?;

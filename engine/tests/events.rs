@@ -6,7 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use corelane_codec::Decoded;
 use corelane_codec::zmtp;
 use corelane_engine::config::RingKind;
-use corelane_engine::events::{Command, DoorKind, LocalEvent, Overflow, Report, Side};
+use corelane_engine::events::{Command, DoorKind, LocalEvent, Overflow, Report, Security, Side};
 use corelane_engine::mesh;
 use socket2::{Domain, Socket, Type};
 
@@ -433,6 +433,7 @@ fn tasks_of_this_process_publish_and_subscribe_in_direct_mode() {
             address,
             side: Side::Publisher,
             group: 8,
+            security: Security::Null,
         });
         for sequence in 0..2 {
             // The second time after the connection was lost.

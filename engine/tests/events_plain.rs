@@ -8,7 +8,7 @@ use corelane_codec::event::hello::{Answer, Role, Verdict, decode_answer, write_h
 use corelane_codec::event::{Envelope, multipart};
 use corelane_codec::{Decoded, event::frame};
 use corelane_engine::config::Idle;
-use corelane_engine::events::{Command, LocalEvent, Overflow, Report, Side};
+use corelane_engine::events::{Command, LocalEvent, Overflow, Report, Security, Side};
 use corelane_engine::mesh::{self, Receiver};
 use corelane_engine::placement::{CPUS_MAX, affinity};
 use socket2::{Domain, Socket, Type};
@@ -43,6 +43,7 @@ impl Plane {
                 address,
                 side,
                 group,
+                security: Security::Null,
             });
         }
         let stats = &other.handle.stats.plane;

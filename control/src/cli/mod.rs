@@ -177,6 +177,7 @@ fn dispatch(command: Command, env: &Env, host: &Host) -> anyhow::Result<Exit> {
                 let config = load(publish.inputs(env, host))?;
                 commands::publish(publish.args(config, env)?)
             }
+            EventsCommand::Keys(keys) => commands::keys(&keys.args()),
         },
         Command::Dump(dump) => commands::dump(&dump.args()),
         Command::Tune(options) => tune::tune(*options, env, host),

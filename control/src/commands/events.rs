@@ -1,5 +1,6 @@
 //! `corelane events tail` and `corelane events publish`, over ZMQ and over NATS.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -13,7 +14,7 @@ use crate::cli::{self, Exit, Stop};
 use crate::config;
 use crate::discovery::{self, Discovery, MemoryDiscovery, MemoryStore};
 use crate::env::Env;
-use crate::events::{BrokerUrl, Events, Via, ZmqOptions};
+use crate::events::{BrokerUrl, CurveOptions, Events, EventsError, Via, ZmqOptions};
 use crate::nats::{Nats, NatsOptions};
 use crate::preflight;
 use crate::signals::Signals;
@@ -29,6 +30,8 @@ pub enum Transport {
         broker: Option<BrokerUrl>,
         /// Where publishers and brokers are found.
         discovery: config::Discovery,
+        /// With which keys.
+        curve: CurveOptions,
         /// What says how.
         env: Env,
     },
@@ -45,6 +48,13 @@ pub struct TailArgs {
     pub count: Option<u64>,
     /// Where.
     pub transport: Transport,
+}
+
+/// What `corelane events keys` writes.
+#[derive(Clone, Debug)]
+pub struct KeysArgs {
+    /// The new file of the secret key.
+    pub out: PathBuf,
 }
 
 /// What `corelane events publish` sends.
@@ -88,11 +98,13 @@ impl Plane {
             Transport::Zmq {
                 broker,
                 discovery,
+                curve,
                 env,
             } => {
                 let ring = preflight::ring(&env)?;
-                let options = ZmqOptions::read(&env, ring);
-                let mut options = options.map_err(|error| Stop::Usage(error.to_string()))?;
+                let usage = |error: EventsError| Stop::Usage(error.to_string());
+                let mut options = ZmqOptions::read(&env, ring).map_err(usage)?;
+                options.protection = curve.load().map_err(|error| usage(error.into()))?;
                 if let Some(url) = broker {
                     options.via = Via::Url(url);
                 }
@@ -119,6 +131,31 @@ impl Plane {
             nats.close().await;
         }
     }
+}
+
+/// Writes a new secret key, and prints its public key.
+///
+/// # Errors
+/// The file is there already or cannot be written, or this program has no CURVE.
+#[cfg(feature = "curve")]
+pub fn keys(args: &KeysArgs) -> Result<Exit> {
+    let public = crate::events::new_secret_key(&args.out);
+    let public = public.with_context(|| {
+        let path = args.out.display();
+        format!("cannot write a secret key to {path}; name a file that is not there yet")
+    })?;
+    cli::print(&format!("{public}\n"))?;
+    Ok(Exit::Done)
+}
+
+/// Says that this program has no CURVE.
+///
+/// # Errors
+/// Always.
+#[cfg(not(feature = "curve"))]
+pub fn keys(_: &KeysArgs) -> Result<Exit> {
+    let why = "this program was built without its feature curve; build it with --features curve";
+    Err(Stop::Usage(why.to_owned()).into())
 }
 
 /// Prints events until a signal, or until there were enough.

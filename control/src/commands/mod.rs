@@ -11,7 +11,7 @@ mod serve;
 mod up;
 
 pub use dump::{DumpArgs, Source, dump};
-pub use events::{PublishArgs, TailArgs, Transport, publish, tail};
+pub use events::{KeysArgs, PublishArgs, TailArgs, Transport, keys, publish, tail};
 pub use gms::{gms, probe};
 pub use serve::serve;
 pub use up::up;

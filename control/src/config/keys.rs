@@ -190,7 +190,7 @@ macro_rules! keys {
        $doc:literal;)*) => {
         $(
             #[doc = $doc]
-            pub(super) const $id: Key = Key {
+            pub(crate) const $id: Key = Key {
                 section: Section::$section,
                 name: $name,
                 kind: $kind,
@@ -507,6 +507,21 @@ keys! {
     EVENTS_BRIDGE_SIDE = Events "bridge_side", Kind::Text { bytes_max: 256 },
         Unset("nobody shares them"), [],
         "Name of our own peers, if they connect to other brokers of the same name as well";
+    EVENTS_CURVE_SECRET_KEY_FILE = Events "curve_secret_key_file", Kind::Path,
+        Unset("peers connect without CURVE"), [],
+        "File with our secret key (corelane events keys); with it xsub and xpub want CURVE";
+    EVENTS_CURVE_ALLOWED_KEYS = Events "curve_allowed_keys", Kind::Text { bytes_max: 4_096 },
+        Unset("whoever knows our public key"), [],
+        "Public keys of peers that are let in: a list, or a file with one at the start of a line";
+    EVENTS_CURVE_SERVER_KEY = Events "curve_server_key", Kind::Text { bytes_max: 40 },
+        Unset("whom we dial is dialled without CURVE"), [],
+        "Public key of those whom we dial: the other broker, and publishers of events";
+    EVENTS_CURVE_XSUB = Events "curve_xsub", Kind::Text { bytes_max: 64 },
+        Unset("xsub wants CURVE itself"), [],
+        "Where publishers with CURVE connect, beside xsub for those without: tcp://IP:PORT";
+    EVENTS_CURVE_XPUB = Events "curve_xpub", Kind::Text { bytes_max: 64 },
+        Unset("xpub wants CURVE itself"), [],
+        "Where subscribers with CURVE connect, beside xpub for those without: tcp://IP:PORT";
     EVENTS_OVERFLOW = Events "overflow", Kind::Words(Overflow::WORDS), Value("drop_newest"), [],
         "What happens to an event that a subscriber's queue has no room for";
     EVENTS_QUEUE_EVENTS_MAX = Events "queue_events_max", int(1, 1 << 24, "events"),

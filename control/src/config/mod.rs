@@ -25,7 +25,7 @@ mod endpoint;
 mod events;
 mod gpu;
 mod host;
-mod keys;
+pub(crate) mod keys;
 mod kv;
 mod layers;
 mod lists;
@@ -61,7 +61,9 @@ pub(crate) use host::cpu_list;
 pub(crate) use problem::quoted;
 pub(crate) use suggest::nearest;
 
+use crate::events::CurveOptions;
 use layers::Layers;
+pub(crate) use raw::plain as plain_error;
 use raw::{FileKind, RawFile};
 
 /// Everything that the router is told, checked: plain values only.
@@ -87,6 +89,8 @@ pub struct Config {
     pub planner: Option<Planner>,
     /// The broker of events, if there is one.
     pub broker: Option<Broker>,
+    /// Which events over ZMQ are encrypted, and with which keys.
+    pub curve: CurveOptions,
     /// Every value that was used, with the place it came from.
     pub settings: Vec<Setting>,
 }

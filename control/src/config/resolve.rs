@@ -26,6 +26,7 @@ pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
     let mut server = server(layers);
     let discovery = discovery(layers);
     let broker = events::broker(layers, inputs.purpose, server.host, &inputs.host);
+    let curve = events::curve(layers, inputs.purpose, broker.as_ref());
     let routed = inputs.purpose.routes();
     let (routes, instances) = match routed {
         true => routes::routes(layers, inputs.purpose, discovery.backend, broker.is_some()),
@@ -55,6 +56,7 @@ pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
         gpu,
         planner,
         broker,
+        curve,
         settings,
     })
 }

@@ -37,7 +37,9 @@ use crate::config;
 use crate::cores::Cores;
 use crate::discovery::Discovery;
 use crate::env::Env;
-use crate::events::{Event, EventPlane, Events, EventsError, Losses, Subscriber, ZmqOptions};
+use crate::events::{
+    CurveOptions, Event, EventPlane, Events, EventsError, Losses, Subscriber, ZmqOptions,
+};
 use crate::nats::{Nats, NatsOptions};
 use crate::publish::Board;
 
@@ -119,20 +121,25 @@ fn wanted(board: &Board) -> BTreeMap<(u32, &'static str), (EndpointId, What)> {
     wanted
 }
 
-/// The event plane as the environment asks for it: over the NATS connection that stands, if one
+/// The event plane as the environment asks for it, with the keys of the configuration: over the NATS connection that stands, if one
 /// does, or over ZMQ on this kind of ring.
 ///
 /// # Errors
-/// A variable cannot be used.
+/// A variable or a key cannot be used.
 pub async fn open(
     env: &Env,
+    curve: &CurveOptions,
     discovery: &Discovery,
     nats: Option<&Nats>,
     ring: RingKind,
 ) -> Result<Events> {
     Ok(match (EventPlane::read(env)?, nats) {
         (EventPlane::Off, _) => Events::off(discovery),
-        (EventPlane::Zmq, _) => Events::zmq(discovery, ZmqOptions::read(env, ring)?),
+        (EventPlane::Zmq, _) => {
+            let mut options = ZmqOptions::read(env, ring)?;
+            options.protection = curve.load()?;
+            Events::zmq(discovery, options)
+        }
         (EventPlane::Nats, Some(nats)) => Events::nats(discovery, nats),
         (EventPlane::Nats, None) => {
             let nats = Nats::connect_later(&NatsOptions::read(env)?).await?;

@@ -7,7 +7,7 @@ use corelane::discovery::{Discovery, Entry, Record};
 use corelane_codec::event::{
     CHANNELS_BUCKET, EventChannelRecord, EventKey, EventTransport, Scope, ZmqBrokerChannel,
 };
-use corelane_engine::events::{Door, DoorKind, PlaneConfig, PlaneHandle, spawn};
+use corelane_engine::events::{Door, DoorKind, PlaneConfig, PlaneHandle, Security, spawn};
 use corelane_engine::executor::listen;
 
 use crate::lab::{DEADLINE, options, plane, ring, run, scope, until};
@@ -37,6 +37,7 @@ impl Broker {
                 listener,
                 kind,
                 group,
+                security: Security::Null,
             };
             (address, door)
         };
@@ -211,6 +212,7 @@ fn a_restart_is_survived() {
                 listener,
                 kind,
                 group,
+                security: Security::Null,
             }
         };
         let doors = vec![

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use corelane_engine::config::RingKind;
-use corelane_engine::events::{Command, Door, DoorKind, PlaneConfig, PlaneHandle, spawn};
+use corelane_engine::events::{Command, Door, DoorKind, PlaneConfig, PlaneHandle, Security, spawn};
 use corelane_engine::executor::listen;
 
 /// A running plane, stopped when it is dropped.
@@ -53,6 +53,7 @@ pub fn door(kind: DoorKind, group: u16) -> (SocketAddr, Door) {
         listener,
         kind,
         group,
+        security: Security::Null,
     };
     (address, door)
 }
