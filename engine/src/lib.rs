@@ -69,4 +69,5 @@ mod tell;
 pub mod timer_wheel;
 pub mod times;
 pub mod upstream;
+pub mod weigh;
 mod worker;
