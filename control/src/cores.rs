@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use corelane_engine::balance::{Imbalance, Neighbour};
-use corelane_engine::config::RingKind;
+use corelane_engine::config::{RingKind, ShardConfig};
 use corelane_engine::ends::Ends;
 use corelane_engine::executor::{self, ShardHandle, StartError};
 use corelane_engine::mesh;
@@ -463,6 +463,13 @@ impl Cores {
             }
         };
         self.list.iter().map(view).collect()
+    }
+
+    /// What each was told at its start.
+    pub fn configs(&self) -> Vec<ShardConfig> {
+        let each = self.list.iter();
+        each.map(|core| core.planned.borrow().config.clone())
+            .collect()
     }
 
     /// Sums one number over the shards that run.

@@ -148,6 +148,11 @@ impl Board {
         self.publications.get()
     }
 
+    /// The directory that the shards have, or are about to take over.
+    pub fn published(&self) -> Arc<Directory> {
+        Arc::clone(&self.published.borrow())
+    }
+
     /// Our identity now, once there is one.
     pub fn identity(&self) -> Option<u64> {
         self.identities.borrow().front().copied()

@@ -21,6 +21,7 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -102,8 +103,14 @@ impl<F: Fn() -> Health> HealthSource for F {
     }
 }
 
-/// Answers a GET, whose query it is given: status, content type, body.
-pub type Extra = Box<dyn Fn(&str) -> (StatusCode, &'static str, Vec<u8>)>;
+/// Status, content type, body.
+pub type Answer = (StatusCode, &'static str, Vec<u8>);
+
+/// Answers a GET, whose query it is given.
+pub type Extra = Box<dyn Fn(&str) -> Answer>;
+
+/// The same, in its own time, which it must bound.
+pub type Later = Box<dyn Fn(&str) -> Pin<Box<dyn Future<Output = Answer>>>>;
 
 /// What to serve and where.
 pub struct StatusOptions {
@@ -121,6 +128,8 @@ pub struct StatusOptions {
     pub engine: EngineRoutes,
     /// Further paths, and what answers there.
     pub extras: Vec<(&'static str, Extra)>,
+    /// The same of those that ask others first.
+    pub later: Vec<(&'static str, Later)>,
 }
 
 impl StatusOptions {
@@ -134,6 +143,7 @@ impl StatusOptions {
             metrics_content_type: OPENMETRICS,
             engine: EngineRoutes::default(),
             extras: Vec::new(),
+            later: Vec::new(),
         }
     }
 
@@ -310,6 +320,12 @@ impl Routes {
             let (status, answer) = self.options.engine.answer(&path, request.into_body()).await;
             return respond(status, PLAIN, answer.to_string());
         }
+        let mut later = self.options.later.iter();
+        let later = later.find(|(at, _)| *at == request.uri().path());
+        if let Some((_, later)) = later.filter(|_| reads(&request)) {
+            let (status, kind, body) = later(request.uri().query().unwrap_or("")).await;
+            return respond(status, kind, body);
+        }
         self.answer_of_ours(&request)
     }
 
@@ -319,7 +335,9 @@ impl Routes {
         let is_health = path == self.options.health_path;
         let mut extras = self.options.extras.iter();
         let extra = extras.find(|(at, _)| *at == path);
-        if !is_live && !is_health && path != METRICS && extra.is_none() {
+        let is_later = self.options.later.iter().any(|(at, _)| *at == path);
+        let is_extra = extra.is_some() || is_later;
+        if !is_live && !is_health && path != METRICS && !is_extra {
             let text = match path {
                 // Of Kubernetes discovery, and of files of models that are published.
                 "/metadata" => "Discovery metadata not available",
@@ -328,7 +346,7 @@ impl Routes {
             };
             return respond(StatusCode::NOT_FOUND, PLAIN, text);
         }
-        if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        if !reads(request) {
             let mut response = respond(StatusCode::METHOD_NOT_ALLOWED, PLAIN, "");
             response
                 .headers_mut()
@@ -378,6 +396,10 @@ impl Routes {
         // A struct of strings and numbers always has a JSON form.
         serde_json::to_string(&body).unwrap_or_default()
     }
+}
+
+fn reads(request: &Request<Incoming>) -> bool {
+    matches!(*request.method(), Method::GET | Method::HEAD)
 }
 
 #[derive(serde::Serialize)]
@@ -656,6 +678,14 @@ mod tests {
             let mut options = StatusOptions::new("127.0.0.1:0".parse().unwrap());
             let echo = |query: &str| (StatusCode::ACCEPTED, PLAIN, query.as_bytes().to_vec());
             options.extras.push(("/more", Box::new(echo)));
+            let slow = |query: &str| -> Pin<Box<dyn Future<Output = Answer>>> {
+                let query = query.as_bytes().to_vec();
+                Box::pin(async move {
+                    tokio::task::yield_now().await;
+                    (StatusCode::OK, PLAIN, query)
+                })
+            };
+            options.later.push(("/slow", Box::new(slow)));
             let server = StatusServer::start(options, health, String::new)
                 .await
                 .unwrap();
@@ -667,11 +697,12 @@ mod tests {
             assert!(body(&answer).contains("\"status\":\"stuck\""), "{answer}");
             let answer = ask(address, "GET /more?a=1&b").await;
             assert!(answer.starts_with("HTTP/1.1 202 ") && body(&answer) == "a=1&b");
-            assert!(
-                ask(address, "POST /more")
-                    .await
-                    .starts_with("HTTP/1.1 405 ")
-            );
+            let answer = ask(address, "GET /slow?b").await;
+            assert!(answer.starts_with("HTTP/1.1 200 ") && body(&answer) == "b");
+            for path in ["/more", "/slow"] {
+                let answer = ask(address, &format!("POST {path}")).await;
+                assert!(answer.starts_with("HTTP/1.1 405 "), "{answer}");
+            }
             assert!(
                 ask(address, "GET /more/")
                     .await

@@ -40,6 +40,7 @@ use crate::manager::{Manager, Standing};
 use crate::metrics::{ProcessNumbers, RouteNumbers, Snapshot, WorkerNumbers};
 use crate::nats::Requests;
 use crate::offer::Offer;
+use crate::overview::{Pages, Sources};
 use crate::preflight::Plan;
 use crate::progress::{Progress, STILL_DEAD, STILL_TOLD, Turns};
 use crate::publish::{Board, Listed};
@@ -77,6 +78,7 @@ struct Pulse {
     discovery: RefCell<Option<Rc<DiscoveryStats>>>,
     progress: RefCell<Progress>,
     manager: Manager,
+    backend: Backend,
     flight_dir: Option<PathBuf>,
 }
 
@@ -119,6 +121,7 @@ impl Router {
             more: RefCell::default(),
             progress: RefCell::new(watch_cores(&cores)),
             manager: Manager::from_env(&Env::current()),
+            backend: config.discovery.backend,
             flight_dir: flight::folder(config.control.flight_dir.as_deref(), &Env::current()),
         });
         cores.started().await?;
@@ -411,6 +414,7 @@ async fn status(
     let cores = Rc::clone(&pulse.cores);
     let records = move |query: &str| flight::answer(&cores.view(), query);
     options.extras.push((flight::PATH, Box::new(records)));
+    options.later = overview(pulse).later();
     options.handed = handed.map(TcpListener::try_clone).transpose()?;
     let started =
         StatusServer::start(options, move || health.health(), move || metrics.metrics()).await;
@@ -421,6 +425,18 @@ async fn status(
     })?;
     tracing::info!(address = %status.address(), "status server: /live /health /metrics");
     Ok(Some(status))
+}
+
+/// What is said of instances and choices.
+fn overview(pulse: &Rc<Pulse>) -> Rc<Pages> {
+    let watched = Rc::clone(pulse);
+    Pages::new(Sources {
+        board: Rc::clone(&pulse.board),
+        cores: Rc::clone(&pulse.cores),
+        address: pulse.address,
+        discovery: pulse.backend,
+        draining: Box::new(move || watched.draining.get()),
+    })
 }
 
 impl Pulse {

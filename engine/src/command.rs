@@ -9,12 +9,13 @@ use crate::adopt::{Adoption, Errand, Ticket};
 use crate::balance::Neighbour;
 use crate::directory::Directory;
 use crate::handler::NewHandler;
-use crate::kv::{Batch, Question, Reports};
+use crate::kv::{Batch, Reports};
 use crate::lane::NewLane;
 use crate::local::Run;
 use crate::mesh::{Receiver, Sender};
 use crate::quic::{Inbound, Outbound};
 use crate::served::SpanRecord;
+use crate::weigh::Question;
 
 /// What control asks of a shard.
 #[derive(Debug)]

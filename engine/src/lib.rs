@@ -72,4 +72,5 @@ mod tell;
 pub mod timer_wheel;
 pub mod times;
 pub mod upstream;
+pub mod weigh;
 mod worker;

@@ -46,7 +46,7 @@ use crate::upstream::{InstanceState, Upstream};
 use crate::worker::Worker;
 use crate::{
     accept, call_link, collect, decode, ends, forward, home, kv, lane, link, local, recv,
-    relay_flow, relay_home, respond, tell,
+    relay_flow, relay_home, respond, tell, weigh,
 };
 
 pub use crate::command::{Command, Lanes, Report};
@@ -535,7 +535,7 @@ impl<R: Ring> Shard<R> {
                 Command::Directory(directory) => link::publish(self, directory),
                 Command::Kv(batch) => kv::apply(self, &batch),
                 Command::Loads(reports) => kv::hear(self, &reports),
-                Command::Weigh(question) => kv::weigh(self, *question),
+                Command::Weigh(question) => weigh::answer(self, *question),
                 Command::Handler(new) => self.worker.add(new),
                 Command::Serve(paths) => {
                     self.worker.serve(paths);

@@ -18,9 +18,10 @@ use corelane_codec::event::block_hashes;
 use corelane_codec::kv_headers;
 use corelane_engine::config::RingKind;
 use corelane_engine::directory::{Ack, Instance, KvRule, LoadRule, LoadSource, Policy, Route};
-use corelane_engine::kv::{Batch, Change, Question, RankId, Reports, Stored, Weighed, Weighing};
+use corelane_engine::kv::{Batch, Change, RankId, Reports, Stored};
 use corelane_engine::load::Work;
 use corelane_engine::shard::Command;
+use corelane_engine::weigh::{Question, Seen, Weighed, Weighing};
 
 const BLOCK_TOKENS: u32 = 4;
 const HOUR_NS: u64 = 3_600_000_000_000;
@@ -102,7 +103,9 @@ impl Asked for Router {
         let answer = Box::new(move |weighing| sender.send(weighing).unwrap());
         let question = Question {
             route: 0,
+            headers: Vec::new(),
             prompt,
+            candidates_max: 100,
             answer,
         };
         let command = Command::Weigh(Box::new(question));
@@ -342,12 +345,14 @@ fn caches_are_weighed_against_load() {
             let weighing = lab.router.weigh(hashes(0..8));
             let want = |id: u64, overlap_blocks: u32, busy: Work, cost: f64| Weighed {
                 id,
-                is_routable: true,
+                address: Some(lab.workers[id as usize - 1].instance.address),
+                barrier: None,
                 overlap_blocks,
                 busy,
                 is_reported: true,
                 load: busy.blocks(),
                 cost,
+                seen: Seen::default(),
             };
             let candidates = vec![
                 want(1, 0, Work::default(), 16.0),

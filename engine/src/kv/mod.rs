@@ -10,7 +10,6 @@
 //! A batch is decoded once and shared by all cores; an index belongs to one. Looking a prompt up
 //! allocates nothing and takes no lock.
 
-use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -19,7 +18,7 @@ use crate::forward::{self, View};
 use crate::in_flight::Request;
 use crate::load::Work;
 use crate::ring::Ring;
-use crate::route::{Candidates, Chooser};
+use crate::route::Chooser;
 use crate::shard::Shard;
 use crate::table::NONE;
 
@@ -83,54 +82,6 @@ pub struct Reports {
     pub instances: Vec<(u64, Work)>,
 }
 
-/// Asks a core what it would choose, and why. Nothing is sent, and nothing changes.
-pub struct Question {
-    /// Index of the route in the directory.
-    pub route: u32,
-    /// Hashes of the prompt's blocks.
-    pub prompt: Vec<u64>,
-    /// Is called with the answer on the core's thread, so it must be quick; dropped uncalled if
-    /// there is no such route.
-    pub answer: Box<dyn FnOnce(Weighing) + Send>,
-}
-
-impl fmt::Debug for Question {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let blocks = self.prompt.len();
-        write!(f, "Question {{ route: {}, blocks: {blocks} }}", self.route)
-    }
-}
-
-/// A choice, and what it was made by.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Weighing {
-    /// Blocks of the prompt.
-    pub prompt_blocks: u32,
-    /// In the order of their ids.
-    pub candidates: Vec<Weighed>,
-    /// The instance that would get the request.
-    pub chosen: Option<u64>,
-}
-
-/// One candidate.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Weighed {
-    /// Instance id.
-    pub id: u64,
-    /// Whether it could get the request now.
-    pub is_routable: bool,
-    /// Blocks of the prompt in its cache, from the first on; of its ranks the best counts.
-    pub overlap_blocks: u32,
-    /// What it is busy with.
-    pub busy: Work,
-    /// Whether that is what it reports, and not what this core has counted.
-    pub is_reported: bool,
-    /// What policies by load compare.
-    pub load: f64,
-    /// What the policy `kv` compares.
-    pub cost: f64,
-}
-
 /// What a core knows of caches.
 pub(crate) struct Kv {
     /// By the number of the feed.
@@ -141,7 +92,7 @@ pub(crate) struct Kv {
     /// Those of a request that is tried again.
     headers: Vec<u8>,
     /// Overlap of each instance of a route, by its place.
-    overlaps: Vec<u32>,
+    pub(crate) overlaps: Vec<u32>,
 }
 
 impl Kv {
@@ -177,7 +128,7 @@ impl Kv {
     }
 
     /// Finds what each instance has of a prompt.
-    fn measure(&mut self, rule: KvRule, ids: &[u64], prompt: Option<&[u64]>) {
+    pub(crate) fn measure(&mut self, rule: KvRule, ids: &[u64], prompt: Option<&[u64]>) {
         self.overlaps.clear();
         self.overlaps.resize(ids.len(), 0);
         let index = self.indexes.get_mut(rule.feed as usize);
@@ -195,19 +146,19 @@ impl Kv {
 }
 
 /// What a request costs at each place.
-struct Costs<'a> {
-    view: &'a View<'a>,
-    overlaps: &'a [u32],
-    rule: KvRule,
-    prompt_blocks: u32,
+pub(crate) struct Costs<'a> {
+    pub(crate) view: &'a View<'a>,
+    pub(crate) overlaps: &'a [u32],
+    pub(crate) rule: KvRule,
+    pub(crate) prompt_blocks: u32,
 }
 
 impl Costs<'_> {
-    fn overlap(&self, place: usize) -> u32 {
+    pub(crate) fn overlap(&self, place: usize) -> u32 {
         self.overlaps.get(place).copied().unwrap_or(0)
     }
 
-    fn at(&self, place: usize) -> f64 {
+    pub(crate) fn at(&self, place: usize) -> f64 {
         let busy = self.view.busy(place);
         cost(&self.rule, self.prompt_blocks, self.overlap(place), busy)
     }
@@ -257,6 +208,7 @@ pub(crate) fn choose<R: Ring>(shard: &mut Shard<R>, request: u32, rule: KvRule) 
     place
 }
 
+<<<<<<< HEAD
 fn count<R: Ring>(shard: &Shard<R>, prompt_blocks: u32, overlap: u32) {
     let stats = &shard.stats.shard;
     stats.kv_lookups.add(1);
@@ -266,6 +218,10 @@ fn count<R: Ring>(shard: &Shard<R>, prompt_blocks: u32, overlap: u32) {
 }
 
 fn draw(chooser: &mut Chooser, costs: &Costs<'_>) -> Option<usize> {
+=======
+/// The place of the cheapest, or one that is cheap.
+pub(crate) fn draw(chooser: &mut Chooser, costs: &Costs<'_>) -> Option<usize> {
+>>>>>>> top
     let temperature = f64::from(costs.rule.temperature_pct) / 100.0;
     match costs.rule.temperature_pct {
         0 => chooser.least(costs.view, |place| costs.at(place)),
@@ -337,49 +293,6 @@ pub(crate) fn hear<R: Ring>(shard: &mut Shard<R>, reports: &Reports) {
             }
         }
     }
-}
-
-/// Answers a question.
-pub(crate) fn weigh<R: Ring>(shard: &mut Shard<R>, question: Question) {
-    let Some(route) = shard.directory.routes.get(question.route as usize) else {
-        return;
-    };
-    let (rule, policy) = (route.kv, route.policy);
-    let state = &shard.routes[question.route as usize];
-    let prompt = &question.prompt[..question.prompt.len().min(PROMPT_BLOCKS_MAX)];
-    match rule {
-        Some(rule) => shard.kv.measure(rule, &state.ids, Some(prompt)),
-        None => shard.kv.overlaps.clear(),
-    }
-    let request = Request::new(NONE, question.route, shard.now_ns);
-    let view = forward::view_of(shard, &request);
-    let prompt_blocks = prompt.len() as u32;
-    let costs = rule.map(|rule| Costs {
-        view: &view,
-        overlaps: &shard.kv.overlaps,
-        rule,
-        prompt_blocks,
-    });
-    let mut chooser = state.chooser.clone();
-    let chosen = match &costs {
-        Some(costs) => draw(&mut chooser, costs),
-        None => chooser.choose(policy, 0, &view),
-    };
-    let weighed = |place: usize| Weighed {
-        id: view.id(place),
-        is_routable: view.is_routable(place),
-        overlap_blocks: costs.as_ref().map_or(0, |costs| costs.overlap(place)),
-        busy: view.busy(place),
-        is_reported: view.is_reported(place),
-        load: view.load(place),
-        cost: costs.as_ref().map_or(0.0, |costs| costs.at(place)),
-    };
-    let weighing = Weighing {
-        prompt_blocks,
-        candidates: (0..view.len()).map(weighed).collect(),
-        chosen: chosen.map(|place| view.id(place)),
-    };
-    (question.answer)(weighing);
 }
 
 #[cfg(test)]

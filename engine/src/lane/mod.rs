@@ -24,10 +24,14 @@ use corelane_gpu_mem::lane::queue::{Queues, Side};
 
 use crate::handler::CallHome;
 use crate::in_flight::TRIED_MAX;
+use crate::load::Work;
 use crate::operation::{Kind as OperationKind, Operation};
 use crate::responder::Shared;
+use crate::ring::Ring;
 use crate::route::Candidates;
+use crate::shard::Shard;
 use crate::table::{NONE, Table};
+use crate::weigh::{Barrier, Seen, Weighed, Weighing};
 
 mod answer;
 mod life;
@@ -348,6 +352,49 @@ impl Candidates for View<'_> {
 
     fn load(&self, place: usize) -> f64 {
         self.lanes.lanes[self.places[place]].jobs.used() as f64
+    }
+}
+
+/// What the policy of a route would choose among its lanes.
+pub(crate) fn weigh<R: Ring>(shard: &Shard<R>, route: u32, hint: u64) -> Weighing {
+    let policy = shard.directory.routes[route as usize].policy;
+    let view = View {
+        lanes: &shard.lanes,
+        places: shard.lanes.of_route(route),
+        tried: Tried::default(),
+        block_bytes: BLOCK_UNIT,
+    };
+    let mut chooser = shard.routes[route as usize].chooser.clone();
+    let chosen = chooser.choose(policy, hint, &view);
+    let weighed = |place: usize| {
+        let lane = &view.lanes.lanes[view.places[place]];
+        let barrier = match lane.closing || lane.gone {
+            true => Some(Barrier::Closing),
+            false => (!view.is_routable(place)).then_some(Barrier::QueueFull),
+        };
+        let jobs = lane.jobs.used() as u32;
+        Weighed {
+            id: lane.worker,
+            address: None,
+            barrier,
+            overlap_blocks: 0,
+            busy: Work {
+                requests: f64::from(jobs),
+                ..Work::default()
+            },
+            is_reported: false,
+            load: view.load(place),
+            cost: 0.0,
+            seen: Seen {
+                streams: jobs,
+                ..Seen::default()
+            },
+        }
+    };
+    Weighing {
+        candidates: (0..view.len()).map(weighed).collect(),
+        chosen: chosen.map(|place| view.id(place)),
+        ..Weighing::default()
     }
 }
 
