@@ -173,7 +173,7 @@ impl Cores {
         let mut list: Vec<Core> = Vec::with_capacity(plan.shards.len());
         for planned in &plan.shards {
             let mut planned = planned.clone();
-            planned.config.listen = planned.config.listen.and(Some(address));
+            planned.listen_at(address);
             tls::ask(&mut planned.config, &plan.tls);
             let own = ends(planned.config.shard);
             quic.ask(&mut planned.config, own.home)?;
@@ -181,7 +181,12 @@ impl Cores {
             tls::attend(&tls, &mut handle);
             quic.attend(&mut handle);
             // The first one has chosen the port of all.
-            address = handle.address.unwrap_or(address);
+            if !planned.alone {
+                address = handle.address.unwrap_or(address);
+            }
+            if let Some(own) = handle.address.filter(|_| planned.alone) {
+                tracing::info!(core = handle.shard, address = %own, "a core listens by itself");
+            }
             list.push(Core {
                 planned: RefCell::new(planned),
                 handle: RefCell::new(handle),
@@ -250,7 +255,7 @@ impl Cores {
             );
             planned.config.ring = RingKind::Epoll;
             planned.cause = "start_failed";
-            planned.config.listen = planned.config.listen.and(Some(self.address));
+            planned.listen_at(self.address);
             if let Some(handed) = &planned.config.handed {
                 // Its mode is that of all who share it; io_uring takes either.
                 let _ = handed.set_nonblocking(true);
@@ -524,7 +529,8 @@ fn wanted_address(plan: &Plan) -> Result<SocketAddr, CoresError> {
     if let Some(address) = handed.find_map(|socket| socket.local_addr().ok()) {
         return Ok(address);
     }
-    let listen = plan.shards.iter().find_map(|shard| shard.config.listen);
+    let mut shared = plan.shards.iter().filter(|shard| !shard.alone);
+    let listen = shared.find_map(|shard| shard.config.listen);
     let address = listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0)));
     if address.port() != 0 {
         let alone = executor::listen(address, false, true);

@@ -26,6 +26,17 @@ pub struct Planned {
     pub cause: &'static str,
     /// Whether epoll will not do in place of io_uring.
     pub required: bool,
+    /// Whether it listens where no other does.
+    pub alone: bool,
+}
+
+impl Planned {
+    /// It listens at the address of all, unless it has one for itself, or listens nowhere.
+    pub(crate) fn listen_at(&mut self, shared: SocketAddr) {
+        if !self.alone {
+            self.config.listen = self.config.listen.and(Some(shared));
+        }
+    }
 }
 
 /// Who runs where.
@@ -69,7 +80,9 @@ pub fn plan(config: &Config) -> Result<Plan, Stop> {
     let wanted: Vec<usize> = config.cores.iter().map(|core| core.cpu).collect();
     let mut assigned = placement::assign(&wanted, ControlCpu::Cpu(config.control.cpu), &mask);
     let quota = CpuQuota::read(std::path::Path::new("/"));
-    assigned.advise(&Topology::of_host(), quota);
+    let topology = Topology::of_host();
+    assigned.advise(&topology, quota);
+    compare_nodes(config, &topology);
     for note in &assigned.notes {
         tracing::info!("placement: {note}");
     }
@@ -83,6 +96,19 @@ pub fn plan(config: &Config) -> Result<Plan, Stop> {
         responses: config.server.responses,
         status: None,
     })
+}
+
+/// Says which cores take their memory from another node than that of their CPU.
+fn compare_nodes(config: &Config, topology: &Topology) {
+    for core in &config.cores {
+        let own = topology.cpu(core.cpu).map(|cpu| cpu.node);
+        if let (Some(node), Some(own)) = (core.numa_node, own)
+            && own != node as usize
+        {
+            let cpu = core.cpu;
+            tracing::warn!(cpu, node, own, "numa_node is another than that of the CPU");
+        }
+    }
 }
 
 fn shards(
@@ -101,6 +127,7 @@ fn shards(
         let choice = host::choose(io(core.io), report)
             .map_err(|refused| Stop::HostCannot(refused.to_string()))?;
         let ring = choice.ring;
+        let listen = core.listen.unwrap_or(listen);
         let mut told = shard_config(core, ShardConfig::new(shard, cpu, ring, Some(listen)));
         told.message_bytes_max = u64::from(config.server.message_bytes_max);
         told.relay_home = relay_home(config, shard);
@@ -108,6 +135,7 @@ fn shards(
             config: told,
             cause: choice.cause.word(),
             required: core.io == config::Io::Uring,
+            alone: core.listen.is_some(),
         });
     }
     fit_files(&mut shards, report);
@@ -150,6 +178,10 @@ pub(crate) fn idle(idle: config::Idle) -> Idle {
 fn shard_config(core: &Core, defaults: ShardConfig) -> ShardConfig {
     ShardConfig {
         idle: idle(core.idle),
+        ring_depth: core.ring_depth,
+        numa_node: core.numa_node,
+        upstreams_max: core.upstreams_max,
+        instances_max: core.instances_max,
         connections_max: core.connections_max,
         buffer_bytes: core.buffer_bytes,
         buffers: core.buffers,
@@ -251,6 +283,7 @@ mod tests {
             config,
             cause: "configured",
             required: false,
+            alone: false,
         }
     }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::task::Waker;
 
 use crate::adopt::{Adoption, Errand, Ticket};
+use crate::config::LiveSettings;
 use crate::directory::Directory;
 use crate::handler::NewHandler;
 use crate::kv::{Batch, Question, Reports};
@@ -13,6 +14,7 @@ use crate::local::Run;
 use crate::mesh::{Receiver, Sender};
 use crate::quic::{Inbound, Outbound};
 use crate::served::SpanRecord;
+use crate::settings::Census;
 
 /// What control asks of a shard.
 #[derive(Debug)]
@@ -25,6 +27,10 @@ pub enum Command {
     Loads(Arc<Reports>),
     /// What would be chosen, and why.
     Weigh(Box<Question>),
+    /// Other settings, from now on.
+    Settings(LiveSettings),
+    /// Which routes are still in use.
+    Census(Census),
     /// One more handler: the next index, served once [`Command::Serve`] gives it a path.
     Handler(NewHandler),
     /// From now on exactly these paths are served by handlers of this process.

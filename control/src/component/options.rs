@@ -459,6 +459,7 @@ impl Options {
                 config,
                 cause: choice.cause.word(),
                 required: self.io == host::Io::Uring,
+                alone: false,
             }
         };
         Ok(Plan {

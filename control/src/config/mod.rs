@@ -20,6 +20,7 @@ use corelane_engine::quic;
 
 use crate::env::Env;
 
+mod cores;
 mod endpoint;
 mod events;
 mod gpu;
@@ -28,6 +29,7 @@ mod keys;
 mod kv;
 mod layers;
 mod lists;
+mod live;
 mod planner;
 mod problem;
 mod raw;
@@ -39,6 +41,7 @@ mod value;
 mod words;
 
 pub use corelane_codec::path::EndpointId;
+pub use cores::Core;
 pub use events::{BridgeConfig, Broker};
 pub use host::Host;
 pub use keys::{Alias, Dialect, Fallback, Key, Section, find, keys};
@@ -49,7 +52,7 @@ pub use tls::{Tls, TlsClient, TlsServer};
 pub use value::{Kind, Value, address};
 pub use words::{
     Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Io, KernelTls, LoadSource,
-    Overflow, PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Switch,
+    Overflow, PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Role, Switch,
 };
 
 pub use crate::words::Word;
@@ -82,6 +85,8 @@ pub struct Config {
     pub gpu: Option<Gpu>,
     /// Where a planner is listened to, if it is.
     pub planner: Option<Planner>,
+    /// How a changed configuration is taken over.
+    pub reload: Reload,
     /// The broker of events, if there is one.
     pub broker: Option<Broker>,
     /// Every value that was used, with the place it came from.
@@ -300,29 +305,6 @@ pub struct StaticInstance {
     pub id: u64,
 }
 
-/// `[core]`, of one data core.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Core {
-    /// The CPU that it is pinned to.
-    pub cpu: usize,
-    /// What it does with nothing to do.
-    pub idle: Idle,
-    /// Which kernel interface moves bytes.
-    pub io: Io,
-    /// Sockets at most.
-    pub connections_max: u32,
-    /// Size of a receive buffer.
-    pub buffer_bytes: u32,
-    /// Receive buffers, a power of two.
-    pub buffers: u16,
-    /// Unanswered requests at most.
-    pub in_flight_max: u32,
-    /// Bytes waiting for one instance's socket at most.
-    pub upstream_queue_bytes: u32,
-    /// Records of the flight recorder.
-    pub flight_records: u32,
-}
-
 /// `[control]`.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Control {
@@ -330,10 +312,23 @@ pub struct Control {
     pub cpu: usize,
     /// Where flight records of a core in trouble are written.
     pub flight_dir: Option<PathBuf>,
+    /// Filter of the log, unless a variable has one.
+    pub log: Option<String>,
+}
+
+/// `[reload]`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Reload {
+    /// How long the first core is watched.
+    pub watch: Duration,
+    /// Failed requests in percent, beyond those of the others, that are too many.
+    pub failures_pct: u8,
+    /// How long a core may take to take it over, or stand still.
+    pub taken_timeout: Duration,
 }
 
 /// `[drain]`.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Drain {
     /// How long to keep accepting after leaving discovery.
     pub grace_s: u32,
