@@ -4,7 +4,7 @@
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 
-use corelane_engine::config::{Idle, RingKind, ShardConfig};
+use corelane_engine::config::{Idle, LiveSettings, RingKind, ShardConfig};
 use corelane_engine::ends::HomeAddress;
 use corelane_engine::placement::{self, Assignment, ControlCpu, CpuQuota, Topology};
 use corelane_engine::preflight as host;
@@ -190,6 +190,20 @@ fn shard_config(core: &Core, defaults: ShardConfig) -> ShardConfig {
         flight_records: core.flight_records,
         ..defaults
     }
+}
+
+/// What a core on this CPU may be told while it runs. One that nobody named is configured like the
+/// first that was.
+pub(crate) fn live(config: &Config, cpu: usize) -> Option<LiveSettings> {
+    let named = config.cores.iter().find(|core| core.cpu == cpu);
+    let core = named.or(config.cores.first())?;
+    Some(LiveSettings {
+        idle: idle(core.idle),
+        connections_max: core.connections_max,
+        in_flight_max: core.in_flight_max,
+        upstream_queue_bytes: core.upstream_queue_bytes,
+        message_bytes_max: config.server.message_bytes_max.into(),
+    })
 }
 
 /// A table of connections that the limit of open files cannot fill would only hide that limit:

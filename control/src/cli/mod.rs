@@ -141,8 +141,9 @@ fn dispatch(command: Command, env: &Env, host: &Host) -> anyhow::Result<Exit> {
         }
         Command::Serve(serve) => {
             report(env);
-            let config = load(serve.inputs(env, host)?)?;
-            commands::serve(ServeArgs { config })
+            let inputs = serve.inputs(env, host)?;
+            let config = load(inputs.clone())?;
+            commands::serve(ServeArgs { config, inputs })
         }
         Command::Check(check) => Ok(check::check(&check, env, host)?),
         Command::Env(options) => environment(&options, env),
