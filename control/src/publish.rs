@@ -44,6 +44,8 @@ pub struct Listed {
     sight: Rc<Sight>,
     /// Whether our record stands in discovery under the present identity.
     registered: Cell<bool>,
+    /// It came later than the process, and has not been registered yet.
+    joins: Cell<bool>,
 }
 
 impl Listed {
@@ -55,6 +57,7 @@ impl Listed {
             statics: wanted.statics,
             sight,
             registered: Cell::new(false),
+            joins: Cell::new(sights.have_begun()),
         }
     }
 
@@ -86,9 +89,15 @@ impl Listed {
         self.registered.get()
     }
 
+    /// Whether it is new in a process that serves already, and nobody waits for it.
+    pub fn joins(&self) -> bool {
+        self.joins.get()
+    }
+
     /// Notes whether our record stands in discovery.
     pub fn set_registered(&self, registered: bool) {
         self.registered.set(registered);
+        self.joins.set(self.joins.get() && !registered);
     }
 }
 

@@ -131,6 +131,11 @@ impl Sights {
         self.begun.set(true);
     }
 
+    /// Whether they are.
+    pub fn have_begun(&self) -> bool {
+        self.begun.get()
+    }
+
     /// The one of a feed.
     pub fn of_feed(&self, feed: u32) -> Option<Rc<Sight>> {
         self.list.borrow().get(feed as usize)?.clone()

@@ -23,6 +23,7 @@ mod events;
 mod extract;
 mod gms;
 mod options;
+mod reload;
 mod tune;
 
 pub use args::{
@@ -180,6 +181,7 @@ fn dispatch(command: Command, env: &Env, host: &Host) -> anyhow::Result<Exit> {
             }
         },
         Command::Dump(dump) => commands::dump(&dump.args()),
+        Command::Reload(reload) => commands::reload(&reload.args()),
         Command::Tune(options) => tune::tune(*options, env, host),
         Command::Doctor(options) => doctor::doctor(&options, env, host),
     }

@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use super::args::{Answer, CallArgs, Codec, Early, EchoArgs, Target, UpArgs};
 use super::{
     Stop, check::CheckOptions, doctor::DoctorOptions, dump::DumpOptions, events::EventsOptions,
-    extract::TraceOptions, gms::GmsOptions, tune::TuneOptions,
+    extract::TraceOptions, gms::GmsOptions, reload::ReloadOptions, tune::TuneOptions,
 };
 use crate::config::{
     Backend, Config, EndpointId, Host, Inputs, Key, Main, Origin, Override, Purpose, Section,
@@ -62,6 +62,7 @@ pub(super) enum Command {
     Tune(Box<TuneOptions>),
     Doctor(Box<DoctorOptions>),
     Dump(DumpOptions),
+    Reload(ReloadOptions),
 }
 
 /// Where settings come from.

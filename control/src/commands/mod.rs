@@ -7,12 +7,14 @@ use crate::cli::{CallArgs, EchoArgs, Exit};
 mod dump;
 mod events;
 mod gms;
+mod reload;
 mod serve;
 mod up;
 
 pub use dump::{DumpArgs, Source, dump};
 pub use events::{PublishArgs, TailArgs, Transport, publish, tail};
 pub use gms::{gms, probe};
+pub use reload::{ReloadArgs, reload};
 pub use serve::serve;
 pub use up::up;
 

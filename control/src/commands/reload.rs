@@ -79,7 +79,10 @@ fn text(report: &Report) -> String {
     }
     if let Some(core) = report.core {
         let (requests, took) = (report.watched_requests, report.took_ms);
-        let _ = writeln!(text, "core {core} was first, with {requests} requests; {took} ms");
+        let _ = writeln!(
+            text,
+            "core {core} was first, with {requests} requests; {took} ms"
+        );
     }
     text
 }

@@ -214,18 +214,19 @@ impl Reloader {
             return Ok(Outcome::Unchanged);
         }
         let proposal = self.prepare(&new).await?;
-        let core = self.first_core(&old, &new);
-        report.core = Some(core);
-        let began = self.try_on(core, &proposal, &new).await;
-        let seen = match began {
-            Ok(()) => watched::watch(&self.parts.cores, core, &new.reload).await,
-            Err(why) => Err(why),
-        };
-        match seen {
-            Ok(watched) => report.watched_requests = watched.core.requests,
-            Err(why) => {
-                self.take_back(core, &proposal, &old).await;
-                return Err(Halt::RolledBack(why));
+        let first = self.first_core(&old, &new);
+        report.core = first.or((!proposal.is_empty()).then_some(0));
+        if let Some(core) = report.core {
+            let seen = match self.try_on(core, &proposal, &new).await {
+                Ok(()) => watched::watch(&self.parts.cores, core, &new.reload).await,
+                Err(why) => Err(why),
+            };
+            match seen {
+                Ok(watched) => report.watched_requests = watched.core.requests,
+                Err(why) => {
+                    self.take_back(core, &proposal, &old).await;
+                    return Err(Halt::RolledBack(why));
+                }
             }
         }
         self.put_in_force(&proposal, &new).await;
@@ -251,12 +252,12 @@ impl Reloader {
         Ok(proposal)
     }
 
-    /// The first core whose own settings change; if none does, the first of all.
-    fn first_core(&self, old: &Config, new: &Config) -> usize {
+    /// The first core whose own settings change.
+    fn first_core(&self, old: &Config, new: &Config) -> Option<usize> {
         let views = self.parts.cores.view();
         let differs =
             |view: &&crate::cores::CoreView| settings(old, view.cpu) != settings(new, view.cpu);
-        views.iter().find(differs).map_or(0, |view| view.shard)
+        views.iter().find(differs).map(|view| view.shard)
     }
 
     async fn try_on(&self, core: usize, proposal: &Proposal, new: &Config) -> Result<(), String> {
@@ -289,16 +290,16 @@ impl Reloader {
         taken.map_err(|_| format!("core {core} has not taken it over after {patience:?}"))
     }
 
-    async fn take_back(&self, core: usize, proposal: &Proposal, old: &Config) {
+    async fn take_back(self: &Rc<Self>, core: usize, proposal: &Proposal, old: &Config) {
         self.parts.board.take_back(proposal);
         if let Err(why) = self.hand_over(core, old).await {
             tracing::error!(
                 core,
                 why,
-                "reload: what was in force is not taken back over"
+                "reload: a core does not take back what was in force"
             );
         }
-        self.parts.board.publish().await;
+        self.sweep();
     }
 
     async fn put_in_force(self: &Rc<Self>, proposal: &Proposal, new: &Config) {
