@@ -6,6 +6,7 @@
 //! ```
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::{Rc, Weak};
@@ -17,12 +18,13 @@ use corelane_engine::config::{RingKind, ShardConfig};
 use corelane_engine::ends::Ends;
 use corelane_engine::executor::{self, ShardHandle, StartError};
 use corelane_engine::mesh;
+use corelane_engine::settings::Census;
 use corelane_engine::shard::{Command, Report};
 use corelane_engine::stats::Stats;
 use thiserror::Error;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{broadcast, oneshot, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::preflight::{Plan, Planned, ring_word};
@@ -179,7 +181,7 @@ impl Cores {
         for planned in &plan.shards {
             let mut planned = planned.clone();
             planned.config.steering = group.program();
-            planned.config.listen = planned.config.listen.and(Some(address));
+            planned.listen_at(address);
             tls::ask(&mut planned.config, &plan.tls);
             let own = ends(planned.config.shard);
             quic.ask(&mut planned.config, own.home)?;
@@ -188,7 +190,12 @@ impl Cores {
             tls::attend(&tls, &mut handle);
             quic.attend(&mut handle);
             // The first one has chosen the port of all.
-            address = handle.address.unwrap_or(address);
+            if !planned.alone {
+                address = handle.address.unwrap_or(address);
+            }
+            if let Some(own) = handle.address.filter(|_| planned.alone) {
+                tracing::info!(core = handle.shard, address = %own, "a core listens by itself");
+            }
             list.push(Core {
                 planned: RefCell::new(planned),
                 handle: RefCell::new(handle),
@@ -259,7 +266,7 @@ impl Cores {
             );
             planned.config.ring = RingKind::Epoll;
             planned.cause = "start_failed";
-            planned.config.listen = planned.config.listen.and(Some(self.address));
+            planned.listen_at(self.address);
             self.group.again(index);
             planned.config.steering = self.group.program();
             if let Some(handed) = &planned.config.handed {
@@ -409,21 +416,58 @@ impl Cores {
 
     /// The same with a command for each, by its index.
     pub async fn tell_each(&self, command: impl Fn(usize) -> Command) {
-        for (index, core) in self.list.iter().enumerate() {
-            let deadline = Instant::now() + COMMAND_MAX;
-            let mut next = command(index);
-            while !matches!(&*core.state.borrow(), State::Ended { .. }) {
-                let outcome = core.handle.borrow().command(next);
-                let Err(back) = outcome else { break };
-                next = back;
-                if Instant::now() >= deadline {
-                    let core = core.planned.borrow().config.shard;
-                    tracing::error!(core, "a core does not take commands");
-                    break;
-                }
-                sleep(Duration::from_millis(1)).await;
-            }
+        for index in 0..self.list.len() {
+            self.tell_one(index, command(index)).await;
         }
+    }
+
+    /// The same to one, by its index.
+    pub async fn tell_one(&self, index: usize, command: Command) {
+        let Some(core) = self.list.get(index) else {
+            return;
+        };
+        let deadline = Instant::now() + COMMAND_MAX;
+        let mut next = command;
+        while !matches!(&*core.state.borrow(), State::Ended { .. }) {
+            let outcome = core.handle.borrow().command(next);
+            let Err(back) = outcome else { break };
+            next = back;
+            if Instant::now() >= deadline {
+                let core = core.planned.borrow().config.shard;
+                tracing::error!(core, "a core does not take commands");
+                break;
+            }
+            sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    /// Places in the directory whose routes some shard still has requests or responses of; `None`
+    /// if one does not say.
+    pub async fn census(&self) -> Option<BTreeSet<u32>> {
+        let mut answers = Vec::with_capacity(self.list.len());
+        for (index, core) in self.list.iter().enumerate() {
+            if matches!(&*core.state.borrow(), State::Ended { .. }) {
+                continue;
+            }
+            let (send, answer) = oneshot::channel();
+            // Nobody waits any more when it is given up.
+            let told = Box::new(move |places| drop(send.send(places)));
+            let census = Command::Census(Census { answer: told });
+            self.tell_one(index, census).await;
+            answers.push(answer);
+        }
+        let mut all = BTreeSet::new();
+        for answer in answers {
+            all.extend(timeout(COMMAND_MAX, answer).await.ok()?.ok()?);
+        }
+        Some(all)
+    }
+
+    /// The numbers of one shard, by its index; `None` once it has ended.
+    pub fn stats(&self, index: usize) -> Option<Arc<Stats>> {
+        let core = self.list.get(index)?;
+        let ended = matches!(&*core.state.borrow(), State::Ended { .. });
+        (!ended).then(|| Arc::clone(&core.handle.borrow().stats))
     }
 
     /// The ways to hand commands to each shard from any thread; they hold as long as no shard is
@@ -569,7 +613,8 @@ fn wanted_address(plan: &Plan) -> Result<SocketAddr, CoresError> {
     if let Some(address) = handed.find_map(|socket| socket.local_addr().ok()) {
         return Ok(address);
     }
-    let listen = plan.shards.iter().find_map(|shard| shard.config.listen);
+    let mut shared = plan.shards.iter().filter(|shard| !shard.alone);
+    let listen = shared.find_map(|shard| shard.config.listen);
     let address = listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0)));
     if address.port() != 0 {
         let alone = executor::listen(address, false, true);

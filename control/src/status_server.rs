@@ -4,14 +4,16 @@
 //! | route | answer |
 //! |---|---|
 //! | `/live` | 200 (unlike Dynamo's, which repeats `/health`); 503 when a core stands still |
-//! | `/health` | 200 or 503, an object of `status`, `uptime`, `endpoints`, `paths`, `states` |
+//! | `/health` | 200 or 503, an object of `status`, `uptime`, `endpoints`, `paths`, `states`, `generation` |
 //! | `/metrics` | 200, text |
 //! | what is added ([`StatusOptions::extras`]) | what that says |
+//! | what acts ([`StatusOptions::actions`]) | GET: what that says; POST: what it has done |
 //! | `/engine/{path}` | what a worker's callback answers, 400, 404 or 500 with JSON |
 //! | `/metadata`, `/v1/metadata/..` | 404 in Dynamo's words: nothing is published here |
 //! | else | 404 `Route not found` |
 //!
-//! The first two may have other paths ([`StatusOptions::read`]).
+//! The first two may have other paths ([`StatusOptions::read`]). To act, one must be on this host
+//! and send the header `x-corelane`, which no page in a browser can without asking first.
 //!
 //! A probe must be answered even when somebody holds connections open: there are at most
 //! [`CONNECTIONS_MAX`], each lives for a bounded time, and the oldest makes room for a new one.
@@ -21,11 +23,11 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use futures_util::future::LocalBoxFuture;
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
@@ -58,6 +60,9 @@ const PLAIN: &str = "text/plain; charset=utf-8";
 /// What the text encoder of `prometheus-client` writes.
 pub const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
+/// The header of those who want something done.
+pub const ACTS: &str = "x-corelane";
+
 const METRICS: &str = "/metrics";
 const ENGINE: &str = "/engine/";
 
@@ -74,6 +79,8 @@ pub struct Health {
     pub states: Vec<(String, State)>,
     /// Parts of the process that have made no progress for long; with one it is not live.
     pub stuck: Vec<String>,
+    /// Number of the configuration in force, from 1; where it can be changed.
+    pub generation: Option<u64>,
 }
 
 impl Health {
@@ -86,6 +93,7 @@ impl Health {
             endpoints: seen.iter().map(|seen| (named(seen), seen.ready)).collect(),
             paths: Vec::new(),
             stuck: Vec::new(),
+            generation: None,
             states: seen.iter().map(|seen| (named(seen), seen.state)).collect(),
         }
     }
@@ -110,7 +118,11 @@ pub type Answer = (StatusCode, &'static str, Vec<u8>);
 pub type Extra = Box<dyn Fn(&str) -> Answer>;
 
 /// The same, in its own time, which it must bound.
-pub type Later = Box<dyn Fn(&str) -> Pin<Box<dyn Future<Output = Answer>>>>;
+pub type Later = Box<dyn Fn(&str) -> LocalBoxFuture<'static, Answer>>;
+
+/// Answers a GET (false), or acts on a POST and answers then. It may take its time, but not as long
+/// as [`CONNECTION_LIFE`].
+pub type Action = Box<dyn Fn(bool) -> LocalBoxFuture<'static, Answer>>;
 
 /// What to serve and where.
 pub struct StatusOptions {
@@ -130,6 +142,8 @@ pub struct StatusOptions {
     pub extras: Vec<(&'static str, Extra)>,
     /// The same of those that ask others first.
     pub later: Vec<(&'static str, Later)>,
+    /// Further paths at which something can be done, by those on this host.
+    pub actions: Vec<(&'static str, Action)>,
 }
 
 impl StatusOptions {
@@ -144,6 +158,7 @@ impl StatusOptions {
             engine: EngineRoutes::default(),
             extras: Vec::new(),
             later: Vec::new(),
+            actions: Vec::new(),
         }
     }
 
@@ -292,9 +307,12 @@ async fn accept(
 }
 
 async fn serve(stream: TcpStream, routes: Rc<Routes>, mut stopping: watch::Receiver<bool>) {
+    let is_local = stream
+        .peer_addr()
+        .is_ok_and(|peer| peer.ip().to_canonical().is_loopback());
     let service = service_fn(move |request: Request<Incoming>| {
         let routes = routes.clone();
-        async move { Ok::<_, Infallible>(routes.answer(request).await) }
+        async move { Ok::<_, Infallible>(routes.answer(request, is_local).await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -314,7 +332,7 @@ async fn serve(stream: TcpStream, routes: Rc<Routes>, mut stopping: watch::Recei
 }
 
 impl Routes {
-    async fn answer(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    async fn answer(&self, request: Request<Incoming>, is_local: bool) -> Response<Full<Bytes>> {
         if let Some(path) = request.uri().path().strip_prefix(ENGINE) {
             let path = path.to_owned();
             let (status, answer) = self.options.engine.answer(&path, request.into_body()).await;
@@ -324,6 +342,11 @@ impl Routes {
         let later = later.find(|(at, _)| *at == request.uri().path());
         if let Some((_, later)) = later.filter(|_| reads(&request)) {
             let (status, kind, body) = later(request.uri().query().unwrap_or("")).await;
+            return respond(status, kind, body);
+        }
+        let mut actions = self.options.actions.iter();
+        if let Some((_, action)) = actions.find(|(at, _)| *at == request.uri().path()) {
+            let (status, kind, body) = act(action, &request, is_local).await;
             return respond(status, kind, body);
         }
         self.answer_of_ours(&request)
@@ -392,6 +415,7 @@ impl Routes {
             endpoints: Words(&health.endpoints),
             paths: Pairs(&health.paths),
             states: States(&health.states),
+            generation: health.generation,
         };
         // A struct of strings and numbers always has a JSON form.
         serde_json::to_string(&body).unwrap_or_default()
@@ -411,12 +435,28 @@ struct Body<'a> {
     paths: Pairs<'a>,
     #[serde(skip_serializing_if = "States::is_empty")]
     states: States<'a>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    generation: Option<u64>,
 }
 
 #[derive(serde::Serialize)]
 struct Uptime {
     secs: u64,
     nanos: u32,
+}
+
+/// Lets those on this host act, and all others look.
+async fn act(action: &Action, request: &Request<Incoming>, is_local: bool) -> Answer {
+    let refuse = |status, why: &str| (status, PLAIN, why.as_bytes().to_vec());
+    match *request.method() {
+        Method::GET | Method::HEAD => action(false).await,
+        Method::POST if is_local && request.headers().contains_key(ACTS) => action(true).await,
+        Method::POST => {
+            let why = "only from this host, by its loopback address, with the header x-corelane\n";
+            refuse(StatusCode::FORBIDDEN, why)
+        }
+        _ => refuse(StatusCode::METHOD_NOT_ALLOWED, ""),
+    }
 }
 
 /// Endpoint names and their state, as a JSON object in the given order.
@@ -498,6 +538,7 @@ mod tests {
             paths: vec![("generate".to_owned(), "127.0.0.1:1/0/a/b/c".to_owned())],
             states: vec![("generate".to_owned(), State::Running)],
             stuck: Vec::new(),
+            generation: None,
         };
         let set = [
             ("DYN_SYSTEM_LIVE_PATH", "/alive"),

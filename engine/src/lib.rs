@@ -61,6 +61,7 @@ pub mod ring;
 pub mod route;
 pub mod send_pool;
 pub mod served;
+pub mod settings;
 mod settle;
 pub mod shard;
 mod socket;

@@ -166,6 +166,8 @@ cells! {
         Counter handled,
         /// Directories taken over from control
         Counter directories,
+        /// Changes of settings taken over
+        Counter settings,
         /// Times the paths that handlers serve were changed
         Counter path_updates,
         /// Requests acknowledged whose envelope could not be understood

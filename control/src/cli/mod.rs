@@ -24,6 +24,7 @@ mod explain;
 mod extract;
 mod gms;
 mod options;
+mod reload;
 mod top;
 mod tune;
 
@@ -144,8 +145,9 @@ fn dispatch(command: Command, env: &Env, host: &Host) -> anyhow::Result<Exit> {
         }
         Command::Serve(serve) => {
             report(env);
-            let config = load(serve.inputs(env, host)?)?;
-            commands::serve(ServeArgs { config })
+            let inputs = serve.inputs(env, host)?;
+            let config = load(inputs.clone())?;
+            commands::serve(ServeArgs { config, inputs })
         }
         Command::Check(check) => Ok(check::check(&check, env, host)?),
         Command::Env(options) => environment(&options, env),
@@ -188,6 +190,7 @@ fn dispatch(command: Command, env: &Env, host: &Host) -> anyhow::Result<Exit> {
             let ExplainCommand::Route(route) = explain.command;
             commands::explain(&route.args())
         }
+        Command::Reload(reload) => commands::reload(&reload.args()),
         Command::Tune(options) => tune::tune(*options, env, host),
         Command::Doctor(options) => doctor::doctor(&options, env, host),
     }

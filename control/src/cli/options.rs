@@ -8,8 +8,8 @@ use clap::{Args, Parser, Subcommand};
 use super::args::{Answer, CallArgs, Codec, Early, EchoArgs, Target, UpArgs};
 use super::{
     Stop, check::CheckOptions, doctor::DoctorOptions, dump::DumpOptions, events::EventsOptions,
-    explain::ExplainOptions, extract::TraceOptions, gms::GmsOptions, top::TopOptions,
-    tune::TuneOptions,
+    explain::ExplainOptions, extract::TraceOptions, gms::GmsOptions, reload::ReloadOptions,
+    top::TopOptions, tune::TuneOptions,
 };
 use crate::config::{
     Backend, Config, EndpointId, Host, Inputs, Key, Main, Origin, Override, Purpose, Section,
@@ -65,6 +65,7 @@ pub(super) enum Command {
     Dump(DumpOptions),
     Top(TopOptions),
     Explain(ExplainOptions),
+    Reload(ReloadOptions),
 }
 
 /// Where settings come from.

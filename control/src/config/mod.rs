@@ -16,11 +16,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use corelane_engine::nic::QueueName;
 use corelane_engine::{balance, quic, steering};
 
 use crate::env::Env;
 
+mod cores;
 mod endpoint;
 mod events;
 mod gpu;
@@ -29,6 +29,7 @@ pub(crate) mod keys;
 mod kv;
 mod layers;
 mod lists;
+mod live;
 mod placing;
 mod planner;
 mod problem;
@@ -41,6 +42,7 @@ mod value;
 mod words;
 
 pub use corelane_codec::path::EndpointId;
+pub use cores::Core;
 pub use events::{BridgeConfig, Broker};
 pub use host::Host;
 pub use keys::{Alias, Dialect, Fallback, Key, Section, find, keys};
@@ -51,8 +53,8 @@ pub use tls::{Tls, TlsClient, TlsServer};
 pub use value::{Kind, Value, address};
 pub use words::{
     Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Imbalance, Io, KernelTls,
-    LoadSource, Overflow, PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Steering,
-    Switch,
+    LoadSource, Overflow, PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Role,
+    Steering, Switch,
 };
 
 pub use crate::words::Word;
@@ -87,6 +89,8 @@ pub struct Config {
     pub gpu: Option<Gpu>,
     /// Where a planner is listened to, if it is.
     pub planner: Option<Planner>,
+    /// How a changed configuration is taken over.
+    pub reload: Reload,
     /// The broker of events, if there is one.
     pub broker: Option<Broker>,
     /// Which events over ZMQ are encrypted, and with which keys.
@@ -311,33 +315,6 @@ pub struct StaticInstance {
     pub id: u64,
 }
 
-/// `[core]`, of one data core.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Core {
-    /// The CPU that it is pinned to.
-    pub cpu: usize,
-    /// What it does with nothing to do.
-    pub idle: Idle,
-    /// Which kernel interface moves bytes.
-    pub io: Io,
-    /// The queue of a network device whose connections it takes.
-    pub nic_queue: Option<QueueName>,
-    /// How long it polls its receive queues before it sleeps; 0: not at all.
-    pub busy_poll_us: u32,
-    /// Sockets at most.
-    pub connections_max: u32,
-    /// Size of a receive buffer.
-    pub buffer_bytes: u32,
-    /// Receive buffers, a power of two.
-    pub buffers: u16,
-    /// Unanswered requests at most.
-    pub in_flight_max: u32,
-    /// Bytes waiting for one instance's socket at most.
-    pub upstream_queue_bytes: u32,
-    /// Records of the flight recorder.
-    pub flight_records: u32,
-}
-
 /// `[control]`.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Control {
@@ -347,10 +324,23 @@ pub struct Control {
     pub share: bool,
     /// Where flight records of a core in trouble are written.
     pub flight_dir: Option<PathBuf>,
+    /// Filter of the log, unless a variable has one.
+    pub log: Option<String>,
+}
+
+/// `[reload]`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Reload {
+    /// How long the first core is watched.
+    pub watch: Duration,
+    /// Failed requests in percent, beyond those of the others, that are too many.
+    pub failures_pct: u8,
+    /// How long a core may take to take it over, or stand still.
+    pub taken_timeout: Duration,
 }
 
 /// `[drain]`.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Drain {
     /// How long to keep accepting after leaving discovery.
     pub grace_s: u32,

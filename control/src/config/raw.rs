@@ -309,6 +309,12 @@ impl Reader<'_, '_> {
                 self.error(name.span().start, what, "move it to the main file".into());
                 continue;
             }
+            if self.kind == FileKind::Main && key.only_per_core() {
+                let what = format!("{} is of one core", key.name);
+                let instead = "move it to cores.d/<n>.toml, n being the core".into();
+                self.error(name.span().start, what, instead);
+                continue;
+            }
             let start = value.span().start;
             match key.kind.read_toml(key, value.get_ref()) {
                 Ok(value) => read.entries.push(Entry {

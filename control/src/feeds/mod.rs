@@ -100,8 +100,8 @@ enum What {
 /// What the routes of a configuration want to hear.
 fn wanted(board: &Board) -> BTreeMap<(u32, &'static str), (EndpointId, What)> {
     let mut wanted = BTreeMap::new();
-    for (index, listed) in board.routes().iter().enumerate() {
-        let (number, route) = (board.feed(index), &listed.route);
+    for listed in board.routes() {
+        let (number, route) = (listed.feed(), &listed.route);
         if route.kv.is_some() {
             let what = What::Caches(RefCell::new(Digest::new(number)));
             let key = (number, topic::KV_EVENTS);
@@ -261,7 +261,10 @@ impl Feed {
         hearing: &Rc<Hearing>,
     ) {
         let (board, cores) = (&hearing.board, &hearing.cores);
-        let mut changes = board.routes()[self.number as usize].subscribe();
+        let Some(sight) = board.sights().of_feed(self.number) else {
+            return std::future::pending().await;
+        };
+        let mut changes = sight.subscribe();
         let mut sources = self.sources(hearing);
         let mut asked = Asked::new();
         loop {
@@ -348,8 +351,10 @@ impl Feed {
 
     /// The instances that are there.
     fn present(&self, board: &Board) -> HashSet<u64> {
-        let instances = board.routes()[self.number as usize].instances();
-        instances.iter().map(|instance| instance.id).collect()
+        let sight = board.sights().of_feed(self.number);
+        let instances = sight.map(|sight| sight.instances());
+        let ids = instances.iter().flat_map(|found| found.iter());
+        ids.map(|instance| instance.id).collect()
     }
 
     /// Forgets those that are gone.

@@ -22,7 +22,7 @@ use super::{
 use crate::config;
 use crate::cores::Cores;
 use crate::preflight::ring_word;
-use crate::publish::{Board, Listed};
+use crate::publish::Board;
 use crate::status_server::{Answer, Later};
 
 /// Instances of an answer, at most, all routes taken together.
@@ -84,7 +84,7 @@ impl Pages {
                 _ => return wrong(OVERVIEW, "there is only instances"),
             }
         }
-        let directory = self.sources.board.published();
+        let directory = self.sources.board.published(0);
         let listed = directory.routes.len().min(ROUTES_MAX);
         let most = most.min(LISTED_MAX / listed.max(1));
         let said = self.asker.ask(0..listed, b"", most).await;
@@ -104,6 +104,7 @@ impl Pages {
             answers: answers(index),
         });
         let routes = directory.routes.iter().zip(&said);
+        let routes = routes.filter(|(route, _)| !route.listen.is_empty());
         json(&Overview {
             version: VERSION,
             program: env!("CARGO_PKG_VERSION").to_owned(),
@@ -121,7 +122,7 @@ impl Pages {
     }
 
     fn route(&self, route: &directory::Route, by_core: &[Option<Weighing>]) -> Route {
-        let mut known = self.sources.board.routes().iter();
+        let mut known = self.sources.board.routes().into_iter();
         let known = known.find(|listed| listed.route.listen.to_string() == route.listen);
         let mut instances = BTreeMap::new();
         for one in by_core.iter().flatten().flat_map(|said| &said.candidates) {
@@ -138,8 +139,8 @@ impl Pages {
             }
             .to_owned(),
             lane: route.lane,
-            registered: known.is_some_and(Listed::is_registered),
-            fresh: known.is_some_and(Listed::is_fresh),
+            registered: known.as_ref().is_some_and(|listed| listed.is_registered()),
+            fresh: known.as_ref().is_some_and(|listed| listed.is_fresh()),
             instances: instances.into_values().collect(),
             instances_left_out: left_out.max().unwrap_or(0),
         }
@@ -165,15 +166,15 @@ impl Pages {
         let Some(path) = path else {
             return wrong(EXPLAIN, "name a path");
         };
-        let directory = self.sources.board.published();
-        let Some(index) = find(&directory, &path) else {
-            return unknown(&directory, &path);
-        };
         let cores = self.sources.cores.count();
         if core >= cores {
             let text = format!("there is no core {core}; there are {cores}\n");
             return (StatusCode::NOT_FOUND, PLAIN, text.into_bytes());
         }
+        let directory = self.sources.board.published(core);
+        let Some(index) = find(&directory, &path) else {
+            return unknown(&directory, &path);
+        };
         let members: Vec<(&str, &str)> = members.iter().map(|(n, v)| (&**n, &**v)).collect();
         let mut written = Vec::new();
         headers::write(&members, &mut written);
@@ -257,7 +258,7 @@ fn find(directory: &Directory, path: &str) -> Option<usize> {
     let mut routes = directory.routes.iter();
     let exact = routes.position(|route| route.paths.iter().any(is_path));
     let mut routes = directory.routes.iter();
-    exact.or_else(|| routes.position(|route| route.listen == path))
+    exact.or_else(|| routes.position(|route| !path.is_empty() && route.listen == path))
 }
 
 fn unknown(directory: &Directory, path: &str) -> Answer {

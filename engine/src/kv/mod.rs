@@ -15,7 +15,6 @@ use std::sync::Arc;
 
 use crate::directory::{Directory, KvRule, LoadSource};
 use crate::forward::{self, View};
-use crate::in_flight::Request;
 use crate::load::Work;
 use crate::ring::Ring;
 use crate::route::Chooser;
@@ -208,7 +207,6 @@ pub(crate) fn choose<R: Ring>(shard: &mut Shard<R>, request: u32, rule: KvRule) 
     place
 }
 
-<<<<<<< HEAD
 fn count<R: Ring>(shard: &Shard<R>, prompt_blocks: u32, overlap: u32) {
     let stats = &shard.stats.shard;
     stats.kv_lookups.add(1);
@@ -217,11 +215,8 @@ fn count<R: Ring>(shard: &Shard<R>, prompt_blocks: u32, overlap: u32) {
     stats.kv_overlap_blocks.add(u64::from(overlap));
 }
 
-fn draw(chooser: &mut Chooser, costs: &Costs<'_>) -> Option<usize> {
-=======
 /// The place of the cheapest, or one that is cheap.
 pub(crate) fn draw(chooser: &mut Chooser, costs: &Costs<'_>) -> Option<usize> {
->>>>>>> top
     let temperature = f64::from(costs.rule.temperature_pct) / 100.0;
     match costs.rule.temperature_pct {
         0 => chooser.least(costs.view, |place| costs.at(place)),
