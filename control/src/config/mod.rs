@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use corelane_engine::nic::QueueName;
+use corelane_engine::placement::ControlCpu;
 use corelane_engine::{balance, quic, steering};
 
 use crate::env::Env;
@@ -343,6 +344,16 @@ pub struct Control {
     pub share: bool,
     /// Where flight records of a core in trouble are written.
     pub flight_dir: Option<PathBuf>,
+}
+
+impl Control {
+    /// As the placement of cores takes it.
+    pub fn placed(&self) -> ControlCpu {
+        match self.share {
+            true => ControlCpu::Shared(self.cpu),
+            false => ControlCpu::Cpu(self.cpu),
+        }
+    }
 }
 
 /// `[drain]`.
