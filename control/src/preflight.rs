@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use corelane_engine::config::{Idle, LiveSettings, RingKind, ShardConfig};
 use corelane_engine::ends::HomeAddress;
-use corelane_engine::placement::{self, Assignment, ControlCpu, CpuQuota, Topology};
+use corelane_engine::placement::{self, Assignment, CpuQuota, Topology};
 use corelane_engine::preflight as host;
 
 use crate::cli::Stop;
@@ -86,11 +86,7 @@ pub fn plan(config: &Config) -> Result<Plan, Stop> {
         ))
     })?;
     let wanted: Vec<usize> = config.cores.iter().map(|core| core.cpu).collect();
-    let control = match config.control.share {
-        true => ControlCpu::Shared(config.control.cpu),
-        false => ControlCpu::Cpu(config.control.cpu),
-    };
-    let mut assigned = placement::assign(&wanted, control, &mask);
+    let mut assigned = placement::assign(&wanted, config.control.placed(), &mask);
     let quota = CpuQuota::read(std::path::Path::new("/"));
     let topology = Topology::of_host();
     assigned.advise(&topology, quota);

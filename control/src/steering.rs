@@ -109,13 +109,13 @@ impl Group {
     }
 }
 
-/// What the cores of a plan are steered by. Those that share one socket, which was handed over, are
-/// no group.
+/// What the cores of a plan are steered by. Sockets that were handed over are one, or a group whose
+/// places nobody has told.
 pub fn placing(plan: &Plan) -> Placing {
     if plan.is_handed() && plan.placing.by != Steering::Hash {
         tracing::warn!(
-            "steering is not in force: the cores share a socket that was handed over; let corelane \
-             listen by itself"
+            "steering is not in force: the cores take connections from sockets that were handed \
+             over; let corelane listen by itself"
         );
         return Placing::default();
     }

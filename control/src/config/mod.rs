@@ -16,6 +16,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use corelane_engine::placement::ControlCpu;
 use corelane_engine::{balance, quic, steering};
 
 use crate::env::Env;
@@ -337,6 +338,16 @@ pub struct Reload {
     pub failures_pct: u8,
     /// How long a core may take to take it over, or stand still.
     pub taken_timeout: Duration,
+}
+
+impl Control {
+    /// As the placement of cores takes it.
+    pub fn placed(&self) -> ControlCpu {
+        match self.share {
+            true => ControlCpu::Shared(self.cpu),
+            false => ControlCpu::Cpu(self.cpu),
+        }
+    }
 }
 
 /// `[drain]`.

@@ -60,3 +60,21 @@ impl Snapshot {
         { metric }.encode_gauge(&ratio)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cores_are_added_up_and_not_averaged() {
+        let core = |local, remote| {
+            let stats = Stats::new(0);
+            stats.shard.connections_local.set(local);
+            stats.shard.connections_remote.set(remote);
+            Locality::of(&stats)
+        };
+        assert_eq!(core(1, 3).ratio(), Some(0.25));
+        assert_eq!(core(1, 3).plus(core(12, 0)).ratio(), Some(13.0 / 16.0));
+        assert_eq!(core(0, 0).ratio(), None);
+    }
+}
