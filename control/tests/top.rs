@@ -203,10 +203,7 @@ fn all_policies(workers: [&Worker; 2]) -> Program {
     text += &instance(workers[1], "t/w/g", 0xa2);
     text += &dead("t/w/g");
     text += "[core]\ncpus = \"0\"\nbuffers = 1024\n";
-    let folder = tempfile::tempdir().unwrap();
-    let store = folder.path().to_string_lossy().into_owned();
-    // Events need a place where publishers are found.
-    let mut router = Program::serve(&text, &[("DYN_FILE_KV", &store)]);
+    let mut router = Program::serve(&text, &[]);
     router.ready();
     router
 }
@@ -272,10 +269,7 @@ fn every_policy_is_explained() {
             "{policy}: {said}"
         );
         let dead = said.lines().find(|line| line.starts_with("  dead "));
-        let why = match policy {
-            _ if policy == "direct" => "there is no connection to it",
-            _ => "there is no connection to it",
-        };
+        let why = "there is no connection to it";
         assert!(
             dead.is_some_and(|line| line.contains(why)),
             "{policy}: {said}"
