@@ -122,10 +122,10 @@ corelane 9.8.7 at 127.0.0.1:9090, up 2m 6s
 CORE CPU RING  GEAR    REQ/S    P50    P99  CALLS   BUF LOW FLIGHT REF/S LOCAL
    0   4 uring hot      1000 20.0us 39.6us   1.50 4000/4096     12     0  0.75
    1   5 epoll still       0      -      -      - 4096/4096      0    50     -
-ROUTE, INSTANCE            REQ/S    LOAD   BUSY ERRORS ERR/S STATE
-dynamo/router/generate       300       4      3      9     3 1/2 least_loaded
-  a1 10.0.0.1:7000           100     1.5      1      3     1 ready
-  a2 10.0.0.2:7000           200     2.5      2      6     2 inhibited 3.2s
+ROUTE, INSTANCE              REQ/S    LOAD   BUSY ERRORS ERR/S STATE
+dynamo/router/generate         300       4      3      9     3 1/2 least_loaded
+  a1 10.0.0.1:7000             100     1.5      1      3     1 ready
+  a2 10.0.0.2:7000             200     2.5      2      6     2 inhibited 3.2s
 PLANE     STATE
 discovery etcd, identity 1f, 1 of 1 routes registered
 watches   3 keys, 0 stale, 0 reconnects, 1 leases lost, 0 writes deferred
