@@ -27,6 +27,7 @@ mod lane_path;
 mod lane_worker;
 mod load;
 mod middle;
+mod observed;
 mod pair;
 mod pair_client;
 mod poll;

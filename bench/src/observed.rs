@@ -1,11 +1,10 @@
 //! Everything that can watch a corelane while it works, switched on for as long as its arm is
 //! measured: `/metrics` scraped each second, and `corelane top` on a terminal of its own.
 //!
-//! The flight recorder and the traces are settings of the process ([`ON`], [`OFF`],
-//! [`variables`]).
+//! The flight recorder and the traces are settings of the process ([`Watching`]).
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,25 +16,78 @@ use anyhow::{Context as _, Result};
 use crate::servers::{Server, find_program, http_get};
 use crate::usage_error;
 
-/// Lines for the table `[core]` of a process that is watched.
-pub(crate) const ON: &[&str] = &["flight_records = 65536"];
-/// The same of one that is not.
-pub(crate) const OFF: &[&str] = &["flight_records = 0"];
 const SCRAPE_EVERY: Duration = Duration::from_secs(1);
 
-/// What is added to the environment of a process that is watched: spans, of which one trace in a
-/// hundred is kept.
-pub(crate) fn variables() -> Vec<(String, String)> {
-    let on = [("DYN_LOGGING_JSONL", "1"), ("OTEL_TRACES_SAMPLE_RATIO", "0.01")];
-    let own = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
-    on.into_iter().map(own).collect()
+/// How a corelane is watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Watching {
+    /// As it comes: flight recorder, and nobody who asks.
+    Default,
+    /// Not at all.
+    Off,
+    /// By everything.
+    On,
+    /// Not at all, once more: what this differs by from the first is noise.
+    OffAgain,
+}
+
+impl Watching {
+    /// The arms of a run.
+    pub(crate) fn arms(observed: bool) -> &'static [Self] {
+        match observed {
+            true => &[Self::Off, Self::On, Self::OffAgain],
+            false => &[Self::Default],
+        }
+    }
+
+    /// What the name of an arm ends with.
+    pub(crate) fn suffix(self) -> &'static str {
+        match self {
+            Self::Default => "",
+            Self::Off => UNWATCHED,
+            Self::On => "/watched",
+            Self::OffAgain => "/unwatched-again",
+        }
+    }
+
+    /// Lines for the table `[core]`.
+    pub(crate) fn core(self) -> &'static [&'static str] {
+        match self {
+            Self::Default | Self::On => &[],
+            Self::Off | Self::OffAgain => &["flight_records = 0"],
+        }
+    }
+
+    /// What is added to the environment: spans, of which one trace in a hundred is kept.
+    pub(crate) fn variables(self) -> Vec<(String, String)> {
+        let on = [
+            ("DYN_LOGGING_JSONL", "1"),
+            ("OTEL_TRACES_SAMPLE_RATIO", "0.01"),
+        ];
+        let own = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
+        let wanted = on.into_iter().filter(|_| self == Self::On);
+        wanted.map(own).collect()
+    }
+}
+
+/// What the arm is called that others of its kind are compared with.
+pub(crate) const UNWATCHED: &str = "/unwatched";
+
+/// A corelane that is to be watched while it is measured.
+pub(crate) struct Watched {
+    /// The program that `top` is of.
+    pub(crate) program: PathBuf,
+    /// For its output.
+    pub(crate) dir: PathBuf,
+    /// Its status server.
+    pub(crate) status: SocketAddr,
 }
 
 /// Those who watch, until it is dropped.
 pub(crate) struct Watch {
     stop: Arc<AtomicBool>,
     scraper: Option<JoinHandle<u64>>,
-    _top: Server,
+    top: Server,
 }
 
 impl Watch {
@@ -46,30 +98,32 @@ impl Watch {
         found.map(drop).ok_or_else(missing)
     }
 
-    /// Begins to watch the corelane whose status server is at `status`.
-    pub(crate) fn start(program: &Path, dir: &Path, status: SocketAddr) -> Result<Self> {
-        let top = format!("{} top --address {status}", program.display());
+    /// Begins to watch.
+    pub(crate) fn start(watched: &Watched) -> Result<Self> {
+        let (status, program) = (watched.status, watched.program.display());
+        let top = format!("'{program}' top --address {status}");
         let mut command = Command::new("script");
         let inside = format!("stty cols 80 rows 24; exec {top}");
         command
             .args(["-q", "-e", "-c", &inside, "/dev/null"])
             .env("TERM", "xterm");
-        let top = Server::start("top", command, dir, None)?;
+        let top = Server::start("top", command, &watched.dir, None)?;
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let scraper = spawn(move || scrape(status, &stopped));
         Ok(Self {
             stop,
             scraper: Some(scraper),
-            _top: top,
+            top,
         })
     }
 
     /// Ends it; answers how many scrapes there were.
     ///
     /// # Errors
-    /// There was none: the arm was not watched.
+    /// There was none, or `top` has ended: the arm was not watched.
     pub(crate) fn finish(mut self) -> Result<u64> {
+        self.top.check_alive()?;
         let scrapes = self.end().unwrap_or(0);
         (scrapes > 0)
             .then_some(scrapes)
