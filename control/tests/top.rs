@@ -208,50 +208,53 @@ fn all_policies(workers: [&Worker; 2]) -> Program {
     router
 }
 
+/// Policy, header, what is said of the chosen one, and of the other one.
+const SAID: [(&str, &str, &str, &str); 8] = [
+    (
+        "round_robin",
+        "x=y",
+        "it is next in turn",
+        "its turn comes later",
+    ),
+    ("random", "x=y", "drawn by chance", "not drawn this time"),
+    (
+        "power_of_two_choices",
+        "x=y",
+        "drawn by chance, and not more loaded",
+        "not drawn this time",
+    ),
+    (
+        "least_loaded",
+        "x=y",
+        "it has the least load: 0",
+        "ties go by chance",
+    ),
+    (
+        "direct",
+        "x-who=a2",
+        "the header x-who names it",
+        "not the one that is asked for",
+    ),
+    (
+        "hash",
+        "x-who=alice",
+        "it scores highest",
+        "it scores lower",
+    ),
+    (
+        "hash",
+        "x=y",
+        "the request has no header x-who",
+        "its turn comes later",
+    ),
+    ("kv", "x=y", "it costs least: 0", "ties go by chance"),
+];
+
 #[test]
 fn every_policy_is_explained() {
     let (one, two) = (Worker::start(), Worker::start());
     let router = all_policies([&one, &two]);
-    for (policy, header, all, other) in [
-        (
-            "round_robin",
-            "x=y",
-            "it is next in turn",
-            "its turn comes later",
-        ),
-        ("random", "x=y", "drawn by chance", "not drawn this time"),
-        (
-            "power_of_two_choices",
-            "x=y",
-            "drawn by chance, and not more loaded",
-            "not drawn this time",
-        ),
-        (
-            "least_loaded",
-            "x=y",
-            "it has the least load: 0",
-            "ties go by chance",
-        ),
-        (
-            "direct",
-            "x-who=a2",
-            "the header x-who names it",
-            "not the one that is asked for",
-        ),
-        (
-            "hash",
-            "x-who=alice",
-            "it scores highest",
-            "it scores lower",
-        ),
-        (
-            "hash",
-            "x=y",
-            "the request has no header x-who",
-            "its turn comes later",
-        ),
-        ("kv", "x=y", "it costs least: 0", "ties go by chance"),
-    ] {
+    for (policy, header, all, other) in SAID {
         let path = format!("t/router/{policy}");
         let (said, code) = explain(&router, &["--path", &path, "--header", header]);
         assert_eq!(code, 0, "{policy}: {said}");
