@@ -85,7 +85,8 @@ fn top_shows_a_router_under_load() {
     let (one, two) = (Worker::start(), Worker::start());
     let text = format!(
         "[[route]]\nlisten = \"t/router/g\"\ntarget = \"t/w/g\"\n\
-         policy = \"round_robin\"\nack = \"on_accept\"\n{}{}{}[core]\ncpus = \"0\"\nbuffers = 1024\n",
+         policy = \"round_robin\"\nack = \"on_accept\"\n\
+         {}{}{}[core]\ncpus = \"0\"\nbuffers = 1024\n",
         instance(&one, "t/w/g", 0xa1),
         instance(&two, "t/w/g", 0xa2),
         dead("t/w/g"),
