@@ -38,6 +38,7 @@ Examples:
   corelane-bench hop --vs haproxy --connections 1 --rounds 10 --seconds 3
   corelane-bench hop --pin client=0,middle=1,sink=0 --strace --json hop.json
   corelane-bench hop --rate 1000,20000 --arrivals poisson,burst8 --ack on_accept
+  corelane-bench hop --observed --vs corelane --ack on_accept --connections 64 --rounds 10
   corelane-bench hop --corelane-core 'idle = \"spin\"' --json - | jq '.loads[].arms[]'
 
 Latencies are in microseconds. CPU is user and system time of the process in the middle with all
@@ -55,6 +56,10 @@ pub(crate) struct HopArgs {
     /// One more arm: HAProxy with `option splice-auto`.
     #[arg(long)]
     pub(crate) haproxy_splice: bool,
+    /// What it costs to be watched: further arms of corelane without flight recorder, and with
+    /// all that can watch it: flight recorder, traces (1 %), /metrics each second, corelane top.
+    #[arg(long)]
+    pub(crate) observed: bool,
     #[command(flatten)]
     pub(crate) corelane: CorelaneArgs,
     /// Connections of each load [default: 1,64; with --rate: 1].

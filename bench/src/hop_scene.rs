@@ -19,7 +19,8 @@ use crate::hop::{HopArgs, Vs};
 use crate::hop_report::{Record, Round};
 use crate::interrupt::wait_for;
 use crate::load::{self, Edge, Found, Shape, Slice};
-use crate::middle::{Corelane, Discovery, Proxy, Route, instance_address};
+use crate::middle::{Ack, Corelane, Discovery, Proxy, Route, instance_address};
+use crate::observed::{Watch, Watched, Watching};
 use crate::progress::Progress;
 use crate::report::{Quantiles, order, round};
 use crate::servers::{START_LIMIT, Server, version_of};
@@ -36,6 +37,7 @@ pub(crate) struct Arm {
     target: SocketAddr,
     frame: RequestFrame,
     middle: Option<Server>,
+    watched: Option<Watched>,
 }
 
 impl Arm {
@@ -116,6 +118,7 @@ impl Scene {
             target: sink,
             frame: RequestFrame::new(DIRECT_PATH, args.payload)?,
             middle: None,
+            watched: None,
         });
         Ok(())
     }
@@ -126,30 +129,54 @@ impl Scene {
                 .push("corelane is not beside this program nor on PATH (--corelane)".into());
             return Ok(());
         };
-        let instance = instance_address(sink, DIRECT_PATH);
-        for ack in args.corelane.ack.list() {
-            let corelane = Corelane::start(
-                &args.corelane,
-                &program,
-                self.dir.path(),
-                &Discovery::Memory(&instance),
-                &Route {
-                    listen: LISTEN,
-                    target: TARGET,
-                    ack: *ack,
-                },
-                args.pin.unwrap_or_default().middle,
-                &[],
-            )?;
-            self.arms.push(Arm {
-                name: format!("corelane/{ack}"),
-                version: Some(version_of(&program, "--version")),
-                cpus: Some(allowed_cpus(corelane.server.pid())),
-                target: corelane.address,
-                frame: RequestFrame::new(&corelane.path, args.payload)?,
-                middle: Some(corelane.server),
-            });
+        if args.observed {
+            Watch::check()?;
         }
+        for ack in args.corelane.ack.list() {
+            for watching in Watching::arms(args.observed) {
+                self.add_one_corelane(args, &program, sink, *ack, *watching)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn add_one_corelane(
+        &mut self,
+        args: &HopArgs,
+        program: &Path,
+        sink: SocketAddr,
+        ack: Ack,
+        watching: Watching,
+    ) -> Result<()> {
+        let dir = self.dir.path().join(format!("{ack}{}", watching.suffix()));
+        fs::create_dir_all(&dir)?;
+        let corelane = Corelane::start(
+            &args.corelane.with_core(watching.core()),
+            program,
+            &dir,
+            &Discovery::Memory(&instance_address(sink, DIRECT_PATH)),
+            &Route {
+                listen: LISTEN,
+                target: TARGET,
+                ack,
+            },
+            args.pin.unwrap_or_default().middle,
+            &watching.variables(),
+        )?;
+        let watched = Watched {
+            program: program.to_owned(),
+            dir,
+            status: corelane.status,
+        };
+        self.arms.push(Arm {
+            name: format!("corelane/{ack}{}", watching.suffix()),
+            version: Some(version_of(program, "--version")),
+            cpus: Some(allowed_cpus(corelane.server.pid())),
+            target: corelane.address,
+            frame: RequestFrame::new(&corelane.path, args.payload)?,
+            middle: Some(corelane.server),
+            watched: (watching == Watching::On).then_some(watched),
+        });
         Ok(())
     }
 
@@ -170,6 +197,7 @@ impl Scene {
             target,
             frame: RequestFrame::new(DIRECT_PATH, args.payload)?,
             middle: Some(server),
+            watched: None,
         });
         Ok(())
     }
@@ -246,6 +274,7 @@ impl Scene {
             target,
             frame,
             middle,
+            watched,
             ..
         } = &mut arms[index];
         let middle_pid = middle.as_ref().map(Server::pid);
@@ -259,6 +288,7 @@ impl Scene {
             window: Duration::from_secs_f64(args.seconds),
             seed: number as u64 + 1,
         };
+        let watch = watched.as_ref().map(Watch::start).transpose()?;
         let found = load::run(slice, &mut |edge| {
             match edge {
                 Edge::Open => {
@@ -277,6 +307,7 @@ impl Scene {
             server.check_alive()?;
         }
         let found = found.with_context(|| format!("arm {name}, {shape}"))?;
+        watch.map(Watch::finish).transpose()?;
         let hiccups = hiccups.context("the window never closed")?;
         record.add(
             round_of(number, &found, before, after, &hiccups),

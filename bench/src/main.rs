@@ -30,6 +30,7 @@ mod lane_worker;
 mod listener;
 mod load;
 mod middle;
+mod observed;
 mod output;
 mod pair;
 mod pair_client;

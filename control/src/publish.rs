@@ -257,7 +257,8 @@ impl Board {
     fn directories(&self) -> Vec<Arc<Directory>> {
         let cores = self.cores.count();
         if self.slots.borrow().are_uniform() {
-            return vec![Arc::new(self.directory(0)); cores];
+            let same = Arc::new(self.directory(0));
+            return vec![same; cores];
         }
         let of = |core| Arc::new(self.directory(core));
         (0..cores).map(of).collect()

@@ -85,7 +85,8 @@ fn top_shows_a_router_under_load() {
     let (one, two) = (Worker::start(), Worker::start());
     let text = format!(
         "[[route]]\nlisten = \"t/router/g\"\ntarget = \"t/w/g\"\n\
-         policy = \"round_robin\"\nack = \"on_accept\"\n{}{}{}[core]\ncpus = \"0\"\nbuffers = 1024\n",
+         policy = \"round_robin\"\nack = \"on_accept\"\n\
+         {}{}{}[core]\ncpus = \"0\"\nbuffers = 1024\n",
         instance(&one, "t/w/g", 0xa1),
         instance(&two, "t/w/g", 0xa2),
         dead("t/w/g"),
@@ -203,58 +204,58 @@ fn all_policies(workers: [&Worker; 2]) -> Program {
     text += &instance(workers[1], "t/w/g", 0xa2);
     text += &dead("t/w/g");
     text += "[core]\ncpus = \"0\"\nbuffers = 1024\n";
-    let folder = tempfile::tempdir().unwrap();
-    let store = folder.path().to_string_lossy().into_owned();
-    // Events need a place where publishers are found.
-    let mut router = Program::serve(&text, &[("DYN_FILE_KV", &store)]);
+    let mut router = Program::serve(&text, &[]);
     router.ready();
     router
 }
+
+/// Policy, header, what is said of the chosen one, and of the other one.
+const SAID: [(&str, &str, &str, &str); 8] = [
+    (
+        "round_robin",
+        "x=y",
+        "it is next in turn",
+        "its turn comes later",
+    ),
+    ("random", "x=y", "drawn by chance", "not drawn this time"),
+    (
+        "power_of_two_choices",
+        "x=y",
+        "drawn by chance, and not more loaded",
+        "not drawn this time",
+    ),
+    (
+        "least_loaded",
+        "x=y",
+        "it has the least load: 0",
+        "ties go by chance",
+    ),
+    (
+        "direct",
+        "x-who=a2",
+        "the header x-who names it",
+        "not the one that is asked for",
+    ),
+    (
+        "hash",
+        "x-who=alice",
+        "it scores highest",
+        "it scores lower",
+    ),
+    (
+        "hash",
+        "x=y",
+        "the request has no header x-who",
+        "its turn comes later",
+    ),
+    ("kv", "x=y", "it costs least: 0", "ties go by chance"),
+];
 
 #[test]
 fn every_policy_is_explained() {
     let (one, two) = (Worker::start(), Worker::start());
     let router = all_policies([&one, &two]);
-    for (policy, header, all, other) in [
-        (
-            "round_robin",
-            "x=y",
-            "it is next in turn",
-            "its turn comes later",
-        ),
-        ("random", "x=y", "drawn by chance", "not drawn this time"),
-        (
-            "power_of_two_choices",
-            "x=y",
-            "drawn by chance, and not more loaded",
-            "not drawn this time",
-        ),
-        (
-            "least_loaded",
-            "x=y",
-            "it has the least load: 0",
-            "ties go by chance",
-        ),
-        (
-            "direct",
-            "x-who=a2",
-            "the header x-who names it",
-            "not the one that is asked for",
-        ),
-        (
-            "hash",
-            "x-who=alice",
-            "it scores highest",
-            "it scores lower",
-        ),
-        (
-            "hash",
-            "x=y",
-            "the request has no header x-who",
-            "its turn comes later",
-        ),
-        ("kv", "x=y", "it costs least: 0", "ties go by chance"),
-    ] {
+    for (policy, header, all, other) in SAID {
         let path = format!("t/router/{policy}");
         let (said, code) = explain(&router, &["--path", &path, "--header", header]);
         assert_eq!(code, 0, "{policy}: {said}");
@@ -272,10 +273,7 @@ fn every_policy_is_explained() {
             "{policy}: {said}"
         );
         let dead = said.lines().find(|line| line.starts_with("  dead "));
-        let why = match policy {
-            _ if policy == "direct" => "there is no connection to it",
-            _ => "there is no connection to it",
-        };
+        let why = "there is no connection to it";
         assert!(
             dead.is_some_and(|line| line.contains(why)),
             "{policy}: {said}"

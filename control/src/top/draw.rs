@@ -321,7 +321,7 @@ const ROUTE_COLUMNS: [(&str, u16); 6] = [
     ("BUSY", 6),
     ("ERRORS", 6),
     ("ERR/S", 5),
-    ("STATE ", 17),
+    ("STATE ", 16),
 ];
 
 fn routes(rows: &[RouteRow], width: u16) -> Section {
@@ -339,14 +339,14 @@ fn routes(rows: &[RouteRow], width: u16) -> Section {
             if route.registered {
                 policy(&route.policy)
             } else {
-                "NOT REGISTERED"
+                "UNREGISTERED"
             },
         );
         let bad = !route.registered || route.ready == 0;
         let style = if bad { BOLD.patch(BAD) } else { BOLD };
         out.push((line(cut(&route.listen, name), &route.sum, state), style));
         for instance in &route.instances {
-            let name = cut(&format!("  {} {}", instance.id, instance.address), name);
+            let name = label(instance, name);
             let style = match instance.barrier {
                 Some(_) => BAD,
                 None => Style::new(),
@@ -358,6 +358,19 @@ fn routes(rows: &[RouteRow], width: u16) -> Section {
         }
     }
     Section { head, rows: out }
+}
+
+/// Id and address of an instance; the middle of a long id is left out before the address is cut.
+fn label(instance: &InstanceRow, width: u16) -> String {
+    let (id, address) = (&instance.id, &instance.address);
+    let whole = format!("  {id} {address}");
+    let ends = id.get(..4).zip(id.get(id.len().saturating_sub(4)..));
+    match ends {
+        Some((front, back)) if whole.chars().count() > width.into() && id.len() > 9 => {
+            cut(&format!("  {front}…{back} {address}"), width)
+        }
+        _ => cut(&whole, width),
+    }
 }
 
 fn line(name: String, figures: &Figures, state: String) -> Vec<String> {
@@ -447,7 +460,7 @@ fn cut(text: &str, width: u16) -> String {
 /// A number in five columns.
 fn short(value: f64) -> String {
     match value {
-        v if v == 0.0 => "0".to_owned(),
+        0.0 => "0".to_owned(),
         v if v < 10.0 && v.fract() != 0.0 => format!("{v:.1}"),
         v if v < 99_999.5 => format!("{v:.0}"),
         v if v < 999_500.0 => format!("{:.0}k", v / 1e3),

@@ -602,13 +602,18 @@ mod tests {
 
     #[test]
     fn pools_say_who_holds_their_lock() {
-        let text = "corelane_gpu_mem_state{gpu=\"g\",tag=\"a\",generation=\"first\",state=\"RW\"} 1\n\
-                    corelane_gpu_mem_state{gpu=\"g\",tag=\"a\",generation=\"first\",state=\"RO\"} 0\n\
-                    corelane_gpu_mem_writer_pid{gpu=\"g\",tag=\"a\",generation=\"first\"} 77\n\
-                    corelane_gpu_mem_waiters{gpu=\"g\",tag=\"a\",generation=\"first\"} 3\n\
-                    corelane_gpu_mem_state{gpu=\"g\",tag=\"b\",generation=\"first\",state=\"RO\"} 1\n\
-                    corelane_gpu_mem_readers{gpu=\"g\",tag=\"b\",generation=\"first\"} 2\n";
-        let sight = Sight::of(None, &sample(1, text, None), Sort::Name);
+        let (a, b) = ["a", "b"]
+            .map(|tag| format!("gpu=\"g\",tag=\"{tag}\",generation=\"first\""))
+            .into();
+        let text = format!(
+            "corelane_gpu_mem_state{{{a},state=\"RW\"}} 1\n\
+             corelane_gpu_mem_state{{{a},state=\"RO\"}} 0\n\
+             corelane_gpu_mem_writer_pid{{{a}}} 77\n\
+             corelane_gpu_mem_waiters{{{a}}} 3\n\
+             corelane_gpu_mem_state{{{b},state=\"RO\"}} 1\n\
+             corelane_gpu_mem_readers{{{b}}} 2\n"
+        );
+        let sight = Sight::of(None, &sample(1, &text, None), Sort::Name);
         let holders: Vec<&str> = sight.pools.iter().map(|pool| &*pool.holder).collect();
         assert_eq!(holders, ["pid 77", "2 readers"]);
         assert_eq!(sight.pools[0].waiters, 3);

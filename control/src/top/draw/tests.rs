@@ -122,10 +122,10 @@ corelane 9.8.7 at 127.0.0.1:9090, up 2m 6s
 CORE CPU RING  GEAR    REQ/S    P50    P99  CALLS   BUF LOW FLIGHT REF/S LOCAL
    0   4 uring hot      1000 20.0us 39.6us   1.50 4000/4096     12     0  0.75
    1   5 epoll still       0      -      -      - 4096/4096      0    50     -
-ROUTE, INSTANCE            REQ/S    LOAD   BUSY ERRORS ERR/S STATE
-dynamo/router/generate       300       4      3      9     3 1/2 least_loaded
-  a1 10.0.0.1:7000           100     1.5      1      3     1 ready
-  a2 10.0.0.2:7000           200     2.5      2      6     2 inhibited 3.2s
+ROUTE, INSTANCE               REQ/S    LOAD   BUSY ERRORS ERR/S STATE
+dynamo/router/generate          300       4      3      9     3 1/2 least_loaded
+  a1 10.0.0.1:7000              100     1.5      1      3     1 ready
+  a2 10.0.0.2:7000              200     2.5      2      6     2 inhibited 3.2s
 PLANE     STATE
 discovery etcd, identity 1f, 1 of 1 routes registered
 watches   3 keys, 0 stale, 0 reconnects, 1 leases lost, 0 writes deferred
@@ -242,6 +242,27 @@ fn text_has_all_rows_however_many() {
     assert_eq!(text.lines().count(), 2 + 1 + 1 + 200);
     assert!(text.lines().all(|line| line.chars().count() <= 120));
     assert!(text.contains("10.0.0.200:7000"));
+}
+
+#[test]
+fn a_long_id_makes_room_for_the_address() {
+    let row = |id: &str| InstanceRow {
+        id: id.into(),
+        address: "127.0.0.1:38661".into(),
+        ..InstanceRow::default()
+    };
+    for (id, width, shown) in [
+        ("1875694346513ac5", 27, "  1875…3ac5 127.0.0.1:38661"),
+        ("1875694346513ac5", 40, "  1875694346513ac5 127.0.0.1:38661"),
+        ("1875694346513ac5", 16, "  1875…3ac5 127…"),
+        ("a1", 27, "  a1 127.0.0.1:38661"),
+    ] {
+        assert_eq!(label(&row(id), width), shown);
+    }
+    // Whatever a process says: no more than there is room for.
+    for id in ["äöüäöüäöüäöü", "", "a", "€€€€€"] {
+        assert!(label(&row(id), 12).chars().count() <= 12, "{id}");
+    }
 }
 
 #[test]
