@@ -185,7 +185,9 @@ impl TailOptions {
 Examples:
   corelane events publish --scope demo/backend/generate --topic kv_metrics \\
       --body '{\"worker_id\":1,\"dp_rank\":0,\"active_decode_blocks\":7,\"kv_used_blocks\":9}'
-  corelane events publish --scope demo --topic hello --body '\"world\"' --count 100")]
+  corelane events publish --scope demo --topic hello --body '\"world\"' --count 100
+  corelane events publish --scope demo/backend/generate --topic kv-events --worker-id 7 \\
+      --body \"$(cat events.json)\"")]
 pub(super) struct PublishOptions {
     /// NS, NS/COMP or NS/COMP/EP
     #[arg(long, value_name = "SCOPE", value_parser = scope)]
@@ -205,6 +207,13 @@ pub(super) struct PublishOptions {
     /// Over ZMQ, wait so many seconds for the first subscriber: what is published before is lost
     #[arg(long, value_name = "S", default_value_t = 5)]
     wait_s: u32,
+    /// Say in discovery that these are KV events about this instance of the endpoint, in decimal:
+    /// Dynamo's KV router wants to know
+    #[arg(long, value_name = "ID")]
+    worker_id: Option<u64>,
+    /// The rank of that instance
+    #[arg(long, value_name = "RANK", default_value_t = 0, requires = "worker_id")]
+    dp_rank: u32,
     #[command(flatten)]
     plane: PlaneOptions,
 }
@@ -215,6 +224,13 @@ impl PublishOptions {
     }
 
     pub(super) fn args(self, config: Config, env: &Env) -> Result<PublishArgs, Stop> {
+        let worker = match (self.worker_id, &self.scope) {
+            (None, _) => None,
+            (Some(worker_id), Scope::Endpoint { endpoint }) => {
+                Some((endpoint.clone(), worker_id, self.dp_rank))
+            }
+            (Some(_), _) => return Err(usage("--worker-id needs --scope NS/COMP/EP")),
+        };
         Ok(PublishArgs {
             scope: self.scope,
             topic: self.topic,
@@ -222,6 +238,7 @@ impl PublishOptions {
             count: self.count,
             interval: Duration::from_millis(self.interval_ms.into()),
             wait: Duration::from_secs(self.wait_s.into()),
+            worker,
             transport: self.plane.transport(config, env)?,
         })
     }

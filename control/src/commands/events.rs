@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use corelane_codec::event::typed::{self, from_payload};
 use corelane_codec::event::{Envelope, KvMetrics, Scope, parse_subject, topic};
+use corelane_codec::path::EndpointId;
 use serde_json::{Value, json};
 use tokio::time::sleep;
 
@@ -72,6 +73,8 @@ pub struct PublishArgs {
     pub interval: Duration,
     /// How long the first subscriber is waited for, over ZMQ.
     pub wait: Duration,
+    /// The instance of an endpoint, and its rank, that the events are about.
+    pub worker: Option<(EndpointId, u64, u32)>,
     /// Where.
     pub transport: Transport,
 }
@@ -80,6 +83,8 @@ pub struct PublishArgs {
 struct Plane {
     events: Events,
     discovery: Discovery,
+    /// What is registered there is seen by others.
+    is_found: bool,
     nats: Option<Nats>,
 }
 
@@ -92,6 +97,7 @@ impl Plane {
                 Ok(Plane {
                     events: Events::nats(&discovery, &nats),
                     discovery,
+                    is_found: false,
                     nats: Some(nats),
                 })
             }
@@ -108,6 +114,7 @@ impl Plane {
                 if let Some(url) = broker {
                     options.via = Via::Url(url);
                 }
+                let is_found = !matches!(options.via, Via::Url(_));
                 let discovery = match options.via {
                     // Nobody has to be found.
                     Via::Url(_) => Discovery::Memory(MemoryDiscovery::new(&MemoryStore::default())),
@@ -118,6 +125,7 @@ impl Plane {
                 Ok(Plane {
                     events: Events::zmq(&discovery, options),
                     discovery,
+                    is_found,
                     nats: None,
                 })
             }
@@ -208,6 +216,16 @@ pub fn publish(args: PublishArgs) -> Result<Exit> {
             _ = signals.next() => return Ok(Exit::Done),
         };
         let publisher = plane.events.publisher(&args.scope, &args.topic).await?;
+        if let Some((endpoint, worker_id, dp_rank)) = &args.worker {
+            if !plane.is_found {
+                let why = "--worker-id needs discovery, which is not used over NATS, nor with the \
+                           URL of a broker";
+                return Err(Stop::Usage(why.to_owned()).into());
+            }
+            let worker = (Some(*worker_id), *dp_rank);
+            let said = publisher.is_source_of(&plane.discovery, endpoint, worker);
+            said.await?;
+        }
         let publish = async {
             if !publisher.is_wanted(args.wait).await? {
                 tracing::warn!(waited = ?args.wait, "no subscriber: what is published is lost");

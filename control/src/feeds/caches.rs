@@ -479,12 +479,16 @@ mod tests {
 
     use super::*;
 
-    const RANK: RankId = RankId {
+    pub(super) const RANK: RankId = RankId {
         worker_id: 7,
         dp_rank: 1,
     };
 
-    fn stored(event_id: u64, parent_hash: Option<u64>, blocks: Range<u64>) -> typed::KvEvent {
+    pub(super) fn stored(
+        event_id: u64,
+        parent_hash: Option<u64>,
+        blocks: Range<u64>,
+    ) -> typed::KvEvent {
         let worker = KvWorker {
             worker_id: RANK.worker_id,
             dp_rank: RANK.dp_rank,
@@ -502,18 +506,18 @@ mod tests {
         typed::KvEvent::new(worker, event_id, change)
     }
 
-    fn changed(event_id: u64, data: typed::KvChange) -> typed::KvEvent {
+    pub(super) fn changed(event_id: u64, data: typed::KvChange) -> typed::KvEvent {
         let mut event = stored(event_id, None, 0..0);
         event.event.data = data;
         event
     }
 
-    fn came(digest: &mut Digest, publisher_id: u64, events: &[typed::KvEvent]) {
+    pub(super) fn came(digest: &mut Digest, publisher_id: u64, events: &[typed::KvEvent]) {
         digest.came(publisher_id, &typed::to_payload(&events).unwrap());
     }
 
     /// What an index makes of the batches so far.
-    fn overlap(digest: &mut Digest, index: &mut Index, prompt: &[u64]) -> u32 {
+    pub(super) fn overlap(digest: &mut Digest, index: &mut Index, prompt: &[u64]) -> u32 {
         for batch in digest.take() {
             for change in batch.changes {
                 match change {
@@ -598,6 +602,7 @@ mod tests {
             gaps: 1,
             restarts: 1,
             unreadable: 2,
+            ..Counts::default()
         };
         assert_eq!(digest.counts, want);
     }
@@ -615,3 +620,7 @@ mod tests {
         assert_eq!(digest.counts.gaps, 0);
     }
 }
+
+#[cfg(test)]
+#[path = "recovery_tests.rs"]
+mod recovery_tests;
