@@ -89,8 +89,8 @@ impl Buffers {
         unsafe { std::slice::from_raw_parts(self.start(id).add(start), end - start) }
     }
 
-    /// The bytes `range` of a filled buffer, to be changed where it lies. Others that hold the buffer, and sends that the
-    /// kernel has not taken yet, are to hold other bytes of it.
+    /// The bytes `range` of a filled buffer, to be changed where they lie. Others that hold the
+    /// buffer, and sends that the kernel has not taken yet, are to hold other bytes of it.
     pub fn bytes_mut(&mut self, id: BufferId, start: usize, end: usize) -> &mut [u8] {
         assert!(start <= end && end <= self.buffer_bytes);
         debug_assert!(

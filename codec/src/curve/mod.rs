@@ -17,6 +17,7 @@
 
 mod boxes;
 mod client;
+pub(crate) mod fuzz;
 mod key;
 mod seal;
 mod server;

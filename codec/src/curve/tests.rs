@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::*;
@@ -215,6 +216,76 @@ fn what_another_connection_said_is_not_taken() {
     assert!(serve(&mut server, &said[2]).is_err());
 }
 
+/// Temporary: seeds.
+#[test]
+fn write_seeds() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/curve");
+    std::fs::create_dir_all(&folder).unwrap();
+    let put = |name: &str, what: u8, data: &[u8]| {
+        std::fs::write(folder.join(name), [&[what], data].concat()).unwrap();
+    };
+    let server = Server::new(keys(2), [3; Server::CHANCE_BYTES]);
+    let mut server = server;
+    let mut hello = vec![];
+    let mut client = Client::new(
+        keys(1),
+        keys(2).public(),
+        &[4; Client::CHANCE_BYTES],
+        &mut hello,
+    )
+    .unwrap();
+    let hello = body(&hello);
+    put("hello", 0, &hello);
+    let (_, welcome) = serve(&mut server, &hello).unwrap();
+    put("welcome", 2, &welcome);
+    let (_, initiate) = ask(&mut client, &welcome).unwrap();
+    let initiate = body(&initiate);
+    put("initiate", 1, &initiate);
+    let (_, ready) = serve(&mut server, &initiate).unwrap();
+    put("ready", 3, &ready);
+    let properties = zmtp::properties("SUB");
+    let vouch = {
+        let mut out = vec![];
+        let brief = Keys::new(&[4; 32]);
+        let theirs = Keys::new(&[3; 32]);
+        let pieces = [&brief.public().0[..], &keys(2).public().0];
+        boxes::put(
+            &boxes::shared(&theirs.public().0, &keys(1)),
+            &boxes::drawn(b"VOUCH---", &[4; 16]),
+            &pieces,
+            &mut out,
+        )
+        .unwrap();
+        out
+    };
+    put(
+        "inside_initiate",
+        4,
+        &[&keys(1).public().0[..], &[4; 16], &vouch, &properties].concat(),
+    );
+    put("inside_welcome", 5, &[7; 128]);
+    put("inside_ready", 6, &properties);
+    let mut seal = Seal::new(boxes::shared(&keys(2).public().0, &keys(1)), false, 2, 1);
+    let mut out = vec![];
+    seal.seal(
+        &Head {
+            command: false,
+            more: true,
+            head_bytes: 0,
+            body_bytes: 5,
+        },
+        b"event",
+        &mut out,
+    )
+    .unwrap();
+    put("message", 7, &out);
+    put("inside_message", 8, b"\x00event");
+    put("inside_command", 8, b"\x01\x09SUBSCRIBEnamespace.");
+    put("inside_long", 8, &[2; 300]);
+    put("key", 9, b"rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7");
+    put("no_key", 9, &[b'#'; 40]);
+}
+
 fn head_of(body: &[u8], command: bool, more: bool) -> Head {
     Head {
         command,
@@ -280,7 +351,7 @@ proptest! {
 
     #[test]
     fn frames_are_what_they_were(
-        frames in prop::collection::vec((prop::collection::vec(any::<u8>(), 0..600), 0_u8..3), 1..6),
+        frames in vec((vec(any::<u8>(), 0..600), 0_u8..3), 1..6),
         back: bool,
     ) {
         let (_, client, server) = shake_hands();

@@ -1,8 +1,8 @@
 //! CURVE for events over ZMQ: which keys are named, and how doors and dials are protected by them.
 //!
-//! Whoever is connected to is CURVE's server, whoever dials its client. Our doors want CURVE when we
-//! have a secret key, and whom we dial is dialled with CURVE when its public key is named; no record
-//! of discovery has a place for keys.
+//! Whoever is connected to is CURVE's server, whoever dials its client. Our doors want CURVE when
+//! we have a secret key, and whom we dial is dialled with CURVE when its public key is named; no
+//! record of discovery has a place for keys.
 
 use std::path::PathBuf;
 

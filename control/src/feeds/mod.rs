@@ -121,8 +121,8 @@ fn wanted(board: &Board) -> BTreeMap<(u32, &'static str), (EndpointId, What)> {
     wanted
 }
 
-/// The event plane as the environment asks for it, with the keys of the configuration: over the NATS connection that stands, if one
-/// does, or over ZMQ on this kind of ring.
+/// The event plane as the environment asks for it, with the keys of the configuration: over the
+/// NATS connection that stands, if one does, or over ZMQ on this kind of ring.
 ///
 /// # Errors
 /// A variable or a key cannot be used.

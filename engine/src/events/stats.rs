@@ -46,7 +46,7 @@ cells! {
         Counter sessions_refused,
         /// Of them, those without CURVE where it is wanted, or with it where it is not
         Counter sessions_refused_mechanism,
-        /// Of them, those with a wrong CURVE key, or whose CURVE handshake or messages are not right
+        /// Of them, those with a wrong CURVE key, or whose CURVE handshake or messages are wrong
         Counter sessions_refused_curve,
         /// Of them, clients whose CURVE key is not among the allowed ones
         Counter sessions_refused_stranger,
