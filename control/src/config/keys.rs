@@ -498,6 +498,8 @@ keys! {
     GPU_DURABLE_LAYOUT = Gpu "durable_layout", Kind::Words(DurableLayout::WORDS),
         Value("replace"), [],
         "What rw_or_ro does to a durable layout: replace as upstream, or keep and wait";
+    GPU_SPIN_US = Gpu "spin_us", int(0, 1_000_000, "microseconds"), Value("50"), [],
+        "How long the service looks for the next request before it sleeps; 0 sleeps at once";
 
     PLANNER_SOCKET = Planner "socket", Kind::Path, Unset("no planner is listened to"), [],
         "Unix socket that takes a planner's intervals as lines of JSON";

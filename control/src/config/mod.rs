@@ -390,6 +390,8 @@ pub struct Gpu {
     pub alloc_retry_timeout_ms: u32,
     /// What `rw_or_ro` does to a durable layout.
     pub durable_layout: DurableLayout,
+    /// How long the service looks for events before it sleeps.
+    pub spin_us: u32,
 }
 
 /// `[planner]`.

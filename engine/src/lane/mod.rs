@@ -15,12 +15,16 @@ use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
+use corelane_codec::control_message::PayloadCodec;
 use corelane_gpu_mem::lane::LaneError;
 use corelane_gpu_mem::lane::area::Area;
 use corelane_gpu_mem::lane::attach::LaneFds;
-use corelane_gpu_mem::lane::layout::{BLOCK_UNIT, Descriptor, Kind, LaneHead, Wish};
+use corelane_gpu_mem::lane::layout::{
+    BLOCK_UNIT, BlockHead, Codec, Descriptor, Kind, LaneHead, Wish,
+};
 use corelane_gpu_mem::lane::memory::Mapping;
 use corelane_gpu_mem::lane::queue::{Queues, Side};
+use zerocopy::little_endian::U32;
 
 use crate::handler::CallHome;
 use crate::in_flight::TRIED_MAX;
@@ -126,13 +130,16 @@ pub(crate) struct Job {
     block_bytes: u32,
     /// Where the body begins in the block.
     body_at: u32,
+    /// Bytes of the id and of the headers, which lie before it.
+    id_bytes: u32,
+    headers_bytes: u32,
     /// Bytes of the body that are there.
     arrived: u32,
     /// The connection that it still arrives on.
     downstream: u32,
     /// Bytes of the frame behind the body, which mean nothing.
     trailing: u64,
-    codec: corelane_codec::control_message::PayloadCodec,
+    codec: PayloadCodec,
     /// The number under which it was posted.
     posted: Option<u32>,
     /// An item has gone to its caller.
@@ -162,6 +169,22 @@ impl Tried {
 }
 
 impl Job {
+    /// What its block begins with. From our own memory: what stands in the slab a worker can have
+    /// changed, and the next one would believe it.
+    fn head(&self) -> BlockHead {
+        BlockHead {
+            body_at: U32::new(self.body_at),
+            body_bytes: U32::new(self.block_bytes - self.body_at),
+            id_bytes: U32::new(self.id_bytes),
+            headers_bytes: U32::new(self.headers_bytes),
+            codec: match self.codec {
+                PayloadCodec::Json => Codec::Json,
+                PayloadCodec::MessagePack => Codec::MessagePack,
+            } as u8,
+            zero: [0; 47],
+        }
+    }
+
     fn tried(&self) -> Tried {
         Tried {
             attempts: self.attempts,
