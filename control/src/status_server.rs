@@ -719,7 +719,7 @@ mod tests {
             let mut options = StatusOptions::new("127.0.0.1:0".parse().unwrap());
             let echo = |query: &str| (StatusCode::ACCEPTED, PLAIN, query.as_bytes().to_vec());
             options.extras.push(("/more", Box::new(echo)));
-            let slow = |query: &str| -> Pin<Box<dyn Future<Output = Answer>>> {
+            let slow = |query: &str| -> LocalBoxFuture<'static, Answer> {
                 let query = query.as_bytes().to_vec();
                 Box::pin(async move {
                     tokio::task::yield_now().await;

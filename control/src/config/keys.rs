@@ -373,7 +373,7 @@ keys! {
         "Data cores, one shard each; those that this machine lacks are left out";
     CORE_CPU = Core "cpu", Kind::CpuOrLast, Unset("the number of the file"), [],
         "CPU that the core of this file is pinned to";
-    CORE_ROLE = Core "role", Kind::Words(Role::WORDS), Value("data"), [],
+    CORE_ROLE = Core "role", Kind::Words(Role::WORDS), Unset("data"), [],
         "data takes requests, control is the control core; every data core serves lanes";
     CORE_NUMA_NODE = Core "numa_node", int(0, 1_023, "node"),
         Unset("that of its CPU"), [],

@@ -177,7 +177,7 @@ mod tests {
             },
         };
         let mut layers = super::super::layers(&inputs);
-        let cores = super::super::resolve::cores(&mut layers, &inputs.host);
+        let (cores, _) = super::super::cores::cores(&mut layers, &inputs.host);
         let by = steering(&mut layers, &cores, root);
         let problems = layers.problems.iter().map(Problem::to_string).collect();
         (by, problems)
