@@ -324,8 +324,8 @@ pub fn assign(wanted: &[usize], control: ControlCpu, mask: &[usize]) -> Assignme
     }
     if data.contains(&control) && shared {
         notes.push(format!(
-            "CPU {control} runs the control core and a shard, as it was told: its requests wait for \
-             both"
+            "CPU {control} runs the control core and a shard, as it was told: they wait for each \
+             other"
         ));
     } else if data.contains(&control) {
         data.retain(|cpu| *cpu != control);

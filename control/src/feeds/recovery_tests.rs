@@ -262,7 +262,7 @@ fn what_is_held_is_bounded() {
             event = stored(20, None, 0..1);
         }
         let other = typed::KvEvent {
-            storage_tier: padding.clone().into(),
+            storage_tier: padding.clone(),
             ..stored(20 + sent, None, 0..0)
         };
         came(&mut lab.digest, PUBLISHER, &[event, other]);
