@@ -168,7 +168,10 @@ mod tests {
     use super::*;
 
     fn report() -> Value {
-        let arm = |name: &str, p999: f64| json!({"arm": name, "latency_us": {"p99.9": p999}, "rounds": [{"errors": 3}]});
+        let arm = |name: &str, p999: f64| {
+            let latency = json!({"p99.9": p999});
+            json!({"arm": name, "latency_us": latency, "rounds": [{"errors": 3}]})
+        };
         json!({"loads": [
             {"load": "closed, 1", "arms": [arm("direct", 10.0), arm("corelane", 20.0)]},
             {"load": "closed, 64", "arms": [arm("direct", 100.0), arm("corelane", 250.0)]},
