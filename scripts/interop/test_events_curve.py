@@ -102,7 +102,6 @@ def test_who_does_not_fit_is_refused_and_hurts_nobody(lab, context):
         subscriber(context, broker, protect=friend.client_of(stranger)),
         subscriber(context, broker, protect=stranger.client_of(us)),
     ]
-    refused("mechanism", "its security mechanism is NULL, CURVE is wanted at this address")
     refused("curve", "CURVE: HELLO cannot be opened")
     refused("stranger", stranger.public, "is not among those that are allowed")
     for sequence in range(20):

@@ -216,8 +216,8 @@ fn what_another_connection_said_is_not_taken() {
     assert!(serve(&mut server, &said[2]).is_err());
 }
 
-/// Temporary: seeds.
 #[test]
+#[ignore = "writes the seeds of the fuzz target `curve` anew"]
 fn write_seeds() {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/curve");
     std::fs::create_dir_all(&folder).unwrap();

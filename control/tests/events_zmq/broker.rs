@@ -28,6 +28,10 @@ impl Drop for Broker {
 
 impl Broker {
     pub(crate) fn start() -> Broker {
+        Broker::protected(&Security::Null)
+    }
+
+    pub(crate) fn protected(security: &Security) -> Broker {
         let door = |kind| {
             // A port that nobody takes while the broker is away.
             let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
@@ -37,7 +41,7 @@ impl Broker {
                 listener,
                 kind,
                 group,
-                security: Security::Null,
+                security: security.clone(),
             };
             (address, door)
         };

@@ -19,11 +19,14 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::crossing::Crossed;
 use super::memory::{Memory, Slice};
+use super::security::Told;
 use super::sequence::Sequences;
 use super::session::{HANDSHAKE_NS, Session, Stage, Wire};
 use super::stats::Stats;
 use super::subscriptions::Subscriptions;
-use super::{Command, Door, Group, PlaneConfig, Report, Security, Side, asks, local, relief, take};
+use super::{
+    Command, Door, Group, PlaneConfig, Report, Security, Side, asks, local, relief, security, take,
+};
 use crate::buffers::Buffers;
 use crate::config::{Idle, RingKind};
 use crate::mesh::{Receiver, Sender};
@@ -91,6 +94,7 @@ pub(super) struct Plane<R: Ring> {
     pub(super) runs: Vec<take::Run>,
     pub(super) crossed: Vec<Crossed>,
     pub(super) lost_told_ns: u64,
+    pub(super) told: Told,
     housekeeping_ns: u64,
     stop_ns: u64,
     commands: Receiver<Command>,
@@ -134,6 +138,7 @@ impl<R: Ring> Plane<R> {
             runs: Vec::new(),
             crossed: Vec::new(),
             lost_told_ns: 0,
+            told: Told::default(),
             housekeeping_ns: 0,
             stop_ns: u64::MAX,
             commands,
@@ -246,6 +251,7 @@ impl<R: Ring> Plane<R> {
             }
             Event::EndOfStream | Event::ReceiveFailed { .. } => {
                 self.sessions[slot].receiving = false;
+                security::left(self, slot);
                 self.close(slot);
             }
             Event::NoBuffers => {

@@ -1,12 +1,23 @@
 //! How sessions are protected: not at all (NULL), or with CURVE where that is built in.
 
+use std::collections::VecDeque;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::net::SocketAddr;
 #[cfg(feature = "curve")]
 use std::sync::Arc;
 
 use corelane_codec::zmtp::{self, Command, Fault, Mechanism};
 
 use super::plane::Plane;
+use super::session::{Stage, Wire};
 use crate::ring::Ring;
+
+/// Bytes that every greeting begins with.
+const SIGNATURE_BYTES: usize = 10;
+/// A refusal of a host for one reason is told this often at most; all are counted.
+const TOLD_PAUSE_NS: u64 = 1_000_000_000;
+/// Refusals that are remembered; further ones are not told for a second.
+const TOLD_MAX: usize = 32;
 
 /// How the connections of a door or of a dial are protected.
 #[derive(Clone, Debug, Default)]
@@ -89,5 +100,60 @@ pub(super) fn step<R: Ring>(
             true
         }
         Err(why) => plane.refuse(slot, &why),
+    }
+}
+
+/// A peer has gone. If that was in the middle of its greeting it did not like ours: libzmq leaves
+/// before it has said its mechanism when it has heard of another.
+pub(super) fn left<R: Ring>(plane: &mut Plane<R>, slot: u32) {
+    let session = &mut plane.sessions[slot];
+    let greets = session.stage == Stage::Greeting && session.wire == Wire::Zmtp;
+    if greets && !session.closing && session.incoming.bytes() >= SIGNATURE_BYTES {
+        plane.stats.plane.sessions_refused_mechanism.add(1);
+        let ours = session.security.mechanism().name();
+        session.why = Some(format!(
+            "it left when it was greeted; its security mechanism may be another than {ours}"
+        ));
+    }
+}
+
+/// Refusals that were told lately: who does not fit comes again many times a second.
+#[derive(Debug, Default)]
+pub(super) struct Told {
+    lately: VecDeque<(u64, u64)>,
+}
+
+impl Told {
+    /// Whether this host has been refused for this reason within the last second; otherwise that is
+    /// noted.
+    pub(super) fn is_again(&mut self, peer: SocketAddr, why: &str, now_ns: u64) -> bool {
+        let mut hasher = DefaultHasher::new();
+        (peer.ip(), why).hash(&mut hasher);
+        let refusal = hasher.finish();
+        self.lately.retain(|(_, until_ns)| now_ns < *until_ns);
+        let is_known = self.lately.iter().any(|(known, _)| *known == refusal);
+        if is_known || self.lately.len() == TOLD_MAX {
+            return true;
+        }
+        self.lately.push_back((refusal, now_ns + TOLD_PAUSE_NS));
+        false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refusals_are_told_once_a_second() {
+        let mut told = Told::default();
+        let peer = |host: u8| SocketAddr::from(([127, 0, 0, host], 5));
+        assert!(!told.is_again(peer(1), "a", 0));
+        assert!(told.is_again(peer(1), "a", 1));
+        assert!(!told.is_again(peer(1), "b", 1) && !told.is_again(peer(2), "a", 1));
+        assert!(!told.is_again(peer(1), "a", TOLD_PAUSE_NS));
+        let many = (0..=255).filter(|host| !told.is_again(peer(*host), "c", TOLD_PAUSE_NS));
+        assert!(many.count() < TOLD_MAX);
+        assert!(!told.is_again(peer(9), "d", 3 * TOLD_PAUSE_NS));
     }
 }

@@ -345,7 +345,11 @@ impl<R: Ring> Plane<R> {
         let (peer, side, why) = (session.peer, session.side, session.why.take());
         if session.stage != Stage::Dialling {
             let side = open.then_some(side);
-            self.report(Report::Closed { peer, side, why });
+            let now_ns = self.now_ns;
+            let is_again = |why: &String| !open && self.told.is_again(peer, why, now_ns);
+            if !why.as_ref().is_some_and(is_again) {
+                self.report(Report::Closed { peer, side, why });
+            }
         }
         if open && side == Side::Subscriber {
             self.subscribers -= 1;

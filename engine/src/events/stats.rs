@@ -44,11 +44,11 @@ cells! {
         Counter subscribers_overrun,
         /// Sessions ended by us because the peer broke the protocol
         Counter sessions_refused,
-        /// Of them, those without CURVE where it is wanted, or with it where it is not
+        /// Sessions that ended with the greetings: one side wants CURVE, and the other does not
         Counter sessions_refused_mechanism,
-        /// Of them, those with a wrong CURVE key, or whose CURVE handshake or messages are wrong
+        /// Of those refused: those with a wrong CURVE key, or whose CURVE handshake or messages are wrong
         Counter sessions_refused_curve,
-        /// Of them, clients whose CURVE key is not among the allowed ones
+        /// Of those refused: clients whose CURVE key is not among the allowed ones
         Counter sessions_refused_stranger,
         /// Connections closed because the table of sessions was full
         Counter sessions_turned_away,
