@@ -148,7 +148,9 @@ mod tests {
     #[test]
     fn the_last_result_and_all_before_are_counted() {
         let mut counts = Counts::default();
-        [Outcome::Applied, Outcome::Applied, Outcome::Refused].map(|outcome| counts.add(outcome));
+        for outcome in [Outcome::Applied, Outcome::Applied, Outcome::Refused] {
+            counts.add(outcome);
+        }
         let report = Report {
             generation: 3,
             result: Outcome::Refused,

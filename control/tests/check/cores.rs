@@ -11,7 +11,9 @@ fn with(main: &str, cores: &[(&str, &str)]) -> Result<Config, Vec<String>> {
     inputs.main = Main::File(path);
     let checked = load(&inputs);
     let cut = format!("{}/", folder.path().display());
-    let lines = lines(&checked).into_iter().map(|line| line.replace(&cut, ""));
+    let lines = lines(&checked)
+        .into_iter()
+        .map(|line| line.replace(&cut, ""));
     match lines.collect::<Vec<_>>() {
         lines if lines.is_empty() => Ok(checked.config.unwrap()),
         lines => Err(lines),
