@@ -4,7 +4,7 @@
 //! | route | answer |
 //! |---|---|
 //! | `/live` | 200 (unlike Dynamo's, which repeats `/health`); 503 when a core stands still |
-//! | `/health` | 200 or 503, an object of `status`, `uptime`, `endpoints`, `paths`, `states`, `generation` |
+//! | `/health` | 200 or 503, an object of `status`, `uptime`, `endpoints`, `paths`, `states` .. |
 //! | `/metrics` | 200, text |
 //! | what is added ([`StatusOptions::extras`]) | what that says |
 //! | what acts ([`StatusOptions::actions`]) | GET: what that says; POST: what it has done |
