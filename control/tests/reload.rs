@@ -151,42 +151,44 @@ fn what_is_under_way_keeps_its_route() {
     assert_eq!(caller.reply(), "", "it is answered all the same");
 }
 
+/// Edits, and what is said of them.
+const BAD: [(&str, &str); 8] = [
+    // Lines 1 and 2 are [server] of the laboratory, 3 to 5 the route.
+    (
+        "policy = \"lest_loaded\"",
+        "corelane.toml:6:10: unknown policy \"lest_loaded\"",
+    ),
+    ("policy = 5", "corelane.toml:6:10: policy must be a string"),
+    (
+        "policy = \"kv\"",
+        "corelane.toml:6:10: nothing is heard of the workers of",
+    ),
+    (
+        "response = \"relay\"",
+        "corelane.toml:6:12: response = \"relay\" where no route",
+    ),
+    (
+        "retries_max = 3\nlane = \"/x\"",
+        "corelane.toml:7:8: route[0].lane cannot change from",
+    ),
+    (
+        "[core]\nbuffers = 64",
+        "corelane.toml:7:11: core[0].buffers cannot change from 4096",
+    ),
+    (
+        "[core]\nin_flight_max = 100000",
+        "corelane.toml:7:17: core[0].in_flight_max is 100000",
+    ),
+    ("[server]", "corelane.toml:6:"),
+];
+
 #[test]
 fn a_bad_edit_is_refused_with_its_place_and_nothing_is_changed() {
     let worker = Worker::start();
     let base = route(LISTEN, TARGET, "") + &instance(&worker, "a1", TARGET) + CALM;
     let router = start(&base);
     let (mut caller, path) = router.dial(LISTEN);
-    let edits = [
-        // Lines 1 and 2 are [server] of the laboratory, 3 to 5 the route.
-        (
-            "policy = \"lest_loaded\"",
-            "corelane.toml:6:10: unknown policy \"lest_loaded\"",
-        ),
-        ("policy = 5", "corelane.toml:6:10: policy must be a string"),
-        (
-            "policy = \"kv\"",
-            "corelane.toml:6:10: nothing is heard of the workers of",
-        ),
-        (
-            "response = \"relay\"",
-            "corelane.toml:6:12: response = \"relay\" where no route",
-        ),
-        (
-            "retries_max = 3\nlane = \"/x\"",
-            "corelane.toml:7:8: route[0].lane cannot change from",
-        ),
-        (
-            "[core]\nbuffers = 64",
-            "corelane.toml:7:11: core[0].buffers cannot change from 4096",
-        ),
-        (
-            "[core]\nin_flight_max = 100000",
-            "corelane.toml:7:17: core[0].in_flight_max is 100000",
-        ),
-        ("[server]", "corelane.toml:6:"),
-    ];
-    for (edit, says) in edits {
+    for (edit, says) in BAD {
         router.rewrite(&base.replacen("\n\n", &format!("\n{edit}\n"), 1));
         let (code, said) = command(&router);
         assert_eq!(code, 2, "{edit}: {said}");
@@ -197,7 +199,7 @@ fn a_bad_edit_is_refused_with_its_place_and_nothing_is_changed() {
         );
         assert_eq!(caller.ask(&path), "");
     }
-    let count = edits.len() as f64;
+    let count = BAD.len() as f64;
     assert_eq!(
         router.metric(&["corelane_config_reloads_total", "refused"]),
         count

@@ -15,6 +15,8 @@ use super::value::Value;
 
 /// A configuration longer than this is refused.
 const FILE_BYTES_MAX: u64 = 1 << 20;
+/// Faults of the syntax that are told of one file.
+const SYNTAX_ERRORS_MAX: usize = 3;
 
 /// Which file is read, and so which tables it may have.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -161,7 +163,8 @@ pub(super) fn read_text(
     let source = Source { path, text };
     let (document, errors) = DeTable::parse_recoverable(text);
     if !errors.is_empty() {
-        for error in &errors {
+        // One that is not closed makes many of what follows it.
+        for error in errors.iter().take(SYNTAX_ERRORS_MAX) {
             let at = source.at(error.span().map_or(0, |span| span.start));
             let first = error.message().lines().next().unwrap_or("not understood");
             problems.push(Problem::error(
