@@ -72,7 +72,6 @@ pub(crate) fn take_over<R: Ring>(shard: &mut Shard<R>, socket: OwnedFd) {
 }
 
 fn admit<R: Ring>(shard: &mut Shard<R>, socket: OwnedFd) {
-    let origin = shard.ring.origin(socket.as_raw_fd());
     let fd = socket.into_raw_fd();
     // Some places are kept for the connections that we make ourselves.
     let kept = (shard.config.connections_max as usize / 16).clamp(8, 1024);
@@ -84,6 +83,7 @@ fn admit<R: Ring>(shard: &mut Shard<R>, socket: OwnedFd) {
         });
         return;
     }
+    let origin = shard.ring.origin(fd);
     if let Some(slot) = shard.open(fd, Role::Downstream) {
         shard.stats.shard.connections_accepted.add(1);
         note_origin(shard, origin);
