@@ -109,7 +109,7 @@ fn decode_envelope(bytes: Vec<u8>) {
 #[bench::refused(b"\0\0\0\x10instance is busy".to_vec())]
 fn decode_reply(bytes: Vec<u8>) {
     for _ in 0..TIMES {
-        let _ = black_box(reply_frame::decode(black_box(&bytes)).frame());
+        let _ = black_box(reply_frame::decode(black_box(&bytes), 1 << 25).frame());
     }
 }
 
