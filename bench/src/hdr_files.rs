@@ -18,6 +18,7 @@ pub(crate) fn interval_log(panels: &[Panel], began: SystemTime) -> Result<Vec<u8
     let mut bytes = Vec::new();
     let mut serializer = V2DeflateSerializer::new();
     let mut log = IntervalLogWriterBuilder::new()
+        .add_comment("[Histogram log format version 1.3]")
         .add_comment("[corelane-bench: tags are load/arm, values are nanoseconds]")
         .with_start_time(began)
         .with_base_time(began)
@@ -152,7 +153,10 @@ mod tests {
     fn the_interval_log_is_read_back_with_all_that_was_recorded() {
         let bytes = interval_log(&[panel("closed loop, 1 connection")], SystemTime::now()).unwrap();
         let text = String::from_utf8(bytes.clone()).unwrap();
-        assert!(text.starts_with("#[Histogram log format version") || text.starts_with("#["));
+        assert!(
+            text.starts_with("#[Histogram log format version 1.3]\n"),
+            "{text}"
+        );
         assert!(
             text.contains("#[StartTime: ") && text.contains("#[BaseTime: "),
             "{text}"
