@@ -66,6 +66,8 @@ pub struct Slots<T> {
     list: Vec<Option<Slot<T>>>,
     /// Those in force, in the order of the configuration.
     order: Vec<usize>,
+    /// Those that are to be in force, or not: nobody knows yet.
+    proposed: Vec<usize>,
 }
 
 /// A configuration that is not in force yet.
@@ -93,6 +95,7 @@ impl<T> Default for Slots<T> {
         Slots {
             list: Vec::new(),
             order: Vec::new(),
+            proposed: Vec::new(),
         }
     }
 }
@@ -166,6 +169,7 @@ impl<T> Slots<T> {
         let removed = gone.copied().filter(|place| !is_rival(place)).collect();
         proposal.rivals = places.filter(with_paths).filter(is_rival).collect();
         proposal.removed = removed;
+        self.proposed.clone_from(&proposal.added);
         Ok(proposal)
     }
 
@@ -215,12 +219,14 @@ impl<T> Slots<T> {
         self.lead(&proposal.rivals, Paths::Nowhere);
         self.lead(&proposal.added, Paths::Everywhere);
         self.order.clone_from(&proposal.order);
+        self.proposed.clear();
         proposal.removed.clone()
     }
 
     /// Nobody has it.
     pub fn take_back(&mut self, proposal: &Proposal) {
         self.lead(&proposal.added, Paths::Nowhere);
+        self.proposed.clear();
         self.lead_rivals(&proposal.rivals, Paths::Everywhere);
     }
 
@@ -239,11 +245,12 @@ impl<T> Slots<T> {
         Some(Rc::clone(&slot.held))
     }
 
-    /// Places without paths that are not in force.
+    /// Places without paths that are not in force, nor will be.
     pub fn retired(&self) -> Vec<usize> {
         let is_retired = |place: &usize| {
             let slot = self.list[*place].as_ref();
-            slot.is_some_and(|slot| slot.paths == Paths::Nowhere) && !self.order.contains(place)
+            let awaits = self.order.contains(place) || self.proposed.contains(place);
+            slot.is_some_and(|slot| slot.paths == Paths::Nowhere) && !awaits
         };
         (0..self.list.len()).filter(is_retired).collect()
     }
@@ -288,6 +295,11 @@ mod tests {
     fn a_changed_route_moves_to_another_place_core_by_core() {
         let mut slots = begun(&[("a", "a1"), ("b", "b1")]);
         let next = propose(&mut slots, &[("a", "a2"), ("b", "b1")]);
+        assert_eq!(
+            slots.retired(),
+            Vec::<usize>::new(),
+            "nobody frees what is proposed"
+        );
         assert_eq!(
             (on(&slots, 0), on(&slots, 1)),
             (vec!["a1", "b1"], vec!["a1", "b1"])

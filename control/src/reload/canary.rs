@@ -10,64 +10,86 @@ const ENOUGH: u64 = 20;
 /// With so many failures nobody waits for the end of the watch.
 const PLENTY: u64 = 10;
 
-/// Requests, and those of them that went wrong.
+/// What counts as a failure, by its name in metrics.
+const FAILURES: [&str; 14] = [
+    "refused_unknown_endpoint",
+    "refused_no_instance",
+    "refused_overloaded",
+    "refused_frame_too_large",
+    "refused_bad_envelope",
+    "refused_by_instances",
+    "callers_told",
+    "callers_untold",
+    "ack_timeouts",
+    "protocol_errors",
+    "connections_refused",
+    "relays_failed",
+    "relays_cut",
+    "relay_timeouts",
+];
+
+/// Requests, and what of them went wrong.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Tally {
     /// Requests.
     pub requests: u64,
-    /// Refused, failed, overdue.
-    pub failed: u64,
+    /// In the order of their names.
+    failures: [u64; FAILURES.len()],
 }
 
 impl Tally {
     /// What a core has counted since its start.
     pub fn of(stats: &ShardStats) -> Tally {
-        let failed = [
-            &stats.refused_unknown_endpoint,
-            &stats.refused_no_instance,
-            &stats.refused_overloaded,
-            &stats.refused_frame_too_large,
-            &stats.refused_bad_envelope,
-            &stats.refused_by_instances,
-            &stats.callers_told,
-            &stats.callers_untold,
-            &stats.ack_timeouts,
-            &stats.protocol_errors,
-            &stats.connections_refused,
-            &stats.relays_failed,
-            &stats.relays_cut,
-            &stats.relay_timeouts,
-        ];
-        Tally {
+        let mut tally = Tally {
             requests: stats.requests.get(),
-            failed: failed.iter().map(|cell| cell.get()).sum(),
+            ..Tally::default()
+        };
+        for (name, _, _, value) in stats.each() {
+            if let Some(at) = FAILURES.iter().position(|failure| *failure == name) {
+                tally.failures[at] = value;
+            }
         }
+        tally
+    }
+
+    /// Refused, failed, overdue: all together.
+    pub fn failed(&self) -> u64 {
+        self.failures.iter().sum()
     }
 
     /// A refused frame is no request, so there may be more failures than requests.
-    fn percent(self) -> f64 {
-        let all = self.requests.max(self.failed).max(1);
-        self.failed as f64 * 100.0 / all as f64
+    fn percent(&self) -> f64 {
+        let all = self.requests.max(self.failed()).max(1);
+        self.failed() as f64 * 100.0 / all as f64
+    }
+
+    /// Which failures there are.
+    fn names(&self) -> String {
+        let some = FAILURES.iter().zip(self.failures);
+        let some = some.filter(|(_, count)| *count > 0);
+        let names = some.map(|(name, count)| format!("{name} {count}"));
+        names.collect::<Vec<_>>().join(", ")
+    }
+
+    fn with(self, other: Tally, each: impl Fn(u64, u64) -> u64) -> Tally {
+        Tally {
+            requests: each(self.requests, other.requests),
+            failures: std::array::from_fn(|at| each(self.failures[at], other.failures[at])),
+        }
     }
 }
 
 impl Sub for Tally {
     type Output = Tally;
     fn sub(self, before: Tally) -> Tally {
-        Tally {
-            requests: self.requests.saturating_sub(before.requests),
-            failed: self.failed.saturating_sub(before.failed),
-        }
+        self.with(before, u64::saturating_sub)
     }
 }
 
 impl Add for Tally {
     type Output = Tally;
     fn add(self, other: Tally) -> Tally {
-        Tally {
-            requests: self.requests + other.requests,
-            failed: self.failed + other.failed,
-        }
+        self.with(other, |one, other| one + other)
     }
 }
 
@@ -86,17 +108,20 @@ impl Watched {
     /// Why the core is worse off, if it is: more of its requests fail than of the others' and
     /// `allowed_pct` percent. Before the end of the watch only many failures count.
     pub fn worse(&self, allowed_pct: u8, is_over: bool) -> Option<String> {
-        if self.core.failed == 0 || (!is_over && self.core.failed < PLENTY) {
+        let (requests, failed) = (self.core.requests, self.core.failed());
+        if failed == 0 || (!is_over && failed < PLENTY) {
             return None;
         }
-        let (whom, usual) = match self.others.requests.max(self.others.failed) >= ENOUGH {
+        let (whom, usual) = match self.others.requests.max(self.others.failed()) >= ENOUGH {
             true => ("of the other cores' meanwhile", self.others.percent()),
             false => ("before", self.before.percent()),
         };
         let now = self.core.percent();
         (now > usual + f64::from(allowed_pct)).then(|| {
-            let Tally { requests, failed } = self.core;
-            format!("{failed} of {requests} requests failed: {now:.1} %, {usual:.1} % {whom}")
+            let names = self.core.names();
+            format!(
+                "{failed} of {requests} requests failed ({names}): {now:.1} %, {usual:.1} % {whom}"
+            )
         })
     }
 }
@@ -106,7 +131,12 @@ mod tests {
     use super::*;
 
     fn tally(requests: u64, failed: u64) -> Tally {
-        Tally { requests, failed }
+        let mut tally = Tally {
+            requests,
+            ..Tally::default()
+        };
+        tally.failures[1] = failed;
+        tally
     }
 
     fn worse(before: Tally, core: Tally, others: Tally, is_over: bool) -> bool {
@@ -155,7 +185,8 @@ mod tests {
             ..Watched::default()
         };
         let why = watched.worse(1, false).unwrap();
-        assert_eq!(why, "10 of 10 requests failed: 100.0 %, 0.0 % before");
+        let says = "10 of 10 requests failed (refused_no_instance 10): 100.0 %, 0.0 % before";
+        assert_eq!(why, says);
     }
 
     #[test]
@@ -164,7 +195,15 @@ mod tests {
         stats.requests.add(7);
         stats.refused_no_instance.add(2);
         stats.ack_timeouts.add(1);
-        assert_eq!(Tally::of(&stats) - tally(1, 1), tally(6, 2));
+        let counted = Tally::of(&stats) - tally(1, 1);
+        assert_eq!((counted.requests, counted.failed()), (6, 2));
+        assert_eq!(counted.names(), "refused_no_instance 1, ack_timeouts 1");
         assert_eq!(tally(1, 2) + tally(3, 4), tally(4, 6));
+        let known = stats.each().into_iter().map(|(name, ..)| name);
+        let known: Vec<&str> = known.collect();
+        assert!(
+            FAILURES.iter().all(|name| known.contains(name)),
+            "a cell has another name"
+        );
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! `data/corpus/broken.txt` holds them as `=== what is wrong with it`, the text, and one line `=> `
 //! for each error: its place and what is wrong, without what is to be written instead. Behind every
-//! text stands a good route. `CORELANE_BLESS=1` writes what is found into the file, to be read before
-//! it is kept.
+//! text stands a good route. `CORELANE_BLESS=1` writes what is found into the file, to be read
+//! before it is kept.
 
 use std::path::Path;
 
