@@ -97,12 +97,7 @@ impl Server {
             .map_err(ServerError::os("eventfd"))?;
         epoll::add(&epoll, &wake, EventData::new_u64(WAKE), EventFlags::IN)
             .map_err(ServerError::os("epoll"))?;
-        let own = rustix::process::geteuid().as_raw();
-        // Other users must get as far as to be asked who they are; root gets everywhere.
-        let everybody = config
-            .uids_allowed
-            .iter()
-            .any(|uid| ![own, 0].contains(uid));
+        let (uids_allowed, everybody) = who_may_connect(config.uids_allowed);
         let (audit, discarded) = (Audit::default(), Discarded::default());
         let (mut listeners, mut domains, mut gauges) = (Vec::new(), Vec::new(), Vec::new());
         let mut groups: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
@@ -141,10 +136,7 @@ impl Server {
             deadlines: BTreeSet::new(),
             deadline_of: HashMap::new(),
             next_id: 0,
-            uids_allowed: match config.uids_allowed.is_empty() {
-                true => vec![own],
-                false => config.uids_allowed,
-            },
+            uids_allowed,
             connections_max: config.connections_max,
             limits: Limits {
                 first_frame_ns: ns(config.first_frame_timeout),
@@ -531,6 +523,17 @@ impl Server {
         self.finished.store(true, Ordering::Release);
         tracing::info!("the service has stopped");
     }
+}
+
+/// The users that may connect, and whether sockets are made for all so that others than ourselves
+/// get as far as to be asked who they are; root gets everywhere.
+fn who_may_connect(uids: Vec<u32>) -> (Vec<u32>, bool) {
+    let own = rustix::process::geteuid().as_raw();
+    if uids.is_empty() {
+        return (vec![own], false);
+    }
+    let everybody = uids.iter().any(|uid| ![own, 0].contains(uid));
+    (uids, everybody)
 }
 
 fn is_alive(connections: &HashMap<u64, Connection>, client: ClientId) -> bool {
