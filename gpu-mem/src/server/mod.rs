@@ -36,6 +36,7 @@ use rustix::io::Errno;
 
 use self::connection::{Connection, Filled, Limits};
 use self::listener::Listener;
+use crate::complaints::Complaints;
 use crate::domain::{Action, Discarded, Domain, Fence, Turn};
 use crate::history::Audit;
 use crate::lock::ClientId;
@@ -73,6 +74,7 @@ pub struct Server {
     untidy: bool,
     tidy_by_ns: u64,
     audit: Audit,
+    complaints: Complaints,
     start: Instant,
     scratch: Vec<u8>,
     actions: Vec<Action>,
@@ -149,6 +151,7 @@ impl Server {
             untidy: true,
             tidy_by_ns: 0,
             audit,
+            complaints: Complaints::default(),
             start: Instant::now(),
             scratch: vec![0; READ_BYTES],
             actions: Vec::new(),
@@ -203,6 +206,11 @@ impl Server {
         ns(self.start.elapsed())
     }
 
+    /// Whether the log has room for what a client does wrong.
+    fn may_complain(&mut self) -> bool {
+        self.complaints.may(self.now_ns())
+    }
+
     /// How long epoll may wait: until the next deadline of anything.
     fn next_timeout(&self) -> Option<Timespec> {
         let pools = self
@@ -251,7 +259,9 @@ impl Server {
         match connection.fill(&mut self.scratch) {
             Ok(Filled::Bytes | Filled::End | Filled::Nothing) => self.ripe.push_back(id),
             Ok(Filled::Descriptor) => {
-                tracing::warn!(session = id, "a client sent a descriptor; session dropped");
+                if self.may_complain() {
+                    tracing::warn!(session = id, "a client sent a descriptor; session dropped");
+                }
                 self.sever(id);
             }
             Err(_) => self.sever(id),
@@ -316,7 +326,9 @@ impl Server {
             Cut::Need(_) if !connection.ended => self.watch(id, false),
             Cut::Need(_) => self.sever(id),
             Cut::Bad(bad) => {
-                tracing::warn!(session = id, %bad, "session dropped");
+                if self.may_complain() {
+                    tracing::warn!(session = id, %bad, "session dropped");
+                }
                 self.count(domain, Counter::FramesBad);
                 self.sever(id);
             }
@@ -486,7 +498,9 @@ impl Server {
             if let Some(domain) = late.map(|connection| connection.domain) {
                 self.count(domain, Counter::DeadlinesPassed);
             }
-            tracing::warn!(session = id, ?owes, "too slow; session dropped");
+            if self.may_complain() {
+                tracing::warn!(session = id, ?owes, "too slow; session dropped");
+            }
             self.untidy = true;
             self.schedule(id, None);
             self.sever(id);
