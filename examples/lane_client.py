@@ -7,7 +7,8 @@
 One thread serves the lanes of all cores of the router. A request's body is a memoryview into the
 slab, without a copy; it may be used until the request has ended. The slabs do not move: register
 them once with a device (`Lanes.slabs`, for cuMemHostRegister or cudaHostRegister) and copy to it
-from there. `Lanes(path, numa_node=numa_node_of("0000:65:00.0"))` has them near that device. What lies where is described, byte by byte, in gpu-mem/src/lane/layout.rs.
+from there. `Lanes(path, numa_node=numa_node_of("0000:65:00.0"))` has them near that device. What
+lies where is described, byte by byte, in gpu-mem/src/lane/layout.rs.
 
 Python has no memory barriers. Entries and counters are written in order, which x86 keeps and other
 processors need not: there this module refuses to run. It never spins and wakes the router after

@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::backend::{Access, Backend};
+use crate::complaints::Complaints;
 use crate::history::{Audit, History, Kind, Peer, Stamp};
 use crate::lock::{
     ClearCause, ClientId, Effect, Event, Grant, Lock, LockType, Policy, Profile, Pulse, Standing,
@@ -128,6 +129,7 @@ pub struct Domain {
     /// What this pool and others have cleared and not yet given up.
     discarded: Discarded,
     history: History,
+    complaints: Complaints,
     stats: Arc<Stats>,
     sessions: HashMap<ClientId, Session>,
     starving: Option<Starving>,
@@ -150,6 +152,7 @@ impl Domain {
             store: Store::new(config.limits),
             discarded,
             history: History::new(config.tag.as_str().into(), audit),
+            complaints: Complaints::default(),
             sessions: HashMap::new(),
             starving: None,
             layout_hash: String::new(),
@@ -495,8 +498,11 @@ impl Domain {
     /// A payload that is no message: the sender loses its session without an answer.
     fn drop_for(&mut self, client: ClientId, bad: impl std::fmt::Display, turn: &mut Turn<'_>) {
         self.stats.count(Counter::FramesBad);
-        let pid = self.sessions.get(&client).map(|session| session.peer.pid);
-        tracing::warn!(pool = self.config.tag, session = client.0, pid, %bad, "session dropped");
+        if self.complaints.may(turn.now_ns) {
+            let pid = self.sessions.get(&client).map(|session| session.peer.pid);
+            let pool = &self.config.tag;
+            tracing::warn!(pool, session = client.0, pid, %bad, "session dropped");
+        }
         self.close(client, turn);
     }
 }

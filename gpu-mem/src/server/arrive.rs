@@ -28,7 +28,9 @@ impl Server {
                 ));
                 self.spare = spare();
                 self.count(domain, Counter::ConnectionsOverLimit);
-                tracing::error!("no descriptor is left; a client was turned away");
+                if self.may_complain() {
+                    tracing::error!("no descriptor is left; a client was turned away");
+                }
             }
             // It is gone again, or another signal than ours.
             Err(_) => {}
@@ -38,20 +40,19 @@ impl Server {
     fn admit(&mut self, socket: OwnedFd, domain: usize) {
         if self.connections.len() >= self.connections_max {
             self.count(domain, Counter::ConnectionsOverLimit);
-            tracing::warn!(
-                max = self.connections_max,
-                "too many clients; one was turned away"
-            );
+            if self.may_complain() {
+                let max = self.connections_max;
+                tracing::warn!(max, "too many clients; one was turned away");
+            }
             return;
         }
         let Ok(peer) = peer_of(&socket) else { return };
         if !self.uids_allowed.contains(&peer.uid) {
             self.count(domain, Counter::ConnectionsRefused);
-            tracing::warn!(
-                uid = peer.uid,
-                pid = peer.pid,
-                "a user outside the allow-list"
-            );
+            if self.may_complain() {
+                let (uid, pid) = (peer.uid, peer.pid);
+                tracing::warn!(uid, pid, "a user outside the allow-list");
+            }
             return;
         }
         let id = self.next_id;

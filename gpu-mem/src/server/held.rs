@@ -45,13 +45,15 @@ impl Server {
         );
         let max = self.held_bytes_max;
         self.count(domain, Counter::ConnectionsShed);
-        tracing::warn!(
-            session = id,
-            bytes,
-            ?owes,
-            max,
-            "clients hold too much; session dropped"
-        );
+        if self.may_complain() {
+            tracing::warn!(
+                session = id,
+                bytes,
+                ?owes,
+                max,
+                "clients hold too much; session dropped"
+            );
+        }
         self.sever(id);
     }
 }

@@ -36,6 +36,7 @@ use rustix::io::Errno;
 
 use self::connection::{Connection, Filled, Limits};
 use self::listener::Listener;
+use crate::complaints::Complaints;
 use crate::domain::{Action, Discarded, Domain, Fence, Turn};
 use crate::history::Audit;
 use crate::lock::ClientId;
@@ -73,6 +74,7 @@ pub struct Server {
     untidy: bool,
     tidy_by_ns: u64,
     audit: Audit,
+    complaints: Complaints,
     start: Instant,
     scratch: Vec<u8>,
     actions: Vec<Action>,
@@ -97,12 +99,7 @@ impl Server {
             .map_err(ServerError::os("eventfd"))?;
         epoll::add(&epoll, &wake, EventData::new_u64(WAKE), EventFlags::IN)
             .map_err(ServerError::os("epoll"))?;
-        let own = rustix::process::geteuid().as_raw();
-        // Other users must get as far as to be asked who they are; root gets everywhere.
-        let everybody = config
-            .uids_allowed
-            .iter()
-            .any(|uid| ![own, 0].contains(uid));
+        let (uids_allowed, everybody) = who_may_connect(config.uids_allowed);
         let (audit, discarded) = (Audit::default(), Discarded::default());
         let (mut listeners, mut domains, mut gauges) = (Vec::new(), Vec::new(), Vec::new());
         let mut groups: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
@@ -141,10 +138,7 @@ impl Server {
             deadlines: BTreeSet::new(),
             deadline_of: HashMap::new(),
             next_id: 0,
-            uids_allowed: match config.uids_allowed.is_empty() {
-                true => vec![own],
-                false => config.uids_allowed,
-            },
+            uids_allowed,
             connections_max: config.connections_max,
             limits: Limits {
                 first_frame_ns: ns(config.first_frame_timeout),
@@ -157,6 +151,7 @@ impl Server {
             untidy: true,
             tidy_by_ns: 0,
             audit,
+            complaints: Complaints::default(),
             start: Instant::now(),
             scratch: vec![0; READ_BYTES],
             actions: Vec::new(),
@@ -211,6 +206,11 @@ impl Server {
         ns(self.start.elapsed())
     }
 
+    /// Whether the log has room for what a client does wrong.
+    fn may_complain(&mut self) -> bool {
+        self.complaints.may(self.now_ns())
+    }
+
     /// How long epoll may wait: until the next deadline of anything.
     fn next_timeout(&self) -> Option<Timespec> {
         let pools = self
@@ -259,7 +259,9 @@ impl Server {
         match connection.fill(&mut self.scratch) {
             Ok(Filled::Bytes | Filled::End | Filled::Nothing) => self.ripe.push_back(id),
             Ok(Filled::Descriptor) => {
-                tracing::warn!(session = id, "a client sent a descriptor; session dropped");
+                if self.may_complain() {
+                    tracing::warn!(session = id, "a client sent a descriptor; session dropped");
+                }
                 self.sever(id);
             }
             Err(_) => self.sever(id),
@@ -324,7 +326,9 @@ impl Server {
             Cut::Need(_) if !connection.ended => self.watch(id, false),
             Cut::Need(_) => self.sever(id),
             Cut::Bad(bad) => {
-                tracing::warn!(session = id, %bad, "session dropped");
+                if self.may_complain() {
+                    tracing::warn!(session = id, %bad, "session dropped");
+                }
                 self.count(domain, Counter::FramesBad);
                 self.sever(id);
             }
@@ -494,7 +498,9 @@ impl Server {
             if let Some(domain) = late.map(|connection| connection.domain) {
                 self.count(domain, Counter::DeadlinesPassed);
             }
-            tracing::warn!(session = id, ?owes, "too slow; session dropped");
+            if self.may_complain() {
+                tracing::warn!(session = id, ?owes, "too slow; session dropped");
+            }
             self.untidy = true;
             self.schedule(id, None);
             self.sever(id);
@@ -531,6 +537,17 @@ impl Server {
         self.finished.store(true, Ordering::Release);
         tracing::info!("the service has stopped");
     }
+}
+
+/// The users that may connect, and whether sockets are made for all so that others than ourselves
+/// get as far as to be asked who they are; root gets everywhere.
+fn who_may_connect(uids: Vec<u32>) -> (Vec<u32>, bool) {
+    let own = rustix::process::geteuid().as_raw();
+    if uids.is_empty() {
+        return (vec![own], false);
+    }
+    let everybody = uids.iter().any(|uid| ![own, 0].contains(uid));
+    (uids, everybody)
 }
 
 fn is_alive(connections: &HashMap<u64, Connection>, client: ClientId) -> bool {

@@ -137,9 +137,9 @@ fn descriptors_that_are_not_taken_cost_an_export_and_no_session() {
     );
     let listed = reader.borrow_mut().allocations(None);
     assert!(listed.is_ok(), "its session goes on");
-    let refused = (0..100)
-        .filter(|_| matches!(lazy.hear(), Some(Reply::Error(error)) if error.error.contains("under way")))
-        .count();
+    let is_refused =
+        |reply| matches!(reply, Some(Reply::Error(it)) if it.error.contains("under way"));
+    let refused = (0..100).filter(|_| is_refused(lazy.hear())).count();
     assert_eq!(lazy.descriptors.len() + refused, 100);
     assert!(refused > 0, "it has all of them");
     until(
