@@ -11,6 +11,7 @@ use crate::curves::{Curve, Interval};
 use crate::hop::HopArgs;
 use crate::hop_scene::{Arm, Scene};
 use crate::load::Found;
+use crate::observed;
 use crate::ratio::{Ratio, ratio_text};
 use crate::report::{Quantiles, Table, figure, host, median, new_histogram, now_utc};
 
@@ -154,6 +155,48 @@ fn ratios(of: &Record, by: Option<&Record>) -> Value {
     Value::Object(entries.collect())
 }
 
+/// An arm beside those that it is compared with in a run with `--observed`.
+fn to_unwatched(
+    scene: &Scene,
+    records: &[Record],
+    index: usize,
+    figure: fn(&Round) -> f64,
+) -> Option<Ratio> {
+    let names = observed::yardsticks(&scene.arms[index].name);
+    let by: Vec<Vec<f64>> = names
+        .iter()
+        .filter_map(|name| Some(records[place(scene, name)?].series(figure)))
+        .collect();
+    let of = records[index].series(figure);
+    let mean = |round: usize| {
+        let all = by.iter().filter_map(|series| series.get(round));
+        all.sum::<f64>() / by.len() as f64
+    };
+    let by_mean: Vec<f64> = (0..of.len()).map(mean).collect();
+    Ratio::of_rounds(&of, &by_mean).filter(|_| !by.is_empty())
+}
+
+fn unwatched_table(scene: &Scene, records: &[Record]) -> Table {
+    let mut table = Table::new(&[
+        "ratio to unwatched [95 %]",
+        "p50",
+        "p99",
+        "p99.9",
+        "req/s",
+        "cpu",
+    ]);
+    for (index, arm) in scene.arms.iter().enumerate() {
+        if observed::yardsticks(&arm.name).is_empty() {
+            continue;
+        }
+        let mut row = vec![arm.name.clone()];
+        let ratios = FIGURES.map(|(_, figure)| to_unwatched(scene, records, index, figure));
+        row.extend(ratios.map(ratio_text));
+        table.row(row);
+    }
+    table
+}
+
 fn place(scene: &Scene, name: &str) -> Option<usize> {
     scene.arms.iter().position(|arm| arm.name == name)
 }
@@ -163,8 +206,18 @@ pub(crate) fn report(args: &HopArgs, scene: &Scene, loads: &[Vec<Record>]) -> Va
     let haproxy = place(scene, "haproxy");
     let load = |(shape, records): (_, &Vec<Record>)| {
         let arms = scene.arms.iter().zip(records);
-        let arms = arms.map(|(arm, record)| {
-            arm_report(arm, record, records.first(), haproxy.map(|at| &records[at]))
+        let arms = arms.enumerate().map(|(index, (arm, record))| {
+            let haproxy = haproxy.map(|at| &records[at]);
+            let mut report = arm_report(arm, record, records.first(), haproxy);
+            if !observed::yardsticks(&arm.name).is_empty() {
+                let ratio = |(name, figure): Figure| {
+                    let ratio = to_unwatched(scene, records, index, figure);
+                    (name.to_owned(), json!(ratio))
+                };
+                let ratios = FIGURES.into_iter().map(ratio).collect();
+                report["ratio_to_unwatched"] = Value::Object(ratios);
+            }
+            report
         });
         json!({ "load": format!("{shape}"), "arms": arms.collect::<Vec<_>>() })
     };
@@ -242,6 +295,10 @@ pub(crate) fn text(args: &HopArgs, scene: &Scene, loads: &[Vec<Record>]) -> Stri
         out.push_str(&figures_table(scene, records).text());
         out.push('\n');
         out.push_str(&ratios_table(scene, records).text());
+        if args.observed {
+            out.push('\n');
+            out.push_str(&unwatched_table(scene, records).text());
+        }
     }
     out
 }

@@ -45,8 +45,8 @@ impl Watching {
         match self {
             Self::Default => "",
             Self::Off => UNWATCHED,
-            Self::On => "/watched",
-            Self::OffAgain => "/unwatched-again",
+            Self::On => WATCHED,
+            Self::OffAgain => AGAIN,
         }
     }
 
@@ -70,8 +70,21 @@ impl Watching {
     }
 }
 
-/// What the arm is called that others of its kind are compared with.
-pub(crate) const UNWATCHED: &str = "/unwatched";
+const WATCHED: &str = "/watched";
+const UNWATCHED: &str = "/unwatched";
+const AGAIN: &str = "/unwatched-again";
+
+/// The arms that one is compared with, round by round: the watched one with the mean of the two
+/// that are not, and the second of those with the first.
+pub(crate) fn yardsticks(arm: &str) -> Vec<String> {
+    if let Some(kind) = arm.strip_suffix(WATCHED) {
+        vec![format!("{kind}{UNWATCHED}"), format!("{kind}{AGAIN}")]
+    } else if let Some(kind) = arm.strip_suffix(AGAIN) {
+        vec![format!("{kind}{UNWATCHED}")]
+    } else {
+        Vec::new()
+    }
+}
 
 /// A corelane that is to be watched while it is measured.
 pub(crate) struct Watched {
@@ -154,4 +167,24 @@ fn scrape(status: SocketAddr, stopped: &AtomicBool) -> u64 {
         }
     }
     scrapes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_watched_arm_is_compared_with_both_that_are_not() {
+        let names = |arms: &[Watching]| -> Vec<String> {
+            let name = |one: &Watching| format!("corelane/on_accept{}", one.suffix());
+            arms.iter().map(name).collect()
+        };
+        let arms = names(Watching::arms(true));
+        assert_eq!(yardsticks(&arms[1]), [arms[0].clone(), arms[2].clone()]);
+        assert_eq!(yardsticks(&arms[2]), [arms[0].clone()]);
+        assert!(yardsticks(&arms[0]).is_empty() && yardsticks("direct-again").is_empty());
+        assert_eq!(names(Watching::arms(false)), ["corelane/on_accept"]);
+        assert!(Watching::Off.variables().is_empty() && !Watching::Off.core().is_empty());
+        assert!(!Watching::On.variables().is_empty() && Watching::On.core().is_empty());
+    }
 }
