@@ -192,6 +192,7 @@ mod tests {
             shards: (0..cores).map(core).collect(),
             tls: Default::default(),
             responses: Default::default(),
+            placing: Default::default(),
             status: None,
         }
     }

@@ -13,7 +13,8 @@ use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
 
-use corelane_engine::config::RingKind;
+use corelane_engine::balance::{Imbalance, Neighbour};
+use corelane_engine::config::{RingKind, ShardConfig};
 use corelane_engine::ends::Ends;
 use corelane_engine::executor::{self, ShardHandle, StartError};
 use corelane_engine::mesh;
@@ -28,6 +29,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::preflight::{Plan, Planned, ring_word};
 use crate::quic::{Quic, QuicError};
+use crate::steering::{self, Group, placing, unsteered};
 use crate::tls::{self, Tls, TlsError};
 use crate::trace;
 
@@ -143,6 +145,7 @@ pub struct Cores {
     lane_faults: broadcast::Sender<(u64, &'static str)>,
     tls: Option<Rc<Tls>>,
     quic: Rc<Quic>,
+    group: Group,
 }
 
 impl Cores {
@@ -173,13 +176,17 @@ impl Cores {
         };
         let mut address = wanted_address(plan)?;
         let mut list: Vec<Core> = Vec::with_capacity(plan.shards.len());
+        let group = Group::new(placing(plan), plan.cpus());
+        group.tell();
         for planned in &plan.shards {
             let mut planned = planned.clone();
+            planned.config.steering = group.program();
             planned.listen_at(address);
             tls::ask(&mut planned.config, &plan.tls);
             let own = ends(planned.config.shard);
             quic.ask(&mut planned.config, own.home)?;
             let mut handle = executor::spawn_with(planned.config.clone(), own)?;
+            unsteered(&mut handle);
             tls::attend(&tls, &mut handle);
             quic.attend(&mut handle);
             // The first one has chosen the port of all.
@@ -204,6 +211,7 @@ impl Cores {
             lane_faults: broadcast::Sender::new(LANE_FAULTS),
             tls,
             quic,
+            group,
         });
         for index in 0..cores.list.len() {
             cores.listen_to(index)?;
@@ -233,6 +241,7 @@ impl Cores {
                 self.start_again(index, failure)?;
             }
             if self.all_run() {
+                self.introduce().await;
                 return Ok(());
             }
             match timeout_at(deadline, changes.changed()).await {
@@ -258,6 +267,8 @@ impl Cores {
             planned.config.ring = RingKind::Epoll;
             planned.cause = "start_failed";
             planned.listen_at(self.address);
+            self.group.again(index);
+            planned.config.steering = self.group.program();
             if let Some(handed) = &planned.config.handed {
                 // Its mode is that of all who share it; io_uring takes either.
                 let _ = handed.set_nonblocking(true);
@@ -266,6 +277,7 @@ impl Cores {
         };
         let own = (self.ends)(config.shard);
         let mut handle = executor::spawn_with(config, own)?;
+        unsteered(&mut handle);
         tls::attend(&self.tls, &mut handle);
         self.quic.attend(&mut handle);
         core.handle.borrow_mut().join();
@@ -314,6 +326,9 @@ impl Cores {
                 Report::Stranger => {
                     tracing::warn!(core = handle.shard, "{}", tls::STRANGER);
                 }
+                Report::NoBusyPoll { errno } => {
+                    tracing::warn!(core = handle.shard, "{}", steering::unpolled(errno));
+                }
                 Report::Span(span) => trace::tell(*span),
                 Report::Stopped { failure } => {
                     self.turn(core, State::Ended { failure });
@@ -359,6 +374,29 @@ impl Cores {
     pub fn all_run(&self) -> bool {
         let runs = |core: &Core| *core.state.borrow() == State::Running;
         self.list.iter().all(runs)
+    }
+
+    /// Makes the cores known to each other where connections may go from one to the other.
+    async fn introduce(&self) {
+        let hands_over =
+            |core: &Core| core.planned.borrow().config.imbalance == Imbalance::LeastConnections;
+        if self.list.len() < 2 || !self.list.iter().any(hands_over) {
+            return;
+        }
+        let neighbour = |core: &Core| {
+            let handle = core.handle.borrow();
+            Neighbour {
+                stats: Arc::clone(&handle.stats),
+                commands: handle.commands(),
+            }
+        };
+        let others = |index: usize| {
+            let others = self.list.iter().enumerate();
+            let others = others.filter(|(other, _)| *other != index);
+            others.map(|(_, core)| neighbour(core)).collect()
+        };
+        self.tell_each(|index| Command::Neighbours(others(index)))
+            .await;
     }
 
     /// Waits until a shard has ended that was not told to.
@@ -469,6 +507,13 @@ impl Cores {
             }
         };
         self.list.iter().map(view).collect()
+    }
+
+    /// What each was told at its start.
+    pub fn configs(&self) -> Vec<ShardConfig> {
+        let each = self.list.iter();
+        each.map(|core| core.planned.borrow().config.clone())
+            .collect()
     }
 
     /// Sums one number over the shards that run.

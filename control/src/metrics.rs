@@ -4,6 +4,7 @@
 //! corelane_<counter>_total{core,cpu}   corelane_<gauge>{core,cpu}      each shard's cells
 //! corelane_refused_total{core,cpu,reason}                              all refusals, one family
 //! corelane_hop_seconds{core,cpu}   corelane_answer_seconds{core,cpu}   histograms
+//! corelane_locality_ratio{core,cpu}   corelane_locality_ratio_all       of accepted connections
 //! corelane_ring_info{core,cpu,ring,cause}   corelane_build_info{version}
 //! corelane_{first,inter}_item_seconds{core,cpu,listen,target}         of relayed routes
 //! corelane_route_*{listen,target}   corelane_discovery_*               control's own
@@ -27,8 +28,10 @@ use crate::discovery::DiscoveryStats;
 
 mod discovery;
 mod dynamo;
+mod locality;
 
 use self::discovery::discovery_numbers;
+use self::locality::Locality;
 pub use dynamo::{ServedNumbers, WorkerNumbers};
 
 /// Buckets of latency histograms: two for each doubling, from 1.5 us to 8.6 s.
@@ -53,6 +56,7 @@ struct CoreNumbers {
     cells: Vec<Number>,
     hop: Histogram,
     answer: Histogram,
+    locality: Locality,
     /// First item and inter-item latencies of each relayed route, by its place.
     relayed: Vec<(usize, [Histogram; 2])>,
 }
@@ -189,6 +193,7 @@ fn core_numbers(core: &CoreView, routes: &[RouteNumbers]) -> CoreNumbers {
             .collect(),
         hop: histogram(&core.stats.hop),
         answer: histogram(&core.stats.answer),
+        locality: Locality::of(&core.stats),
         relayed: routes.iter().enumerate().filter_map(relayed).collect(),
     }
 }
@@ -226,6 +231,7 @@ impl Collector for Snapshot {
         self.cells(&mut encoder)?;
         self.refusals(&mut encoder)?;
         self.latencies(&mut encoder)?;
+        self.locality(&mut encoder)?;
         self.relayed(&mut encoder)?;
         self.routes(&mut encoder)?;
         let help = "Time since the start.";

@@ -6,12 +6,13 @@ use std::sync::Arc;
 
 use corelane_engine::config::{Idle, LiveSettings, RingKind, ShardConfig};
 use corelane_engine::ends::HomeAddress;
-use corelane_engine::placement::{self, Assignment, ControlCpu, CpuQuota, Topology};
+use corelane_engine::placement::{self, Assignment, CpuQuota, Topology};
 use corelane_engine::preflight as host;
 
 use crate::cli::Stop;
 use crate::config::{self, Config, Core};
 use crate::env::Env;
+use crate::steering::Placing;
 use crate::tls;
 
 /// Connections that a core is left with however few files this process may open.
@@ -50,11 +51,18 @@ pub struct Plan {
     pub tls: config::Tls,
     /// How their responses travel.
     pub responses: config::Responses,
+    /// Which core gets which connections.
+    pub placing: Placing,
     /// A socket for the status server that listens already.
     pub status: Option<Arc<TcpListener>>,
 }
 
 impl Plan {
+    /// The CPUs of the shards, by index.
+    pub fn cpus(&self) -> Vec<usize> {
+        self.shards.iter().map(|shard| shard.config.cpu).collect()
+    }
+
     /// Whether the cores take connections from sockets that were handed over.
     pub fn is_handed(&self) -> bool {
         self.shards
@@ -78,7 +86,7 @@ pub fn plan(config: &Config) -> Result<Plan, Stop> {
         ))
     })?;
     let wanted: Vec<usize> = config.cores.iter().map(|core| core.cpu).collect();
-    let mut assigned = placement::assign(&wanted, ControlCpu::Cpu(config.control.cpu), &mask);
+    let mut assigned = placement::assign(&wanted, config.control.placed(), &mask);
     let quota = CpuQuota::read(std::path::Path::new("/"));
     let topology = Topology::of_host();
     assigned.advise(&topology, quota);
@@ -89,11 +97,13 @@ pub fn plan(config: &Config) -> Result<Plan, Stop> {
     tls::kernel::demanded(&config.server.tls).map_err(Stop::HostCannot)?;
     let shards = shards(config, &assigned, &report)?;
     log_rings(&shards, &report);
+    let placing = placing(config, &shards);
     Ok(Plan {
         control_cpu: assigned.control,
         shards,
         tls: config.server.tls.clone(),
         responses: config.server.responses,
+        placing,
         status: None,
     })
 }
@@ -129,6 +139,7 @@ fn shards(
         let ring = choice.ring;
         let listen = core.listen.unwrap_or(listen);
         let mut told = shard_config(core, ShardConfig::new(shard, cpu, ring, Some(listen)));
+        told.imbalance = config.server.imbalance;
         told.message_bytes_max = u64::from(config.server.message_bytes_max);
         told.relay_home = relay_home(config, shard);
         shards.push(Planned {
@@ -140,6 +151,19 @@ fn shards(
     }
     fit_files(&mut shards, report);
     Ok(shards)
+}
+
+/// What steers connections to these shards.
+fn placing(config: &Config, shards: &[Planned]) -> Placing {
+    let queue = |(index, shard): (usize, &Planned)| {
+        let mut cores = config.cores.iter();
+        let core = cores.find(|core| core.cpu == shard.config.cpu)?;
+        Some((index, core.nic_queue.clone()?))
+    };
+    Placing {
+        by: config.server.steering,
+        queues: shards.iter().enumerate().filter_map(queue).collect(),
+    }
 }
 
 /// Where the workers of relayed routes call this shard home; each shard has a port of its own, as a
@@ -188,6 +212,7 @@ fn shard_config(core: &Core, defaults: ShardConfig) -> ShardConfig {
         in_flight_max: core.in_flight_max,
         upstream_queue_bytes: core.upstream_queue_bytes,
         flight_records: core.flight_records,
+        busy_poll_us: core.busy_poll_us,
         ..defaults
     }
 }

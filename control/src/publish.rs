@@ -76,6 +76,11 @@ impl Listed {
         }
     }
 
+    /// Whether its list of instances is what the store says now.
+    pub fn is_fresh(&self) -> bool {
+        self.sight.is_fresh()
+    }
+
     /// The number of what its workers publish: routes to one target share it.
     pub fn feed(&self) -> u32 {
         self.sight.feed
@@ -189,6 +194,12 @@ impl Board {
         self.publications.get()
     }
 
+    /// The directory that a core has, or is about to take over. Free places have no name.
+    pub fn published(&self, core: usize) -> Arc<Directory> {
+        let published = self.published.borrow();
+        published.get(core).map(Arc::clone).unwrap_or_default()
+    }
+
     /// Our identity now, once there is one.
     pub fn identity(&self) -> Option<u64> {
         self.identities.borrow().front().copied()
@@ -248,7 +259,8 @@ impl Board {
     fn directories(&self) -> Vec<Arc<Directory>> {
         let cores = self.cores.count();
         if self.slots.borrow().are_uniform() {
-            return vec![Arc::new(self.directory(0)); cores];
+            let same = Arc::new(self.directory(0));
+            return vec![same; cores];
         }
         let of = |core| Arc::new(self.directory(core));
         (0..cores).map(of).collect()

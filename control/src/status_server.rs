@@ -4,7 +4,7 @@
 //! | route | answer |
 //! |---|---|
 //! | `/live` | 200 (unlike Dynamo's, which repeats `/health`); 503 when a core stands still |
-//! | `/health` | 200 or 503, an object of `status`, `uptime`, `endpoints`, `paths`, `states` .. |
+//! | `/health` | 200 or 503: `status`, `uptime`, `endpoints`, `paths`, `states`, `generation` |
 //! | `/metrics` | 200, text |
 //! | what is added ([`StatusOptions::extras`]) | what that says |
 //! | what acts ([`StatusOptions::actions`]) | GET: what that says; POST: what it has done |
@@ -111,15 +111,18 @@ impl<F: Fn() -> Health> HealthSource for F {
     }
 }
 
-/// Answers a GET, whose query it is given: status, content type, body.
-pub type Extra = Box<dyn Fn(&str) -> (StatusCode, &'static str, Vec<u8>)>;
-
 /// Status, content type, body.
-pub type Answered = (StatusCode, &'static str, Vec<u8>);
+pub type Answer = (StatusCode, &'static str, Vec<u8>);
+
+/// Answers a GET, whose query it is given.
+pub type Extra = Box<dyn Fn(&str) -> Answer>;
+
+/// The same, in its own time, which it must bound.
+pub type Later = Box<dyn Fn(&str) -> LocalBoxFuture<'static, Answer>>;
 
 /// Answers a GET (false), or acts on a POST and answers then. It may take its time, but not as long
 /// as [`CONNECTION_LIFE`].
-pub type Action = Box<dyn Fn(bool) -> LocalBoxFuture<'static, Answered>>;
+pub type Action = Box<dyn Fn(bool) -> LocalBoxFuture<'static, Answer>>;
 
 /// What to serve and where.
 pub struct StatusOptions {
@@ -137,6 +140,8 @@ pub struct StatusOptions {
     pub engine: EngineRoutes,
     /// Further paths, and what answers there.
     pub extras: Vec<(&'static str, Extra)>,
+    /// The same of those that ask others first.
+    pub later: Vec<(&'static str, Later)>,
     /// Further paths at which something can be done, by those on this host.
     pub actions: Vec<(&'static str, Action)>,
 }
@@ -152,6 +157,7 @@ impl StatusOptions {
             metrics_content_type: OPENMETRICS,
             engine: EngineRoutes::default(),
             extras: Vec::new(),
+            later: Vec::new(),
             actions: Vec::new(),
         }
     }
@@ -332,6 +338,12 @@ impl Routes {
             let (status, answer) = self.options.engine.answer(&path, request.into_body()).await;
             return respond(status, PLAIN, answer.to_string());
         }
+        let mut later = self.options.later.iter();
+        let later = later.find(|(at, _)| *at == request.uri().path());
+        if let Some((_, later)) = later.filter(|_| reads(&request)) {
+            let (status, kind, body) = later(request.uri().query().unwrap_or("")).await;
+            return respond(status, kind, body);
+        }
         let mut actions = self.options.actions.iter();
         if let Some((_, action)) = actions.find(|(at, _)| *at == request.uri().path()) {
             let (status, kind, body) = act(action, &request, is_local).await;
@@ -346,7 +358,9 @@ impl Routes {
         let is_health = path == self.options.health_path;
         let mut extras = self.options.extras.iter();
         let extra = extras.find(|(at, _)| *at == path);
-        if !is_live && !is_health && path != METRICS && extra.is_none() {
+        let is_later = self.options.later.iter().any(|(at, _)| *at == path);
+        let is_extra = extra.is_some() || is_later;
+        if !is_live && !is_health && path != METRICS && !is_extra {
             let text = match path {
                 // Of Kubernetes discovery, and of files of models that are published.
                 "/metadata" => "Discovery metadata not available",
@@ -355,7 +369,7 @@ impl Routes {
             };
             return respond(StatusCode::NOT_FOUND, PLAIN, text);
         }
-        if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        if !reads(request) {
             let mut response = respond(StatusCode::METHOD_NOT_ALLOWED, PLAIN, "");
             response
                 .headers_mut()
@@ -408,6 +422,10 @@ impl Routes {
     }
 }
 
+fn reads(request: &Request<Incoming>) -> bool {
+    matches!(*request.method(), Method::GET | Method::HEAD)
+}
+
 #[derive(serde::Serialize)]
 struct Body<'a> {
     status: &'a str,
@@ -428,7 +446,7 @@ struct Uptime {
 }
 
 /// Lets those on this host act, and all others look.
-async fn act(action: &Action, request: &Request<Incoming>, is_local: bool) -> Answered {
+async fn act(action: &Action, request: &Request<Incoming>, is_local: bool) -> Answer {
     let refuse = |status, why: &str| (status, PLAIN, why.as_bytes().to_vec());
     match *request.method() {
         Method::GET | Method::HEAD => action(false).await,
@@ -701,6 +719,14 @@ mod tests {
             let mut options = StatusOptions::new("127.0.0.1:0".parse().unwrap());
             let echo = |query: &str| (StatusCode::ACCEPTED, PLAIN, query.as_bytes().to_vec());
             options.extras.push(("/more", Box::new(echo)));
+            let slow = |query: &str| -> LocalBoxFuture<'static, Answer> {
+                let query = query.as_bytes().to_vec();
+                Box::pin(async move {
+                    tokio::task::yield_now().await;
+                    (StatusCode::OK, PLAIN, query)
+                })
+            };
+            options.later.push(("/slow", Box::new(slow)));
             let server = StatusServer::start(options, health, String::new)
                 .await
                 .unwrap();
@@ -712,11 +738,12 @@ mod tests {
             assert!(body(&answer).contains("\"status\":\"stuck\""), "{answer}");
             let answer = ask(address, "GET /more?a=1&b").await;
             assert!(answer.starts_with("HTTP/1.1 202 ") && body(&answer) == "a=1&b");
-            assert!(
-                ask(address, "POST /more")
-                    .await
-                    .starts_with("HTTP/1.1 405 ")
-            );
+            let answer = ask(address, "GET /slow?b").await;
+            assert!(answer.starts_with("HTTP/1.1 200 ") && body(&answer) == "b");
+            for path in ["/more", "/slow"] {
+                let answer = ask(address, &format!("POST {path}")).await;
+                assert!(answer.starts_with("HTTP/1.1 405 "), "{answer}");
+            }
             assert!(
                 ask(address, "GET /more/")
                     .await

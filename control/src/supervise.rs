@@ -37,6 +37,7 @@ use crate::lanes::LaneSockets;
 use crate::manager::{Manager, Standing};
 use crate::metrics::{ProcessNumbers, RouteNumbers, Snapshot, WorkerNumbers};
 use crate::nats::Requests;
+use crate::overview::{Pages, Sources};
 use crate::preflight::Plan;
 use crate::progress::{Progress, STILL_DEAD, STILL_TOLD, Turns};
 use crate::publish::{Board, Listed};
@@ -72,6 +73,7 @@ struct Pulse {
     discovery: RefCell<Option<Rc<DiscoveryStats>>>,
     progress: RefCell<Progress>,
     manager: Manager,
+    backend: Backend,
     live: Rc<Live>,
     reloader: RefCell<Option<Rc<Reloader>>>,
 }
@@ -113,6 +115,7 @@ impl Router {
             more: RefCell::default(),
             progress: RefCell::new(watch_cores(&cores)),
             manager: Manager::from_env(&Env::current()),
+            backend: config.discovery.backend,
             live: Rc::new(Live::new(config)),
             reloader: RefCell::default(),
         });
@@ -201,8 +204,12 @@ impl Router {
             return Ok(());
         };
         let nats = self.requests.as_ref().map(Requests::nats);
-        let events = feeds::open(&Env::current(), &self.discovery, nats, ring).await?;
-        let feeds = Rc::new(Feeds::start(events, &self.pulse.board, &self.pulse.cores));
+        let events =
+            feeds::open(&Env::current(), &config.curve, &self.discovery, nats, ring).await?;
+        let gateway = self.requests.as_ref().map(Requests::gateway);
+        let heard = (events, &self.discovery, gateway);
+        let feeds = Feeds::start(config, heard, &self.pulse.board, &self.pulse.cores)?;
+        let feeds = Rc::new(feeds);
         let written = Rc::clone(&feeds);
         self.add_metrics(Box::new(move |out| written.write(out)));
         self.feeds = Some(feeds);
@@ -386,6 +393,7 @@ async fn status(
     let cores = Rc::clone(&pulse.cores);
     let records = move |query: &str| flight::answer(&cores.view(), query);
     options.extras.push((flight::PATH, Box::new(records)));
+    options.later = overview(pulse).later();
     let reloading = Rc::clone(pulse);
     options.actions.push((
         reload::PATH,
@@ -401,6 +409,18 @@ async fn status(
     })?;
     tracing::info!(address = %status.address(), "status server: /live /health /metrics");
     Ok(Some(status))
+}
+
+/// What is said of instances and choices.
+fn overview(pulse: &Rc<Pulse>) -> Rc<Pages> {
+    let watched = Rc::clone(pulse);
+    Pages::new(Sources {
+        board: Rc::clone(&pulse.board),
+        cores: Rc::clone(&pulse.cores),
+        address: pulse.address,
+        discovery: pulse.backend,
+        draining: Box::new(move || watched.draining.get()),
+    })
 }
 
 impl Pulse {

@@ -263,7 +263,7 @@ fn core_files_are_held_to_their_table() {
             ("0.toml", "[core]\ncpus = \"0\"\n"),
             ("1.toml", "[server]\nport = 1\n"),
             ("2.toml", "idle = \"spin\"\n"),
-            ("3.toml", "[core]\nbusy_poll_us = 5\n"),
+            ("3.toml", "[core]\nbusy_poll_us = -5\n"),
             ("9.toml", "[core]\nidle = \"spin\"\n"),
             ("01.toml", ""),
             ("README", "not read"),
@@ -284,8 +284,7 @@ fn core_files_are_held_to_their_table() {
          name it like 0.toml or 12.toml, or give it another ending",
             "1.toml:1:2: [server] is not for a file of one core; move it to the main file",
             "2.toml:1:1: unknown key \"idle\" outside any table; write it under [core]",
-            "3.toml:2:16: busy_poll_us = 5 is not in this version; \
-         write busy_poll_us = 0 or leave it out",
+            "3.toml:2:16: busy_poll_us is -5, outside 0 to 10000 (microseconds); write 0",
             "9.toml:1:1: warning: CPU 9 is no data core, so this file does nothing; \
          add 9 to cpus under [core], or remove the file",
         ]

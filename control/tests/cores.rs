@@ -47,6 +47,7 @@ fn plan(shards: Vec<Planned>) -> Plan {
         shards,
         tls: Default::default(),
         responses: Default::default(),
+        placing: Default::default(),
         status: None,
     }
 }

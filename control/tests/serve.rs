@@ -62,6 +62,8 @@ fn a_request_reaches_the_worker_and_health_and_metrics_say_so() {
         router.metric(&["corelane_directories_published_total"]),
         1.0
     );
+    let local = router.metric(&["corelane_locality_ratio_all"]);
+    assert!((0.0..=1.0).contains(&local), "{local}");
     assert_eq!(router.get("/live").unwrap().0, 200);
     assert_eq!(router.get("/other").unwrap().0, 404);
 

@@ -1,7 +1,10 @@
 //! Connections come in: admit them, or refuse when the table is full.
 
-use std::os::fd::IntoRawFd;
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 
+use crate::balance::{Imbalance, Origin};
+use crate::command::Report;
+use crate::config::ANY_CPU;
 use crate::connection::Role;
 use crate::operation::{Kind, Operation};
 use crate::ring::{Event, Ring};
@@ -34,7 +37,7 @@ pub(crate) fn completed<R: Ring>(shard: &mut Shard<R>, event: Event) {
     match event {
         Event::Accepted { socket, more } => {
             shard.accept_pause_ns = 0;
-            admit(shard, socket.into_raw_fd());
+            come(shard, socket);
             if !more {
                 arm(shard);
             }
@@ -49,7 +52,27 @@ pub(crate) fn completed<R: Ring>(shard: &mut Shard<R>, event: Event) {
     }
 }
 
-fn admit<R: Ring>(shard: &mut Shard<R>, fd: std::os::fd::RawFd) {
+/// A connection that the kernel has given to this shard: another one may need it more.
+fn come<R: Ring>(shard: &mut Shard<R>, socket: OwnedFd) {
+    let kept = match shard.config.imbalance {
+        Imbalance::Keep => Err(socket),
+        Imbalance::LeastConnections => shard.balance.hand_over(socket),
+    };
+    match kept {
+        Ok(()) => shard.stats.shard.connections_handed_over.add(1),
+        Err(socket) => admit(shard, socket),
+    }
+}
+
+/// A connection that another shard has handed over. It stays here, whatever has changed meanwhile.
+pub(crate) fn take_over<R: Ring>(shard: &mut Shard<R>, socket: OwnedFd) {
+    shard.ring.take_over(socket.as_raw_fd());
+    admit(shard, socket);
+    shard.stats.shard.connections_taken_over.add(1);
+}
+
+fn admit<R: Ring>(shard: &mut Shard<R>, socket: OwnedFd) {
+    let fd = socket.into_raw_fd();
     // Some places are kept for the connections that we make ourselves.
     let kept = (shard.config.connections_max as usize / 16).clamp(8, 1024);
     if shard.connections.used() + kept >= shard.config.connections_max as usize {
@@ -60,10 +83,44 @@ fn admit<R: Ring>(shard: &mut Shard<R>, fd: std::os::fd::RawFd) {
         });
         return;
     }
+    let origin = shard.ring.origin(fd);
     if let Some(slot) = shard.open(fd, Role::Downstream) {
         shard.stats.shard.connections_accepted.add(1);
+        note_origin(shard, origin);
         shard.connections[slot].paused = shard.throttled;
         shard.connections[slot].careful = shard.lanes.expected;
         shard.welcome(slot);
+    }
+}
+
+/// Counts where a connection has come from: once, when it comes.
+fn note_origin<R: Ring>(shard: &mut Shard<R>, origin: Origin) {
+    let stats = &shard.stats.shard;
+    stats.callers.set(shard.balance.came());
+    match origin.cpu {
+        _ if shard.config.cpu == ANY_CPU => {}
+        Some(cpu) if cpu == shard.config.cpu => stats.connections_local.add(1),
+        Some(_) => stats.connections_remote.add(1),
+        None => {}
+    }
+    if let Some(napi) = origin.napi {
+        stats.receive_queues.set(shard.balance.napis(napi) as u64);
+    }
+}
+
+impl<R: Ring> Shard<R> {
+    /// Has the ring poll the devices' receive queues if that is wanted.
+    pub(crate) fn poll_queues(&mut self) {
+        let wanted_us = self.config.busy_poll_us;
+        if wanted_us == 0 {
+            return;
+        }
+        match self.ring.busy_poll(wanted_us) {
+            Ok(()) => self.stats.shard.busy_poll_us.set(wanted_us.into()),
+            Err(error) => {
+                let errno = error.raw_os_error().unwrap_or(0);
+                self.report(Report::NoBusyPoll { errno });
+            }
+        }
     }
 }

@@ -1,20 +1,23 @@
 //! What control and a shard say to each other.
 
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::task::Waker;
 
 use crate::adopt::{Adoption, Errand, Ticket};
+use crate::balance::Neighbour;
 use crate::config::LiveSettings;
 use crate::directory::Directory;
 use crate::handler::NewHandler;
-use crate::kv::{Batch, Question, Reports};
+use crate::kv::{Batch, Reports};
 use crate::lane::NewLane;
 use crate::local::Run;
 use crate::mesh::{Receiver, Sender};
 use crate::quic::{Inbound, Outbound};
 use crate::served::SpanRecord;
 use crate::settings::Census;
+use crate::weigh::Question;
 
 /// What control asks of a shard.
 #[derive(Debug)]
@@ -70,6 +73,11 @@ pub enum Command {
     /// Wake a task of the shard. Its executor hears late of those who do it from other threads:
     /// glommio looks for them every 100 ms.
     Wake(Waker),
+    /// The other shards of this process, for [`crate::balance::Imbalance::LeastConnections`].
+    Neighbours(Vec<Neighbour>),
+    /// A connection that another shard has accepted and that is to be served here; nothing was read
+    /// from it.
+    TakeOver(OwnedFd),
     /// Accept connections from the socket that was handed over; to be said once.
     Accept,
     /// Refuse new requests from now on.
@@ -110,6 +118,11 @@ pub enum Report {
     },
     /// A peer speaks TLS where we do not; at most one a second is told.
     Stranger,
+    /// The ring does not poll the devices' queues as it was told to.
+    NoBusyPoll {
+        /// The kernel's answer.
+        errno: i32,
+    },
     /// The span of a request that has ended; only where spans are made, and lost when this queue is
     /// full.
     Span(Box<SpanRecord>),

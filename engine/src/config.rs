@@ -4,8 +4,10 @@
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 
+use crate::balance::Imbalance;
 use crate::ends::HomeAddress;
 use crate::quic::{QuicHome, ResponsePlane};
+use crate::steering::Program;
 
 /// In place of a CPU: the kernel moves the shard's thread as it likes.
 pub const ANY_CPU: usize = usize::MAX;
@@ -26,6 +28,14 @@ pub struct ShardConfig {
     /// A socket that listens already and is used in place of `listen`; other shards may share it.
     /// For epoll it must not block. Nothing is accepted before [`crate::command::Command::Accept`].
     pub handed: Option<Arc<TcpListener>>,
+    /// Chooses the shard of a connection in the kernel; all that listen on one port share the one
+    /// that was given last.
+    pub steering: Option<Program>,
+    /// Connections that come here while others have fewer.
+    pub imbalance: Imbalance,
+    /// Microseconds for which the ring polls the devices' receive queues before it sleeps; 0 leaves
+    /// them to their interrupts.
+    pub busy_poll_us: u32,
     /// Entries of its ring; a power of two.
     pub ring_depth: u32,
     /// Memory node that its memory is taken from; `None`: where its thread runs.
@@ -91,6 +101,9 @@ impl ShardConfig {
             idle: Idle::Block,
             listen,
             handed: None,
+            steering: None,
+            imbalance: Imbalance::Keep,
+            busy_poll_us: 0,
             ring_depth: 512,
             numa_node: None,
             connections_max: 16_384,

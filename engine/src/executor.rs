@@ -84,6 +84,8 @@ pub struct ShardHandle {
     pub insecure: Option<Receiver<Errand>>,
     /// Its responses that leave on QUIC; to be taken by who speaks it.
     pub outbound: Option<Receiver<Outbound>>,
+    /// Why its program does not steer connections, if it was told one and that is so.
+    pub unsteered: Option<io::Error>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -187,6 +189,10 @@ pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartE
     let address = listener
         .as_ref()
         .and_then(|listener| listener.local_addr().ok());
+    let unsteered = match (&config.steering, &listener) {
+        (Some(program), Some(listener)) => program.attach(listener).err(),
+        _ => None,
+    };
     let home = ends
         .home
         .map(|home| home_listener(home, nonblocking))
@@ -226,6 +232,7 @@ pub fn spawn_with(config: ShardConfig, ends: Ends) -> Result<ShardHandle, StartE
         reports,
         insecure: Some(insecure),
         outbound: Some(outbound),
+        unsteered,
         thread: Some(thread),
     })
 }

@@ -5,6 +5,7 @@
 
 mod accept;
 pub mod adopt;
+pub mod balance;
 pub mod buffers;
 pub mod call;
 mod call_frame;
@@ -37,6 +38,7 @@ pub mod mesh;
 mod mux;
 mod mux_home;
 mod mux_link;
+pub mod nic;
 mod notes;
 pub mod operation;
 pub mod outgoing;
@@ -64,10 +66,12 @@ mod settle;
 pub mod shard;
 mod socket;
 pub mod stats;
+pub mod steering;
 pub mod table;
 mod tasks;
 mod tell;
 pub mod timer_wheel;
 pub mod times;
 pub mod upstream;
+pub mod weigh;
 mod worker;

@@ -61,6 +61,8 @@ impl<R: Ring> Shard<R> {
             Command::Drain => (Order::Drain, 0),
             Command::Stop => (Order::Stop, 0),
             Command::Run(_) | Command::Wake(_) | Command::Census(_) => return,
+            // Who is there is no event, and the socket itself is noted.
+            Command::Neighbours(_) | Command::TakeOver(_) => return,
         };
         self.note(Kind::Command, order as u32, 0, value);
     }

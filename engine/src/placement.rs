@@ -102,6 +102,8 @@ pub struct Cpu {
 pub struct Topology {
     /// The CPUs that are online.
     pub cpus: Vec<Cpu>,
+    /// CPUs that the scheduler puts nobody on by itself (`isolcpus`), ascending.
+    pub isolated: Vec<usize>,
 }
 
 impl Topology {
@@ -141,6 +143,7 @@ impl Topology {
         };
         Topology {
             cpus: cpus.into_iter().map(cpu).collect(),
+            isolated: read_list(&system.join("cpu/isolated")),
         }
     }
 
@@ -153,6 +156,18 @@ impl Topology {
 fn read_list(path: &Path) -> Vec<usize> {
     let text = fs::read_to_string(path).unwrap_or_default();
     parse_cpu_list(&text).unwrap_or_default()
+}
+
+/// The CPUs that this process's control groups below `root` (`/` but in tests) leave it; `None`
+/// where they do not say.
+pub fn cpuset(root: &Path) -> Option<Vec<usize>> {
+    let list = |group: PathBuf| {
+        // Of v2, and of v1.
+        let names = ["cpuset.cpus.effective", "cpuset.effective_cpus"];
+        let lists = names.iter().map(|name| read_list(&group.join(name)));
+        lists.into_iter().find(|cpus| !cpus.is_empty())
+    };
+    groups(root, "cpuset").into_iter().find_map(list)
 }
 
 /// How much CPU time the process's control group may use.
@@ -197,6 +212,11 @@ impl CpuQuota {
 /// Folders of the control groups below `root` that bound the CPU time of this process: its own and
 /// those above it, of cgroup v2 and of v1.
 pub fn cpu_groups(root: &Path) -> Vec<PathBuf> {
+    groups(root, "cpu")
+}
+
+/// The same of any controller.
+fn groups(root: &Path, controller: &str) -> Vec<PathBuf> {
     let table = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
     let mut folders = Vec::new();
     for line in table.lines() {
@@ -205,10 +225,10 @@ pub fn cpu_groups(root: &Path) -> Vec<PathBuf> {
         let (Some(controllers), Some(group)) = (parts.next(), parts.next()) else {
             continue;
         };
-        let mounts: &[&str] = match controllers {
-            "" => &["sys/fs/cgroup", "sys/fs/cgroup/unified"],
-            list if list.split(',').any(|name| name == "cpu") => {
-                &["sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct"]
+        let mounts = match controllers {
+            "" => ["sys/fs/cgroup".to_owned(), "sys/fs/cgroup/unified".into()],
+            list if list.split(',').any(|name| name == controller) => {
+                [controller, list].map(|name| format!("sys/fs/cgroup/{name}"))
             }
             _ => continue,
         };
@@ -249,6 +269,8 @@ pub enum ControlCpu {
     Last,
     /// This one.
     Cpu(usize),
+    /// This one, and a shard may run there as well.
+    Shared(usize),
 }
 
 /// Who runs where.
@@ -267,9 +289,10 @@ pub struct Assignment {
 pub fn assign(wanted: &[usize], control: ControlCpu, mask: &[usize]) -> Assignment {
     let mut notes = Vec::new();
     let last = mask.last().copied().unwrap_or(0);
+    let shared = matches!(control, ControlCpu::Shared(_));
     let control = match control {
-        ControlCpu::Cpu(cpu) if mask.contains(&cpu) => cpu,
-        ControlCpu::Cpu(cpu) => {
+        ControlCpu::Cpu(cpu) | ControlCpu::Shared(cpu) if mask.contains(&cpu) => cpu,
+        ControlCpu::Cpu(cpu) | ControlCpu::Shared(cpu) => {
             notes.push(format!(
                 "the control core cannot have CPU {cpu}: this process may not run there; it \
                  takes CPU {last}"
@@ -299,7 +322,12 @@ pub fn assign(wanted: &[usize], control: ControlCpu, mask: &[usize]) -> Assignme
             cpus_in_words(mask)
         ));
     }
-    if data.contains(&control) {
+    if data.contains(&control) && shared {
+        notes.push(format!(
+            "CPU {control} runs the control core and a shard, as it was told: they wait for each \
+             other"
+        ));
+    } else if data.contains(&control) {
         data.retain(|cpu| *cpu != control);
         notes.push(format!(
             "CPU {control} runs the control core and so no shard"
@@ -363,6 +391,13 @@ impl Assignment {
         if nodes.len() > 1 {
             self.notes.push(format!(
                 "the shards lie on NUMA nodes {nodes:?}: requests that cross them cost more"
+            ));
+        }
+        let isolated = &topology.isolated;
+        if !isolated.is_empty() && !self.data.iter().any(|cpu| isolated.contains(cpu)) {
+            self.notes.push(format!(
+                "the host keeps {} free of other work (isolcpus), and no shard runs there",
+                cpus_in_words(isolated)
             ));
         }
         if let Some(quota) = quota.filter(|quota| quota.cpus() < used.len() as f64) {
@@ -439,6 +474,10 @@ mod tests {
         let assignment = assign(&[4, 5, 6], ControlCpu::Cpu(4), &[4, 5, 6]);
         assert_eq!(assignment.data, [5, 6]);
         assert_eq!(assignment.control, 4);
+
+        let assignment = assign(&[4, 5], ControlCpu::Shared(4), &[4, 5]);
+        assert_eq!((&assignment.data[..], assignment.control), (&[4, 5][..], 4));
+        assert_eq!(assignment.notes.len(), 1, "{:?}", assignment.notes);
     }
 
     #[test]
@@ -476,7 +515,9 @@ mod tests {
             let siblings = format!("{topology}/thread_siblings_list");
             write(root, &siblings, if cpu == 1 { "1,3\n" } else { "0,2\n" });
         }
+        write(root, "cpu/isolated", "3\n");
         let topology = Topology::read(root);
+        assert_eq!(topology.isolated, [3]);
         let last = topology.cpu(3).unwrap();
         assert_eq!((last.package, last.node), (0, 1));
         assert_eq!(last.siblings, [3], "the file is not there");
@@ -493,10 +534,44 @@ mod tests {
                 period_us: 100_000,
             }),
         );
-        assert_eq!(assignment.notes.len(), 4, "{:?}", assignment.notes);
+        assert_eq!(assignment.notes.len(), 5, "{:?}", assignment.notes);
         assert!(assignment.notes[0].contains("CPUs 0 and 2"));
         assert!(assignment.notes[1].contains("CPUs 1 and 3"));
-        assert!(assignment.notes[3].contains("1.50 CPUs and 4 are used"));
+        assert!(assignment.notes[4].contains("1.50 CPUs and 4 are used"));
+
+        let mut elsewhere = assign(&[0], ControlCpu::Cpu(1), &[0, 1, 2, 3]);
+        elsewhere.advise(&topology, None);
+        assert_eq!(elsewhere.notes.len(), 1, "{:?}", elsewhere.notes);
+        assert!(
+            elsewhere.notes[0].contains("keeps CPU 3"),
+            "{:?}",
+            elsewhere.notes
+        );
+    }
+
+    #[test]
+    fn the_nearest_cpuset_counts() {
+        let host = tempfile::tempdir().unwrap();
+        let root = host.path();
+        assert_eq!(cpuset(root), None);
+        write(root, "proc/self/cgroup", "0::/pods/one\n");
+        write(root, "sys/fs/cgroup/cgroup.controllers", "cpuset\n");
+        write(root, "sys/fs/cgroup/cpuset.cpus.effective", "0-7\n");
+        assert_eq!(cpuset(root), Some((0..8).collect()));
+        write(
+            root,
+            "sys/fs/cgroup/pods/one/cpuset.cpus.effective",
+            "2-3\n",
+        );
+        assert_eq!(cpuset(root), Some(vec![2, 3]));
+        write(root, "proc/self/cgroup", "3:cpuset:/old\n");
+        write(root, "sys/fs/cgroup/cpuset/cgroup.procs", "1\n");
+        write(
+            root,
+            "sys/fs/cgroup/cpuset/old/cpuset.effective_cpus",
+            "1\n",
+        );
+        assert_eq!(cpuset(root), Some(vec![1]));
     }
 
     #[test]

@@ -19,6 +19,7 @@ use std::time::Duration;
 use corelane_gpu_mem::lane::layout::Wish;
 
 use crate::adopt::Errand;
+use crate::balance::Balance;
 use crate::buffers::Buffers;
 use crate::client::Client;
 use crate::config::{Idle, ShardConfig};
@@ -45,7 +46,7 @@ use crate::upstream::{InstanceState, Upstream};
 use crate::worker::Worker;
 use crate::{
     accept, call_link, collect, decode, ends, forward, home, kv, lane, link, local, recv,
-    relay_flow, relay_home, respond, settings, tell,
+    relay_flow, relay_home, respond, settings, tell, weigh,
 };
 
 pub use crate::command::{Command, Lanes, Report};
@@ -94,6 +95,7 @@ pub struct Shard<R: Ring> {
     pub(crate) throttled: bool,
     /// How often that has happened; tells one shortage from the next.
     pub(crate) throttles: u32,
+    pub(crate) balance: Balance,
     pub(crate) draining: bool,
     pub(crate) stopping: bool,
     pub(crate) epoch: u64,
@@ -175,6 +177,7 @@ impl<R: Ring> Shard<R> {
             crowded: Vec::with_capacity(connections_max),
             throttled: false,
             throttles: 0,
+            balance: Balance::default(),
             draining: false,
             stopping: false,
             epoch: 0,
@@ -222,6 +225,7 @@ impl<R: Ring> Shard<R> {
     /// Begins to accept, and to watch for commands.
     pub fn start(&mut self) {
         self.watch_wake();
+        self.poll_queues();
         accept::begin(self);
         home::arm(self);
         relay_home::arm(self);
@@ -276,10 +280,16 @@ impl<R: Ring> Shard<R> {
 
     /// How long the wait may last: until the next timer, or not at all when the core spins.
     fn patience(&self, longest: Duration) -> Duration {
-        if self.config.idle == Idle::Spin || self.lanes.is_ready() {
+        // A core that spins and polls its receive queues lets the ring do both.
+        let spins = Duration::from_micros(self.config.busy_poll_us.into());
+        let longest = match self.config.idle {
+            Idle::Spin => spins,
+            Idle::Block => longest.min(IDLE_WAIT),
+        };
+        if longest.is_zero() || self.lanes.is_ready() {
             return Duration::ZERO;
         }
-        let longest = ends::patience(self, longest.min(IDLE_WAIT));
+        let longest = ends::patience(self, longest);
         match self.timers.next_deadline() {
             Some(deadline) => {
                 let now_ns = self.ring.now_ns();
@@ -522,7 +532,7 @@ impl<R: Ring> Shard<R> {
                 Command::Directory(directory) => link::publish(self, directory),
                 Command::Kv(batch) => kv::apply(self, &batch),
                 Command::Loads(reports) => kv::hear(self, &reports),
-                Command::Weigh(question) => kv::weigh(self, *question),
+                Command::Weigh(question) => weigh::answer(self, *question),
                 Command::Settings(new) => settings::change(self, new),
                 Command::Census(census) => settings::count(self, census),
                 Command::Handler(new) => self.worker.add(new),
@@ -540,6 +550,8 @@ impl<R: Ring> Shard<R> {
                 Command::Inbound(inbound) => self.come_home(inbound),
                 Command::Run(run) => run.begin(&self.worker.host),
                 Command::Wake(task) => self.worker.host.wake(task),
+                Command::Neighbours(neighbours) => self.balance.meet(neighbours),
+                Command::TakeOver(socket) => accept::take_over(self, socket),
                 Command::Accept => accept::arm(self),
                 // The listener stays open: who still dials is told by a refusal, not by a reset.
                 Command::Drain => {

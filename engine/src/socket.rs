@@ -158,6 +158,7 @@ impl<R: Ring> Shard<R> {
         }
         if connection.role == Role::Downstream {
             self.worker.let_go(connection.collected.len());
+            self.stats.shard.callers.set(self.balance.went());
         }
         if let Some(timer) = connection.timer {
             self.timers.cancel(timer);

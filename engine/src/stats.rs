@@ -114,6 +114,14 @@ cells! {
         Counter protocol_errors,
         /// Connections accepted
         Counter connections_accepted,
+        /// Connections accepted whose packets this core's own CPU has handled last
+        Counter connections_local,
+        /// Connections accepted whose packets another CPU has handled last
+        Counter connections_remote,
+        /// Connections handed to a core with fewer callers
+        Counter connections_handed_over,
+        /// Connections accepted by another core and taken over
+        Counter connections_taken_over,
         /// Connections refused because the table was full
         Counter connections_refused,
         /// Connections closed because no handshake could be begun: too many wait already
@@ -218,6 +226,8 @@ cells! {
         Counter kv_prompt_blocks,
         /// Of those, blocks that the chosen instance had
         Counter kv_overlap_blocks,
+        /// Requests of routes by KV cache whose prompt was looked up once more, to be tried again
+        Counter kv_lookups_again,
         /// Requests of routes by KV cache that say nothing of their prompt
         Counter kv_prompts_unknown,
         /// Requests whose header or body should tell their prompt and cannot be read
@@ -252,6 +262,12 @@ cells! {
         Counter lane_faults,
         /// Connections open now
         Gauge connections,
+        /// Of those, connections of callers
+        Gauge callers,
+        /// Receive queues of devices, 64 at most, that have brought connections of callers here
+        Gauge receive_queues,
+        /// Microseconds that this core polls its receive queues before it sleeps; 0: it does not
+        Gauge busy_poll_us,
         /// Connections to instances open now
         Gauge upstreams,
         /// Requests between arrival and end

@@ -313,11 +313,15 @@ fn contents(config: &Config) -> String {
         let devices: Vec<usize> = gpu.devices.iter().map(|n| *n as usize).collect();
         let _ = writeln!(
             text,
-            "  GPU memory of devices {} ({}), pools {}, sockets in {}",
+            "  GPU memory of devices {} ({}), pools {}, sockets in {}{}",
             cpu_list(&devices),
             gpu.backend,
             gpu.tags.join(" and "),
-            gpu.socket_dir.display()
+            gpu.socket_dir.display(),
+            match gpu.spin_us {
+                0 => ", asleep between requests".to_owned(),
+                us => format!(", awake for {us} us after each request"),
+            }
         );
     }
     text

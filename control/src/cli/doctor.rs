@@ -159,7 +159,7 @@ impl DoctorOptions {
         let instances = config.instances.iter().filter(|_| file);
         Ok(Wish {
             goal: goal(config, &self.devices),
-            control: config.control.cpu,
+            control: config.control.placed(),
             connections_max: u64::from(most.unwrap_or(0)),
             io: config.cores.iter().map(|core| core.io).collect(),
             etcd,

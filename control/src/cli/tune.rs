@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 
 use super::options::{ConfigFile, Settings};
 use super::{Exit, Stop};
-use crate::config::{self, Config, Host, Inputs, Main, Purpose};
+use crate::config::{self, Config, Core, Host, Inputs, Main, Purpose};
 use crate::env::Env;
 use crate::tune::{self, Goal, Outcome, Plan, View};
 
@@ -143,10 +143,13 @@ pub(super) fn goal(config: &Config, devices: &[String]) -> Goal {
         .cores
         .iter()
         .map(|core| u64::from(core.connections_max));
+    let queue = |core: &Core| Some((core.nic_queue.clone()?, core.cpu));
     Goal {
         cpus: config.cores.iter().map(|core| core.cpu).collect(),
         devices: (!devices.is_empty()).then(|| devices.to_vec()),
         connections: connections.sum(),
+        queues: config.cores.iter().filter_map(queue).collect(),
+        polls: config.cores.iter().any(|core| core.busy_poll_us > 0),
     }
 }
 

@@ -120,7 +120,10 @@ async fn bridge(config: &Config, broker: Option<&Broker>) -> Result<Option<Rc<Br
         return Ok(None);
     };
     let options = NatsOptions::read(&Env::current())?;
-    Ok(Some(Bridge::start(settings, &options, broker).await?))
+    let security = config.curve.load()?.dials;
+    Ok(Some(
+        Bridge::start(settings, &options, security, broker).await?,
+    ))
 }
 
 /// Waits for the end of a part of this process, if there is that part.

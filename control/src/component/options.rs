@@ -20,6 +20,7 @@ use crate::env::Env;
 use crate::events::{EventPlane, ZmqOptions};
 use crate::nats::{NatsOptions, RequestPlane};
 use crate::preflight::{self, Plan, Planned};
+use crate::steering::Placing;
 use crate::tls;
 
 /// Receive buffers of a shard: it needs fewer than a router's.
@@ -467,6 +468,7 @@ impl Options {
             shards: cpus.iter().enumerate().map(planned).collect(),
             tls: self.server.tls.clone(),
             responses: self.server.responses,
+            placing: Placing::default(),
             status: None,
         })
     }

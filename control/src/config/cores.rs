@@ -4,11 +4,13 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
+use corelane_engine::nic::QueueName;
+
 use super::layers::{Layers, Of};
 use super::problem::{Origin, quoted};
 use super::value::Value;
 use super::words::{Idle, Io, Role};
-use super::{Host, cpu_list, keys};
+use super::{Host, cpu_list, keys, placing};
 
 /// Sockets and files that are open besides connections: rings, listeners, stores.
 const OTHER_FILES: u64 = 64;
@@ -30,6 +32,10 @@ pub struct Core {
     pub idle: Idle,
     /// Which kernel interface moves bytes.
     pub io: Io,
+    /// The queue of a network device whose connections it takes.
+    pub nic_queue: Option<QueueName>,
+    /// How long it polls its receive queues before it sleeps; 0: not at all.
+    pub busy_poll_us: u32,
     /// Sockets at most.
     pub connections_max: u32,
     /// Size of a receive buffer.
@@ -185,10 +191,8 @@ fn core_origin(layers: &Layers, number: usize, key: &keys::Key) -> Origin {
 fn core(layers: &mut Layers, host: &Host, number: usize) -> Option<Core> {
     let of = Of::Core(number);
     let cpu = pinned(layers, host, number);
-    // Words of the contract that have only one value here: read, so that they show.
+    // A word of the contract that has only one value here: read, so that it shows.
     let _ = layers.get(&keys::CORE_ROLE, of);
-    let _ = layers.get(&keys::CORE_NIC_QUEUE, of);
-    let _ = layers.get(&keys::CORE_BUSY_POLL_US, of);
     let core = Core {
         number,
         cpu: cpu.unwrap_or(number),
@@ -197,6 +201,8 @@ fn core(layers: &mut Layers, host: &Host, number: usize) -> Option<Core> {
         ring_depth: layers.int(&keys::CORE_RING_DEPTH, of),
         idle: layers.word_of(&keys::CORE_IDLE, of, Idle::parse, Idle::Block),
         io: layers.word_of(&keys::CORE_IO, of, Io::parse, Io::Auto),
+        nic_queue: placing::queue(layers, of),
+        busy_poll_us: layers.int(&keys::CORE_BUSY_POLL_US, of),
         connections_max: layers.int(&keys::CORE_CONNECTIONS_MAX, of),
         buffer_bytes: layers.int(&keys::CORE_BUFFER_BYTES, of),
         buffers: layers.int(&keys::CORE_BUFFERS, of),

@@ -3,8 +3,9 @@
 
 use super::value::Kind;
 use super::words::{
-    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Io, KernelTls, LoadSource,
-    Overflow, PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Role, Switch,
+    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Imbalance, Io, KernelTls,
+    LoadSource, Overflow, PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Role,
+    Steering, Switch,
 };
 
 /// A table of `corelane.toml`.
@@ -198,7 +199,7 @@ macro_rules! keys {
        $doc:literal;)*) => {
         $(
             #[doc = $doc]
-            pub(super) const $id: Key = Key {
+            pub(crate) const $id: Key = Key {
                 section: Section::$section,
                 name: $name,
                 kind: $kind,
@@ -237,6 +238,10 @@ keys! {
     SERVER_STATUS_PORT = Server "status_port", int(-1, 65_535, "port"), Value("9090"),
         [Alias { name: "DYN_SYSTEM_PORT", dialect: Dialect::NegativeIsOff }],
         "Port of /health, /live and /metrics; 0 takes any free one, -1 switches them off";
+    SERVER_STEERING = Server "steering", Kind::Words(Steering::WORDS), Value("auto"), [],
+        "Who accepts: any core (off), that of the packet's CPU or of its queue; auto: queue or off";
+    SERVER_IMBALANCE = Server "imbalance", Kind::Words(Imbalance::WORDS), Value("keep"), [],
+        "A new connection stays, or is handed to the core with the fewest if those are far fewer";
     SERVER_MESSAGE_BYTES_MAX = Server "message_bytes_max", int(4_096, 1 << 30, "bytes"),
         Value("33554432"), [same("DYN_TCP_MAX_MESSAGE_SIZE")],
         "Largest whole request frame; a longer one is refused";
@@ -383,10 +388,10 @@ keys! {
         "What a core does with nothing to do: block sleeps, spin polls";
     CORE_IO = Core "io", Kind::Words(Io::WORDS), Value("auto"), [],
         "auto takes io_uring where the kernel allows it, else epoll";
-    CORE_NIC_QUEUE = Core "nic_queue", Kind::ReservedWord("none"), Value("none"), [],
-        "Network queue to serve; only none in this version";
-    CORE_BUSY_POLL_US = Core "busy_poll_us", Kind::ReservedInt(0), Value("0"), [],
-        "NAPI busy polling; only 0 in this version";
+    CORE_NIC_QUEUE = Core "nic_queue", Kind::NicQueue, Value("none"), [],
+        "Queue of a network device whose connections this core takes, such as eth0:2; see steering";
+    CORE_BUSY_POLL_US = Core "busy_poll_us", int(0, 10_000, "microseconds"), Value("0"), [],
+        "How long a core polls its receive queues before it sleeps; 0 leaves that to interrupts";
     CORE_CONNECTIONS_MAX = Core "connections_max", int(16, 1_000_000, "connections"),
         Value("16384"), [],
         "Sockets of one core, both sides together";
@@ -409,6 +414,8 @@ keys! {
 
     CONTROL_CPU = Control "cpu", Kind::CpuOrLast, Value("last"), [],
         "CPU of the control core; last is the last one, free of data cores where there is one";
+    CONTROL_SHARE = Control "share", Kind::Words(Switch::WORDS), Value("off"), [],
+        "Whether the control core's CPU may be one of cpus as well, and run both";
     CONTROL_FLIGHT_DIR = Control "flight_dir", Kind::Path,
         Unset("the first of LOGS_DIRECTORY, which systemd sets, else nothing is written"), [],
         "Folder for the last records of a core that ends by itself, or makes no progress";
@@ -491,6 +498,8 @@ keys! {
     GPU_DURABLE_LAYOUT = Gpu "durable_layout", Kind::Words(DurableLayout::WORDS),
         Value("replace"), [],
         "What rw_or_ro does to a durable layout: replace as upstream, or keep and wait";
+    GPU_SPIN_US = Gpu "spin_us", int(0, 1_000_000, "microseconds"), Value("50"), [],
+        "How long the service looks for the next request before it sleeps; 0 sleeps at once";
 
     PLANNER_SOCKET = Planner "socket", Kind::Path, Unset("no planner is listened to"), [],
         "Unix socket that takes a planner's intervals as lines of JSON";
@@ -528,6 +537,21 @@ keys! {
     EVENTS_BRIDGE_SIDE = Events "bridge_side", Kind::Text { bytes_max: 256 },
         Unset("nobody shares them"), [],
         "Name of our own peers, if they connect to other brokers of the same name as well";
+    EVENTS_CURVE_SECRET_KEY_FILE = Events "curve_secret_key_file", Kind::Path,
+        Unset("peers connect without CURVE"), [],
+        "File with our secret key (corelane events keys); with it xsub and xpub want CURVE";
+    EVENTS_CURVE_ALLOWED_KEYS = Events "curve_allowed_keys", Kind::Text { bytes_max: 4_096 },
+        Unset("whoever knows our public key"), [],
+        "Public keys of peers that are let in: a list, or a file with one at the start of a line";
+    EVENTS_CURVE_SERVER_KEY = Events "curve_server_key", Kind::Text { bytes_max: 40 },
+        Unset("whom we dial is dialled without CURVE"), [],
+        "Public key of those whom we dial: the other broker, and publishers of events";
+    EVENTS_CURVE_XSUB = Events "curve_xsub", Kind::Text { bytes_max: 64 },
+        Unset("xsub wants CURVE itself"), [],
+        "Where publishers with CURVE connect, beside xsub for those without: tcp://IP:PORT";
+    EVENTS_CURVE_XPUB = Events "curve_xpub", Kind::Text { bytes_max: 64 },
+        Unset("xpub wants CURVE itself"), [],
+        "Where subscribers with CURVE connect, beside xpub for those without: tcp://IP:PORT";
     EVENTS_OVERFLOW = Events "overflow", Kind::Words(Overflow::WORDS), Value("drop_newest"), [],
         "What happens to an event that a subscriber's queue has no room for";
     EVENTS_QUEUE_EVENTS_MAX = Events "queue_events_max", int(1, 1 << 24, "events"),

@@ -16,7 +16,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use corelane_engine::quic;
+use corelane_engine::placement::ControlCpu;
+use corelane_engine::{balance, quic, steering};
 
 use crate::env::Env;
 
@@ -25,11 +26,12 @@ mod endpoint;
 mod events;
 mod gpu;
 mod host;
-mod keys;
+pub(crate) mod keys;
 mod kv;
 mod layers;
 mod lists;
 mod live;
+mod placing;
 mod planner;
 mod problem;
 mod raw;
@@ -51,8 +53,9 @@ pub use problem::{Origin, Problem, Severity};
 pub use tls::{Tls, TlsClient, TlsServer};
 pub use value::{Kind, Value, address};
 pub use words::{
-    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Io, KernelTls, LoadSource,
-    Overflow, PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Role, Switch,
+    Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Imbalance, Io, KernelTls,
+    LoadSource, Overflow, PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Role,
+    Steering, Switch,
 };
 
 pub use crate::words::Word;
@@ -61,7 +64,9 @@ pub(crate) use host::cpu_list;
 pub(crate) use problem::quoted;
 pub(crate) use suggest::nearest;
 
+use crate::events::CurveOptions;
 use layers::Layers;
+pub(crate) use raw::plain as plain_error;
 use raw::{FileKind, RawFile};
 
 /// Everything that the router is told, checked: plain values only.
@@ -89,6 +94,8 @@ pub struct Config {
     pub reload: Reload,
     /// The broker of events, if there is one.
     pub broker: Option<Broker>,
+    /// Which events over ZMQ are encrypted, and with which keys.
+    pub curve: CurveOptions,
     /// Every value that was used, with the place it came from.
     pub settings: Vec<Setting>,
 }
@@ -112,6 +119,10 @@ pub struct Server {
     pub status_port: Option<u16>,
     /// Largest whole request frame.
     pub message_bytes_max: u32,
+    /// What chooses the core of a connection.
+    pub steering: steering::Steering,
+    /// What becomes of a connection that comes to a core with more than others.
+    pub imbalance: balance::Imbalance,
     /// How the responses that this process makes travel.
     pub responses: Responses,
     /// `[tls]`: who speaks TLS, and how.
@@ -310,6 +321,8 @@ pub struct StaticInstance {
 pub struct Control {
     /// The CPU of the control core; may be one of the data cores on a small machine.
     pub cpu: usize,
+    /// A data core may run there too.
+    pub share: bool,
     /// Where flight records of a core in trouble are written.
     pub flight_dir: Option<PathBuf>,
     /// Filter of the log, unless a variable has one.
@@ -325,6 +338,16 @@ pub struct Reload {
     pub failures_pct: u8,
     /// How long a core may take to take it over, or stand still.
     pub taken_timeout: Duration,
+}
+
+impl Control {
+    /// As the placement of cores takes it.
+    pub fn placed(&self) -> ControlCpu {
+        match self.share {
+            true => ControlCpu::Shared(self.cpu),
+            false => ControlCpu::Cpu(self.cpu),
+        }
+    }
 }
 
 /// `[drain]`.
@@ -367,6 +390,8 @@ pub struct Gpu {
     pub alloc_retry_timeout_ms: u32,
     /// What `rw_or_ro` does to a durable layout.
     pub durable_layout: DurableLayout,
+    /// How long the service looks for events before it sleeps.
+    pub spin_us: u32,
 }
 
 /// `[planner]`.

@@ -143,7 +143,7 @@ pub(super) fn read_file(path: &Path, kind: FileKind, problems: &mut Vec<Problem>
 }
 
 /// An I/O error as a user reads it: without the number that the standard library appends.
-pub(super) fn plain(error: &std::io::Error) -> String {
+pub(crate) fn plain(error: &std::io::Error) -> String {
     let text = error.to_string();
     let text = text.split(" (os error").next().unwrap_or_default();
     text.chars()

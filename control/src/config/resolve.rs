@@ -2,26 +2,28 @@
 //! What concerns routes and instances is in `routes`.
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use corelane_engine::quic;
+use corelane_engine::steering::Steering;
 
 use super::keys;
 use super::layers::{Layers, Of};
 use super::problem::{Origin, quoted};
 use super::value::{Value, ip};
-use super::words::{Backend, Idle, RelayPlane, ResponsePlane};
+use super::words::{Backend, Idle, RelayPlane, ResponsePlane, Switch};
 use super::{
     Config, Control, Core, Discovery, Drain, Host, Inputs, Reload, Responses, Secret, Server,
-    cores, events, gpu, planner, routes, tls,
+    cores, events, gpu, placing, planner, routes, tls,
 };
 
 /// The configuration, if nothing is missing; the caller drops it when an error was reported.
 pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
-    let server = server(layers);
+    let mut server = server(layers);
     let discovery = discovery(layers);
     let broker = events::broker(layers, inputs.purpose, server.host, &inputs.host);
+    let curve = events::curve(layers, inputs.purpose, broker.as_ref());
     let routed = inputs.purpose.routes();
     let (routes, instances) = match routed {
         true => routes::routes(layers, inputs.purpose, discovery.backend, broker.is_some()),
@@ -30,6 +32,7 @@ pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
     let (cores, role) = cores::cores(layers, &inputs.host);
     let control = control(layers, inputs, &cores, role);
     if routed {
+        server.steering = placing::steering(layers, &cores, Path::new("/"));
         cores::open_files(layers, &inputs.host, &cores);
     }
     let drain = Drain {
@@ -56,6 +59,7 @@ pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
         planner,
         reload,
         broker,
+        curve,
         settings,
     })
 }
@@ -100,6 +104,9 @@ fn server(layers: &mut Layers) -> Server {
         status_host,
         status_port,
         message_bytes_max,
+        // Decided when the cores are known.
+        steering: Steering::Hash,
+        imbalance: placing::imbalance(layers),
         responses: responses(layers),
         tls: tls::tls(layers),
     }
@@ -307,9 +314,11 @@ fn control(
             r#"write idle = "block", or keep a CPU out of cpus"#,
         );
     }
+    let share = layers.word(&keys::CONTROL_SHARE, Switch::parse, Switch::Off);
     let flight_dir = layers.text(&keys::CONTROL_FLIGHT_DIR, Of::Once);
     Some(Control {
         cpu,
+        share: share == Switch::On,
         flight_dir: flight_dir.map(|(dir, _)| PathBuf::from(dir)),
         log: log(layers, inputs),
     })

@@ -4,6 +4,7 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use corelane_codec::path::TcpTransport;
+use corelane_engine::nic::QueueName;
 use toml::de::DeValue;
 
 use super::host::cpu_list;
@@ -60,6 +61,8 @@ pub enum Kind {
     Path,
     /// PEM text, or the path of a file with it.
     Pem,
+    /// A queue of a network device, `eth0:2`, or `none`.
+    NicQueue,
     /// A power of two with both bounds allowed.
     PowerOfTwo {
         /// Least.
@@ -69,10 +72,6 @@ pub enum Kind {
         /// What is counted.
         unit: &'static str,
     },
-    /// A number that has only this value in this version.
-    ReservedInt(i64),
-    /// A word that has only this value in this version.
-    ReservedWord(&'static str),
     /// Text that is never printed.
     Secret,
     /// Text.
@@ -135,10 +134,7 @@ fn fault<T>(what: impl Into<String>, instead: impl Into<String>) -> Result<T, Fa
 impl Kind {
     /// Whether the value is written as a number in TOML.
     fn is_number(self) -> bool {
-        matches!(
-            self,
-            Self::Int { .. } | Self::PowerOfTwo { .. } | Self::ReservedInt(_)
-        )
+        matches!(self, Self::Int { .. } | Self::PowerOfTwo { .. })
     }
 
     /// What this type is, for `corelane check --explain`.
@@ -154,11 +150,10 @@ impl Kind {
             Self::Ip => "IP address".into(),
             Self::Names => "list of names".into(),
             Self::Numbers { max, unit } => format!("list of {unit}, 0 to {max}, such as 0-3,5"),
+            Self::NicQueue => "DEVICE:QUEUE or none".into(),
             Self::Path => "path".into(),
             Self::Pem => "PEM text or path".into(),
             Self::PowerOfTwo { min, max, unit } => format!("{unit}, power of two, {min} to {max}"),
-            Self::ReservedInt(only) => format!("only {only} in this version"),
-            Self::ReservedWord(only) => format!("only {only} in this version"),
             Self::Secret => "secret text".into(),
             Self::Text { .. } => "text".into(),
             Self::Urls => "list of HOST:PORT or URL".into(),
@@ -182,11 +177,10 @@ impl Kind {
             Self::Ip => r#""127.0.0.1""#.into(),
             Self::Names => r#"["weights", "kv_cache"]"#.into(),
             Self::Numbers { .. } => r#""0-3,5""#.into(),
+            Self::NicQueue => r#""eth0:2""#.into(),
             Self::Path => r#""/var/lib/corelane""#.into(),
             Self::Pem => r#""/etc/corelane/etcd.pem""#.into(),
             Self::PowerOfTwo { min, max, .. } => max.min(4_096).max(min).to_string(),
-            Self::ReservedInt(only) => only.to_string(),
-            Self::ReservedWord(only) => quoted(only),
             Self::Secret | Self::Text { .. } => r#""text""#.into(),
             Self::Urls => r#"["http://localhost:2379"]"#.into(),
             Self::Words(words) => words.first().map_or_else(String::new, |w| quoted(w.text)),
@@ -248,7 +242,7 @@ impl Kind {
 
     fn article(self) -> &'static str {
         match self {
-            Self::Int { .. } | Self::PowerOfTwo { .. } | Self::ReservedInt(_) => "a whole number",
+            Self::Int { .. } | Self::PowerOfTwo { .. } => "a whole number",
             Self::CpuOrLast => "a number or \"last\"",
             Self::Urls => "a list of strings",
             _ => "a string",
@@ -302,11 +296,9 @@ impl Kind {
             Self::Address => (address(text).is_some(), "not IP:PORT/PATH"),
             Self::Header => (is_header(text), "not a header name"),
             Self::Hex => (is_hex(text), "not a 64-bit hexadecimal number"),
-            Self::ReservedWord(only) if text != only => {
-                return fault(
-                    format!("{} = {} is not in this version", key.name, quoted(text)),
-                    format!("write {} = \"{only}\" or leave it out", key.name),
-                );
+            Self::NicQueue => {
+                let right = text == "none" || text.parse::<QueueName>().is_ok();
+                (right, "neither DEVICE:QUEUE nor none")
             }
             _ => (!text.contains('\0'), "text with a NUL in it"),
         };
@@ -330,13 +322,6 @@ impl Kind {
     fn read_int(self, key: &Key, number: i64) -> Result<Value, Fault> {
         let (min, max, unit) = match self {
             Self::Int { min, max, unit } | Self::PowerOfTwo { min, max, unit } => (min, max, unit),
-            Self::ReservedInt(only) if number != only => {
-                return fault(
-                    format!("{} = {number} is not in this version", key.name),
-                    format!("write {} = {only} or leave it out", key.name),
-                );
-            }
-            Self::ReservedInt(_) => (i64::MIN, i64::MAX, ""),
             _ => (0, CPUS_MAX as i64 - 1, "CPU number"),
         };
         if number < min || number > max {

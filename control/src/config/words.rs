@@ -126,6 +126,30 @@ words! {
 }
 
 words! {
+    /// What chooses the core of a connection.
+    Steering {
+        /// The queue where cores have one, else the kernel's hash.
+        Auto = "auto",
+        /// The kernel's hash.
+        Off = "off",
+        /// The CPU that handles its first packet.
+        Cpu = "cpu",
+        /// The queue that its first packet came on.
+        Queue = "queue",
+    }
+}
+
+words! {
+    /// What becomes of a connection that comes to a core with more than others.
+    Imbalance {
+        /// It stays.
+        Keep = "keep",
+        /// It is handed to the core with the fewest.
+        LeastConnections = "least_connections",
+    }
+}
+
+words! {
     /// What a data core does with nothing to do.
     Idle {
         /// Sleep in the kernel.

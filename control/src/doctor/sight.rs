@@ -22,7 +22,7 @@ pub struct Wish {
     /// Data cores, devices, connections.
     pub goal: Goal,
     /// The CPU of the control core.
-    pub control: usize,
+    pub control: ControlCpu,
     /// Most connections of one core.
     pub connections_max: u64,
     /// How each data core moves bytes.
@@ -113,8 +113,7 @@ impl Sight {
             mask if mask.is_empty() => self.wish.goal.cpus.clone(),
             mask => mask,
         };
-        let control = ControlCpu::Cpu(self.wish.control);
-        assign(&self.wish.goal.cpus, control, &mask)
+        assign(&self.wish.goal.cpus, self.wish.control, &mask)
     }
 
     /// How the CPUs lie.

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use corelane_engine::placement::ControlCpu;
 use corelane_engine::preflight::{Cause, Limit, Report};
 
 use super::*;
@@ -32,8 +33,10 @@ impl Fake {
                     cpus: vec![0, 1, 2],
                     devices: None,
                     connections: 3 * 16_384,
+                    queues: Vec::new(),
+                    polls: false,
                 },
-                control: 3,
+                control: ControlCpu::Cpu(3),
                 connections_max: 16_384,
                 io: vec![Io::Auto; 3],
                 etcd: None,

@@ -39,7 +39,7 @@ use crate::preflight;
 use crate::publish::{Board, Listed};
 use crate::roster::Roster;
 use crate::slots::Proposal;
-use crate::status_server::Answered;
+use crate::status_server::Answer;
 
 pub use canary::{Tally, Watched};
 pub use changes::{Began, compare};
@@ -396,7 +396,7 @@ fn say(report: &Report) {
 }
 
 /// Answers a GET, or begins a reload for a POST and waits for its end, if that comes soon.
-pub fn answer(reloader: Option<Rc<Reloader>>, post: bool) -> LocalBoxFuture<'static, Answered> {
+pub fn answer(reloader: Option<Rc<Reloader>>, post: bool) -> LocalBoxFuture<'static, Answer> {
     async move {
         let Some(reloader) = reloader else {
             let why = b"starting or ending: there is nothing to reload\n".to_vec();

@@ -204,6 +204,8 @@ fn change(view: &View, place: &Place, value: &str) -> Outcome {
 mod tests {
     use std::path::PathBuf;
 
+    use corelane_engine::nic::QueueName;
+
     use super::super::{Goal, Standing};
     use super::*;
 
@@ -280,10 +282,16 @@ mod tests {
         }
 
         fn plan(&self) -> Plan {
+            self.plan_with(Vec::new(), false)
+        }
+
+        fn plan_with(&self, queues: Vec<(QueueName, usize)>, polls: bool) -> Plan {
             let goal = Goal {
                 cpus: vec![2, 3],
                 devices: None,
                 connections: 16_384,
+                queues,
+                polls,
             };
             Plan::make(&self.view, &goal)
         }
@@ -337,6 +345,35 @@ mod tests {
         }
         assert_eq!(plan.notes.len(), 1, "{:?}", plan.notes);
         assert!(plan.notes[0].contains("irqbalance"));
+    }
+
+    #[test]
+    fn a_queue_goes_to_the_core_that_has_named_it() {
+        let fake = Fake::new();
+        for (name, value) in [
+            ("napi_defer_hard_irqs", "0"),
+            ("gro_flush_timeout", "900000"),
+        ] {
+            let path = format!("sys/class/net/eth0/{name}");
+            fs::write(fake.view.path(path), format!("{value}\n")).unwrap();
+        }
+        let plan = fake.plan_with(vec![("eth0:0".parse().unwrap(), 3)], true);
+        let irq = |name: &str| {
+            let item = plan.items.iter().find(|item| item.name.starts_with(name));
+            item.map(|item| (item.now.as_str(), item.wanted.as_str()))
+        };
+        assert_eq!(irq("irq 42 "), Some(("0-3", "3")));
+        assert_eq!(
+            irq("irq 43 ").map(|(_, wanted)| wanted),
+            Some("3"),
+            "the next in turns"
+        );
+        assert_eq!(irq("eth0 napi_defer_hard_irqs"), Some(("0", "2")));
+        let flush = plan
+            .items
+            .iter()
+            .find(|item| item.name == "eth0 gro_flush_timeout");
+        assert_eq!(flush.map(|item| item.standing), Some(Standing::Fine));
     }
 
     #[test]

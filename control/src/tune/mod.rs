@@ -11,6 +11,7 @@
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
+use corelane_engine::nic::QueueName;
 use serde::{Deserialize, Serialize};
 
 mod apply;
@@ -114,6 +115,21 @@ pub struct Goal {
     pub devices: Option<Vec<String>>,
     /// Connections of all cores together.
     pub connections: u64,
+    /// Queues that cores have been given, each with its CPU; others are dealt out in turns.
+    pub queues: Vec<(QueueName, usize)>,
+    /// Cores poll their receive queues.
+    pub polls: bool,
+}
+
+impl Goal {
+    /// The CPU that a queue of a device should be on.
+    pub(super) fn cpu_of(&self, device: &str, queue: usize) -> usize {
+        let named = |(name, _): &&(QueueName, usize)| name.device == device && name.queue == queue;
+        match self.queues.iter().find(named) {
+            Some((_, cpu)) => *cpu,
+            None => self.cpus[queue % self.cpus.len()],
+        }
+    }
 }
 
 impl Plan {

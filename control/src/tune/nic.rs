@@ -3,12 +3,19 @@
 
 use std::io;
 
+use corelane_engine::nic;
+
 use super::{Goal, Item, Place, Plan, Topic, View, Want};
 
 /// Receive descriptors that outlast a burst.
 const RING: u64 = 4_096;
 /// Interrupts are held back no longer than this, in microseconds.
 const COALESCE_US: u64 = 8;
+
+/// Polls in vain after which interrupts are on again, and nanoseconds after which a queue that
+/// nobody polls is looked at: together they bound what a core that is held up costs its packets.
+const DEFERRED: u64 = 2;
+const FLUSH_NS: u64 = 200_000;
 
 /// Adds the settings of all devices that count.
 pub(super) fn devices(view: &View, goal: &Goal, plan: &mut Plan) {
@@ -28,6 +35,9 @@ pub(super) fn devices(view: &View, goal: &Goal, plan: &mut Plan) {
         }
         interrupts(view, goal, device, plan);
         steering(view, goal, device, plan);
+        if goal.polls {
+            deferral(view, device, plan);
+        }
     }
 }
 
@@ -146,60 +156,21 @@ fn hardware(view: &View, goal: &Goal, device: &str, plan: &mut Plan) -> io::Resu
     Ok(())
 }
 
-/// An interrupt of a queue.
-struct QueueIrq {
-    irq: String,
-    queue: usize,
-}
-
 fn interrupts(view: &View, goal: &Goal, device: &str, plan: &mut Plan) {
-    for QueueIrq { irq, queue } in queue_irqs(view, device) {
-        let cpu = goal.cpus[queue % goal.cpus.len()];
+    for irq in nic::interrupts(&view.path("/"), device) {
+        let (number, queue) = (irq.number, irq.queue);
+        let cpu = goal.cpu_of(device, queue);
         plan.file(
             view,
-            &format!("proc/irq/{irq}/smp_affinity_list"),
+            &format!("proc/irq/{number}/smp_affinity_list"),
             (
                 Topic::Interrupt,
-                &format!("irq {irq} ({device} queue {queue})"),
+                &format!("irq {number} ({device} queue {queue})"),
             ),
             Want::Is(cpu.to_string().into()),
             "packets of a queue are handled on another core than the shard that waits for them",
         );
     }
-}
-
-/// Those of the device's interrupts that belong to queues.
-fn queue_irqs(view: &View, device: &str) -> Vec<QueueIrq> {
-    let table = view.read("proc/interrupts").unwrap_or_default();
-    let folder = format!("sys/class/net/{device}/device");
-    let mut irqs = view.list(format!("{folder}/msi_irqs"));
-    // A virtio device is a child of the one that has the interrupts.
-    irqs.extend(view.list(format!("{folder}/../msi_irqs")));
-    let queue = |irq: String| {
-        let mark = format!("{irq}:");
-        let line = table
-            .lines()
-            .find(|line| line.trim_start().starts_with(&mark))?;
-        let name = line.split_whitespace().next_back()?;
-        let queue = queue_number(name)?;
-        Some(QueueIrq { irq, queue })
-    };
-    irqs.into_iter().filter_map(queue).collect()
-}
-
-/// The queue in the name of an interrupt: `eth0-TxRx-3`, `virtio2-input.0`, `mlx5_comp7@pci:0..`.
-fn queue_number(name: &str) -> Option<usize> {
-    const OTHERS: [&str; 8] = [
-        "config", "ctrl", "control", "admin", "async", "mgmnt", "fdir", "event",
-    ];
-    let name = name.split('@').next()?;
-    let lower = name.to_ascii_lowercase();
-    if OTHERS.iter().any(|other| lower.contains(other)) {
-        return None;
-    }
-    let stem = name.trim_end_matches(|c: char| c.is_ascii_digit());
-    let device_only = !stem.contains(['-', '.', '_']);
-    (!device_only).then(|| name[stem.len()..].parse().ok())?
 }
 
 /// RPS off, and XPS to the core of the queue.
@@ -247,6 +218,21 @@ fn steering(view: &View, goal: &Goal, device: &str, plan: &mut Plan) {
     }
 }
 
+/// Interrupts that stay off while a core polls the queue itself.
+fn deferral(view: &View, device: &str, plan: &mut Plan) {
+    let why = "cores poll their queues (busy_poll_us), and interrupts come in between all the same";
+    let wanted = [
+        ("napi_defer_hard_irqs", DEFERRED),
+        ("gro_flush_timeout", FLUSH_NS),
+    ];
+    for (name, least) in wanted {
+        let path = format!("sys/class/net/{device}/{name}");
+        let shown = format!("{device} {name}");
+        let shown = (Topic::Hardware, &*shown);
+        plan.file(view, &path, shown, Want::AtLeast(least), why);
+    }
+}
+
 /// A mask without CPUs, as wide as `like`.
 fn zeros(like: &str) -> String {
     mask(like, [].into_iter())
@@ -276,23 +262,6 @@ fn mask(like: &str, cpus: impl Iterator<Item = usize>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn queues_are_known_by_the_names_of_their_interrupts() {
-        for (name, queue) in [
-            ("eth0-TxRx-3", Some(3)),
-            ("virtio2-input.0", Some(0)),
-            ("virtio2-output.1", Some(1)),
-            ("mlx5_comp7@pci:0000:81:00.0", Some(7)),
-            ("ens5-Tx-Rx-12", Some(12)),
-            ("virtio2-config", None),
-            ("mlx5_async0@pci:0000:81:00.0", None),
-            ("ena-mgmnt@pci:0000:00:05.0", None),
-            ("eth0", None),
-        ] {
-            assert_eq!(queue_number(name), queue, "{name}");
-        }
-    }
 
     #[test]
     fn masks_are_as_wide_as_the_kernel_writes_them() {

@@ -55,10 +55,13 @@ fn a_core_may_be_the_control_core() {
     assert_eq!((config.cores.len(), config.control.cpu), (3, 3));
 }
 
+/// `[core]`, files of `cores.d/` by name, and what is said.
+type Case<'a> = (&'a str, &'a [(&'a str, &'a str)], &'a str);
+
 #[test]
 fn what_does_not_go_together_is_said_where_it_stands() {
     let control = "[core]\nrole = \"control\"\n";
-    let cases: [(&str, &[(&str, &str)], &str); 9] = [
+    let cases: [Case<'_>; 9] = [
         (
             "[control]\ncpu = 1\n",
             &[("2.toml", control)],

@@ -165,6 +165,24 @@ pub(crate) const AFTER_ROUTE: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "[events]\nbroker = true\ncurve_xsub = \"tcp://127.0.0.1:1\"\n",
+        &["c.toml:9:14: curve_xsub without curve_xpub; write curve_xpub too"],
+    ),
+    (
+        "[events]\ncurve_server_key = \"short\"\n",
+        &[
+            "c.toml:8:20: curve_server_key: a CURVE key is 40 characters of Z85, as ZMQ writes it; \
+         this has 5; write the 40 characters that corelane events keys has told",
+        ],
+    ),
+    (
+        "[events]\ncurve_secret_key_file = \"/no/such/file\"\n",
+        &[
+            "c.toml:8:25: curve_secret_key_file: /no/such/file cannot be read: no such file or \
+         directory; name a file that can be read; corelane events keys writes one",
+        ],
+    ),
+    (
         "[events]\nbroker = true\ncpu = 77\n",
         &[
             "c.toml:9:7: cpu is 77, which this process may not use (0-3); \
@@ -248,16 +266,29 @@ pub(crate) const AFTER_ROUTE: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "[core]\nnic_queue = \"eth0:2\"\n",
+        "[core]\nnic_queue = \"eth0\"\n",
         &[
-            "c.toml:8:13: nic_queue = \"eth0:2\" is not in this version; \
-         write nic_queue = \"none\" or leave it out",
+            "c.toml:8:13: nic_queue is \"eth0\", neither DEVICE:QUEUE nor none; \
+         write it like \"eth0:2\"",
         ],
     ),
     (
-        "[core]\nbusy_poll_us = 50\n",
-        &["c.toml:8:16: busy_poll_us = 50 is not in this version; \
-         write busy_poll_us = 0 or leave it out"],
+        "[server]\nsteering = \"queue\"\n",
+        &[
+            "c.toml:8:12: steering = \"queue\", and no core has a nic_queue; \
+         write nic_queue in cores.d/<n>.toml, or steering = \"cpu\"",
+        ],
+    ),
+    (
+        "[core]\nidle = \"spin\"\nbusy_poll_us = 500\n",
+        &[
+            "c.toml:9:16: warning: busy_poll_us is 500 with idle = \"spin\": \
+         tasks of the core wait as long; write 100 or less, or idle = \"block\"",
+        ],
+    ),
+    (
+        "[core]\nbusy_poll_us = 20000\n",
+        &["c.toml:8:16: busy_poll_us is 20000, outside 0 to 10000 (microseconds); write 10000"],
     ),
     (
         "[core]\nbuffers = 5000\n",

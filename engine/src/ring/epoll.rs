@@ -22,6 +22,7 @@ use socket2::SockRef;
 
 use super::sockets::{self, connect_result, errno, send_now};
 use super::{Completion, Event, Handle, Ring, Room, SPANS_MAX, Span};
+use crate::balance::Origin;
 use crate::buffers::{BufferId, Buffers};
 use crate::operation::Operation;
 
@@ -356,19 +357,6 @@ impl Epoll {
         self.complete(operation, event);
     }
 
-    /// Notes a receive.
-    fn want(&mut self, operation: Operation, handle: Handle, once: u32, room: Option<Room>) {
-        let slot = &mut self.slots[handle.slot as usize];
-        debug_assert!(slot.receive.is_none(), "one receive per socket at a time");
-        if slot.refused != 0 {
-            let errno = slot.refused;
-            return self.complete(operation, Event::ReceiveFailed { errno });
-        }
-        slot.receive = Some(operation);
-        (slot.once_bytes, slot.room) = (once, room);
-        self.queue(handle.slot);
-    }
-
     fn idle(&self) -> bool {
         let acceptable = |listener: &Listener| listener.ready && listener.accept.is_some();
         self.ready.is_empty() && !self.listeners.iter().any(acceptable)
@@ -581,6 +569,16 @@ impl Ring for Epoll {
     }
 
     fn unpark(&mut self) {}
+
+    fn origin(&mut self, fd: RawFd) -> Origin {
+        self.system_calls += 2;
+        sockets::origin(fd)
+    }
+
+    fn busy_poll(&mut self, microseconds: u32) -> io::Result<()> {
+        self.system_calls += 1;
+        sockets::poll_queues(self.epoll.as_raw_fd(), microseconds)
+    }
 
     fn now_ns(&self) -> u64 {
         super::monotonic_ns()

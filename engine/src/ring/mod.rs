@@ -16,6 +16,7 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::ptr::NonNull;
 use std::time::Duration;
 
+use crate::balance::Origin;
 use crate::buffers::BufferId;
 use crate::operation::Operation;
 
@@ -265,6 +266,23 @@ pub trait Ring {
     /// The kernel's answer; there may be no such record.
     fn take_record(&mut self, handle: Handle, into: &mut [u8]) -> io::Result<(u8, usize)> {
         ktls::take_record(handle.fd, into)
+    }
+
+    /// From where the packets of a connection come.
+    fn origin(&mut self, _fd: RawFd) -> Origin {
+        Origin::default()
+    }
+
+    /// A socket that another ring has accepted, perhaps of another kind, is to be attached here.
+    fn take_over(&mut self, _fd: RawFd) {}
+
+    /// Polls the receive queues that its sockets get their packets from, for so many microseconds
+    /// before it sleeps.
+    ///
+    /// # Errors
+    /// The kernel's answer; EOPNOTSUPP or EINVAL where it cannot.
+    fn busy_poll(&mut self, _microseconds: u32) -> io::Result<()> {
+        Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
     }
 
     /// Two stream sockets that are connected to each other: one to be attached, one to be given

@@ -8,6 +8,7 @@ use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::{Event, Room};
+use crate::balance::Origin;
 
 /// A TCP socket without Nagle's delay, to be connected to `address`. io_uring wants it blocking:
 /// on a non-blocking one an operation that has to wait fails with EAGAIN instead.
@@ -48,6 +49,60 @@ pub(super) fn low_water(fd: RawFd, bytes: u32) {
             size_of::<libc::c_int>() as libc::socklen_t,
         );
     }
+}
+
+/// What the kernel has noted of a connection's packets.
+pub(super) fn origin(fd: RawFd) -> Origin {
+    let number = |option| {
+        let mut value: libc::c_int = 0;
+        let mut bytes = size_of::<libc::c_int>() as libc::socklen_t;
+        // SAFETY: a socket of the caller, and an option of the size of an int, which is written.
+        let result = unsafe {
+            let value = (&raw mut value).cast();
+            libc::getsockopt(fd, libc::SOL_SOCKET, option, value, &raw mut bytes)
+        };
+        // -1 is a CPU that is not known.
+        (result == 0)
+            .then_some(value)
+            .and_then(|value| u32::try_from(value).ok())
+    };
+    Origin {
+        cpu: number(libc::SO_INCOMING_CPU).map(|cpu| cpu as usize),
+        napi: number(libc::SO_INCOMING_NAPI_ID).filter(|napi| *napi > 0),
+    }
+}
+
+/// Has an epoll descriptor poll the receive queues of its sockets before it sleeps. The layout is
+/// the kernel's `struct epoll_params` (6.9).
+pub(super) fn poll_queues(epoll: RawFd, microseconds: u32) -> io::Result<()> {
+    #[repr(C)]
+    struct Parameters {
+        busy_poll_usecs: u32,
+        busy_poll_budget: u16,
+        prefer_busy_poll: u8,
+        padding: u8,
+    }
+    /// `_IOW(0x8a, 1, struct epoll_params)`.
+    const SET: u32 = 1 << 30 | (size_of::<Parameters>() as u32) << 16 | 0x8a << 8 | 1;
+    let parameters = Parameters {
+        busy_poll_usecs: microseconds,
+        // Packets at a time, as the kernel has it by itself.
+        busy_poll_budget: 8,
+        prefer_busy_poll: 1,
+        padding: 0,
+    };
+    // SAFETY: the kernel reads the parameters during the call, and keeps no pointer.
+    match unsafe { libc::ioctl(epoll, SET.into(), &raw const parameters) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Ends non-blocking mode. A socket that refuses it is gone, which its first operation finds.
+pub(super) fn make_blocking(fd: RawFd) {
+    // SAFETY: the caller owns the descriptor and has not closed it.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    let _ = rustix::io::ioctl_fionbio(fd, false);
 }
 
 /// Ends SO_LINGER. A socket that refuses it may lose what its peer has not received at its close.

@@ -5,8 +5,8 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use super::{ACCEPTS_PER_ROUND, Epoll, Memory};
 use crate::buffers::BufferId;
 use crate::operation::{Kind, Operation};
-use crate::ring::Event;
 use crate::ring::sockets::errno;
+use crate::ring::{Event, Handle, Room};
 
 impl Epoll {
     pub(super) fn accept_round(&mut self) {
@@ -51,6 +51,25 @@ impl Epoll {
 }
 
 impl Epoll {
+    /// Notes a receive.
+    pub(super) fn want(
+        &mut self,
+        operation: Operation,
+        handle: Handle,
+        once: u32,
+        room: Option<Room>,
+    ) {
+        let slot = &mut self.slots[handle.slot as usize];
+        debug_assert!(slot.receive.is_none(), "one receive per socket at a time");
+        if slot.refused != 0 {
+            let errno = slot.refused;
+            return self.complete(operation, Event::ReceiveFailed { errno });
+        }
+        slot.receive = Some(operation);
+        (slot.once_bytes, slot.room) = (once, room);
+        self.queue(handle.slot);
+    }
+
     /// Ends an accept, a receive, or a send that waits for room.
     pub(super) fn end_early(&mut self, operation: Operation, slot: usize) {
         let errno = libc::ECANCELED;

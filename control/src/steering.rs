@@ -1,0 +1,174 @@
+//! Which core gets a connection: the program that chooses, for cores as they listen now.
+
+use std::cell::RefCell;
+use std::path::Path;
+
+use corelane_engine::config::ANY_CPU;
+use corelane_engine::executor::ShardHandle;
+use corelane_engine::nic::{self, QueueName};
+use corelane_engine::placement::Topology;
+use corelane_engine::steering::{Program, Served, Steering, cpus_to_shards};
+
+use crate::preflight::Plan;
+
+/// What connections are steered by, and which core serves which queue.
+#[derive(Clone, Debug)]
+pub struct Placing {
+    /// By what.
+    pub by: Steering,
+    /// Queues, each with the index of its core.
+    pub queues: Vec<(usize, QueueName)>,
+}
+
+impl Default for Placing {
+    fn default() -> Self {
+        Self {
+            by: Steering::Hash,
+            queues: Vec::new(),
+        }
+    }
+}
+
+/// The listening group of all cores. The kernel knows its members by their places: in the order in
+/// which they began to listen, and when one goes the last one takes its place.
+#[derive(Debug)]
+pub struct Group {
+    placing: Placing,
+    /// CPUs of the cores, by index.
+    cpus: Vec<usize>,
+    /// Indices of the cores, by place.
+    places: RefCell<Vec<usize>>,
+}
+
+impl Group {
+    /// Cores on these CPUs, which listen one after the other.
+    pub fn new(placing: Placing, cpus: Vec<usize>) -> Self {
+        let places = RefCell::new((0..cpus.len()).collect());
+        Self {
+            placing,
+            cpus,
+            places,
+        }
+    }
+
+    /// One has stopped listening and does so anew.
+    pub fn again(&self, index: usize) {
+        let mut places = self.places.borrow_mut();
+        if let Some(place) = places.iter().position(|known| *known == index) {
+            places.swap_remove(place);
+        }
+        places.push(index);
+    }
+
+    fn place(&self, index: usize) -> Option<u32> {
+        let places = self.places.borrow();
+        let place = places.iter().position(|known| *known == index)?;
+        u32::try_from(place).ok()
+    }
+
+    /// The program; `None`: the kernel's hash chooses.
+    pub fn program(&self) -> Option<Program> {
+        match self.placing.by {
+            Steering::Hash => None,
+            Steering::Cpu => {
+                let cpus = self.cpus.iter().enumerate();
+                let pinned = cpus.filter(|(_, cpu)| **cpu != ANY_CPU);
+                let pairs = pinned.filter_map(|(index, cpu)| Some((*cpu, self.place(index)?)));
+                let pairs: Vec<(usize, u32)> = pairs.collect();
+                let all = cpus_to_shards(&pairs, &Topology::of_host());
+                Some(Program::by_cpu(&all))
+            }
+            Steering::Queue => {
+                let served = self.placing.queues.iter().filter_map(|(index, name)| {
+                    Some(Served {
+                        device: nic::index(Path::new("/"), &name.device)?,
+                        queue: u16::try_from(name.queue).ok()?,
+                        place: self.place(*index)?,
+                    })
+                });
+                let served: Vec<Served> = served.collect();
+                (!served.is_empty()).then(|| Program::by_queue(&served))
+            }
+        }
+    }
+
+    /// Tells the log who gets what.
+    pub fn tell(&self) {
+        match self.placing.by {
+            Steering::Hash => {}
+            Steering::Cpu => tracing::info!(
+                "steering: a connection goes to the core on the CPU that has its first packet"
+            ),
+            Steering::Queue => {
+                for (core, queue) in &self.placing.queues {
+                    let cpu = self.cpus.get(*core);
+                    tracing::info!(core, cpu, "steering: connections of {queue} go here");
+                }
+            }
+        }
+    }
+}
+
+/// What the cores of a plan are steered by. Sockets that were handed over are one, or a group whose
+/// places nobody has told.
+pub fn placing(plan: &Plan) -> Placing {
+    if plan.is_handed() && plan.placing.by != Steering::Hash {
+        tracing::warn!(
+            "steering is not in force: the cores take connections from sockets that were handed \
+             over; let corelane listen by itself"
+        );
+        return Placing::default();
+    }
+    plan.placing.clone()
+}
+
+/// Says so if the program of a core does not steer.
+pub fn unsteered(handle: &mut ShardHandle) {
+    if let Some(why) = handle.unsteered.take() {
+        tracing::warn!(
+            core = handle.shard,
+            "steering is not in force: the kernel does not take the program ({why})"
+        );
+    }
+}
+
+/// What a refusal to poll receive queues means, and what to do.
+pub fn unpolled(errno: i32) -> String {
+    let why = std::io::Error::from_raw_os_error(errno);
+    format!(
+        "busy_poll_us is not in force: this kernel cannot poll receive queues for a ring ({why}); \
+         it takes Linux 6.9 or later with CONFIG_NET_RX_BUSY_POLL"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_follow_who_listens_anew() {
+        let group = Group::new(Placing::default(), vec![4, 5, 6]);
+        let places = || [0, 1, 2].map(|index| group.place(index).unwrap());
+        assert_eq!(places(), [0, 1, 2]);
+        group.again(0);
+        assert_eq!(places(), [2, 1, 0], "the last one took its place");
+        group.again(1);
+        assert_eq!(places(), [1, 2, 0]);
+        assert!(group.program().is_none());
+    }
+
+    #[test]
+    fn a_queue_of_a_device_that_is_gone_steers_nothing() {
+        let gone = "corelane-none:0".parse().unwrap();
+        let placing = Placing {
+            by: Steering::Queue,
+            queues: vec![(0, gone)],
+        };
+        assert!(Group::new(placing, vec![0]).program().is_none());
+        let by_cpu = Placing {
+            by: Steering::Cpu,
+            queues: Vec::new(),
+        };
+        assert!(Group::new(by_cpu, vec![0]).program().is_some());
+    }
+}
