@@ -62,7 +62,9 @@ impl Listed {
     }
 
     fn is(&self, wanted: &Wanted<'_>) -> bool {
-        self.route == *wanted.route && self.statics == wanted.statics
+        // Who comes to us over a lane is attached to the place; nobody is dialled for it.
+        let statics = self.statics == wanted.statics || self.route.lane.is_some();
+        self.route == *wanted.route && statics
     }
 
     /// The instances now.
@@ -329,11 +331,14 @@ impl Board {
     /// Frees the places of routes that nothing is under way of any more; answers whether some
     /// remain.
     pub async fn sweep(&self) -> bool {
-        self.publish().await;
-        let retired = self.slots.borrow().retired();
-        if retired.is_empty() {
+        let before = self.slots.borrow().retired();
+        if before.is_empty() {
             return false;
         }
+        // From here on no core sends anything there.
+        self.publish().await;
+        let mut retired = self.slots.borrow().retired();
+        retired.retain(|place| before.contains(place));
         if let Some(held) = self.cores.census().await {
             let free = |place: &usize| !held.contains(&(*place as u32));
             let places: Vec<usize> = retired.into_iter().filter(free).collect();

@@ -240,7 +240,7 @@ impl Router {
         let hearing = spawn_local(async move {
             loop {
                 hangups.next().await;
-                reloader.begin("SIGHUP");
+                reloader.hang_up();
             }
         });
         self.followers.push(hearing.abort_handle());

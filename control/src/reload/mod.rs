@@ -52,6 +52,9 @@ const ANSWER_MAX: Duration = Duration::from_secs(15);
 /// How often it is looked whether something of a retired route is under way.
 const SWEEP_EVERY: Duration = Duration::from_millis(500);
 
+/// Who has asked, if it was a signal.
+const HANGUP: &str = "SIGHUP";
+
 /// What of the configuration control itself goes by.
 pub struct Live {
     /// `[drain]`.
@@ -101,6 +104,8 @@ pub struct Reloader {
     ended: Notify,
     running: RefCell<Option<AbortHandle>>,
     sweeping: Cell<bool>,
+    /// A signal has come while one was under way.
+    again: Cell<bool>,
     stopped: Cell<bool>,
 }
 
@@ -123,6 +128,7 @@ impl Reloader {
             ended: Notify::new(),
             running: RefCell::default(),
             sweeping: Cell::new(false),
+            again: Cell::new(false),
             stopped: Cell::new(false),
         }
     }
@@ -153,6 +159,16 @@ impl Reloader {
         let running = spawn_local(async move { reloader.run(by).await });
         self.running.replace(Some(running.abort_handle()));
         true
+    }
+
+    /// Begins one when a signal has come, at once or after that which is under way: the file may
+    /// have been read before its last edit.
+    pub fn hang_up(self: &Rc<Self>) {
+        if self.report.borrow().busy {
+            self.again.set(true);
+        } else {
+            self.begin(HANGUP);
+        }
     }
 
     /// Gives up what is under way: the process ends.
@@ -194,6 +210,9 @@ impl Reloader {
         self.counts.borrow_mut().add(report.result);
         self.report.replace(report);
         self.ended.notify_waiters();
+        if self.again.take() {
+            self.begin(HANGUP);
+        }
     }
 
     async fn reload(self: &Rc<Self>, report: &mut Report) -> Result<Outcome, Halt> {
