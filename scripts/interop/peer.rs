@@ -4,7 +4,7 @@
 //! ```sh
 //! interop-peer worker NS/COMP           # serves `generate` and, bidirectional, `chat`
 //! interop-peer client CASES NS/COMP...  # all cases against each
-//! interop-peer kv NS/COMP 4 [1,2,..]    # a worker with the blocks of 4 of these tokens in its cache
+//! interop-peer kv NS/COMP 4 [1,2,..]    # a worker with blocks of 4 of these tokens in its cache
 //! ```
 
 use std::time::Duration;

@@ -37,8 +37,8 @@ pub enum KvCacheError {
     Serve(#[from] Error),
 }
 
-/// The KV cache of one rank of this process, as KV routers know it. Clones share it, and may be used
-/// from any thread.
+/// The KV cache of one rank of this process, as KV routers know it. Clones share it, and may be
+/// used from any thread.
 #[derive(Clone)]
 pub struct KvCache(Arc<Inner>);
 
