@@ -4,6 +4,7 @@
 //! ```sh
 //! interop-peer worker NS/COMP           # serves `generate` and, bidirectional, `chat`
 //! interop-peer client CASES NS/COMP...  # all cases against each
+//! interop-peer kv NS/COMP 4 [1,2,..]    # a worker with blocks of 4 of these tokens in its cache
 //! ```
 
 use std::time::Duration;
@@ -12,6 +13,8 @@ use anyhow::{Result, bail};
 use corelane::component::{
     Client, DynamoError, Ending, Fault, Input, Options, Outcome, Reply, Request, Runtime, Stream,
 };
+use corelane_codec::event::block_hashes;
+use corelane_codec::event::typed::KvBlock;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
@@ -68,6 +71,30 @@ async fn work(runtime: Runtime, name: &str) -> Result<()> {
     let many = runtime.endpoint(&format!("{name}/chat"))?;
     many.serve_many(chat).await?;
     say(&json!({"event": "ready", "instance": one.instance_id()}));
+    runtime.stopping().await;
+    Ok(())
+}
+
+/// Answers each request with its own name; its cache holds the blocks of these tokens, which is
+/// told once, and to whoever asks.
+async fn cached(runtime: Runtime, name: &str, block_tokens: &str, tokens: &str) -> Result<()> {
+    let tokens: Vec<u32> = serde_json::from_str(tokens)?;
+    let id = runtime.instance_id();
+    let endpoint = runtime.endpoint(&format!("{name}/generate"))?;
+    let cache = endpoint.kv_cache(0).await?;
+    let generate = async move |_: Request, stream: &mut Stream| {
+        stream.send(&json!({"worker": format!("{id:x}")})).await
+    };
+    let served = endpoint.serve(generate).await?;
+    let hashes = block_hashes(&tokens, block_tokens.parse()?);
+    let block = |(at, tokens_hash): (usize, u64)| KvBlock {
+        block_hash: 2001 + at as u64,
+        tokens_hash,
+        mm_extra_info: None,
+    };
+    let blocks: Vec<KvBlock> = hashes.enumerate().map(block).collect();
+    cache.stored(None, blocks).await?;
+    say(&json!({"event": "ready", "instance": served.instance_id()}));
     runtime.stopping().await;
     Ok(())
 }
@@ -167,7 +194,8 @@ fn main() -> Result<()> {
             say(&json!({"event": "done"}));
             Ok(())
         }
-        _ => bail!("interop-peer worker NS/COMP | client CASES NS/COMP..."),
+        ["kv", name, block_tokens, tokens] => cached(runtime, name, block_tokens, tokens).await,
+        _ => bail!("interop-peer worker NS/COMP | client CASES NS/COMP... | kv NS/COMP N TOKENS"),
     })?;
     Ok(())
 }

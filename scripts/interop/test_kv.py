@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from events_lab import Broker, channel, ours
-from lab import metric_sum, wait_for
+from lab import corelane_peer, metric_sum, wait_for
 from store import MODEL_CARDS, Nats, card
 
 HERE = Path(__file__).resolve().parent
@@ -163,3 +163,32 @@ def test_a_stock_kv_router_uses_events_of_our_publisher(lab):
     wait_for("its channel record", lambda: channel(lab, "kv-events"), PATIENCE_S)
     found = chosen(stock(lab, "router", backend, PROMPT, DYN_EVENT_PLANE="zmq"))
     assert (found["worker"], found["overlap"]) == (holder, len(HASHES))
+
+
+def test_routers_ask_our_worker_for_what_it_published_before(lab):
+    """A worker on the component API says once what it has, when nobody listens yet: a stock KV
+    router learns it all the same, and so does ours."""
+    backend, listen = lab.endpoint("backend"), lab.endpoint("router")
+    env = {"DYN_EVENT_PLANE": "zmq"}
+    component = backend.rsplit("/", 1)[0]
+    caches = [[], CACHED]
+    started = []
+    for tokens in caches:
+        command = [corelane_peer(), "kv", component, str(BLOCK_TOKENS), json.dumps(tokens)]
+        started.append(lab.ready(lab.start("kv-worker", command, lab.env(**env))))
+    _, holder = started
+    cards(lab, backend, [worker.instance for worker in started])
+    found = chosen(stock(lab, "router", backend, PROMPT, **env))
+    blocks = len(CACHED) // BLOCK_TOKENS
+    assert (found["worker"], found["overlap"]) == (holder.instance, blocks)
+    router = lab.router(
+        listen, backend, env=env, policy="kv", block_tokens=BLOCK_TOKENS, kv_body_bytes_max=4096,
+        kv_prefill_scale_pct=10_000,
+    )  # fmt: skip
+    cores = metric_sum(lab.metrics(router), r"^corelane_ring_info\{")
+    known = lambda: count(lab, router, "kv_blocks") == blocks * cores  # noqa: E731
+    wait_for("every core knows all blocks", known, PATIENCE_S)
+    for _ in range(4):
+        status, call = lab.call(listen, "--body", json.dumps({"token_ids": PROMPT}))
+        assert status == 0 and holder.hex in call.out(), call.log()
+    assert count(lab, router, "feed_kv_recovered_total") == 2

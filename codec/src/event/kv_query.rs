@@ -173,15 +173,15 @@ mod tests {
     fn dumps_and_events_are_read() {
         let event = json!({
             "worker_id": 7, "storage_tier": "device", "residency_domain": "worker",
-            "event": {"event_id": 0, "dp_rank": 0, "data": {"stored": {
+            "event": {"event_id": 0, "data": {"stored": {
                 "parent_hash": null, "start_position": null,
                 "blocks": [{"block_hash": 655, "tokens_hash": 9, "mm_extra_info": null}],
-            }}},
+            }}, "dp_rank": 0},
         });
-        let dump = json!({"TreeDump": {
+        let value = json!({"TreeDump": {
             "events": [event], "last_event_id": 18, "reset_scope": "all",
         }});
-        let dump = packed(&dump);
+        let dump = packed(&value);
         let KvAnswer::Dump {
             mut events,
             last_event_id: 18,
@@ -193,6 +193,8 @@ mod tests {
         assert_eq!(first.worker_id, 7);
         assert!(matches!(first.change, KvChange::Stored { .. }));
         assert!(events.next_event().unwrap().is_none());
+        let owned: typed::KvAnswer = serde_json::from_value(value.clone()).unwrap();
+        assert_eq!(serde_json::to_value(&owned).unwrap(), value);
         let none = packed(&json!({"Events": {"events": [], "last_event_id": 19, "more": {}}}));
         let answer = KvAnswer::decode(&none).unwrap();
         assert!(matches!(
@@ -206,6 +208,8 @@ mod tests {
 
     #[test]
     fn refusals_are_told_and_nonsense_is_none() {
+        let other = json!({"events": [], "last_event_id": 1, "reset_scope": "lower_tier"});
+        let other = json!({ "TreeDump": other });
         for (answer, why) in [
             (
                 json!({"TooNew": {"requested_start": 9, "newest_available": 3}}),
@@ -220,10 +224,7 @@ mod tests {
                 "list",
             ),
             (json!({"Error": "dp_rank mismatch"}), "dp_rank mismatch"),
-            (
-                json!({"TreeDump": {"events": [], "last_event_id": 1, "reset_scope": "lower_tier"}}),
-                "other storage",
-            ),
+            (other, "other storage"),
         ] {
             let bytes = packed(&answer);
             let decoded = KvAnswer::decode(&bytes).unwrap();

@@ -10,7 +10,7 @@ use serde_json::value::RawValue;
 
 use super::scope::{Scope, decode_segment, encode_segment};
 use crate::control_message::PayloadCodec;
-use crate::discovery::{DeviceType, Transport};
+use crate::discovery::{DeviceType, EndpointRecord, Transport};
 use crate::path::{EndpointId, parse_instance_hex};
 
 /// Where channel records live.
@@ -170,13 +170,13 @@ pub struct SourceMetadata {
     pub worker: KvWorker,
     /// The publisher.
     pub publisher_id: u64,
-    /// Where it is asked for what it has published ([`super::KvQuery`]); absent if it keeps nothing.
+    /// Where it is asked for what it has published ([`super::KvQuery`]), if it keeps that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recovery_target: Option<RecoveryTarget>,
 }
 
-/// The instance of an endpoint that answers questions about a KV cache: its endpoint record, without
-/// the type.
+/// The instance of an endpoint that answers questions about a KV cache: its endpoint record,
+/// without the type.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RecoveryTarget {
     /// Component.
@@ -195,6 +195,20 @@ pub struct RecoveryTarget {
     /// How it wants its requests encoded; JSON if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_plane_codec: Option<PayloadCodec>,
+}
+
+impl From<EndpointRecord> for RecoveryTarget {
+    fn from(record: EndpointRecord) -> Self {
+        Self {
+            component: record.component,
+            endpoint: record.endpoint,
+            namespace: record.namespace,
+            instance_id: record.instance_id,
+            transport: record.transport,
+            device_type: record.device_type,
+            request_plane_codec: record.request_plane_codec,
+        }
+    }
 }
 
 /// A rank of a worker.

@@ -123,6 +123,46 @@ impl KvEvent {
     }
 }
 
+/// The answer to a [`super::KvQuery`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum KvAnswer {
+    /// All that a cache holds.
+    TreeDump {
+        /// As if it were stored now.
+        events: Vec<KvEvent>,
+        /// What comes behind this event is not in it.
+        last_event_id: u64,
+        /// Of what storage all is told: `all`.
+        #[serde(default)]
+        reset_scope: String,
+    },
+    /// The events that were asked for.
+    Events {
+        /// In order.
+        events: Vec<KvEvent>,
+        /// The number of the last.
+        last_event_id: u64,
+    },
+    /// They have not happened yet.
+    TooNew {
+        /// The first that was asked for.
+        requested_start: u64,
+        /// The last that was asked for.
+        requested_end: Option<u64>,
+        /// The number of the last that there is.
+        newest_available: u64,
+    },
+    /// It cannot say what is in the cache.
+    TreeDumpFailed {
+        /// The number of the last event.
+        last_event_id: u64,
+        /// Why.
+        message: String,
+    },
+    /// What was asked is wrong.
+    Error(String),
+}
+
 /// The payload of `forward-pass-metrics`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ForwardPass {

@@ -223,7 +223,7 @@ pub fn publish(args: PublishArgs) -> Result<Exit> {
                 return Err(Stop::Usage(why.to_owned()).into());
             }
             let worker = (Some(*worker_id), *dp_rank);
-            let said = publisher.is_source_of(&plane.discovery, endpoint, worker);
+            let said = publisher.is_source_with(&plane.discovery, endpoint, worker, None);
             said.await?;
         }
         let publish = async {

@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use corelane_codec::discovery::EndpointRecord;
 use corelane_codec::event::{
     CHANNELS_BUCKET, Envelope, EventChannelRecord, EventKey, EventSourceRecord, EventTransport,
-    KvWorker, NatsChannel, SOURCES_BUCKET, Scope, SourceMetadata, typed,
+    KvWorker, NatsChannel, RecoveryTarget, SOURCES_BUCKET, Scope, SourceMetadata, typed,
 };
 use corelane_codec::path::EndpointId;
 use serde::Serialize;
@@ -100,21 +101,23 @@ impl Publisher {
         endpoint: &EndpointId,
         dp_rank: u32,
     ) -> Result<(), EventsError> {
-        self.is_source_of(discovery, endpoint, (None, dp_rank))
-            .await
+        let worker = (None, dp_rank);
+        self.is_source_with(discovery, endpoint, worker, None).await
     }
 
-    /// The same, about an instance that another process has registered.
-    pub(crate) async fn is_source_of(
+    /// The same, perhaps about an instance that another process has registered, and with the
+    /// instance record of where the publisher is asked.
+    pub(crate) async fn is_source_with(
         &self,
         discovery: &Discovery,
         endpoint: &EndpointId,
         worker: (Option<u64>, u32),
+        asked_at: Option<Record>,
     ) -> Result<(), EventsError> {
         if matches!(self.0.outlet, Outlet::Nowhere) {
             return Ok(());
         }
-        let record = source_record(&self.0.key, endpoint.clone(), worker);
+        let record = source_record(&self.0.key, endpoint.clone(), worker, asked_at);
         discovery.register(record).await?;
         Ok(())
     }
@@ -233,6 +236,7 @@ fn source_record(
     key: &EventKey,
     endpoint: EndpointId,
     (worker_id, dp_rank): (Option<u64>, u32),
+    asked_at: Option<Record>,
 ) -> Record {
     let key = key.clone();
     Record::new(source_name(&key), move |own_id| {
@@ -241,7 +245,9 @@ fn source_record(
             kv_state_endpoint: endpoint.clone(),
             worker: KvWorker { worker_id, dp_rank },
             publisher_id: key.publisher_id,
-            recovery_target: None,
+            recovery_target: asked_at
+                .as_ref()
+                .and_then(|asked_at| target(asked_at, own_id)),
         };
         let record = EventSourceRecord::new(&key, &metadata);
         let value = record.and_then(|record| serde_json::to_vec(&record));
@@ -251,6 +257,12 @@ fn source_record(
             value: value.unwrap_or_default(),
         }
     })
+}
+
+/// An instance of ours as a source record names it.
+fn target(asked_at: &Record, id: u64) -> Option<RecoveryTarget> {
+    let record: EndpointRecord = serde_json::from_slice(&asked_at.entry(id).value).ok()?;
+    Some(record.into())
 }
 
 /// Takes the records of a publisher back when it is gone, and shuts its door.
