@@ -475,6 +475,7 @@ const BOUNDED: &[(&str, &str)] = &[
     ("target", "routes of the configuration"),
     ("le", "fixed buckets"),
     ("side", "two"),
+    ("result", "outcomes of a reload"),
     ("topic", "TOPICS_MAX, then one for all others"),
     ("gpu", "devices of the configuration"),
     ("tag", "pools of the configuration"),
