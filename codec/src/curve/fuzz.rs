@@ -5,8 +5,6 @@
 
 use std::sync::{Arc, LazyLock};
 
-use crypto_box::SalsaBox;
-
 use super::boxes::{CHANCE_BYTES, drawn, numbered, put, shared};
 use super::client::Client;
 use super::key::{KEY_BYTES, Keys, PublicKey};
@@ -22,19 +20,15 @@ struct Fixed {
     server: Arc<Keys>,
     /// The client's keys for the connection.
     brief: Keys,
-    /// What client and server share.
-    shared: SalsaBox,
 }
 
 static FIXED: LazyLock<Fixed> = LazyLock::new(|| {
     let keys = |byte| Keys::new(&[byte; KEY_BYTES]);
     let (client, server, brief) = (Arc::new(keys(1)), Arc::new(keys(2)), keys(4));
-    let shared = shared(&server.public().0, &client);
     Fixed {
         client,
         server,
         brief,
-        shared,
     }
 });
 
@@ -165,8 +159,9 @@ fn ready(inside: &[u8]) {
 }
 
 fn seals() -> (Seal, Seal) {
-    let client = Seal::new(FIXED.shared.clone(), false, 2, 1);
-    (client, Seal::new(FIXED.shared.clone(), true, 1, 2))
+    let shared = || shared(&FIXED.server.public().0, &FIXED.client);
+    let client = Seal::new(shared(), false, 2, 1);
+    (client, Seal::new(shared(), true, 1, 2))
 }
 
 /// A frame as it comes, which is none of the peer's.
