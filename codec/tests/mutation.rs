@@ -11,7 +11,7 @@ use corelane_codec::error::{DynamoError, PublicDetails, Reason};
 use corelane_codec::event::hello::{self, Role};
 use corelane_codec::path::{EndpointId, instance_path, parse_instance_path};
 use corelane_codec::{
-    call_home, event, fuzz, headers, item, json, reply_frame, request_frame, two_part,
+    call_home, event, fuzz, headers, item, json, reply_frame, request_frame, two_part, zmtp,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -61,6 +61,28 @@ fn events() -> Vec<Vec<u8>> {
     for entry in std::fs::read_dir(plain).expect("hellos of plain events") {
         let hex = std::fs::read_to_string(entry.expect("a file").path()).expect("hex");
         seeds.push(common::unhex(hex.trim()));
+    }
+    seeds.extend(libzmq());
+    seeds
+}
+
+/// What a real libzmq has said: whole, and the bodies of its frames.
+fn libzmq() -> Vec<Vec<u8>> {
+    let file = common::golden()
+        .with_file_name("libzmq")
+        .join("libzmq.json");
+    let text = std::fs::read(file).expect("the captures");
+    let text: serde_json::Value = serde_json::from_slice(&text).expect("the captures");
+    let rows = text["captures"].as_array().expect("the captures");
+    let whole = rows
+        .iter()
+        .map(|row| common::unhex(row["hex"].as_str().expect("hex")));
+    let mut seeds: Vec<_> = whole.filter(|seed| seed.len() <= SEED_BYTES_MAX).collect();
+    for at in 0..seeds.len() {
+        if let Some(head) = zmtp::decode_head(&seeds[at], SEED_BYTES_MAX).frame() {
+            let body = seeds[at].get(head.head_bytes..head.frame_bytes());
+            seeds.extend(body.map(<[u8]>::to_vec));
+        }
     }
     seeds
 }

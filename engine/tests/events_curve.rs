@@ -17,6 +17,7 @@ use corelane_engine::events::{
 };
 use corelane_engine::executor::listen;
 use corelane_engine::{mesh, preflight};
+use socket2::{Domain, Socket, Type};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const SUBJECT: &str = "namespace.a.kv-events";
@@ -288,7 +289,11 @@ struct Peer {
 
 impl Peer {
     fn new(address: SocketAddr, kind: &str) -> Peer {
-        let mut stream = TcpStream::connect(address).unwrap();
+        // Little room for what it does not read.
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket.set_recv_buffer_size(16 << 10).unwrap();
+        socket.connect(&address.into()).unwrap();
+        let mut stream = TcpStream::from(socket);
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
         let mut said = zmtp::greeting_with(Mechanism::Curve, false).to_vec();
@@ -459,7 +464,7 @@ fn what_a_slow_reader_misses_is_dropped_before_it_is_sealed() {
         let mut sequence = 0;
         while stats.events_dropped_oldest.get() == 0 {
             for _ in 0..50 {
-                let event = source.sealed(&message(sequence, 20_000));
+                let event = source.sealed(&message(sequence, 4_000));
                 source.send(&event);
                 sequence += 1;
             }

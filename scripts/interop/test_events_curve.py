@@ -102,6 +102,8 @@ def test_who_does_not_fit_is_refused_and_hurts_nobody(lab, context):
         subscriber(context, broker, protect=friend.client_of(stranger)),
         subscriber(context, broker, protect=stranger.client_of(us)),
     ]
+    # It hears of our mechanism and leaves before it has said its own.
+    refused("mechanism", "its security mechanism may be another than CURVE")
     refused("curve", "CURVE: HELLO cannot be opened")
     refused("stranger", stranger.public, "is not among those that are allowed")
     for sequence in range(20):
@@ -150,6 +152,12 @@ def test_peers_with_and_without_curve_have_doors_of_their_own(lab, context):
             assert parts == message(due[number], publisher=number)
             due[number] += 1
         assert due == {0: 50, 1: 50}
+    lost = subscriber(context, broker, protect=protect)
+    name = "sessions_refused_mechanism_total"
+    wait_for(name, lambda: broker.count(name) > 0, PATIENCE_S)
+    text = "its security mechanism may be another than NULL"
+    wait_for(text, lambda: text in broker.process.log(), PATIENCE_S)
+    assert not lost.poll(0)
 
 
 @pytest.mark.short

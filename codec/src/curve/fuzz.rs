@@ -3,7 +3,7 @@
 //!
 //! The first byte says what the others are; both sides of the handshake have fixed keys.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use super::boxes::{CHANCE_BYTES, drawn, numbered, put, shared};
 use super::client::Client;
@@ -14,9 +14,23 @@ use super::{CurveFault, Outcome};
 use crate::Decoded;
 use crate::zmtp::{self, Head, decode_head};
 
-fn keys(byte: u8) -> Arc<Keys> {
-    Arc::new(Keys::new(&[byte; KEY_BYTES]))
+/// What is always the same, made once: a fuzzer has better things to do.
+struct Fixed {
+    client: Arc<Keys>,
+    server: Arc<Keys>,
+    /// The client's keys for the connection.
+    brief: Keys,
 }
+
+static FIXED: LazyLock<Fixed> = LazyLock::new(|| {
+    let keys = |byte| Keys::new(&[byte; KEY_BYTES]);
+    let (client, server, brief) = (Arc::new(keys(1)), Arc::new(keys(2)), keys(4));
+    Fixed {
+        client,
+        server,
+        brief,
+    }
+});
 
 /// Both sides before their first words.
 struct Pair {
@@ -33,10 +47,11 @@ fn body(command: &[u8]) -> &[u8] {
 }
 
 fn pair() -> Pair {
-    let server = Server::new(keys(2), [3; Server::CHANCE_BYTES]);
+    let (ours, theirs) = (Arc::clone(&FIXED.client), Arc::clone(&FIXED.server));
     let mut hello = vec![];
     let chance = [4; Client::CHANCE_BYTES];
-    let client = Client::new(keys(1), keys(2).public(), &chance, &mut hello);
+    let client = Client::new(ours, theirs.public(), &chance, &mut hello);
+    let server = Server::new(theirs, [3; Server::CHANCE_BYTES]);
     let client = client.expect("a HELLO always fits");
     let hello = body(&hello).to_vec();
     Pair {
@@ -93,7 +108,7 @@ pub fn curve(data: &[u8]) {
 fn initiate(inside: &[u8]) {
     let (mut pair, welcome) = welcomed();
     let mut data = vec![];
-    let first = shared(&keys(2).public().0, &brief());
+    let first = shared(&FIXED.server.public().0, &FIXED.brief);
     let nonce = drawn(WELCOME, welcome[8..].first_chunk().expect("its chance"));
     let opened = super::boxes::unseal(&first, &nonce, &welcome[8 + CHANCE_BYTES..]);
     let opened = opened.expect("our own WELCOME");
@@ -101,16 +116,11 @@ fn initiate(inside: &[u8]) {
     data.extend_from_slice(b"\x08INITIATE");
     data.extend_from_slice(cookie);
     data.extend_from_slice(&9_u64.to_be_bytes());
-    let key = shared(theirs, &brief());
+    let key = shared(theirs, &FIXED.brief);
     put(&key, &numbered(INITIATE, 9), &[inside], &mut data).expect("it fits");
     if let Ok((Outcome::Done(opened), _)) = serve(&mut pair.server, &data) {
         assert!(inside.starts_with(&opened.peer.0) && inside.ends_with(&opened.properties));
     }
-}
-
-/// The client's keys for the connection.
-fn brief() -> Keys {
-    Keys::new(&[4; KEY_BYTES])
 }
 
 /// The inside of a WELCOME.
@@ -118,7 +128,7 @@ fn welcome(inside: &[u8]) {
     let mut data = b"\x07WELCOME".to_vec();
     let chance = [5; CHANCE_BYTES];
     data.extend_from_slice(&chance);
-    let key = shared(&brief().public().0, &keys(2));
+    let key = shared(&FIXED.brief.public().0, &FIXED.server);
     put(&key, &drawn(WELCOME, &chance), &[inside], &mut data).expect("it fits");
     let taken = ask(&mut pair().client, &data);
     assert_eq!(taken.is_ok(), inside.len() == 128);
@@ -131,13 +141,13 @@ fn ready(inside: &[u8]) {
     let mut data = b"\x07WELCOME".to_vec();
     let chance = [5; CHANCE_BYTES];
     data.extend_from_slice(&chance);
-    let first = shared(&brief().public().0, &keys(2));
+    let first = shared(&FIXED.brief.public().0, &FIXED.server);
     let said = [&theirs.public().0[..], &[0; 96]];
     put(&first, &drawn(WELCOME, &chance), &said, &mut data).expect("it fits");
     ask(&mut client, &data).expect("a good WELCOME");
     let mut data = b"\x05READY".to_vec();
     data.extend_from_slice(&number.to_be_bytes());
-    let key = shared(&brief().public().0, &theirs);
+    let key = shared(&FIXED.brief.public().0, &theirs);
     put(&key, &numbered(READY, number), &[inside], &mut data).expect("it fits");
     match ask(&mut client, &data) {
         Ok(Outcome::Done(opened)) => {
@@ -149,12 +159,9 @@ fn ready(inside: &[u8]) {
 }
 
 fn seals() -> (Seal, Seal) {
-    let (ours, theirs) = (keys(1), keys(2));
-    let client = Seal::new(shared(&theirs.public().0, &ours), false, 2, 1);
-    (
-        client,
-        Seal::new(shared(&ours.public().0, &theirs), true, 1, 2),
-    )
+    let shared = || shared(&FIXED.server.public().0, &FIXED.client);
+    let client = Seal::new(shared(), false, 2, 1);
+    (client, Seal::new(shared(), true, 1, 2))
 }
 
 /// A frame as it comes, which is none of the peer's.

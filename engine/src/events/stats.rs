@@ -46,7 +46,7 @@ cells! {
         Counter sessions_refused,
         /// Sessions that ended with the greetings: one side wants CURVE, and the other does not
         Counter sessions_refused_mechanism,
-        /// Of those refused: those with a wrong CURVE key, or whose CURVE handshake or messages are wrong
+        /// Of those refused: a wrong CURVE key, or a CURVE handshake or message that is not right
         Counter sessions_refused_curve,
         /// Of those refused: clients whose CURVE key is not among the allowed ones
         Counter sessions_refused_stranger,
