@@ -2,6 +2,7 @@
 //! the CPU of each. Opens nothing but the probe of io_uring.
 
 use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
 use std::sync::Arc;
 
 use corelane_engine::config::{Idle, RingKind, ShardConfig};
@@ -76,8 +77,9 @@ pub fn plan(config: &Config) -> Result<Plan, Stop> {
     })?;
     let wanted: Vec<usize> = config.cores.iter().map(|core| core.cpu).collect();
     let mut assigned = placement::assign(&wanted, config.control.placed(), &mask);
-    let quota = CpuQuota::read(std::path::Path::new("/"));
-    assigned.advise(&Topology::of_host(), quota);
+    let root = Path::new("/");
+    let (quota, cpuset) = (CpuQuota::read(root), placement::cpuset(root));
+    assigned.advise(&Topology::of_host(), quota, cpuset.as_deref());
     for note in &assigned.notes {
         tracing::info!("placement: {note}");
     }
