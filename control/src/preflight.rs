@@ -2,6 +2,7 @@
 //! the CPU of each. Opens nothing but the probe of io_uring.
 
 use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
 use std::sync::Arc;
 
 use corelane_engine::config::{Idle, LiveSettings, RingKind, ShardConfig};
@@ -87,9 +88,10 @@ pub fn plan(config: &Config) -> Result<Plan, Stop> {
     })?;
     let wanted: Vec<usize> = config.cores.iter().map(|core| core.cpu).collect();
     let mut assigned = placement::assign(&wanted, config.control.placed(), &mask);
-    let quota = CpuQuota::read(std::path::Path::new("/"));
+    let root = Path::new("/");
+    let (quota, cpuset) = (CpuQuota::read(root), placement::cpuset(root));
     let topology = Topology::of_host();
-    assigned.advise(&topology, quota);
+    assigned.advise(&topology, quota, cpuset.as_deref());
     compare_nodes(config, &topology);
     for note in &assigned.notes {
         tracing::info!("placement: {note}");

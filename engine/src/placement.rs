@@ -379,9 +379,22 @@ impl Assignment {
         nodes
     }
 
-    /// Adds notes on what the host's shape and the control group's quota mean for this assignment.
-    pub fn advise(&mut self, topology: &Topology, quota: Option<CpuQuota>) {
+    /// Adds notes on what the host's shape, the control group's quota and its cpuset mean for this
+    /// assignment.
+    pub fn advise(
+        &mut self,
+        topology: &Topology,
+        quota: Option<CpuQuota>,
+        cpuset: Option<&[usize]>,
+    ) {
         let used = self.used();
+        if let Some(left) = cpuset.filter(|left| left.len() < topology.cpus.len()) {
+            self.notes.push(format!(
+                "the control group (cpuset) leaves this process {} of {}",
+                cpus_in_words(left),
+                topology.cpus.len()
+            ));
+        }
         for (cpu, other) in self.shared(topology) {
             self.notes.push(format!(
                 "CPUs {cpu} and {other} are threads of one physical core and slow each other"
@@ -533,6 +546,7 @@ mod tests {
                 quota_us: 150_000,
                 period_us: 100_000,
             }),
+            Some(&[0, 1, 2, 3]),
         );
         assert_eq!(assignment.notes.len(), 5, "{:?}", assignment.notes);
         assert!(assignment.notes[0].contains("CPUs 0 and 2"));
@@ -540,10 +554,11 @@ mod tests {
         assert!(assignment.notes[4].contains("1.50 CPUs and 4 are used"));
 
         let mut elsewhere = assign(&[0], ControlCpu::Cpu(1), &[0, 1, 2, 3]);
-        elsewhere.advise(&topology, None);
-        assert_eq!(elsewhere.notes.len(), 1, "{:?}", elsewhere.notes);
+        elsewhere.advise(&topology, None, Some(&[0, 1]));
+        assert_eq!(elsewhere.notes.len(), 2, "{:?}", elsewhere.notes);
+        assert!(elsewhere.notes[0].ends_with("CPUs 0, 1 of 4"));
         assert!(
-            elsewhere.notes[0].contains("keeps CPU 3"),
+            elsewhere.notes[1].contains("keeps CPU 3"),
             "{:?}",
             elsewhere.notes
         );
