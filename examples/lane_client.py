@@ -7,7 +7,8 @@
 One thread serves the lanes of all cores of the router. A request's body is a memoryview into the
 slab, without a copy; it may be used until the request has ended. The slabs do not move: register
 them once with a device (`Lanes.slabs`, for cuMemHostRegister or cudaHostRegister) and copy to it
-from there. What lies where is described, byte by byte, in gpu-mem/src/lane/layout.rs.
+from there. `Lanes(path, numa_node=numa_node_of("0000:65:00.0"))` has them near that device. What
+lies where is described, byte by byte, in gpu-mem/src/lane/layout.rs.
 
 Python has no memory barriers. Entries and counters are written in order, which x86 keeps and other
 processors need not: there this module refuses to run. It never spins and wakes the router after
@@ -52,6 +53,16 @@ class Over(LaneError):
     """Nobody reads this request's items any more. It still has to be ended."""
 
 
+def numa_node_of(pci_bus_id):
+    """The NUMA node of a device, for `Lanes`; None where the machine does not say."""
+    try:
+        with open(f"/sys/bus/pci/devices/{pci_bus_id.lower()}/numa_node", encoding="ascii") as file:
+            node = int(file.read())
+    except (OSError, ValueError):
+        return None
+    return node if node >= 0 else None
+
+
 class Request:
     """One request. End it with an item that is the last, with finish or with fail."""
 
@@ -59,8 +70,8 @@ class Request:
         self._lane, self._number, self._generation = lane, number, generation
         body_at, size, id_bytes, headers_bytes, codec = BLOCK.unpack_from(lane.slab, offset)
         names = bytes(lane.slab[offset + 64 : offset + 64 + id_bytes + headers_bytes])
-        self.id = names[:id_bytes].decode()
-        self.headers = json.loads(names[id_bytes:] or b"{}")
+        self.id = names[:id_bytes].decode(errors="replace")
+        self.headers_bytes = names[id_bytes:]
         self.codec = "msgpack" if codec else "json"
         self.body_offset = offset + body_at
         self.body = lane.slab[self.body_offset : self.body_offset + size]
@@ -68,8 +79,13 @@ class Request:
         self.unreleased = 0
 
     def json(self):
-        """The body as a Python value."""
+        """The body as a Python value; a ValueError where the caller sent no JSON."""
         return json.loads(bytes(self.body))
+
+    @property
+    def headers(self):
+        """The headers of the frame; a ValueError where the caller sent no JSON."""
+        return json.loads(self.headers_bytes or b"{}")
 
     def item(self, value, annotated=True, last=False):
         """Send one value of the response: bytes in the request's codec, or what JSON can say."""
@@ -190,12 +206,13 @@ class Lane:
 class Lanes:
     """All lanes of this worker: one for each core of the router."""
 
-    def __init__(self, path, codec="json", worker_id=0):
+    def __init__(self, path, codec="json", worker_id=0, numa_node=None):
         if platform.machine() not in ("x86_64", "AMD64"):
             raise LaneError("this client relies on the memory order of x86-64")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.connect(os.fspath(path))
-        hello = MAGIC + struct.pack("<IB3xQ40x", VERSION, CODECS[codec], worker_id)
+        node = 0 if numa_node is None else numa_node + 1
+        hello = MAGIC + struct.pack("<IB3xQI36x", VERSION, CODECS[codec], worker_id, node)
         self._socket.sendall(hello)
         self._found, self.lanes, self.id = deque(), [], None
         while not self.lanes or len(self.lanes) < self.lanes[0].cores:

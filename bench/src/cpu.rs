@@ -253,6 +253,11 @@ impl fmt::Display for CpuRange {
 }
 
 impl CpuRange {
+    /// Their numbers.
+    pub(crate) fn cpus(self) -> std::ops::RangeInclusive<usize> {
+        self.first..=self.last
+    }
+
     /// The first and the last CPU that the calling thread may use, if there are two.
     pub(crate) fn ends_of_this_thread() -> std::io::Result<Option<(Self, Self)>> {
         let set = sched_getaffinity(None)?;

@@ -8,8 +8,12 @@ use anyhow::Context;
 use corelane_codec::event::{Envelope, KvChange, KvEvents, frame, multipart, topic, typed};
 use corelane_codec::fuzz::Derived;
 use serde::Serialize;
+use serde_json::json;
 
+use crate::hiccup::HiccupMeter;
 use crate::instructions;
+use crate::output::{OutputArgs, Told};
+use crate::report::{Quantiles, Table, figure, host, now_utc, round};
 
 /// Bytes of frame and envelope in the first row.
 const EVENT_BYTES: usize = 200;
@@ -22,20 +26,26 @@ pub(crate) struct EventCodecArgs {
     /// Events read in a round
     #[arg(long, default_value_t = 200_000)]
     events: u32,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 /// One way of reading one event.
 #[derive(Debug, Serialize)]
 struct Row {
-    what: &'static str,
-    reader: &'static str,
-    bytes: usize,
+    arm: &'static str,
     /// None where ptrace is forbidden.
     instructions: Option<f64>,
     ns: f64,
+}
+
+/// One event, and all ways of reading it.
+#[derive(Debug, Serialize)]
+struct Group {
+    group: String,
+    bytes: usize,
+    hiccup_us: Quantiles,
+    arms: Vec<Row>,
 }
 
 /// A frame of exactly so many bytes.
@@ -130,26 +140,33 @@ fn nanoseconds(args: &EventCodecArgs, input: &[u8], readers: &[Reader]) -> Vec<f
     best
 }
 
-fn rows(
+fn group(
     args: &EventCodecArgs,
-    what: &'static str,
+    what: &str,
     input: &[u8],
     readers: &[Reader],
     may_allocate: bool,
-) -> Vec<Row> {
+) -> anyhow::Result<Group> {
+    // It ends here: instructions are counted in a fork, which wants no other thread.
+    let hiccup = HiccupMeter::start()?;
     let ns = nanoseconds(args, input, readers);
+    let hiccup_us = Quantiles::of_ns(&hiccup.take());
+    drop(hiccup);
     let rows = readers.iter().zip(ns).map(|((reader, read), ns)| Row {
-        what,
-        reader,
-        bytes: input.len(),
+        arm: reader,
         // What allocates must not be counted in a forked child of a process with threads; this
         // one has none.
         instructions: (!may_allocate || !cfg!(test))
             .then(|| instructions::count(|| read(input)).ok())
             .flatten(),
-        ns,
+        ns: round(ns),
     });
-    rows.collect()
+    Ok(Group {
+        group: format!("{what}, {} bytes", input.len()),
+        bytes: input.len(),
+        hiccup_us,
+        arms: rows.collect(),
+    })
 }
 
 /// Runs the bench.
@@ -157,39 +174,54 @@ fn rows(
 /// # Errors
 /// The events cannot be made.
 pub(crate) fn run(args: &EventCodecArgs) -> anyhow::Result<()> {
-    let envelopes: [Reader; 2] = [("in place", in_place), ("rmp-serde", derived)];
-    let blocks: [Reader; 2] = [("in place", blocks_in_place), ("rmp-serde", blocks_derived)];
-    let mut all = vec![];
+    args.output.check()?;
+    // The last is the first once more: what it differs by is noise.
+    let envelopes: [Reader; 3] = [
+        ("in place", in_place),
+        ("rmp-serde", derived),
+        ("in place-again", in_place),
+    ];
+    let blocks: [Reader; 3] = [
+        ("in place", blocks_in_place),
+        ("rmp-serde", blocks_derived),
+        ("in place-again", blocks_in_place),
+    ];
+    let mut groups = vec![];
     for bytes in [EVENT_BYTES, 4096] {
         let message = frame_of(bytes, topic::KV_EVENTS)?;
-        all.extend(rows(
+        groups.push(group(
             args,
             "frame and envelope",
             &message,
             &envelopes,
             false,
-        ));
+        )?);
     }
     let payload = stored(16)?;
-    all.extend(rows(args, "16 blocks stored", &payload, &blocks, true));
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&all)?);
-        return Ok(());
+    groups.push(group(args, "16 blocks stored", &payload, &blocks, true)?);
+    let mut table = Table::new(&["what", "reader", "instructions", "ns"]);
+    for group in &groups {
+        for row in &group.arms {
+            let counted = row.instructions.map_or("?".into(), figure);
+            let ns = format!("{:.1}", row.ns);
+            table.row(vec![group.group.clone(), row.arm.into(), counted, ns]);
+        }
     }
-    println!(
-        "{:<20} {:<10} {:>6} {:>13} {:>8}",
-        "what", "reader", "bytes", "instructions", "ns"
-    );
-    for row in all {
-        let counted = row
-            .instructions
-            .map_or("?".into(), |count| format!("{count:.0}"));
-        println!(
-            "{:<20} {:<10} {:>6} {counted:>13} {:>8.1}",
-            row.what, row.reader, row.bytes, row.ns
-        );
-    }
-    Ok(())
+    let tables = table.text();
+    args.output.print_table(&tables)?;
+    let report = json!({
+        "schema": "corelane-bench/event-codec/1",
+        "when": now_utc(),
+        "host": host(),
+        "settings": {"rounds": args.rounds, "events": args.events},
+        "groups": groups,
+    });
+    args.output.finish(&Told {
+        kind: "event-codec",
+        report: &report,
+        tables: &tables,
+        panels: &[],
+    })
 }
 
 #[cfg(test)]

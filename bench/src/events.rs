@@ -10,12 +10,13 @@ use serde_json::{Value, json};
 use crate::cpu::Pins;
 use crate::events_broker::{Broker, find_nats};
 use crate::events_load::{Found, Load};
+use crate::hiccup::HiccupMeter;
 use crate::interrupt;
 use crate::middle::CorelaneArgs;
-use crate::report::{
-    OutputArgs, Quantiles, Spread, Table, figure, host, median, now_utc, order, progress,
-    ratio_text, round,
-};
+use crate::output::{OutputArgs, Told};
+use crate::progress::Progress;
+use crate::ratio::{Ratio, ratio_text};
+use crate::report::{Quantiles, Spread, Table, figure, host, median, now_utc, order, round};
 use crate::usage_error;
 
 /// Arguments of `events`.
@@ -92,7 +93,9 @@ pub(crate) fn run(args: &EventsArgs) -> Result<()> {
             "--publishers, --subscribers and --rounds must be at least 1, --bytes at least 16",
         ));
     }
+    args.output.check()?;
     interrupt::install();
+    let hiccup = HiccupMeter::start()?;
     let dir = tempfile::Builder::new()
         .prefix("corelane-bench-")
         .tempdir()?;
@@ -101,7 +104,7 @@ pub(crate) fn run(args: &EventsArgs) -> Result<()> {
         cpus.bind_this_thread()
             .with_context(|| format!("no CPU {cpus}"))?;
     }
-    let mut scenes = Vec::new();
+    let (mut scenes, mut tables) = (Vec::new(), String::new());
     for bytes in args.bytes.iter().copied() {
         for publishers in args.publishers.iter().copied() {
             for subscribers in args.subscribers.iter().copied() {
@@ -110,17 +113,34 @@ pub(crate) fn run(args: &EventsArgs) -> Result<()> {
                     subscribers,
                     bytes,
                     rate: 0.0,
-                    records: brokers.iter().map(|_| Record::default()).collect(),
+                    records: arms(&brokers).map(|_| Record::default()).collect(),
                 };
                 scene.run(args, &brokers)?;
-                progress("");
-                args.output.print_table(&scene.text(&brokers))?;
+                let table = scene.text(&brokers);
+                args.output.print_table(&table)?;
+                tables.push_str(&table);
                 scenes.push(scene);
             }
         }
     }
-    args.output
-        .write_json("events", &report(args, &brokers, &scenes))
+    let hiccup_us = Quantiles::of_ns(&hiccup.take());
+    args.output.finish(&Told {
+        kind: "events",
+        report: &report(args, &brokers, &scenes, hiccup_us),
+        tables: &tables,
+        panels: &[],
+    })
+}
+
+/// Each broker under its name, and the first once more: what that differs by is noise.
+fn arms(brokers: &[Broker]) -> impl Iterator<Item = (String, &Broker)> {
+    let named = brokers
+        .iter()
+        .map(|broker| (broker.kind.name().to_owned(), broker));
+    let again = brokers
+        .first()
+        .map(|broker| (format!("{}-again", broker.kind.name()), broker));
+    named.chain(again)
 }
 
 fn brokers(args: &EventsArgs, dir: &Path) -> Result<Vec<Broker>> {
@@ -143,10 +163,12 @@ fn brokers(args: &EventsArgs, dir: &Path) -> Result<Vec<Broker>> {
 impl Scene {
     fn run(&mut self, args: &EventsArgs, brokers: &[Broker]) -> Result<()> {
         let times = [args.warmup, args.seconds].map(Duration::from_secs_f64);
+        let arms: Vec<_> = arms(brokers).collect();
+        let mut progress = Progress::of(2 * args.rounds * arms.len());
         for number in 0..args.rounds {
-            for index in order(brokers.len(), number) {
-                let broker = &brokers[index];
-                self.say(broker, number);
+            for index in order(arms.len(), number) {
+                let (name, broker) = &arms[index];
+                self.say(&mut progress, name, number);
                 let mut load = self.load(broker)?;
                 let found = load
                     .at_most(broker, times)
@@ -165,9 +187,9 @@ impl Scene {
             .map(|record| median(record.rate.iter().copied()));
         self.rate = slowest.fold(f64::INFINITY, f64::min) / 2.0;
         for number in 0..args.rounds {
-            for index in order(brokers.len(), number) {
-                let broker = &brokers[index];
-                self.say(broker, number);
+            for index in order(arms.len(), number) {
+                let (name, broker) = &arms[index];
+                self.say(&mut progress, name, number);
                 let mut load = self.load(broker)?;
                 let found: Found = load
                     .at_rate(broker, times, self.rate)
@@ -195,13 +217,8 @@ impl Scene {
         format!("{}: {}", broker.kind.name(), self.title())
     }
 
-    fn say(&self, broker: &Broker, number: usize) {
-        progress(&format!(
-            "{}: round {}, {}",
-            self.title(),
-            number + 1,
-            broker.kind.name()
-        ));
+    fn say(&self, progress: &mut Progress, name: &str, number: usize) {
+        progress.begin(&format!("{}: round {}, {name}", self.title(), number + 1));
     }
 
     fn title(&self) -> String {
@@ -225,19 +242,19 @@ impl Scene {
         ];
         let mut table = Table::new(&head);
         let ours = &self.records[0];
-        for (broker, record) in brokers.iter().zip(&self.records) {
+        for ((name, _), record) in arms(brokers).zip(&self.records) {
             let value = |values: &[f64]| figure(median(values.iter().copied()));
             table.row(vec![
-                broker.kind.name().to_owned(),
+                name,
                 value(&record.rate),
                 value(&record.per_cpu_second),
-                ratio_text(Spread::of_ratios(
+                ratio_text(Ratio::of_rounds(
                     &ours.per_cpu_second,
                     &record.per_cpu_second,
                 )),
                 value(&record.p50_us),
                 value(&record.p99_us),
-                ratio_text(Spread::of_ratios(&record.p99_us, &ours.p99_us)),
+                ratio_text(Ratio::of_rounds(&record.p99_us, &ours.p99_us)),
                 value(&record.cpu_share_at_rate),
                 record.lost.to_string(),
             ]);
@@ -251,11 +268,11 @@ impl Scene {
     }
 }
 
-fn report(args: &EventsArgs, brokers: &[Broker], scenes: &[Scene]) -> Value {
+fn report(args: &EventsArgs, brokers: &[Broker], scenes: &[Scene], hiccup_us: Quantiles) -> Value {
     let spread = |values: &[f64]| Spread::of(values.iter().copied());
-    let arm = |ours: &Record, broker: &Broker, record: &Record| {
+    let arm = |ours: &Record, name: String, record: &Record| {
         json!({
-            "arm": broker.kind.name(),
+            "arm": name,
             "events_per_second": spread(&record.rate),
             "events_per_cpu_second": spread(&record.per_cpu_second),
             "p50_us": spread(&record.p50_us),
@@ -264,20 +281,21 @@ fn report(args: &EventsArgs, brokers: &[Broker], scenes: &[Scene]) -> Value {
             "lost": record.lost,
             "corelane_to_it": {
                 "events_per_cpu_second":
-                    Spread::of_ratios(&ours.per_cpu_second, &record.per_cpu_second),
-                "p99": Spread::of_ratios(&ours.p99_us, &record.p99_us),
+                    Ratio::of_rounds(&ours.per_cpu_second, &record.per_cpu_second),
+                "p99": Ratio::of_rounds(&ours.p99_us, &record.p99_us),
             },
         })
     };
     let scene = |scene: &Scene| {
-        let arms = brokers.iter().zip(&scene.records);
+        let arms = arms(brokers).zip(&scene.records);
         let ours = &scene.records[0];
         json!({
+            "load": scene.title(),
             "publishers": scene.publishers,
             "subscribers": scene.subscribers,
             "event_bytes": scene.bytes,
             "latency_at_events_per_second": round(scene.rate),
-            "arms": arms.map(|(broker, record)| arm(ours, broker, record)).collect::<Vec<_>>(),
+            "arms": arms.map(|((name, _), record)| arm(ours, name, record)).collect::<Vec<_>>(),
         })
     };
     let version = |broker: &Broker| (broker.kind.name().to_owned(), json!(broker.version));
@@ -291,6 +309,7 @@ fn report(args: &EventsArgs, brokers: &[Broker], scenes: &[Scene]) -> Value {
             "seconds": round(args.seconds),
             "warmup_s": round(args.warmup),
         },
+        "hiccup_us": hiccup_us,
         "scenes": scenes.iter().map(scene).collect::<Vec<_>>(),
     })
 }

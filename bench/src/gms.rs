@@ -10,7 +10,10 @@ use tempfile::TempDir;
 use crate::cpu::CpuRange;
 use crate::gms_report::{self, Record};
 use crate::gms_scene::{Queue, Samples};
-use crate::report::{OutputArgs, order, progress};
+use crate::hiccup::HiccupMeter;
+use crate::output::{OutputArgs, Told};
+use crate::progress::Progress;
+use crate::report::{Quantiles, order};
 use crate::servers::{Server, find_program, version_of};
 use crate::{interrupt, usage_error};
 
@@ -87,7 +90,9 @@ pub(crate) fn run(args: &GmsArgs) -> Result<()> {
     if args.rounds == 0 || args.waiting.contains(&0) || args.waiting.is_empty() {
         return Err(usage_error("--rounds and --waiting must be at least 1"));
     }
+    args.output.check()?;
     interrupt::install();
+    let hiccup = HiccupMeter::start()?;
     raise_files()?;
     let ends = CpuRange::ends_of_this_thread()?;
     let args = &GmsArgs {
@@ -105,46 +110,54 @@ pub(crate) fn run(args: &GmsArgs) -> Result<()> {
     if let Some(cpus) = args.pin_client {
         cpus.bind_this_thread()?;
     }
-    let mut records: Vec<Vec<Record>> = Vec::new();
-    for arm in &arms {
-        records.push(args.waiting.iter().map(|n| Record::new(*n)).collect());
-        progress(&format!("{}: {} queues", arm.name, arm.queues.len()));
-    }
-    for round in 0..args.rounds {
-        for (index, waiting) in args.waiting.iter().enumerate() {
-            for at in order(arms.len(), round) {
-                let arm = &mut arms[at];
-                let round_of = round + 1;
-                progress(&format!(
-                    "round {round_of} of {}: {} with {waiting} waiting",
-                    args.rounds, arm.name
-                ));
-                arm.server.check_alive()?;
-                let samples = slice(args, &mut arm.queues[index])?;
-                records[at][index].add(samples);
-            }
-        }
-    }
-    progress("");
-    let told: Vec<_> = arms
-        .iter()
-        .zip(records)
-        .map(|(arm, records)| gms_report::Arm {
-            name: arm.name,
-            version: arm.version.clone(),
-            records,
-        })
-        .collect();
-    args.output
-        .print_table(&gms_report::table(&told, &skipped))?;
+    let told = measure(args, &mut arms)?;
+    let hiccup_us = Quantiles::of_ns(&hiccup.take());
+    let tables = gms_report::table(&told, &skipped);
+    args.output.print_table(&tables)?;
     let settings = serde_json::json!({
         "rounds": args.rounds, "turns": args.turns, "allocations": args.allocations,
         "kills": args.kills, "logs_transitions": !args.quiet,
         "client_cpus": args.pin_client.map(|cpus| cpus.to_string()),
         "service_cpus": args.pin_service.map(|cpus| cpus.to_string()),
     });
-    args.output
-        .write_json("gms", &gms_report::json(&told, &skipped, settings))
+    args.output.finish(&Told {
+        kind: "gms",
+        report: &gms_report::json(&told, &skipped, settings, hiccup_us),
+        tables: &tables,
+        panels: &[],
+    })
+}
+
+/// All rounds; what each arm has shown, and the first arm once more: its difference is noise.
+fn measure(args: &GmsArgs, arms: &mut [Arm]) -> Result<Vec<gms_report::Arm>> {
+    let records = || args.waiting.iter().map(|n| Record::new(*n)).collect();
+    let mut told: Vec<gms_report::Arm> = Vec::new();
+    for (arm, suffix) in arms
+        .iter()
+        .zip([""; 2])
+        .chain(arms.first().zip(Some("-again")))
+    {
+        told.push(gms_report::Arm {
+            name: format!("{}{suffix}", arm.name),
+            version: arm.version.clone(),
+            records: records(),
+        });
+    }
+    let mut progress = Progress::of(args.rounds * args.waiting.len() * told.len());
+    for round in 0..args.rounds {
+        for (index, waiting) in args.waiting.iter().enumerate() {
+            for at in order(told.len(), round) {
+                let (round_of, rounds, name) = (round + 1, args.rounds, &told[at].name);
+                let what = format!("round {round_of} of {rounds}: {name} with {waiting} waiting");
+                progress.begin(&what);
+                let arm = if at == arms.len() { 0 } else { at };
+                arms[arm].server.check_alive()?;
+                let samples = slice(args, &mut arms[arm].queues[index])?;
+                told[at].records[index].add(samples);
+            }
+        }
+    }
+    Ok(told)
 }
 
 fn slice(args: &GmsArgs, queue: &mut Queue) -> Result<Samples> {

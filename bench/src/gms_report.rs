@@ -3,12 +3,13 @@
 use serde_json::{Value, json};
 
 use crate::gms_scene::{Samples, Step};
-use crate::report::{Quantiles, Spread, Table, figure, host, now_utc, ratio_text};
+use crate::ratio::{Ratio, ratio_text};
+use crate::report::{Quantiles, Table, figure, host, now_utc};
 
 /// One service.
 pub(crate) struct Arm {
     /// Its name.
-    pub(crate) name: &'static str,
+    pub(crate) name: String,
     /// What it calls itself.
     pub(crate) version: String,
     /// One for each number of waiting clients.
@@ -54,8 +55,8 @@ impl Record {
 }
 
 /// How many times longer `other` takes than `own`, round by round.
-fn times(own: &Record, other: &Record, step: Step, quantile: f64) -> Option<Spread> {
-    Spread::of_ratios(
+fn times(own: &Record, other: &Record, step: Step, quantile: f64) -> Option<Ratio> {
+    Ratio::of_rounds(
         &other.by_round(step, quantile),
         &own.by_round(step, quantile),
     )
@@ -81,6 +82,7 @@ pub(crate) fn table(arms: &[Arm], skipped: &[String]) -> String {
         "p99.9",
         "asyncio/corelane p50",
         "p99",
+        "again/corelane p50 (noise)",
     ]);
     let Some(own) = arms.first() else { return out };
     for (index, record) in own.records.iter().enumerate() {
@@ -88,12 +90,21 @@ pub(crate) fn table(arms: &[Arm], skipped: &[String]) -> String {
             let mut row = vec![format!("{} {}", record.waiting, step.name())];
             let quantiles = record.all(step);
             row.extend([quantiles.p50, quantiles.p99, quantiles.p999].map(figure));
-            if let Some(other) = arms.get(1).and_then(|arm| arm.records.get(index)) {
+            let record_of = |name: &str| {
+                let arm = arms.iter().find(|arm| arm.name == name);
+                arm.and_then(|arm| arm.records.get(index))
+            };
+            if let Some(other) = record_of("asyncio") {
                 let quantiles = other.all(step);
                 row.extend([quantiles.p50, quantiles.p99, quantiles.p999].map(figure));
                 row.push(ratio_text(times(record, other, step, 0.5)));
                 row.push(ratio_text(times(record, other, step, 0.99)));
+            } else {
+                row.extend(["-"; 5].map(str::to_owned));
             }
+            let again = record_of("corelane-again");
+            let noise = again.and_then(|again| times(record, again, step, 0.5));
+            row.push(ratio_text(noise));
             table.row(row);
         }
     }
@@ -102,7 +113,12 @@ pub(crate) fn table(arms: &[Arm], skipped: &[String]) -> String {
 }
 
 /// The JSON, `corelane-bench/gms/1`.
-pub(crate) fn json(arms: &[Arm], skipped: &[String], settings: Value) -> Value {
+pub(crate) fn json(
+    arms: &[Arm],
+    skipped: &[String],
+    settings: Value,
+    hiccup_us: Quantiles,
+) -> Value {
     let own = arms.first();
     let steps = |arm: &Arm, index: usize, record: &Record| -> Value {
         let base = own.filter(|own| own.name != arm.name);
@@ -138,6 +154,7 @@ pub(crate) fn json(arms: &[Arm], skipped: &[String], settings: Value) -> Value {
         "host": host(),
         "settings": settings,
         "skipped": skipped,
+        "hiccup_us": hiccup_us,
         "arms": told.collect::<Vec<_>>(),
     })
 }

@@ -1,20 +1,20 @@
 //! `corelane-bench hop`: the same frames to the sink directly and through each process in the
 //! middle, arm after arm in one interleaved run.
 
-use std::time::Duration;
+use std::time::SystemTime;
 
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 
 use crate::arrivals::Arrivals;
 use crate::cpu::Pins;
-use crate::export::{ExportArgs, Panel};
+use crate::curves::Panel;
 use crate::hop_report::{self, Record};
 use crate::hop_scene::Scene;
 use crate::interrupt;
 use crate::load::Shape;
 use crate::middle::CorelaneArgs;
-use crate::report::OutputArgs;
+use crate::output::{ExportArgs, OutputArgs, Told};
 use crate::usage_error;
 
 /// What may stand in the middle.
@@ -38,6 +38,7 @@ Examples:
   corelane-bench hop --vs haproxy --connections 1 --rounds 10 --seconds 3
   corelane-bench hop --pin client=0,middle=1,sink=0 --strace --json hop.json
   corelane-bench hop --rate 1000,20000 --arrivals poisson,burst8 --ack on_accept
+  corelane-bench hop --observed --vs corelane --ack on_accept --connections 64 --rounds 10
   corelane-bench hop --corelane-core 'idle = \"spin\"' --json - | jq '.loads[].arms[]'
 
 Latencies are in microseconds. CPU is user and system time of the process in the middle with all
@@ -55,6 +56,10 @@ pub(crate) struct HopArgs {
     /// One more arm: HAProxy with `option splice-auto`.
     #[arg(long)]
     pub(crate) haproxy_splice: bool,
+    /// What it costs to be watched: further arms of corelane without flight recorder, and with
+    /// all that can watch it: flight recorder, traces (1 %), /metrics each second, corelane top.
+    #[arg(long)]
+    pub(crate) observed: bool,
     #[command(flatten)]
     pub(crate) corelane: CorelaneArgs,
     /// Connections of each load [default: 1,64; with --rate: 1].
@@ -128,7 +133,7 @@ impl HopArgs {
         if !(1..=30 << 20).contains(&self.payload) {
             return Err(usage_error("--payload must be 1 byte to 30 MiB"));
         }
-        Ok(())
+        self.output.check()
     }
 
     /// The loads in the order they run.
@@ -166,6 +171,7 @@ impl HopArgs {
 pub(crate) fn run(args: &HopArgs) -> Result<()> {
     args.check()?;
     interrupt::install();
+    let began = SystemTime::now();
     let mut scene = Scene::start(args)?;
     for note in &scene.skipped {
         eprintln!("left out: {note}");
@@ -175,10 +181,16 @@ pub(crate) fn run(args: &HopArgs) -> Result<()> {
         records.push(scene.measure(args, shape)?);
     }
     let report = hop_report::report(args, &scene, &records);
-    args.output
-        .print_table(&hop_report::text(args, &scene, &records))?;
-    args.output.write_json("hop", &report)?;
-    args.export.write(&panels(args, &scene, &records))?;
+    let tables = hop_report::text(args, &scene, &records);
+    let panels = panels(args, &scene, &records);
+    args.output.print_table(&tables)?;
+    args.export.write(&panels, began)?;
+    args.output.finish(&Told {
+        kind: "hop",
+        report: &report,
+        tables: &tables,
+        panels: &panels,
+    })?;
     let errors: u64 = records
         .iter()
         .flatten()
@@ -196,15 +208,12 @@ pub(crate) fn run(args: &HopArgs) -> Result<()> {
 }
 
 /// The distributions of each load.
-fn panels<'a>(args: &HopArgs, scene: &'a Scene, records: &'a [Vec<Record>]) -> Vec<Panel<'a>> {
-    let measured = Duration::from_secs_f64(args.seconds * args.rounds as f64);
-    let panel = |(shape, records): (Shape, &'a Vec<Record>)| {
+fn panels(args: &HopArgs, scene: &Scene, records: &[Vec<Record>]) -> Vec<Panel> {
+    let panel = |(shape, records): (Shape, &Vec<Record>)| {
         let curves = scene.arms.iter().zip(records);
-        let curves = curves.map(|(arm, record)| (arm.name.as_str(), &record.latency_ns));
         Panel {
             title: shape.to_string(),
-            curves: curves.collect(),
-            measured,
+            curves: curves.map(|(arm, record)| record.curve(arm)).collect(),
         }
     };
     args.loads().into_iter().zip(records).map(panel).collect()

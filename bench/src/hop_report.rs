@@ -1,17 +1,18 @@
 //! What `hop` tells: the tables and the JSON of its records.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use hdrhistogram::Histogram;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::curves::{Curve, Interval};
 use crate::hop::HopArgs;
 use crate::hop_scene::{Arm, Scene};
 use crate::load::Found;
-use crate::report::{
-    Quantiles, Spread, Table, figure, host, median, new_histogram, now_utc, ratio_text,
-};
+use crate::ratio::{Ratio, ratio_text};
+use crate::report::{Quantiles, Table, figure, host, median, new_histogram, now_utc};
 
 /// One arm in one round. Microseconds and counts are per request.
 #[derive(Clone, Debug, Serialize)]
@@ -60,6 +61,7 @@ pub(crate) struct Record {
     pub(crate) latency_ns: Histogram<u64>,
     lag_ns: Histogram<u64>,
     hiccup_ns: Histogram<u64>,
+    intervals: Vec<Interval>,
 }
 
 impl Default for Record {
@@ -71,20 +73,46 @@ impl Default for Record {
             latency_ns: new_histogram(),
             lag_ns: new_histogram(),
             hiccup_ns: new_histogram(),
+            intervals: Vec::new(),
         }
     }
 }
 
 impl Record {
-    /// Adds a round.
-    pub(crate) fn add(&mut self, round: Round, found: &Found, hiccup_ns: &Histogram<u64>) {
+    /// Adds a round that began at `start`, since the run did.
+    pub(crate) fn add(
+        &mut self,
+        round: Round,
+        start: Duration,
+        found: &Found,
+        hiccup_ns: &Histogram<u64>,
+    ) {
         self.rounds.push(round);
         // The bounds of all histograms are the same, so adding cannot fail.
         self.latency_ns += &found.latency_ns;
         self.lag_ns += &found.lag_ns;
         self.hiccup_ns += hiccup_ns;
+        self.intervals.push(Interval {
+            start,
+            length: found.elapsed,
+            latency_ns: found.latency_ns.clone(),
+        });
         if self.refusal.is_none() {
             self.refusal.clone_from(&found.refusal);
+        }
+    }
+
+    /// Its distributions, an interval for each round.
+    pub(crate) fn curve(&self, arm: &Arm) -> Curve {
+        Curve {
+            arm: arm.name.clone(),
+            intervals: self.intervals.clone(),
+            requests_per_s: self.median(|r| r.requests_per_s),
+            cpu_us: arm
+                .version
+                .is_some()
+                .then(|| self.median(|r| r.middle_cpu_us)),
+            hiccup_ns: self.hiccup_ns.clone(),
         }
     }
 
@@ -114,8 +142,8 @@ const FIGURES: [Figure; 5] = [
     ("middle_cpu_us", |r| r.middle_cpu_us),
 ];
 
-fn ratio(of: &Record, by: &Record, figure: fn(&Round) -> f64) -> Option<Spread> {
-    Spread::of_ratios(&of.series(figure), &by.series(figure))
+fn ratio(of: &Record, by: &Record, figure: fn(&Round) -> f64) -> Option<Ratio> {
+    Ratio::of_rounds(&of.series(figure), &by.series(figure))
 }
 
 fn ratios(of: &Record, by: Option<&Record>) -> Value {
@@ -261,7 +289,7 @@ fn figures_table(scene: &Scene, records: &[Record]) -> Table {
 
 fn ratios_table(scene: &Scene, records: &[Record]) -> Table {
     let mut table = Table::new(&[
-        "median ratio [least..greatest]",
+        "ratio [95 %]",
         "p50 / direct",
         "p99 / direct",
         "p99.9 / direct",

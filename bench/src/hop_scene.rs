@@ -6,7 +6,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use hdrhistogram::Histogram;
@@ -19,8 +19,10 @@ use crate::hop::{HopArgs, Vs};
 use crate::hop_report::{Record, Round};
 use crate::interrupt::wait_for;
 use crate::load::{self, Edge, Found, Shape, Slice};
-use crate::middle::{Corelane, Discovery, Proxy, Route, instance_address};
-use crate::report::{Quantiles, order, progress, round};
+use crate::middle::{Ack, Corelane, Discovery, Proxy, Route, instance_address};
+use crate::observed::{Watch, Watched, Watching};
+use crate::progress::Progress;
+use crate::report::{Quantiles, order, round};
 use crate::servers::{START_LIMIT, Server, version_of};
 use crate::strace::Trace;
 
@@ -35,6 +37,7 @@ pub(crate) struct Arm {
     target: SocketAddr,
     frame: RequestFrame,
     middle: Option<Server>,
+    watched: Option<Watched>,
 }
 
 impl Arm {
@@ -54,6 +57,7 @@ pub(crate) struct Scene {
     pub(crate) sink_cpus: String,
     sink: Server,
     hiccup: HiccupMeter,
+    began: Instant,
     dir: TempDir,
 }
 
@@ -76,6 +80,7 @@ impl Scene {
             sink_cpus: allowed_cpus(sink.pid()),
             sink,
             hiccup: HiccupMeter::start()?,
+            began: Instant::now(),
             dir,
         };
         scene.add_direct("direct", address, args)?;
@@ -113,6 +118,7 @@ impl Scene {
             target: sink,
             frame: RequestFrame::new(DIRECT_PATH, args.payload)?,
             middle: None,
+            watched: None,
         });
         Ok(())
     }
@@ -123,30 +129,54 @@ impl Scene {
                 .push("corelane is not beside this program nor on PATH (--corelane)".into());
             return Ok(());
         };
-        let instance = instance_address(sink, DIRECT_PATH);
-        for ack in args.corelane.ack.list() {
-            let corelane = Corelane::start(
-                &args.corelane,
-                &program,
-                self.dir.path(),
-                &Discovery::Memory(&instance),
-                &Route {
-                    listen: LISTEN,
-                    target: TARGET,
-                    ack: *ack,
-                },
-                args.pin.unwrap_or_default().middle,
-                &[],
-            )?;
-            self.arms.push(Arm {
-                name: format!("corelane/{ack}"),
-                version: Some(version_of(&program, "--version")),
-                cpus: Some(allowed_cpus(corelane.server.pid())),
-                target: corelane.address,
-                frame: RequestFrame::new(&corelane.path, args.payload)?,
-                middle: Some(corelane.server),
-            });
+        if args.observed {
+            Watch::check()?;
         }
+        for ack in args.corelane.ack.list() {
+            for watching in Watching::arms(args.observed) {
+                self.add_one_corelane(args, &program, sink, *ack, *watching)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn add_one_corelane(
+        &mut self,
+        args: &HopArgs,
+        program: &Path,
+        sink: SocketAddr,
+        ack: Ack,
+        watching: Watching,
+    ) -> Result<()> {
+        let dir = self.dir.path().join(format!("{ack}{}", watching.suffix()));
+        fs::create_dir_all(&dir)?;
+        let corelane = Corelane::start(
+            &args.corelane.with_core(watching.core()),
+            program,
+            &dir,
+            &Discovery::Memory(&instance_address(sink, DIRECT_PATH)),
+            &Route {
+                listen: LISTEN,
+                target: TARGET,
+                ack,
+            },
+            args.pin.unwrap_or_default().middle,
+            &watching.variables(),
+        )?;
+        let watched = Watched {
+            program: program.to_owned(),
+            dir,
+            status: corelane.status,
+        };
+        self.arms.push(Arm {
+            name: format!("corelane/{ack}{}", watching.suffix()),
+            version: Some(version_of(program, "--version")),
+            cpus: Some(allowed_cpus(corelane.server.pid())),
+            target: corelane.address,
+            frame: RequestFrame::new(&corelane.path, args.payload)?,
+            middle: Some(corelane.server),
+            watched: (watching == Watching::On).then_some(watched),
+        });
         Ok(())
     }
 
@@ -167,6 +197,7 @@ impl Scene {
             target,
             frame: RequestFrame::new(DIRECT_PATH, args.payload)?,
             middle: Some(server),
+            watched: None,
         });
         Ok(())
     }
@@ -201,27 +232,25 @@ impl Scene {
     /// All rounds of one load; a record per arm.
     pub(crate) fn measure(&mut self, args: &HopArgs, shape: Shape) -> Result<Vec<Record>> {
         let mut records: Vec<Record> = self.arms.iter().map(|_| Record::default()).collect();
+        let traced = if args.strace { self.arms.len() } else { 0 };
+        let mut progress = Progress::of(args.rounds * self.arms.len() + traced);
         for number in 0..args.rounds {
             for index in order(self.arms.len(), number) {
                 let name = &self.arms[index].name;
-                progress(&format!(
-                    "{shape}: round {} of {}, {name}",
-                    number + 1,
-                    args.rounds
-                ));
+                let (round, rounds) = (number + 1, args.rounds);
+                progress.begin(&format!("{shape}: round {round} of {rounds}, {name}"));
                 self.slice(args, shape, number, index, &mut records[index])?;
             }
         }
         if args.strace {
             for (index, record) in records.iter_mut().enumerate() {
-                progress(&format!(
+                progress.begin(&format!(
                     "{shape}: system calls of {}",
                     self.arms[index].name
                 ));
                 record.calls_per_request = self.trace(args, shape, index)?;
             }
         }
-        progress("");
         Ok(records)
     }
 
@@ -234,18 +263,23 @@ impl Scene {
         record: &mut Record,
     ) -> Result<()> {
         let Self {
-            arms, sink, hiccup, ..
+            arms,
+            sink,
+            hiccup,
+            began,
+            ..
         } = self;
         let Arm {
             name,
             target,
             frame,
             middle,
+            watched,
             ..
         } = &mut arms[index];
         let middle_pid = middle.as_ref().map(Server::pid);
         let (mut before, mut after) = (Counters::default(), Counters::default());
-        let mut hiccups = None;
+        let (mut hiccups, mut start) = (None, Duration::ZERO);
         let slice = Slice {
             target: *target,
             frame,
@@ -254,10 +288,12 @@ impl Scene {
             window: Duration::from_secs_f64(args.seconds),
             seed: number as u64 + 1,
         };
+        let watch = watched.as_ref().map(Watch::start).transpose()?;
         let found = load::run(slice, &mut |edge| {
             match edge {
                 Edge::Open => {
                     hiccup.take();
+                    start = began.elapsed();
                     before = Counters::read(middle_pid, sink.pid());
                 }
                 Edge::Close => {
@@ -271,9 +307,11 @@ impl Scene {
             server.check_alive()?;
         }
         let found = found.with_context(|| format!("arm {name}, {shape}"))?;
+        watch.map(Watch::finish).transpose()?;
         let hiccups = hiccups.context("the window never closed")?;
         record.add(
             round_of(number, &found, before, after, &hiccups),
+            start,
             &found,
             &hiccups,
         );

@@ -8,15 +8,15 @@ use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 
 use crate::cpu::Pins;
+use crate::hiccup::HiccupMeter;
 use crate::interrupt;
 use crate::lane_handoff::{BODY_BYTES_MAX, Handoff};
 use crate::lane_path::PathArm;
 use crate::lane_worker::Way;
 use crate::middle::CorelaneArgs;
-use crate::report::{
-    OutputArgs, Quantiles, Spread, Table, figure, host, interleave, median, now_utc, ratio_text,
-    round,
-};
+use crate::output::{OutputArgs, Told};
+use crate::ratio::{Ratio, ratio_text};
+use crate::report::{Quantiles, Spread, Table, figure, host, interleave, median, now_utc, round};
 use crate::usage_error;
 
 /// Arguments of `lane`.
@@ -29,7 +29,8 @@ Examples:
 
 Hand-off: a body from this process's memory into the worker's, and word back; spinning and blocking.
 Path: whole requests of Dynamo's wire, to the worker's memory, and the response to the caller.
-Ratios are medians over rounds, each round against tcp of the same round, [least..greatest].")]
+Ratios are medians over rounds, each round against tcp of the same round, [95 % interval].
+tcp-again is tcp once more: what it differs by is noise.")]
 pub(crate) struct LaneArgs {
     #[command(flatten)]
     corelane: CorelaneArgs,
@@ -59,6 +60,8 @@ pub(crate) struct LaneArgs {
 
 const WAYS: [Way; 3] = [Way::Lane, Way::Unix, Way::Tcp];
 const PATHS: [&str; 4] = ["lane", "tcp", "unix-direct", "tcp-direct"];
+/// `tcp` once more, over the same sockets: what it differs by is noise.
+const AGAIN: &str = "tcp-again";
 
 /// What one arm has shown with one size, a value for each round.
 #[derive(Clone, Default)]
@@ -99,7 +102,9 @@ pub(crate) fn run(args: &LaneArgs) -> Result<()> {
             "--bodies must be 64 bytes to 32 MiB, --rounds at least 1",
         ));
     }
+    args.output.check()?;
     interrupt::install();
+    let hiccup = HiccupMeter::start()?;
     let program = args.corelane.find()?;
     let program =
         program.context("corelane is not beside this program nor on PATH (--corelane)")?;
@@ -122,8 +127,15 @@ pub(crate) fn run(args: &LaneArgs) -> Result<()> {
     for body_bytes in args.bodies.iter().copied() {
         groups.push(path(args, body_bytes, &mut arms)?);
     }
-    args.output.print_table(&text(&groups))?;
-    args.output.write_json("lane", &report(args, &groups))
+    let hiccup_us = Quantiles::of_ns(&hiccup.take());
+    let tables = text(&groups);
+    args.output.print_table(&tables)?;
+    args.output.finish(&Told {
+        kind: "lane",
+        report: &report(args, &groups, hiccup_us),
+        tables: &tables,
+        panels: &[],
+    })
 }
 
 /// Only after the children were started: they take over the CPUs of the thread that starts them.
@@ -144,11 +156,13 @@ fn times(args: &LaneArgs) -> (Duration, Duration) {
 fn handoff(args: &LaneArgs, spin: bool, body_bytes: usize, arms: &mut [Handoff]) -> Result<Group> {
     let mode = if spin { "spinning" } else { "blocking" };
     let title = format!("hand-off of {body_bytes} bytes, {mode}");
-    let names = WAYS.map(Way::name);
+    let names = [WAYS.map(Way::name).as_slice(), &[AGAIN]].concat();
+    let tcp = WAYS.iter().position(|way| *way == Way::Tcp).unwrap_or(0);
     let mut records = vec![Record::default(); names.len()];
     let (warmup, seconds) = times(args);
     interleave(&title, args.rounds, &names, |_, index| {
-        let found = arms[index].slice(body_bytes, warmup, seconds)?;
+        let arm = if index == WAYS.len() { tcp } else { index };
+        let found = arms[arm].slice(body_bytes, warmup, seconds)?;
         let record = &mut records[index];
         record.count(&found.latency_ns);
         if !spin {
@@ -156,21 +170,24 @@ fn handoff(args: &LaneArgs, spin: bool, body_bytes: usize, arms: &mut [Handoff])
         }
         Ok(())
     })?;
-    let names = names.map(str::to_owned);
+    let names = names.into_iter().map(str::to_owned);
     Ok(Group {
         title,
         body_bytes,
-        arms: names.into_iter().zip(records).collect(),
+        arms: names.zip(records).collect(),
     })
 }
 
 fn path(args: &LaneArgs, body_bytes: usize, arms: &mut [PathArm]) -> Result<Group> {
     let title = format!("path of {body_bytes} bytes");
-    let names: Vec<String> = arms.iter().map(|arm| arm.name.to_owned()).collect();
+    let mut names: Vec<String> = arms.iter().map(|arm| arm.name.to_owned()).collect();
+    let tcp = names.iter().position(|name| name == "tcp").unwrap_or(0);
+    names.push(AGAIN.to_owned());
     let mut records = vec![Record::default(); names.len()];
     let (warmup, seconds) = times(args);
     interleave(&title, args.rounds, &names, |_, index| {
-        let found = arms[index].slice(body_bytes, warmup, seconds)?;
+        let arm = if index == arms.len() { tcp } else { index };
+        let found = arms[arm].slice(body_bytes, warmup, seconds)?;
         let record = &mut records[index];
         record.count(&found.request_ns);
         let whole = Quantiles::of_ns(&found.whole_ns);
@@ -223,11 +240,11 @@ fn text(groups: &[Group]) -> String {
             table.row(vec![
                 name.clone(),
                 value(&record.p50_us),
-                ratio_text(Spread::of_ratios(&record.p50_us, &tcp.p50_us)),
+                ratio_text(Ratio::of_rounds(&record.p50_us, &tcp.p50_us)),
                 value(&record.p99_us),
                 value(&record.whole_p50_us),
                 value(&record.cpu_us),
-                ratio_text(Spread::of_ratios(&record.cpu_us, &tcp.cpu_us)),
+                ratio_text(Ratio::of_rounds(&record.cpu_us, &tcp.cpu_us)),
                 copied,
             ]);
         }
@@ -236,7 +253,7 @@ fn text(groups: &[Group]) -> String {
     out
 }
 
-fn report(args: &LaneArgs, groups: &[Group]) -> Value {
+fn report(args: &LaneArgs, groups: &[Group], hiccup_us: Quantiles) -> Value {
     let arm = |group: &Group, name: &str, record: &Record| {
         let spread = |values: &[f64]| Spread::of(values.iter().copied());
         let tcp = group.tcp();
@@ -250,9 +267,9 @@ fn report(args: &LaneArgs, groups: &[Group]) -> Value {
             "worker_cpu_us": spread(&record.worker_us),
             "copied_per_byte": spread(&record.copied),
             "ratio_to_tcp": {
-                "p50": Spread::of_ratios(&record.p50_us, &tcp.p50_us),
-                "cpu_us": Spread::of_ratios(&record.cpu_us, &tcp.cpu_us),
-                "router_cpu_us": Spread::of_ratios(&record.router_us, &tcp.router_us),
+                "p50": Ratio::of_rounds(&record.p50_us, &tcp.p50_us),
+                "cpu_us": Ratio::of_rounds(&record.cpu_us, &tcp.cpu_us),
+                "router_cpu_us": Ratio::of_rounds(&record.router_us, &tcp.router_us),
             },
         })
     };
@@ -273,6 +290,7 @@ fn report(args: &LaneArgs, groups: &[Group]) -> Value {
             "seconds": round(args.seconds),
             "warmup_s": round(args.warmup),
         },
+        "hiccup_us": hiccup_us,
         "groups": groups.iter().map(group).collect::<Vec<_>>(),
     })
 }

@@ -109,6 +109,7 @@ fn lane(args: &WorkerArgs) -> Result<()> {
         } else {
             Duration::ZERO
         },
+        numa_node: None,
     };
     let mut worker = attach(&args.socket, &options)?;
     say("ready")?;

@@ -3,21 +3,23 @@
 
 mod arrivals;
 mod cpu;
+mod curves;
 mod dynamo;
 mod event_codec;
 mod events;
 mod events_broker;
 mod events_load;
-mod export;
 mod frames;
 mod gms;
 mod gms_client;
 mod gms_report;
 mod gms_scene;
+mod hdr_files;
 mod hiccup;
 mod hop;
 mod hop_report;
 mod hop_scene;
+mod html;
 mod instructions;
 mod interrupt;
 mod kv;
@@ -25,17 +27,28 @@ mod lane;
 mod lane_handoff;
 mod lane_path;
 mod lane_worker;
+mod listener;
 mod load;
 mod middle;
+mod observed;
+mod output;
 mod pair;
 mod pair_client;
+mod plots;
 mod poll;
+mod progress;
+mod ratio;
 mod report;
+mod server;
+mod server_load;
+mod server_report;
+mod server_scene;
 mod servers;
 mod sink;
 mod stock;
 mod stock_report;
 mod strace;
+mod thresholds;
 
 use std::process::ExitCode;
 
@@ -48,12 +61,13 @@ use clap::Parser;
     version,
     after_help = "\
 Examples:
-  corelane-bench hop --rounds 6 --seconds 2
+  corelane-bench hop --rounds 6 --seconds 2 --html hop.html
+  corelane-bench server --address 127.0.0.1:7000/0/dynamo/router/generate
   corelane-bench stock --dyn-worker PATH --dyn-client PATH
   corelane-bench pair --dyn-worker PATH --dyn-client PATH --loads unary:128:64
   corelane-bench gms --python run/venv/bin/python
 
-Exit status: 0 done, 1 failed (also when requests were refused), 2 bad usage."
+Exit status: 0 done, 1 failed (also when requests were refused or thresholds broken), 2 bad usage."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -64,6 +78,8 @@ struct Cli {
 enum Job {
     /// Raw request frames and their acks: directly, through corelane, HAProxy and nginx
     Hop(Box<hop::HopArgs>),
+    /// Any address of Dynamo's request plane: at rates, or swept to the knee
+    Server(Box<server::ServerArgs>),
     /// An unmodified Dynamo client and worker: directly, and through corelane
     Stock(Box<stock::StockArgs>),
     /// Requests to a worker process of this host: a shared-memory lane, Unix socket, TCP loopback
@@ -112,6 +128,7 @@ pub(crate) fn usage_error(text: impl Into<String>) -> anyhow::Error {
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Job::Hop(args) => hop::run(&args),
+        Job::Server(args) => server::run(&args),
         Job::Stock(args) => stock::run(&args),
         Job::Lane(args) => lane::run(&args),
         Job::LaneWorker(args) => lane_worker::run(&args),

@@ -73,6 +73,14 @@ pub(crate) struct CorelaneArgs {
 }
 
 impl CorelaneArgs {
+    /// The same with more lines for the table `[core]`.
+    pub(crate) fn with_core(&self, lines: &[&str]) -> Self {
+        let mut args = self.clone();
+        let lines = lines.iter().map(|line| (*line).to_owned());
+        args.corelane_core.extend(lines);
+        args
+    }
+
     /// Where the program is; `None` if it was not named and is nowhere to be found.
     pub(crate) fn find(&self) -> Result<Option<PathBuf>> {
         if let Some(path) = &self.corelane {

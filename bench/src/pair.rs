@@ -18,7 +18,8 @@ use crate::dynamo::{
 };
 use crate::hiccup::HiccupMeter;
 use crate::interrupt;
-use crate::report::{OutputArgs, Quantiles, Table, figure, host, median, now_utc};
+use crate::output::{OutputArgs, Told};
+use crate::report::{Quantiles, Table, figure, host, median, now_utc};
 use crate::servers::Server;
 use crate::stock_report::Round;
 use crate::usage_error;
@@ -155,13 +156,15 @@ const CONFIGS: [(&str, &[(&str, &str)]); 3] = [
 ];
 /// The corelane worker's place behind those of Dynamo.
 const CORELANE: usize = CONFIGS.len();
-const ARMS: [Arm; 6] = [
+const ARMS: [Arm; 7] = [
     arm("stock plain", Some(0), 0),
     arm("stock 1thread", Some(1), 1),
     arm("stock quic0", Some(2), 2),
     arm("stock client + corelane worker", Some(0), CORELANE),
     arm("stock 1thread client + corelane worker", Some(1), CORELANE),
     arm("corelane client + corelane worker", None, CORELANE),
+    // The first one once more: noise.
+    arm("stock plain-again", Some(0), 0),
 ];
 const STOCK: std::ops::Range<usize> = 0..3;
 const MIXED: std::ops::Range<usize> = 3..5;
@@ -200,9 +203,10 @@ pub(crate) fn run(args: &PairArgs) -> Result<()> {
             "--rounds must be at least 1, --seconds 0.1 to 600, --warmup at most 60",
         ));
     }
+    args.output.check()?;
     interrupt::install();
     let mut scene = Scene::start(args)?;
-    let mut reports = Vec::new();
+    let (mut reports, mut tables) = (Vec::new(), String::new());
     let mut errors = 0;
     for load in &args.loads {
         let records = scene.measure(args, *load)?;
@@ -211,7 +215,9 @@ pub(crate) fn run(args: &PairArgs) -> Result<()> {
             .flatten()
             .map(|round| round.errors)
             .sum::<u64>();
-        args.output.print_table(&text(args, *load, &records))?;
+        let table = text(args, *load, &records);
+        args.output.print_table(&table)?;
+        tables.push_str(&table);
         reports.push(json!({ "load": load.to_string(), "arms": arms(&records) }));
     }
     let report = json!({
@@ -223,7 +229,12 @@ pub(crate) fn run(args: &PairArgs) -> Result<()> {
         },
         "loads": reports,
     });
-    args.output.write_json("pair", &report)?;
+    args.output.finish(&Told {
+        kind: "pair",
+        report: &report,
+        tables: &tables,
+        panels: &[],
+    })?;
     if errors > 0 {
         bail!("{errors} requests failed; the numbers beside them mean little");
     }

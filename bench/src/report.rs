@@ -1,15 +1,14 @@
-//! From samples to what people read: medians over rounds, ratios with their spread, tables with
-//! units, dated JSON files.
+//! From samples to what people read: quantiles, medians over rounds, tables with units, the host.
 
 use std::fs;
-use std::io::{IsTerminal as _, Write as _};
-use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 use serde_json::{Value, json};
+
+use crate::progress::Progress;
 
 /// An empty latency histogram: 1 ns to 120 s, three significant digits.
 pub(crate) fn new_histogram() -> Histogram<u64> {
@@ -81,11 +80,6 @@ impl Spread {
             max: round(max),
         })
     }
-
-    /// Of `of[i] / by[i]`: each round against the same round, since machines drift between rounds.
-    pub(crate) fn of_ratios(of: &[f64], by: &[f64]) -> Option<Self> {
-        Self::of(of.iter().zip(by).map(|(of, by)| of / by))
-    }
 }
 
 /// The median alone; 0 of nothing.
@@ -114,17 +108,15 @@ pub(crate) fn interleave(
     arms: &[impl AsRef<str>],
     mut run: impl FnMut(usize, usize) -> Result<()>,
 ) -> Result<()> {
+    let mut progress = Progress::of(rounds * arms.len());
     for number in 0..rounds {
         for index in order(arms.len(), number) {
             let name = arms[index].as_ref();
-            progress(&format!(
-                "{title}: round {} of {rounds}, {name}",
-                number + 1
-            ));
+            let round = number + 1;
+            progress.begin(&format!("{title}: round {round} of {rounds}, {name}"));
             run(number, index)?;
         }
     }
-    progress("");
     Ok(())
 }
 
@@ -149,14 +141,6 @@ fn group(value: f64) -> String {
         out.push(digit);
     }
     if value < 0.0 { format!("-{out}") } else { out }
-}
-
-/// A ratio for a table: `1.23 [1.20..1.31]`.
-pub(crate) fn ratio_text(spread: Option<Spread>) -> String {
-    match spread {
-        Some(s) => format!("{:.2} [{:.2}..{:.2}]", s.median, s.min, s.max),
-        None => "-".into(),
-    }
 }
 
 /// Rows under a header; the first column to the left, the others to the right.
@@ -203,71 +187,6 @@ impl Table {
         }
         out
     }
-}
-
-/// Shows what goes on, in one line of the terminal that the next one replaces; nothing where
-/// standard error is not a terminal.
-pub(crate) fn progress(text: &str) {
-    if std::io::stderr().is_terminal() {
-        eprint!("\r\x1b[K{text}");
-    }
-}
-
-/// Where the results of a run go.
-#[derive(clap::Args, Clone, Debug, Default)]
-pub(crate) struct OutputArgs {
-    /// Write the report as JSON to this file; `-` is standard output (the table then goes to
-    /// standard error).
-    #[arg(long, value_name = "FILE")]
-    pub(crate) json: Option<PathBuf>,
-    /// Keep the report as a dated JSON file in this directory.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) out: Option<PathBuf>,
-}
-
-impl OutputArgs {
-    fn json_on_stdout(&self) -> bool {
-        self.json.as_deref() == Some(Path::new("-"))
-    }
-
-    /// Prints the tables where they do not mix with the JSON.
-    pub(crate) fn print_table(&self, text: &str) -> Result<()> {
-        if cfg!(debug_assertions) {
-            eprintln!("this is a debug build: its numbers are for trying, not for telling");
-        }
-        match self.json_on_stdout() {
-            true => eprintln!("{text}"),
-            false => writeln!(std::io::stdout(), "{text}").context("cannot print")?,
-        }
-        Ok(())
-    }
-
-    /// Writes the JSON wherever it was asked for.
-    pub(crate) fn write_json(&self, kind: &str, report: &Value) -> Result<()> {
-        let text = format!("{report:#}\n");
-        if self.json_on_stdout() {
-            std::io::stdout()
-                .write_all(text.as_bytes())
-                .context("cannot print")?;
-        } else if let Some(file) = &self.json {
-            write_file(file, &text)?;
-        }
-        if let Some(dir) = &self.out {
-            fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-            let stamp: String = report["when"]
-                .as_str()
-                .unwrap_or("undated")
-                .replace([':', '-'], "");
-            let file = dir.join(format!("{kind}-{stamp}.json"));
-            write_file(&file, &text)?;
-            eprintln!("kept {}", file.display());
-        }
-        Ok(())
-    }
-}
-
-fn write_file(file: &Path, text: &str) -> Result<()> {
-    fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))
 }
 
 /// The present time in UTC, as `2026-01-31T12:00:00Z`.
@@ -330,15 +249,6 @@ mod tests {
         assert_eq!(median([]), 0.0);
         let spread = Spread::of([2.0, 9.0, 1.0]).unwrap();
         assert_eq!((spread.min, spread.median, spread.max), (1.0, 2.0, 9.0));
-    }
-
-    #[test]
-    fn ratios_compare_round_with_round() {
-        // The machine became twice as slow after the first round: the ratio does not notice.
-        let spread = Spread::of_ratios(&[20.0, 40.0, 42.0], &[10.0, 20.0, 20.0]).unwrap();
-        assert_eq!((spread.min, spread.median, spread.max), (2.0, 2.0, 2.1));
-        assert_eq!(Spread::of_ratios(&[1.0], &[0.0]), None);
-        assert_eq!(Spread::of_ratios(&[], &[]), None);
     }
 
     #[test]

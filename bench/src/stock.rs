@@ -19,7 +19,8 @@ use crate::dynamo::{
 use crate::hiccup::HiccupMeter;
 use crate::interrupt::{self, wait_for};
 use crate::middle::{Ack, Corelane, CorelaneArgs, Discovery, Route};
-use crate::report::{OutputArgs, Quantiles};
+use crate::output::{OutputArgs, Told};
+use crate::report::Quantiles;
 use crate::servers::{START_LIMIT, Server, version_of};
 use crate::stock_report::{self, Round};
 use crate::usage_error;
@@ -94,7 +95,7 @@ impl StockArgs {
                 "--seconds must be 0.1 to 3600, --warmup at most 60",
             ));
         }
-        Ok(())
+        self.output.check()
     }
 }
 
@@ -187,9 +188,14 @@ pub(crate) fn run(args: &StockArgs) -> Result<()> {
         records.push(scene.measure(args, *load)?);
     }
     let report = stock_report::report(args, &scene.arms, &records);
-    args.output
-        .print_table(&stock_report::text(args, &scene.arms, &records))?;
-    args.output.write_json("stock", &report)?;
+    let tables = stock_report::text(args, &scene.arms, &records);
+    args.output.print_table(&tables)?;
+    args.output.finish(&Told {
+        kind: "stock",
+        report: &report,
+        tables: &tables,
+        panels: &[],
+    })?;
     let errors: u64 = records
         .iter()
         .flatten()

@@ -3,7 +3,8 @@
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::report::{Quantiles, Spread, Table, figure, host, median, now_utc, ratio_text};
+use crate::ratio::{Ratio, ratio_text};
+use crate::report::{Quantiles, Spread, Table, figure, host, median, now_utc};
 use crate::stock::{Arm, StockArgs};
 
 /// One arm in one round. Microseconds and counts are per request.
@@ -66,9 +67,9 @@ fn last(round: &Round, quantile: fn(&Quantiles) -> f64) -> f64 {
     round.last_item_us.as_ref().map_or(f64::NAN, quantile)
 }
 
-fn ratio(of: &[Round], by: &[Round], figure: fn(&Round) -> f64) -> Option<Spread> {
+fn ratio(of: &[Round], by: &[Round], figure: fn(&Round) -> f64) -> Option<Ratio> {
     let series = |rounds: &[Round]| rounds.iter().map(figure).collect::<Vec<_>>();
-    Spread::of_ratios(&series(of), &series(by))
+    Ratio::of_rounds(&series(of), &series(by))
 }
 
 fn middle(rounds: &[Round], figure: impl Fn(&Round) -> f64) -> f64 {

@@ -5,6 +5,8 @@
 mod event;
 mod prompt;
 
+#[cfg(feature = "curve")]
+pub use crate::curve::fuzz::curve;
 pub use event::{Derived, event_envelope, event_frame, event_hello, event_names, event_payload};
 pub use prompt::{kv_headers, token_ids};
 
@@ -36,6 +38,8 @@ pub const ALL: &[(&str, Hook)] = &[
     ("zmtp_greeting", zmtp_greeting),
     ("zmtp_command", zmtp_command),
     ("zmtp_frame", zmtp_frame),
+    #[cfg(feature = "curve")]
+    ("curve", curve),
     ("item_json", item_json),
     ("item_msgpack", item_msgpack),
     ("error", error),

@@ -26,6 +26,8 @@
 
 pub mod call_home;
 pub mod control_message;
+#[cfg(feature = "curve")]
+pub mod curve;
 mod decoded;
 pub mod discovery;
 pub mod error;

@@ -47,8 +47,8 @@ pub enum Fault {
         /// The peer's major version.
         major: u8,
     },
-    /// Another security mechanism than NULL.
-    #[error("another security mechanism than NULL")]
+    /// A security mechanism that is neither NULL nor CURVE.
+    #[error("a security mechanism that is neither NULL nor CURVE")]
     Mechanism,
     /// Reserved flags, or a combination that there is not.
     #[error("frame flags {flags:#04x} are none")]
@@ -72,30 +72,63 @@ pub enum Fault {
     Unexpected,
 }
 
+/// How a connection is protected. Both sides have to say the same.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Mechanism {
+    /// Not at all.
+    #[default]
+    Null,
+    /// Encrypted, and each side knows the other by its key.
+    Curve,
+}
+
+impl Mechanism {
+    const ALL: [Mechanism; 2] = [Mechanism::Null, Mechanism::Curve];
+
+    /// Its name in a greeting.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Mechanism::Null => "NULL",
+            Mechanism::Curve => "CURVE",
+        }
+    }
+}
+
 /// What a peer says first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Greeting {
     /// Its minor version of ZMTP 3.
     pub minor: u8,
-    /// It calls itself the server of the security handshake; without meaning for NULL.
+    /// What its security mechanism is.
+    pub mechanism: Mechanism,
+    /// It calls itself the server of the security handshake; without meaning for NULL, and libzmq
+    /// says so of no side of CURVE.
     pub as_server: bool,
 }
 
 /// Our greeting: version 3.1, mechanism NULL.
 #[must_use]
 pub const fn greeting() -> [u8; GREETING_BYTES] {
+    greeting_with(Mechanism::Null, false)
+}
+
+/// Our greeting with a mechanism: version 3.1.
+#[must_use]
+pub const fn greeting_with(mechanism: Mechanism, as_server: bool) -> [u8; GREETING_BYTES] {
     let mut out = [0; GREETING_BYTES];
     out[0] = 0xff;
     out[8] = 1;
     out[9] = 0x7f;
     out[10] = 3;
     out[11] = 1;
-    let name = b"NULL";
+    let name = mechanism.name().as_bytes();
     let mut at = 0;
     while at < name.len() {
         out[12 + at] = name[at];
         at += 1;
     }
+    out[32] = as_server as u8;
     out
 }
 
@@ -116,10 +149,13 @@ pub fn decode_greeting(input: &[u8]) -> Decoded<Greeting> {
     };
     let mechanism = greeting[12..32].trim_ascii_end();
     let end = mechanism.iter().position(|byte| *byte == 0);
-    if &mechanism[..end.unwrap_or(mechanism.len())] != b"NULL" {
+    let name = &mechanism[..end.unwrap_or(mechanism.len())];
+    let is_it = |mechanism: &Mechanism| mechanism.name().as_bytes() == name;
+    let Some(mechanism) = Mechanism::ALL.into_iter().find(is_it) else {
         return bad(Fault::Mechanism);
-    }
+    };
     Decoded::Frame(Greeting {
+        mechanism,
         // A later major version speaks ours as well, by the protocol's own rule.
         minor: if greeting[10] > 3 { 1 } else { greeting[11] },
         as_server: greeting[32] == 1,
@@ -145,6 +181,24 @@ impl Head {
     pub fn frame_bytes(&self) -> usize {
         self.head_bytes + self.body_bytes
     }
+
+    /// It as it is written, short if it can be, and how many bytes of that count.
+    #[must_use]
+    pub fn written(&self) -> ([u8; HEAD_BYTES_MAX], usize) {
+        let command = if self.command { COMMAND } else { 0 };
+        head(self.body_bytes, command | u8::from(self.more))
+    }
+}
+
+fn head(body_bytes: usize, flags: u8) -> ([u8; HEAD_BYTES_MAX], usize) {
+    let mut out = [0; HEAD_BYTES_MAX];
+    if let Ok(bytes) = u8::try_from(body_bytes) {
+        (out[0], out[1]) = (flags, bytes);
+        return (out, 2);
+    }
+    out[0] = flags | LONG;
+    out[1..].copy_from_slice(&(body_bytes as u64).to_be_bytes());
+    (out, HEAD_BYTES_MAX)
 }
 
 /// Reads the beginning of a frame whose body may have `max_bytes`. The body need not be there.
@@ -186,12 +240,8 @@ pub fn write_head(body_bytes: usize, more: bool, out: &mut Vec<u8>) {
 }
 
 fn write_flags(body_bytes: usize, flags: u8, out: &mut Vec<u8>) {
-    if let Ok(bytes) = u8::try_from(body_bytes) {
-        out.extend_from_slice(&[flags, bytes]);
-    } else {
-        out.push(flags | LONG);
-        out.extend_from_slice(&(body_bytes as u64).to_be_bytes());
-    }
+    let (head, bytes) = head(body_bytes, flags);
+    out.extend_from_slice(&head[..bytes]);
 }
 
 /// What a command says.
@@ -278,13 +328,26 @@ pub fn write_command(name: &str, data: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(data);
 }
 
-/// Writes READY for a socket of this type, `XPUB` for example.
-pub fn write_ready(socket_type: &str, out: &mut Vec<u8>) {
+/// The properties of a socket of this type, `XPUB` for example.
+#[must_use]
+pub fn properties(socket_type: &str) -> Vec<u8> {
     let mut data = vec![11];
     data.extend_from_slice(b"Socket-Type");
     data.extend_from_slice(&(socket_type.len() as u32).to_be_bytes());
     data.extend_from_slice(socket_type.as_bytes());
-    write_command("READY", &data, out);
+    data
+}
+
+/// Writes READY for a socket of this type.
+pub fn write_ready(socket_type: &str, out: &mut Vec<u8>) {
+    write_command("READY", &properties(socket_type), out);
+}
+
+/// Writes ERROR: why a peer is not served, in 255 bytes at most; what is longer is cut.
+pub fn write_error(reason: &str, out: &mut Vec<u8>) {
+    let reason = &reason.as_bytes()[..reason.len().min(255)];
+    let data = [&[reason.len() as u8], reason].concat();
+    write_command("ERROR", &data, out);
 }
 
 /// Writes a wish, or its end: a command for 3.1, a message of one part for 3.0.
@@ -320,8 +383,12 @@ mod tests {
         let ours = greeting();
         let frame = Greeting {
             minor: 1,
+            mechanism: Mechanism::Null,
             as_server: false,
         };
+        let curve = greeting_with(Mechanism::Curve, true);
+        let said = decode_greeting(&curve).frame().unwrap();
+        assert_eq!((said.mechanism, said.as_server), (Mechanism::Curve, true));
         assert_eq!(decode_greeting(&ours), Decoded::Frame(frame));
         assert_eq!(decode_greeting(&ours[..63]), Decoded::Need(64));
         assert_eq!(decode_greeting(&[]), Decoded::Need(1));
@@ -411,6 +478,9 @@ mod tests {
             Ok(Command::Error(b"no"))
         );
         assert_eq!(decode_command(b"\x03NEW.."), Ok(Command::Other(b"NEW")));
+        let mut refusal = Vec::new();
+        write_error("400", &mut refusal);
+        assert_eq!(refusal, b"\x04\x0a\x05ERROR\x03400");
         for cut in [&b""[..], b"\x09PING", b"\x05ERROR\x03no", b"\x04PING\x00"] {
             assert_eq!(decode_command(cut), Err(Fault::Command));
         }

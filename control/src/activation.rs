@@ -130,6 +130,13 @@ impl Handed {
             let set = socket.set_nonblocking(nonblocking);
             set.map_err(|error| Stop::Usage(format!("a socket that was handed over: {error}")))?;
             core.config.handed = Some(Arc::clone(socket));
+            if std::mem::take(&mut core.alone) {
+                let core = core.config.shard;
+                tracing::warn!(
+                    core,
+                    "listen of its own does nothing: sockets are handed over"
+                );
+            }
         }
         Ok(())
     }
@@ -178,6 +185,7 @@ mod tests {
             config: ShardConfig::new(shard, shard, RingKind::Epoll, None),
             cause: "configured",
             required: false,
+            alone: false,
         };
         Plan {
             control_cpu: 0,

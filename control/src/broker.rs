@@ -19,7 +19,7 @@ use corelane_codec::event::{
 use corelane_engine::config::RingKind;
 use corelane_engine::events::stats::Stats;
 use corelane_engine::events::{
-    self, Command, Door, DoorKind, Overflow, PlaneConfig, PlaneHandle, Report,
+    self, Command, Door, DoorKind, Overflow, PlaneConfig, PlaneHandle, Report, Security,
 };
 use corelane_engine::executor::listen;
 use corelane_engine::mesh::Sender;
@@ -30,7 +30,7 @@ use tokio::task::spawn_local;
 use crate::config::{self, Config};
 use crate::cores;
 use crate::discovery::{Discovery, Entry, Record, Registered};
-use crate::events::{BROKER_COMPONENT, reports};
+use crate::events::{BROKER_COMPONENT, CurveOptions, reports};
 use crate::preflight;
 
 /// The topic of the records of brokers.
@@ -54,12 +54,11 @@ impl Broker {
     /// # Errors
     /// A port is taken, or there is no thread for it.
     pub fn start(config: &Config, broker: &config::Broker, ring: RingKind) -> Result<Rc<Self>> {
-        let (xsub, publishers) = door(broker.xsub, DoorKind::Publishers, "xsub")?;
-        let (xpub, subscribers) = door(broker.xpub, DoorKind::Subscribers, "xpub")?;
-        let mut doors = vec![publishers, subscribers];
+        let protection = config.curve.load()?;
+        let (mut doors, (xsub, xpub)) = doors(broker, &protection.doors)?;
         let mut tcp = None;
         if let Some(address) = broker.tcp {
-            let (bound, plain) = door(address, DoorKind::Plain, "tcp")?;
+            let (bound, plain) = door(address, DoorKind::Plain, &Security::Null, "tcp")?;
             tracing::info!(tcp = %bound, "events: listening for plain TCP");
             doors.push(plain);
             tcp = Some(bound);
@@ -76,7 +75,8 @@ impl Broker {
         let plane = plane.context("cannot start the event plane")?;
         tracing::info!(
             xsub = channel.xsub_endpoints[0], xpub = channel.xpub_endpoints[0],
-            overflow = %broker.overflow, "events: broker listening"
+            overflow = %broker.overflow, curve = words(&config.curve, broker),
+            "events: broker listening"
         );
         let wake = plane.reports.as_fd().try_clone_to_owned();
         let wake = wake.and_then(cores::register);
@@ -176,7 +176,38 @@ impl Broker {
     }
 }
 
-fn door(address: SocketAddr, kind: DoorKind, key: &str) -> Result<(SocketAddr, Door)> {
+/// The doors for ZMTP, and where those are that discovery tells of: the ones without CURVE where
+/// there are both.
+fn doors(
+    broker: &config::Broker,
+    security: &Security,
+) -> Result<(Vec<Door>, (SocketAddr, SocketAddr))> {
+    let pair = |(xsub, xpub), security, keys: [&str; 2]| {
+        let (xsub, publishers) = door(xsub, DoorKind::Publishers, security, keys[0])?;
+        let (xpub, subscribers) = door(xpub, DoorKind::Subscribers, security, keys[1])?;
+        anyhow::Ok((vec![publishers, subscribers], (xsub, xpub)))
+    };
+    let first = if broker.curve.is_some() {
+        &Security::Null
+    } else {
+        security
+    };
+    let (mut doors, told) = pair((broker.xsub, broker.xpub), first, ["xsub", "xpub"])?;
+    if let Some(addresses) = broker.curve {
+        let keys = ["curve_xsub", "curve_xpub"];
+        let (sealed, (xsub, xpub)) = pair(addresses, security, keys)?;
+        tracing::info!(%xsub, %xpub, "events: listening for ZMQ with CURVE");
+        doors.extend(sealed);
+    }
+    Ok((doors, told))
+}
+
+fn door(
+    address: SocketAddr,
+    kind: DoorKind,
+    security: &Security,
+    key: &str,
+) -> Result<(SocketAddr, Door)> {
     let bound = listen(address, false, false).and_then(|listener: TcpListener| {
         let address = listener.local_addr()?;
         Ok((address, listener))
@@ -188,8 +219,18 @@ fn door(address: SocketAddr, kind: DoorKind, key: &str) -> Result<(SocketAddr, D
         listener,
         kind,
         group: 0,
+        security: security.clone(),
     };
     Ok((bound, door))
+}
+
+/// Whom those addresses are for.
+fn words(curve: &CurveOptions, broker: &config::Broker) -> &'static str {
+    match (&curve.secret_key_file, broker.curve) {
+        (Some(_), None) => "wanted",
+        (Some(_), Some(_)) => "beside",
+        (None, _) => "off",
+    }
 }
 
 /// The address that others are told of a bound one.

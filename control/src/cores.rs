@@ -6,23 +6,23 @@
 //! ```
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
 
-use corelane_engine::balance::{Imbalance, Neighbour};
-use corelane_engine::config::RingKind;
+use corelane_engine::config::{RingKind, ShardConfig};
 use corelane_engine::ends::Ends;
 use corelane_engine::executor::{self, ShardHandle, StartError};
 use corelane_engine::mesh;
+use corelane_engine::settings::Census;
 use corelane_engine::shard::{Command, Report};
 use corelane_engine::stats::Stats;
 use thiserror::Error;
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{broadcast, oneshot, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::preflight::{Plan, Planned, ring_word};
@@ -30,6 +30,11 @@ use crate::quic::{Quic, QuicError};
 use crate::steering::{self, Group, placing, unsteered};
 use crate::tls::{self, Tls, TlsError};
 use crate::trace;
+
+mod together;
+
+pub(crate) use self::together::register;
+use self::together::wanted_address;
 
 /// Longest wait until all shards listen; taking gigabytes of buffers takes a while.
 const START_MAX: Duration = Duration::from_secs(30);
@@ -174,12 +179,12 @@ impl Cores {
         };
         let mut address = wanted_address(plan)?;
         let mut list: Vec<Core> = Vec::with_capacity(plan.shards.len());
-        let group = Group::new(placing(plan), plan.cpus());
+        let group = Group::new(placing(plan), plan.members());
         group.tell();
         for planned in &plan.shards {
             let mut planned = planned.clone();
-            planned.config.steering = group.program();
-            planned.config.listen = planned.config.listen.and(Some(address));
+            planned.config.steering = group.program(planned.config.shard);
+            planned.listen_at(address);
             tls::ask(&mut planned.config, &plan.tls);
             let own = ends(planned.config.shard);
             quic.ask(&mut planned.config, own.home)?;
@@ -188,7 +193,12 @@ impl Cores {
             tls::attend(&tls, &mut handle);
             quic.attend(&mut handle);
             // The first one has chosen the port of all.
-            address = handle.address.unwrap_or(address);
+            if !planned.alone {
+                address = handle.address.unwrap_or(address);
+            }
+            if let Some(own) = handle.address.filter(|_| planned.alone) {
+                tracing::info!(core = handle.shard, address = %own, "a core listens by itself");
+            }
             list.push(Core {
                 planned: RefCell::new(planned),
                 handle: RefCell::new(handle),
@@ -259,9 +269,9 @@ impl Cores {
             );
             planned.config.ring = RingKind::Epoll;
             planned.cause = "start_failed";
-            planned.config.listen = planned.config.listen.and(Some(self.address));
+            planned.listen_at(self.address);
             self.group.again(index);
-            planned.config.steering = self.group.program();
+            planned.config.steering = self.group.program(index);
             if let Some(handed) = &planned.config.handed {
                 // Its mode is that of all who share it; io_uring takes either.
                 let _ = handed.set_nonblocking(true);
@@ -369,29 +379,6 @@ impl Cores {
         self.list.iter().all(runs)
     }
 
-    /// Makes the cores known to each other where connections may go from one to the other.
-    async fn introduce(&self) {
-        let hands_over =
-            |core: &Core| core.planned.borrow().config.imbalance == Imbalance::LeastConnections;
-        if self.list.len() < 2 || !self.list.iter().any(hands_over) {
-            return;
-        }
-        let neighbour = |core: &Core| {
-            let handle = core.handle.borrow();
-            Neighbour {
-                stats: Arc::clone(&handle.stats),
-                commands: handle.commands(),
-            }
-        };
-        let others = |index: usize| {
-            let others = self.list.iter().enumerate();
-            let others = others.filter(|(other, _)| *other != index);
-            others.map(|(_, core)| neighbour(core)).collect()
-        };
-        self.tell_each(|index| Command::Neighbours(others(index)))
-            .await;
-    }
-
     /// Waits until a shard has ended that was not told to.
     pub async fn failed(&self) {
         let mut changes = self.changes.subscribe();
@@ -409,21 +396,58 @@ impl Cores {
 
     /// The same with a command for each, by its index.
     pub async fn tell_each(&self, command: impl Fn(usize) -> Command) {
-        for (index, core) in self.list.iter().enumerate() {
-            let deadline = Instant::now() + COMMAND_MAX;
-            let mut next = command(index);
-            while !matches!(&*core.state.borrow(), State::Ended { .. }) {
-                let outcome = core.handle.borrow().command(next);
-                let Err(back) = outcome else { break };
-                next = back;
-                if Instant::now() >= deadline {
-                    let core = core.planned.borrow().config.shard;
-                    tracing::error!(core, "a core does not take commands");
-                    break;
-                }
-                sleep(Duration::from_millis(1)).await;
-            }
+        for index in 0..self.list.len() {
+            self.tell_one(index, command(index)).await;
         }
+    }
+
+    /// The same to one, by its index.
+    pub async fn tell_one(&self, index: usize, command: Command) {
+        let Some(core) = self.list.get(index) else {
+            return;
+        };
+        let deadline = Instant::now() + COMMAND_MAX;
+        let mut next = command;
+        while !matches!(&*core.state.borrow(), State::Ended { .. }) {
+            let outcome = core.handle.borrow().command(next);
+            let Err(back) = outcome else { break };
+            next = back;
+            if Instant::now() >= deadline {
+                let core = core.planned.borrow().config.shard;
+                tracing::error!(core, "a core does not take commands");
+                break;
+            }
+            sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    /// Places in the directory whose routes some shard still has requests or responses of; `None`
+    /// if one does not say.
+    pub async fn census(&self) -> Option<BTreeSet<u32>> {
+        let mut answers = Vec::with_capacity(self.list.len());
+        for (index, core) in self.list.iter().enumerate() {
+            if matches!(&*core.state.borrow(), State::Ended { .. }) {
+                continue;
+            }
+            let (send, answer) = oneshot::channel();
+            // Nobody waits any more when it is given up.
+            let told = Box::new(move |places| drop(send.send(places)));
+            let census = Command::Census(Census { answer: told });
+            self.tell_one(index, census).await;
+            answers.push(answer);
+        }
+        let mut all = BTreeSet::new();
+        for answer in answers {
+            all.extend(timeout(COMMAND_MAX, answer).await.ok()?.ok()?);
+        }
+        Some(all)
+    }
+
+    /// The numbers of one shard, by its index; `None` once it has ended.
+    pub fn stats(&self, index: usize) -> Option<Arc<Stats>> {
+        let core = self.list.get(index)?;
+        let ended = matches!(&*core.state.borrow(), State::Ended { .. });
+        (!ended).then(|| Arc::clone(&core.handle.borrow().stats))
     }
 
     /// The ways to hand commands to each shard from any thread; they hold as long as no shard is
@@ -463,6 +487,13 @@ impl Cores {
             }
         };
         self.list.iter().map(view).collect()
+    }
+
+    /// What each was told at its start.
+    pub fn configs(&self) -> Vec<ShardConfig> {
+        let each = self.list.iter();
+        each.map(|core| core.planned.borrow().config.clone())
+            .collect()
     }
 
     /// Sums one number over the shards that run.
@@ -550,33 +581,6 @@ impl Cores {
         }
         self.quic.finish().await;
     }
-}
-
-/// The address to bind. Shards share their port with whoever of the same user asks for it, so a
-/// port that another process has is found out by asking for it alone.
-fn wanted_address(plan: &Plan) -> Result<SocketAddr, CoresError> {
-    let mut handed = plan
-        .shards
-        .iter()
-        .filter_map(|shard| shard.config.handed.as_ref());
-    if let Some(address) = handed.find_map(|socket| socket.local_addr().ok()) {
-        return Ok(address);
-    }
-    let listen = plan.shards.iter().find_map(|shard| shard.config.listen);
-    let address = listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0)));
-    if address.port() != 0 {
-        let alone = executor::listen(address, false, true);
-        alone.map_err(|source| CoresError::Listen { address, source })?;
-    }
-    Ok(address)
-}
-
-#[expect(
-    deprecated,
-    reason = "sound for an OwnedFd, which is open and the same until dropped"
-)]
-pub(crate) fn register(wake: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
-    AsyncFd::with_interest(wake, Interest::READABLE)
 }
 
 async fn read_reports(cores: Weak<Cores>, index: usize, wake: AsyncFd<OwnedFd>) {

@@ -124,6 +124,7 @@ fn server_config(gpu: &Gpu, names: &Names) -> Result<ServerConfig> {
     Ok(ServerConfig {
         connections_max: gpu.connections_max as usize,
         uids_allowed: gpu.uids.clone(),
+        spin: Duration::from_micros(gpu.spin_us.into()),
         ..ServerConfig::new(pools)
     })
 }
@@ -217,6 +218,7 @@ mod tests {
             alloc_retry_interval_ms: 20,
             alloc_retry_timeout_ms: 0,
             durable_layout: DurableLayout::Keep,
+            spin_us: 7,
         }
     }
 
@@ -224,6 +226,7 @@ mod tests {
     fn settings_reach_every_pool() {
         let config = server_config(&gpu("/run".as_ref()), &Names::default()).unwrap();
         assert_eq!((config.pools.len(), config.connections_max), (8, 7));
+        assert_eq!(config.spin, Duration::from_micros(7));
         let paths: Vec<_> = config.pools.iter().map(|pool| pool.path.clone()).collect();
         assert!(
             paths.contains(&"/run/gms_3_kv_cache.sock".into()),

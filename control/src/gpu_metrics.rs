@@ -20,14 +20,6 @@ use prometheus_client::registry::Registry;
 
 use crate::gpu_memory::GpuMemory;
 
-const STATES: [State; 5] = [
-    State::Empty,
-    State::Rw,
-    State::Committed,
-    State::Ro,
-    State::LayoutCommitted,
-];
-
 type Gauge = (&'static str, &'static str, fn(&PoolGauges) -> u64);
 
 /// Numbers that go up and down.
@@ -155,7 +147,7 @@ impl Snapshot {
         let mut family = encoder.encode_descriptor("state", help, None, MetricType::Gauge)?;
         for pool in &self.pools {
             let [gpu, tag, generation] = &pool.labels;
-            for state in STATES {
+            for state in State::ALL {
                 let labels = [
                     (gpu.0, gpu.1.as_str()),
                     (tag.0, &tag.1),

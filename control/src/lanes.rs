@@ -157,7 +157,8 @@ impl Hub {
             id => id,
         };
         self.workers.borrow_mut().insert(worker);
-        if let Err(error) = self.attach(route, lane, worker, &socket).await {
+        let node = hello.numa_node();
+        if let Err(error) = self.attach(route, lane, worker, node, &socket).await {
             tracing::warn!(socket = %path.display(), %error, "a worker could not be attached");
             self.cores.tell(|| Command::EndLanes { worker }).await;
             self.workers.borrow_mut().remove(&worker);
@@ -202,6 +203,7 @@ impl Hub {
         route: usize,
         lane: &RouteLane,
         worker: u64,
+        numa_node: Option<u32>,
         socket: &UnixStream,
     ) -> Result<()> {
         let size = LaneSize {
@@ -213,6 +215,11 @@ impl Hub {
         for core in 0..cores {
             let head = size.head(core as u32, cores as u32, worker);
             let fds = LaneFds::create(&head)?;
+            if let Some(node) = numa_node
+                && let Err(error) = fds.prefer_node(&head, node)
+            {
+                tracing::warn!(worker, core, node, %error, "a slab is not near its GPU");
+            }
             fds.offer(socket, &head)?;
             lanes.push_back(Box::new(NewLane::new(route as u32, &head, fds)?));
         }

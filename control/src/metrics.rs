@@ -84,6 +84,8 @@ pub struct RouteNumbers {
     pub listen: String,
     /// The endpoint whose instances get the requests.
     pub target: String,
+    /// Its place in the directory, if its responses are relayed.
+    pub relayed_at: Option<usize>,
     /// Instances in the directory.
     pub instances: usize,
     /// Whether our record stands in discovery.
@@ -116,7 +118,7 @@ impl Snapshot {
         Self {
             cores: cores
                 .iter()
-                .map(|core| core_numbers(core, routes.len()))
+                .map(|core| core_numbers(core, &routes))
                 .collect(),
             routes,
             own,
@@ -175,9 +177,9 @@ fn number(name: &'static str, kind: CellKind, help: &'static str, value: u64) ->
     }
 }
 
-fn core_numbers(core: &CoreView, routes: usize) -> CoreNumbers {
-    let relayed = |route: usize| {
-        let stats = core.stats.routes.get(route)?;
+fn core_numbers(core: &CoreView, routes: &[RouteNumbers]) -> CoreNumbers {
+    let relayed = |(route, numbers): (usize, &RouteNumbers)| {
+        let stats = core.stats.routes.get(numbers.relayed_at?)?;
         let both = [&stats.first_item, &stats.inter_item].map(histogram);
         Some((route, both))
     };
@@ -192,7 +194,7 @@ fn core_numbers(core: &CoreView, routes: usize) -> CoreNumbers {
         hop: histogram(&core.stats.hop),
         answer: histogram(&core.stats.answer),
         locality: Locality::of(&core.stats),
-        relayed: (0..routes).filter_map(relayed).collect(),
+        relayed: routes.iter().enumerate().filter_map(relayed).collect(),
     }
 }
 
@@ -440,6 +442,7 @@ mod tests {
         RouteNumbers {
             listen: "a/b/c".into(),
             target: "a/\"d/c".into(),
+            relayed_at: None,
             instances: 3,
             registered: true,
         }
@@ -545,14 +548,15 @@ mod tests {
     #[test]
     fn relayed_routes_have_the_times_of_their_items() {
         let core = core(0, "usable");
-        let route = |listen: &str| RouteNumbers {
+        let route = |listen: &str, relayed_at| RouteNumbers {
             listen: listen.into(),
             target: "a/b/c".into(),
+            relayed_at,
             instances: 1,
             registered: true,
         };
         let take = || {
-            let routes = vec![route("direct/r/g"), route("relay/r/g")];
+            let routes = vec![route("direct/r/g", None), route("relay/r/g", Some(1))];
             let cores = std::slice::from_ref(&core);
             Snapshot::take(cores, routes, process(), None).render()
         };

@@ -21,50 +21,70 @@ use tokio::time::sleep;
 use crate::cards::{CardPublisher, CardWatch, advertised_codec};
 use crate::discovery::{Discovery, Entry, Record, Registered};
 use crate::nats::{NatsError, Requests};
-use crate::publish::{Board, Listed};
+use crate::publish::Listed;
 
 /// A record that could not be stored at once is looked at this often until it is.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
-/// Keeps one route offered until `stopping` turns true. A store that is away delays, never fails.
+/// Keeps one listen endpoint offered until `stopping` turns true, or nothing is listed for it any
+/// more. A store that is away delays, never fails.
 pub struct Offer {
-    /// The routes and our identities.
-    pub board: Rc<Board>,
-    /// Which of the routes.
-    pub index: usize,
+    /// What is listened for.
+    pub listen: EndpointId,
+    /// The route that has it now; once there is none, the endpoint leaves discovery.
+    pub listed: watch::Receiver<Option<Rc<Listed>>>,
     /// Where it is offered.
     pub discovery: Discovery,
     /// What callers are told to dial.
     pub address: SocketAddr,
     /// Requests over NATS, which is where we are offered if they say so.
     pub requests: Option<Requests>,
-    /// Ends it.
+    /// Ends it, and leaves everything as it is.
     pub stopping: watch::Receiver<bool>,
 }
 
 impl Offer {
-    /// Registers, and follows changes of instances, cards and identity.
+    /// Registers, and follows changes of the route, its instances, cards and our identity.
     pub async fn keep(mut self) {
-        let board = Rc::clone(&self.board);
-        let Some(listed) = board.routes().get(self.index) else {
-            return;
-        };
-        let route = &listed.route;
-        let mut instances = listed.subscribe();
-        let mut cards = CardWatch::new(&self.discovery, &route.target);
-        let mut publisher = CardPublisher::new(&self.discovery, &route.listen);
-        let mut identity = self.discovery.identity();
+        let mut publisher = CardPublisher::new(&self.discovery, &self.listen);
         let mut stored_as = None;
         loop {
-            if *self.stopping.borrow() {
+            let listed = self.listed.borrow_and_update().clone();
+            let Some(listed) = listed else {
+                publisher.reconcile(&[], &[]).await;
+                let record = Record::instance_name(&self.listen);
+                self.discovery.unregister(&record).await;
+                tracing::info!(listen = %self.listen, "out of discovery");
+                return;
+            };
+            listed.set_registered(stored_as.is_some());
+            if !self.keep_one(&listed, &mut publisher, &mut stored_as).await {
                 return;
             }
+        }
+    }
+
+    /// Until another route has the endpoint; false when all is to end.
+    async fn keep_one(
+        &mut self,
+        listed: &Listed,
+        publisher: &mut CardPublisher,
+        stored_as: &mut Option<(u64, PayloadCodec)>,
+    ) -> bool {
+        let mut instances = listed.subscribe();
+        let mut cards = CardWatch::new(&self.discovery, &listed.route.target);
+        let mut identity = self.discovery.identity();
+        loop {
+            if *self.stopping.borrow() {
+                return false;
+            }
             let id = *identity.borrow_and_update();
-            let known = instances.borrow_and_update().clone();
+            instances.borrow_and_update();
+            let known = listed.instances();
             let codec = advertised_codec(&known);
-            if stored_as != Some((id, codec)) {
+            if *stored_as != Some((id, codec)) {
                 // Cards first or the record first: readers take either order.
-                stored_as = self
+                *stored_as = self
                     .register(listed, id, codec)
                     .await
                     .then_some((id, codec));
@@ -75,7 +95,8 @@ impl Offer {
                 _ = instances.changed() => {}
                 () = cards.changed() => {}
                 _ = identity.changed() => listed.set_registered(false),
-                _ = self.stopping.wait_for(|stop| *stop) => return,
+                _ = self.listed.changed() => return true,
+                _ = self.stopping.wait_for(|stop| *stop) => return false,
                 () = sleep(LOOK_AGAIN), if again => {}
             }
         }

@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
 
-use corelane_engine::config::{Idle, RingKind, ShardConfig};
+use corelane_engine::config::{Idle, LiveSettings, RingKind, ShardConfig};
 use corelane_engine::ends::HomeAddress;
 use corelane_engine::placement::{self, Assignment, CpuQuota, Topology};
 use corelane_engine::preflight as host;
@@ -28,6 +28,17 @@ pub struct Planned {
     pub cause: &'static str,
     /// Whether epoll will not do in place of io_uring.
     pub required: bool,
+    /// Whether it listens where no other does.
+    pub alone: bool,
+}
+
+impl Planned {
+    /// It listens at the address of all, unless it has one for itself, or listens nowhere.
+    pub(crate) fn listen_at(&mut self, shared: SocketAddr) {
+        if !self.alone {
+            self.config.listen = self.config.listen.and(Some(shared));
+        }
+    }
 }
 
 /// Who runs where.
@@ -48,9 +59,10 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The CPUs of the shards, by index.
-    pub fn cpus(&self) -> Vec<usize> {
-        self.shards.iter().map(|shard| shard.config.cpu).collect()
+    /// The CPU of each shard, and whether it listens together with others, by index.
+    pub fn members(&self) -> Vec<(usize, bool)> {
+        let member = |shard: &Planned| (shard.config.cpu, !shard.alone);
+        self.shards.iter().map(member).collect()
     }
 
     /// Whether the cores take connections from sockets that were handed over.
@@ -79,7 +91,9 @@ pub fn plan(config: &Config) -> Result<Plan, Stop> {
     let mut assigned = placement::assign(&wanted, config.control.placed(), &mask);
     let root = Path::new("/");
     let (quota, cpuset) = (CpuQuota::read(root), placement::cpuset(root));
-    assigned.advise(&Topology::of_host(), quota, cpuset.as_deref());
+    let topology = Topology::of_host();
+    assigned.advise(&topology, quota, cpuset.as_deref());
+    compare_nodes(config, &topology);
     for note in &assigned.notes {
         tracing::info!("placement: {note}");
     }
@@ -95,6 +109,19 @@ pub fn plan(config: &Config) -> Result<Plan, Stop> {
         placing,
         status: None,
     })
+}
+
+/// Says which cores take their memory from another node than that of their CPU.
+fn compare_nodes(config: &Config, topology: &Topology) {
+    for core in &config.cores {
+        let own = topology.cpu(core.cpu).map(|cpu| cpu.node);
+        if let (Some(node), Some(own)) = (core.numa_node, own)
+            && own != node as usize
+        {
+            let cpu = core.cpu;
+            tracing::warn!(cpu, node, own, "numa_node is another than that of the CPU");
+        }
+    }
 }
 
 fn shards(
@@ -113,6 +140,7 @@ fn shards(
         let choice = host::choose(io(core.io), report)
             .map_err(|refused| Stop::HostCannot(refused.to_string()))?;
         let ring = choice.ring;
+        let listen = core.listen.unwrap_or(listen);
         let mut told = shard_config(core, ShardConfig::new(shard, cpu, ring, Some(listen)));
         told.imbalance = config.server.imbalance;
         told.message_bytes_max = u64::from(config.server.message_bytes_max);
@@ -121,6 +149,7 @@ fn shards(
             config: told,
             cause: choice.cause.word(),
             required: core.io == config::Io::Uring,
+            alone: core.listen.is_some(),
         });
     }
     fit_files(&mut shards, report);
@@ -176,6 +205,10 @@ pub(crate) fn idle(idle: config::Idle) -> Idle {
 fn shard_config(core: &Core, defaults: ShardConfig) -> ShardConfig {
     ShardConfig {
         idle: idle(core.idle),
+        ring_depth: core.ring_depth,
+        numa_node: core.numa_node,
+        upstreams_max: core.upstreams_max,
+        instances_max: core.instances_max,
         connections_max: core.connections_max,
         buffer_bytes: core.buffer_bytes,
         buffers: core.buffers,
@@ -185,6 +218,20 @@ fn shard_config(core: &Core, defaults: ShardConfig) -> ShardConfig {
         busy_poll_us: core.busy_poll_us,
         ..defaults
     }
+}
+
+/// What a core on this CPU may be told while it runs. One that nobody named is configured like the
+/// first that was.
+pub(crate) fn live(config: &Config, cpu: usize) -> Option<LiveSettings> {
+    let named = config.cores.iter().find(|core| core.cpu == cpu);
+    let core = named.or(config.cores.first())?;
+    Some(LiveSettings {
+        idle: idle(core.idle),
+        connections_max: core.connections_max,
+        in_flight_max: core.in_flight_max,
+        upstream_queue_bytes: core.upstream_queue_bytes,
+        message_bytes_max: config.server.message_bytes_max.into(),
+    })
 }
 
 /// A table of connections that the limit of open files cannot fill would only hide that limit:
@@ -278,6 +325,7 @@ mod tests {
             config,
             cause: "configured",
             required: false,
+            alone: false,
         }
     }
 

@@ -1,14 +1,13 @@
 //! From what discovery knows to the directory of every shard.
 //!
 //! ```text
-//! InstanceWatch of each route --> Board --(only if something differs)--> Directory --> shards
+//! InstanceWatch of each target --> Board --(only if something differs)--> Directory --> shards
 //! our identities, newest first --^
 //! ```
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::net::SocketAddr;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,7 +20,9 @@ use tokio::time::sleep;
 
 use crate::config::{self, StaticInstance};
 use crate::cores::Cores;
-use crate::discovery::{Discovery, Freshness};
+use crate::discovery::Freshness;
+use crate::sights::{Instances, Sight, Sights};
+use crate::slots::{NoPlace, Proposal, Slots};
 use crate::watch::{Instance, InstanceWatch};
 
 /// Paths of so many of our identities are served: clients keep an address for a while after a
@@ -33,34 +34,59 @@ const PUBLISH_GAP: Duration = Duration::from_millis(5);
 /// Longest wait for the shards to take a directory over.
 const TAKEN_MAX: Duration = Duration::from_millis(100);
 
-/// The instances of one route, shared by whoever wants to know when they change.
-pub type Instances = Rc<[Instance]>;
-
-/// One route as control sees it.
+/// One route as control sees it. It never changes: another one takes its place ([`Slots`]).
 pub struct Listed {
     /// As configured.
     pub route: config::Route,
     /// Known without discovery.
     statics: Vec<Instance>,
-    /// Known now.
-    instances: watch::Sender<Instances>,
-    /// Workers that are attached over lanes.
-    attached: RefCell<Vec<Instance>>,
+    /// What is known of its target.
+    sight: Rc<Sight>,
     /// Whether our record stands in discovery under the present identity.
     registered: Cell<bool>,
-    /// Whether the list is what the store says now, and not the last known one.
-    fresh: watch::Sender<bool>,
+    /// It came later than the process, and has not been registered yet.
+    joins: Cell<bool>,
 }
 
 impl Listed {
-    /// The instances now.
-    pub fn instances(&self) -> Instances {
-        self.instances.borrow().clone()
+    fn new(wanted: Wanted<'_>, sights: &Sights) -> Listed {
+        let route = wanted.route.clone();
+        let sight = sights.of(&route.target, route.lane.is_some());
+        Listed {
+            route,
+            statics: wanted.statics,
+            sight,
+            registered: Cell::new(false),
+            joins: Cell::new(sights.have_begun()),
+        }
     }
 
-    /// Tells about changes.
+    fn is(&self, wanted: &Wanted<'_>) -> bool {
+        self.route == *wanted.route && self.statics == wanted.statics
+    }
+
+    /// The instances now.
+    pub fn instances(&self) -> Instances {
+        let found = self.sight.instances();
+        match self.statics.is_empty() {
+            true => found,
+            false => merged(&self.statics, found.to_vec()).into(),
+        }
+    }
+
+    /// Whether its list of instances is what the store says now.
+    pub fn is_fresh(&self) -> bool {
+        self.sight.is_fresh()
+    }
+
+    /// The number of what its workers publish: routes to one target share it.
+    pub fn feed(&self) -> u32 {
+        self.sight.feed
+    }
+
+    /// Tells when the instances change.
     pub fn subscribe(&self) -> watch::Receiver<Instances> {
-        self.instances.subscribe()
+        self.sight.subscribe()
     }
 
     /// Whether our record stands in discovery.
@@ -68,29 +94,44 @@ impl Listed {
         self.registered.get()
     }
 
+    /// Whether it is new in a process that serves already, and nobody waits for it.
+    pub fn joins(&self) -> bool {
+        self.joins.get()
+    }
+
     /// Notes whether our record stands in discovery.
     pub fn set_registered(&self, registered: bool) {
         self.registered.set(registered);
+        self.joins.set(self.joins.get() && !registered);
     }
+}
 
-    /// Whether the list of instances is what the store says now.
-    pub fn is_fresh(&self) -> bool {
-        *self.fresh.borrow()
-    }
+/// A route of a configuration, and its instances that are written down.
+struct Wanted<'a> {
+    route: &'a config::Route,
+    statics: Vec<Instance>,
+}
 
-    /// Waits until the store has listed the instances for the first time.
-    pub async fn listed(&self) {
-        // The sender is ours.
-        let _ = self.fresh.subscribe().wait_for(|fresh| *fresh).await;
-    }
+fn wanted<'a>(
+    routes: &'a [config::Route],
+    statics: &'a [StaticInstance],
+) -> impl Iterator<Item = (String, Wanted<'a>)> {
+    routes.iter().map(|route| {
+        let own = |instance: &&StaticInstance| instance.endpoint == route.target;
+        let own = statics.iter().filter(own);
+        let statics = merged(&own.map(static_instance).collect::<Vec<_>>(), Vec::new());
+        (route.listen.to_string(), Wanted { route, statics })
+    })
 }
 
 /// All routes, and the directory that the shards have.
 pub struct Board {
-    routes: Vec<Listed>,
+    slots: RefCell<Slots<Listed>>,
+    sights: Sights,
     identities: RefCell<VecDeque<u64>>,
     cores: Rc<Cores>,
-    published: RefCell<Arc<Directory>>,
+    /// What each core has.
+    published: RefCell<Vec<Arc<Directory>>>,
     publications: Cell<u64>,
     /// One publication at a time, so that an older directory never follows a newer one.
     publishing: Mutex<()>,
@@ -104,48 +145,57 @@ impl Board {
         statics: &[StaticInstance],
         cores: &Rc<Cores>,
     ) -> Rc<Board> {
-        let listed = |route: &config::Route| {
-            let own = |instance: &&StaticInstance| instance.endpoint == route.target;
-            let own = statics.iter().filter(own);
-            let statics: Vec<Instance> = own.map(static_instance).collect();
-            Listed {
-                route: route.clone(),
-                instances: watch::Sender::new(merged(&statics, Vec::new()).into()),
-                statics,
-                attached: RefCell::default(),
-                registered: Cell::new(false),
-                fresh: watch::Sender::new(false),
-            }
-        };
-        Rc::new(Board {
-            routes: routes.iter().map(listed).collect(),
+        let board = Board {
+            slots: RefCell::default(),
+            sights: Sights::default(),
             identities: RefCell::default(),
             cores: Rc::clone(cores),
-            published: RefCell::default(),
+            published: RefCell::new(vec![Arc::default(); cores.count()]),
             publications: Cell::new(0),
             publishing: Mutex::new(()),
             changed: Notify::new(),
-        })
+        };
+        match board.propose(routes, statics) {
+            Ok(first) => drop(board.put_in_force(&first)),
+            // More than a file of configuration can hold.
+            Err(error) => tracing::error!(%error, "no route is served"),
+        }
+        board.sights.begun();
+        Rc::new(board)
     }
 
-    /// The routes, in the order of the configuration.
-    pub fn routes(&self) -> &[Listed] {
-        &self.routes
+    /// The routes in force, in the order of the configuration.
+    pub fn routes(&self) -> Vec<Rc<Listed>> {
+        let slots = self.slots.borrow();
+        slots
+            .in_force()
+            .map(|(_, listed)| Rc::clone(listed))
+            .collect()
     }
 
-    /// The number of what the workers of a route publish: routes to one target share it.
-    pub fn feed(&self, index: usize) -> u32 {
-        let target = &self.routes[index].route.target;
-        let first = self
-            .routes
-            .iter()
-            .position(|other| other.route.target == *target);
-        first.unwrap_or(index) as u32
+    /// The same, each with its place in the directory.
+    pub fn placed(&self) -> Vec<(usize, Rc<Listed>)> {
+        let slots = self.slots.borrow();
+        let placed = slots.in_force();
+        placed
+            .map(|(place, listed)| (place, Rc::clone(listed)))
+            .collect()
+    }
+
+    /// What is known of each target.
+    pub fn sights(&self) -> &Sights {
+        &self.sights
     }
 
     /// Directories handed to the shards so far.
     pub fn publications(&self) -> u64 {
         self.publications.get()
+    }
+
+    /// The directory that a core has, or is about to take over. Free places have no name.
+    pub fn published(&self, core: usize) -> Arc<Directory> {
+        let published = self.published.borrow();
+        published.get(core).map(Arc::clone).unwrap_or_default()
     }
 
     /// Our identity now, once there is one.
@@ -176,17 +226,22 @@ impl Board {
     /// Hands the shards a new directory if it differs from the one they have.
     pub async fn publish(&self) {
         let _turn = self.publishing.lock().await;
-        let next = Arc::new(self.directory());
-        if *self.published.borrow() == next {
-            return;
+        let mut any = false;
+        for (core, next) in self.directories().into_iter().enumerate() {
+            if self.published.borrow().get(core) == Some(&next) {
+                continue;
+            }
+            let instances = next.routes.iter().map(|route| route.instances.len());
+            let instances: usize = instances.sum();
+            tracing::debug!(core, instances, "directory published");
+            self.cores
+                .tell_one(core, Command::Directory(Arc::clone(&next)))
+                .await;
+            self.published.borrow_mut()[core] = next;
+            any = true;
         }
-        self.published.replace(Arc::clone(&next));
-        self.publications.set(self.publications.get() + 1);
-        let instances = next.routes.iter().map(|route| route.instances.len());
-        let instances: usize = instances.sum();
-        tracing::debug!(instances, "directory published");
-        let tell = || Command::Directory(Arc::clone(&next));
-        self.cores.tell(tell).await;
+        self.publications
+            .set(self.publications.get() + u64::from(any));
     }
 
     /// Publishes whenever something has changed; never ends.
@@ -198,71 +253,149 @@ impl Board {
         }
     }
 
-    fn directory(&self) -> Directory {
+    /// One for each core; all the same unless a configuration is on trial.
+    fn directories(&self) -> Vec<Arc<Directory>> {
+        let cores = self.cores.count();
+        if self.slots.borrow().are_uniform() {
+            let same = Arc::new(self.directory(0));
+            return vec![same; cores];
+        }
+        let of = |core| Arc::new(self.directory(core));
+        (0..cores).map(of).collect()
+    }
+
+    fn directory(&self, core: usize) -> Directory {
         let identities = self.identities.borrow();
-        let route = |(index, listed): (usize, &Listed)| {
-            let paths = identities
-                .iter()
-                .map(|id| instance_path(*id, &listed.route.listen).into_bytes())
-                .collect();
-            let feed = self.feed(index);
-            route(&listed.route, paths, &listed.instances.borrow(), feed)
+        let place = |held: Option<(&Rc<Listed>, bool)>| {
+            let Some((listed, leads)) = held else {
+                return nothing();
+            };
+            let ids = identities.iter().filter(|_| leads);
+            let paths = ids.map(|id| instance_path(*id, &listed.route.listen).into_bytes());
+            let (paths, feed) = (paths.collect(), listed.feed());
+            route(&listed.route, paths, &listed.instances(), feed)
         };
         Directory {
-            routes: self.routes.iter().enumerate().map(route).collect(),
+            routes: self.slots.borrow().on(core).map(place).collect(),
         }
     }
 
-    /// Follows the instances of one route; never ends. Those on NATS are dialled at `gateway`.
-    pub async fn follow(&self, index: usize, discovery: &Discovery, gateway: Option<SocketAddr>) {
-        let Some(listed) = self.routes.get(index) else {
-            return;
-        };
-        if listed.route.lane.is_some() {
-            // Its workers come to us.
-            listed.fresh.send_replace(true);
-            return std::future::pending().await;
+    /// Finds places for the routes of a configuration; nothing is sent there yet.
+    ///
+    /// # Errors
+    /// Too many routes drain.
+    pub fn propose(
+        &self,
+        routes: &[config::Route],
+        statics: &[StaticInstance],
+    ) -> Result<Proposal, NoPlace> {
+        let make = |wanted: Wanted<'_>| Listed::new(wanted, &self.sights);
+        let mut slots = self.slots.borrow_mut();
+        slots.propose(
+            wanted(routes, statics),
+            |held, wanted| held.is(wanted),
+            make,
+        )
+    }
+
+    /// From the next publication on one core has a proposal.
+    pub fn try_on(&self, proposal: &Proposal, core: usize) {
+        self.slots.borrow_mut().try_on(proposal, core);
+    }
+
+    /// From the next publication on all cores have it. Answers what nobody asks for any more: it is
+    /// served until [`Board::retire`].
+    pub fn put_in_force(&self, proposal: &Proposal) -> Vec<Rc<Listed>> {
+        let mut slots = self.slots.borrow_mut();
+        let removed = slots.put_in_force(proposal);
+        removed
+            .into_iter()
+            .filter_map(|place| slots.at(place))
+            .collect()
+    }
+
+    /// From the next publication on no core has it.
+    pub fn take_back(&self, proposal: &Proposal) {
+        self.slots.borrow_mut().take_back(proposal);
+    }
+
+    /// Takes the paths of a removed route away; what is under way goes on.
+    pub async fn retire(&self, removed: &Rc<Listed>) {
+        if self.slots.borrow_mut().retire(removed) {
+            self.publish().await;
         }
-        let watch = InstanceWatch::new(discovery, &listed.route.target);
-        let mut watch = watch.over_nats(gateway);
+    }
+
+    /// Frees the places of routes that nothing is under way of any more; answers whether some
+    /// remain.
+    pub async fn sweep(&self) -> bool {
+        self.publish().await;
+        let retired = self.slots.borrow().retired();
+        if retired.is_empty() {
+            return false;
+        }
+        if let Some(held) = self.cores.census().await {
+            let free = |place: &usize| !held.contains(&(*place as u32));
+            let places: Vec<usize> = retired.into_iter().filter(free).collect();
+            self.slots.borrow_mut().free(&places);
+            self.sights.tidy();
+            self.publish().await;
+        }
+        !self.slots.borrow().retired().is_empty()
+    }
+
+    /// Follows the instances of one target; never ends. Those on NATS are dialled at `gateway`.
+    pub async fn follow(self: Rc<Self>, sight: Weak<Sight>, mut watch: InstanceWatch) {
         loop {
             watch.changed().await;
-            let found = merged(&listed.statics, watch.instances());
-            self.found(listed, found);
+            let Some(sight) = sight.upgrade() else { return };
             let fresh = watch.freshness() == Freshness::Fresh;
-            listed.fresh.send_replace(fresh);
+            if sight.replace(merged(&[], watch.instances())) {
+                self.changed.notify_one();
+            }
+            sight.set_fresh(fresh);
         }
     }
 
     /// A worker of a route has attached its lanes.
-    pub fn lane_attached(&self, index: usize, worker: Instance) {
-        if let Some(listed) = self.routes.get(index) {
-            listed.attached.borrow_mut().push(worker);
-            self.found(listed, merged(&[], listed.attached.borrow().clone()));
-        }
+    pub fn lane_attached(&self, place: usize, worker: Instance) {
+        self.lanes_are(place, |workers| workers.push(worker));
     }
 
     /// It is gone.
-    pub fn lane_detached(&self, index: usize, worker: u64) {
-        if let Some(listed) = self.routes.get(index) {
-            listed
-                .attached
-                .borrow_mut()
-                .retain(|other| other.id != worker);
-            self.found(listed, merged(&[], listed.attached.borrow().clone()));
-        }
+    pub fn lane_detached(&self, place: usize, worker: u64) {
+        self.lanes_are(place, |workers| workers.retain(|other| other.id != worker));
     }
 
-    fn found(&self, listed: &Listed, found: Vec<Instance>) {
-        let before = listed.instances();
-        if *before == *found {
-            return;
+    fn lanes_are(&self, place: usize, change: impl FnOnce(&mut Vec<Instance>)) {
+        let listed = self.slots.borrow().at(place);
+        if let Some(listed) = listed {
+            let mut workers = listed.sight.instances().to_vec();
+            change(&mut workers);
+            if listed.sight.replace(merged(&[], workers)) {
+                self.changed.notify_one();
+            }
         }
-        let (listen, target) = (&listed.route.listen, &listed.route.target);
-        let (count, was) = (found.len(), before.len());
-        tracing::info!(%listen, %target, instances = count, was, "instances changed");
-        listed.instances.send_replace(found.into());
-        self.changed.notify_one();
+    }
+}
+
+/// What stands at a free place: nothing leads there, and it leads nowhere.
+fn nothing() -> directory::Route {
+    directory::Route {
+        listen: String::new(),
+        target: String::new(),
+        paths: Vec::new(),
+        policy: directory::Policy::RoundRobin,
+        header: String::new(),
+        ack: directory::Ack::OnForward,
+        ack_timeout_ns: 0,
+        retries_max: 0,
+        hold_bytes: 0,
+        relay: None,
+        lane: false,
+        kv: None,
+        load: directory::LoadRule::OWN,
+        instances: Vec::new(),
     }
 }
 

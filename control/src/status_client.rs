@@ -4,6 +4,8 @@ use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::time::Duration;
 
+use crate::status_server;
+
 /// Longest wait for the connect, and for each part of the answer.
 const WAIT_MAX: Duration = Duration::from_secs(20);
 /// Longest answer that is taken.
@@ -14,10 +16,23 @@ const ANSWER_BYTES_MAX: u64 = 64 << 20;
 /// # Errors
 /// Nobody answers there, in time, or in HTTP.
 pub fn get(address: &str, path: &str) -> io::Result<(u16, Vec<u8>)> {
+    ask(address, &format!("GET {path} HTTP/1.1"))
+}
+
+/// The same of `POST path`, with nothing for a body: something is to be done.
+///
+/// # Errors
+/// As [`get`].
+pub fn post(address: &str, path: &str) -> io::Result<(u16, Vec<u8>)> {
+    let acts = format!("{}: 1\r\ncontent-length: 0", status_server::ACTS);
+    ask(address, &format!("POST {path} HTTP/1.1\r\n{acts}"))
+}
+
+fn ask(address: &str, first: &str) -> io::Result<(u16, Vec<u8>)> {
     let mut stream = connect(address)?;
     stream.set_read_timeout(Some(WAIT_MAX))?;
     stream.set_write_timeout(Some(WAIT_MAX))?;
-    let head = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
+    let head = format!("{first}\r\nhost: {address}\r\nconnection: close\r\n\r\n");
     stream.write_all(head.as_bytes())?;
     let mut answer = Vec::new();
     stream.take(ANSWER_BYTES_MAX).read_to_end(&mut answer)?;

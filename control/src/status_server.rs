@@ -4,14 +4,16 @@
 //! | route | answer |
 //! |---|---|
 //! | `/live` | 200 (unlike Dynamo's, which repeats `/health`); 503 when a core stands still |
-//! | `/health` | 200 or 503, an object of `status`, `uptime`, `endpoints`, `paths`, `states` |
+//! | `/health` | 200 or 503: `status`, `uptime`, `endpoints`, `paths`, `states`, `generation` |
 //! | `/metrics` | 200, text |
 //! | what is added ([`StatusOptions::extras`]) | what that says |
+//! | what acts ([`StatusOptions::actions`]) | GET: what that says; POST: what it has done |
 //! | `/engine/{path}` | what a worker's callback answers, 400, 404 or 500 with JSON |
 //! | `/metadata`, `/v1/metadata/..` | 404 in Dynamo's words: nothing is published here |
 //! | else | 404 `Route not found` |
 //!
-//! The first two may have other paths ([`StatusOptions::read`]).
+//! The first two may have other paths ([`StatusOptions::read`]). To act, one must be on this host
+//! and send the header `x-corelane`, which no page in a browser can without asking first.
 //!
 //! A probe must be answered even when somebody holds connections open: there are at most
 //! [`CONNECTIONS_MAX`], each lives for a bounded time, and the oldest makes room for a new one.
@@ -25,6 +27,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use futures_util::future::LocalBoxFuture;
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
@@ -57,6 +60,9 @@ const PLAIN: &str = "text/plain; charset=utf-8";
 /// What the text encoder of `prometheus-client` writes.
 pub const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
+/// The header of those who want something done.
+pub const ACTS: &str = "x-corelane";
+
 const METRICS: &str = "/metrics";
 const ENGINE: &str = "/engine/";
 
@@ -73,6 +79,8 @@ pub struct Health {
     pub states: Vec<(String, State)>,
     /// Parts of the process that have made no progress for long; with one it is not live.
     pub stuck: Vec<String>,
+    /// Number of the configuration in force, from 1; where it can be changed.
+    pub generation: Option<u64>,
 }
 
 impl Health {
@@ -85,6 +93,7 @@ impl Health {
             endpoints: seen.iter().map(|seen| (named(seen), seen.ready)).collect(),
             paths: Vec::new(),
             stuck: Vec::new(),
+            generation: None,
             states: seen.iter().map(|seen| (named(seen), seen.state)).collect(),
         }
     }
@@ -102,8 +111,18 @@ impl<F: Fn() -> Health> HealthSource for F {
     }
 }
 
-/// Answers a GET, whose query it is given: status, content type, body.
-pub type Extra = Box<dyn Fn(&str) -> (StatusCode, &'static str, Vec<u8>)>;
+/// Status, content type, body.
+pub type Answer = (StatusCode, &'static str, Vec<u8>);
+
+/// Answers a GET, whose query it is given.
+pub type Extra = Box<dyn Fn(&str) -> Answer>;
+
+/// The same, in its own time, which it must bound.
+pub type Later = Box<dyn Fn(&str) -> LocalBoxFuture<'static, Answer>>;
+
+/// Answers a GET (false), or acts on a POST and answers then. It may take its time, but not as long
+/// as [`CONNECTION_LIFE`].
+pub type Action = Box<dyn Fn(bool) -> LocalBoxFuture<'static, Answer>>;
 
 /// What to serve and where.
 pub struct StatusOptions {
@@ -121,6 +140,10 @@ pub struct StatusOptions {
     pub engine: EngineRoutes,
     /// Further paths, and what answers there.
     pub extras: Vec<(&'static str, Extra)>,
+    /// The same of those that ask others first.
+    pub later: Vec<(&'static str, Later)>,
+    /// Further paths at which something can be done, by those on this host.
+    pub actions: Vec<(&'static str, Action)>,
 }
 
 impl StatusOptions {
@@ -134,6 +157,8 @@ impl StatusOptions {
             metrics_content_type: OPENMETRICS,
             engine: EngineRoutes::default(),
             extras: Vec::new(),
+            later: Vec::new(),
+            actions: Vec::new(),
         }
     }
 
@@ -282,9 +307,12 @@ async fn accept(
 }
 
 async fn serve(stream: TcpStream, routes: Rc<Routes>, mut stopping: watch::Receiver<bool>) {
+    let is_local = stream
+        .peer_addr()
+        .is_ok_and(|peer| peer.ip().to_canonical().is_loopback());
     let service = service_fn(move |request: Request<Incoming>| {
         let routes = routes.clone();
-        async move { Ok::<_, Infallible>(routes.answer(request).await) }
+        async move { Ok::<_, Infallible>(routes.answer(request, is_local).await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -304,11 +332,22 @@ async fn serve(stream: TcpStream, routes: Rc<Routes>, mut stopping: watch::Recei
 }
 
 impl Routes {
-    async fn answer(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    async fn answer(&self, request: Request<Incoming>, is_local: bool) -> Response<Full<Bytes>> {
         if let Some(path) = request.uri().path().strip_prefix(ENGINE) {
             let path = path.to_owned();
             let (status, answer) = self.options.engine.answer(&path, request.into_body()).await;
             return respond(status, PLAIN, answer.to_string());
+        }
+        let mut later = self.options.later.iter();
+        let later = later.find(|(at, _)| *at == request.uri().path());
+        if let Some((_, later)) = later.filter(|_| reads(&request)) {
+            let (status, kind, body) = later(request.uri().query().unwrap_or("")).await;
+            return respond(status, kind, body);
+        }
+        let mut actions = self.options.actions.iter();
+        if let Some((_, action)) = actions.find(|(at, _)| *at == request.uri().path()) {
+            let (status, kind, body) = act(action, &request, is_local).await;
+            return respond(status, kind, body);
         }
         self.answer_of_ours(&request)
     }
@@ -319,7 +358,9 @@ impl Routes {
         let is_health = path == self.options.health_path;
         let mut extras = self.options.extras.iter();
         let extra = extras.find(|(at, _)| *at == path);
-        if !is_live && !is_health && path != METRICS && extra.is_none() {
+        let is_later = self.options.later.iter().any(|(at, _)| *at == path);
+        let is_extra = extra.is_some() || is_later;
+        if !is_live && !is_health && path != METRICS && !is_extra {
             let text = match path {
                 // Of Kubernetes discovery, and of files of models that are published.
                 "/metadata" => "Discovery metadata not available",
@@ -328,7 +369,7 @@ impl Routes {
             };
             return respond(StatusCode::NOT_FOUND, PLAIN, text);
         }
-        if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        if !reads(request) {
             let mut response = respond(StatusCode::METHOD_NOT_ALLOWED, PLAIN, "");
             response
                 .headers_mut()
@@ -374,10 +415,15 @@ impl Routes {
             endpoints: Words(&health.endpoints),
             paths: Pairs(&health.paths),
             states: States(&health.states),
+            generation: health.generation,
         };
         // A struct of strings and numbers always has a JSON form.
         serde_json::to_string(&body).unwrap_or_default()
     }
+}
+
+fn reads(request: &Request<Incoming>) -> bool {
+    matches!(*request.method(), Method::GET | Method::HEAD)
 }
 
 #[derive(serde::Serialize)]
@@ -389,12 +435,28 @@ struct Body<'a> {
     paths: Pairs<'a>,
     #[serde(skip_serializing_if = "States::is_empty")]
     states: States<'a>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    generation: Option<u64>,
 }
 
 #[derive(serde::Serialize)]
 struct Uptime {
     secs: u64,
     nanos: u32,
+}
+
+/// Lets those on this host act, and all others look.
+async fn act(action: &Action, request: &Request<Incoming>, is_local: bool) -> Answer {
+    let refuse = |status, why: &str| (status, PLAIN, why.as_bytes().to_vec());
+    match *request.method() {
+        Method::GET | Method::HEAD => action(false).await,
+        Method::POST if is_local && request.headers().contains_key(ACTS) => action(true).await,
+        Method::POST => {
+            let why = "only from this host, by its loopback address, with the header x-corelane\n";
+            refuse(StatusCode::FORBIDDEN, why)
+        }
+        _ => refuse(StatusCode::METHOD_NOT_ALLOWED, ""),
+    }
 }
 
 /// Endpoint names and their state, as a JSON object in the given order.
@@ -476,6 +538,7 @@ mod tests {
             paths: vec![("generate".to_owned(), "127.0.0.1:1/0/a/b/c".to_owned())],
             states: vec![("generate".to_owned(), State::Running)],
             stuck: Vec::new(),
+            generation: None,
         };
         let set = [
             ("DYN_SYSTEM_LIVE_PATH", "/alive"),
@@ -656,6 +719,14 @@ mod tests {
             let mut options = StatusOptions::new("127.0.0.1:0".parse().unwrap());
             let echo = |query: &str| (StatusCode::ACCEPTED, PLAIN, query.as_bytes().to_vec());
             options.extras.push(("/more", Box::new(echo)));
+            let slow = |query: &str| -> LocalBoxFuture<'static, Answer> {
+                let query = query.as_bytes().to_vec();
+                Box::pin(async move {
+                    tokio::task::yield_now().await;
+                    (StatusCode::OK, PLAIN, query)
+                })
+            };
+            options.later.push(("/slow", Box::new(slow)));
             let server = StatusServer::start(options, health, String::new)
                 .await
                 .unwrap();
@@ -667,11 +738,12 @@ mod tests {
             assert!(body(&answer).contains("\"status\":\"stuck\""), "{answer}");
             let answer = ask(address, "GET /more?a=1&b").await;
             assert!(answer.starts_with("HTTP/1.1 202 ") && body(&answer) == "a=1&b");
-            assert!(
-                ask(address, "POST /more")
-                    .await
-                    .starts_with("HTTP/1.1 405 ")
-            );
+            let answer = ask(address, "GET /slow?b").await;
+            assert!(answer.starts_with("HTTP/1.1 200 ") && body(&answer) == "b");
+            for path in ["/more", "/slow"] {
+                let answer = ask(address, &format!("POST {path}")).await;
+                assert!(answer.starts_with("HTTP/1.1 405 "), "{answer}");
+            }
             assert!(
                 ask(address, "GET /more/")
                     .await

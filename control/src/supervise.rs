@@ -11,7 +11,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::net::{SocketAddr, TcpListener};
-use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -20,12 +19,11 @@ use corelane_codec::path::instance_path;
 use corelane_engine::ends::Ends;
 use corelane_engine::lane::RESPONSES_MAX;
 use corelane_engine::shard::Command;
-use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinHandle, spawn_blocking, spawn_local};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep};
 
 use crate::cli::Exit;
-use crate::config::{self, Backend, Config};
+use crate::config::{self, Backend, Config, Inputs};
 use crate::cores::Cores;
 use crate::discovery::{
     BeforeRegister, Discovery, DiscoveryError, DiscoveryStats, EtcdDiscovery, EtcdOptions,
@@ -39,17 +37,15 @@ use crate::lanes::LaneSockets;
 use crate::manager::{Manager, Standing};
 use crate::metrics::{ProcessNumbers, RouteNumbers, Snapshot, WorkerNumbers};
 use crate::nats::Requests;
-use crate::offer::Offer;
+use crate::overview::{Pages, Sources};
 use crate::preflight::Plan;
 use crate::progress::{Progress, STILL_DEAD, STILL_TOLD, Turns};
 use crate::publish::{Board, Listed};
-use crate::signals::Signals;
+use crate::reload::{self, Live, Reloader};
+use crate::roster::Roster;
+use crate::signals::{Hangups, Signals};
 use crate::status_server::{Health, StatusOptions, StatusServer};
 
-/// Longest wait, before we are offered, for the first list of instances.
-const LIST_MAX: Duration = Duration::from_secs(2);
-/// Longest wait for what an offer is writing when the drain begins.
-const OFFER_MAX: Duration = Duration::from_secs(6);
 /// How often a drain looks whether requests have ended.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// How often a long drain says what it waits for.
@@ -77,19 +73,19 @@ struct Pulse {
     discovery: RefCell<Option<Rc<DiscoveryStats>>>,
     progress: RefCell<Progress>,
     manager: Manager,
-    flight_dir: Option<PathBuf>,
+    backend: Backend,
+    live: Rc<Live>,
+    reloader: RefCell<Option<Rc<Reloader>>>,
 }
 
 /// A running router.
 pub struct Router {
     pulse: Rc<Pulse>,
-    drain: config::Drain,
     discovery: Discovery,
+    roster: Rc<Roster>,
     requests: Option<Requests>,
     status: Option<StatusServer>,
     _lanes: LaneSockets,
-    stop_offers: watch::Sender<bool>,
-    offers: Vec<JoinHandle<()>>,
     followers: Vec<AbortHandle>,
     feeds: Option<Rc<Feeds>>,
 }
@@ -119,7 +115,9 @@ impl Router {
             more: RefCell::default(),
             progress: RefCell::new(watch_cores(&cores)),
             manager: Manager::from_env(&Env::current()),
-            flight_dir: flight::folder(config.control.flight_dir.as_deref(), &Env::current()),
+            backend: config.discovery.backend,
+            live: Rc::new(Live::new(config)),
+            reloader: RefCell::default(),
         });
         cores.started().await?;
         tracing::info!(
@@ -131,15 +129,14 @@ impl Router {
         let discovery = open(config, store, &board).await?;
         pulse.discovery.replace(Some(Rc::clone(discovery.stats())));
         let requests = Requests::from_env(&Env::current(), cores.address()).await?;
+        let roster = Roster::new(&board, &discovery, requests.as_ref(), pulse.address);
         let mut router = Self {
             pulse,
-            drain: config.drain.clone(),
             discovery,
+            roster: Rc::new(roster),
             requests,
             status,
             _lanes: lanes,
-            stop_offers: watch::Sender::new(false),
-            offers: Vec::new(),
             followers: Vec::new(),
             feeds: None,
         };
@@ -192,21 +189,7 @@ impl Router {
     async fn follow(&mut self) {
         let board = &self.pulse.board;
         board.be(self.discovery.instance_id());
-        let gateway = self.requests.as_ref().map(Requests::gateway);
-        for index in 0..board.routes().len() {
-            let (board, discovery) = (Rc::clone(board), self.discovery.clone());
-            let follower = async move { board.follow(index, &discovery, gateway).await };
-            let follower = spawn_local(follower);
-            self.followers.push(follower.abort_handle());
-        }
-        let all = async {
-            for listed in board.routes() {
-                listed.listed().await;
-            }
-        };
-        if timeout(LIST_MAX, all).await.is_err() {
-            tracing::warn!("the store has not listed all instances after {LIST_MAX:?}");
-        }
+        self.roster.follow().await;
         board.publish().await;
         let publisher = Rc::clone(board);
         let publisher = spawn_local(async move { publisher.keep_published().await });
@@ -221,8 +204,12 @@ impl Router {
             return Ok(());
         };
         let nats = self.requests.as_ref().map(Requests::nats);
-        let events = feeds::open(&Env::current(), &self.discovery, nats, ring).await?;
-        let feeds = Rc::new(Feeds::start(events, &self.pulse.board, &self.pulse.cores));
+        let events =
+            feeds::open(&Env::current(), &config.curve, &self.discovery, nats, ring).await?;
+        let gateway = self.requests.as_ref().map(Requests::gateway);
+        let heard = (events, &self.discovery, gateway);
+        let feeds = Feeds::start(config, heard, &self.pulse.board, &self.pulse.cores)?;
+        let feeds = Rc::new(feeds);
         let written = Rc::clone(&feeds);
         self.add_metrics(Box::new(move |out| written.write(out)));
         self.feeds = Some(feeds);
@@ -232,17 +219,31 @@ impl Router {
     /// Registers the listen endpoints and their cards, and keeps them so. Does not wait; from here
     /// on only [`Router::run`] leaves in good order.
     pub fn offer(&mut self) {
-        for index in 0..self.pulse.board.routes().len() {
-            let offer = Offer {
-                board: Rc::clone(&self.pulse.board),
-                index,
-                discovery: self.discovery.clone(),
-                address: self.pulse.address,
-                requests: self.requests.clone(),
-                stopping: self.stop_offers.subscribe(),
-            };
-            self.offers.push(spawn_local(offer.keep()));
-        }
+        let roster = Rc::clone(&self.roster);
+        let offering = spawn_local(async move { roster.offer().await });
+        self.followers.push(offering.abort_handle());
+    }
+
+    /// Takes changes of the configuration over from now on: when `hangups` tells to, or the status
+    /// server is asked to. `inputs` are those that `config` was read from.
+    pub fn reload_with(&mut self, inputs: Inputs, config: &Config, mut hangups: Hangups) {
+        let parts = reload::Parts {
+            cores: Rc::clone(&self.pulse.cores),
+            board: Rc::clone(&self.pulse.board),
+            roster: Rc::clone(&self.roster),
+            live: Rc::clone(&self.pulse.live),
+        };
+        let reloader = Rc::new(Reloader::new(inputs, config, parts));
+        self.pulse.reloader.replace(Some(Rc::clone(&reloader)));
+        let written = Rc::clone(&reloader);
+        self.add_metrics(Box::new(move |out| written.write_metrics(out)));
+        let hearing = spawn_local(async move {
+            loop {
+                hangups.next().await;
+                reloader.begin("SIGHUP");
+            }
+        });
+        self.followers.push(hearing.abort_handle());
     }
 
     /// Serves until a signal, the end of a core, or `others_failed`; then drains. `after_stop`
@@ -286,15 +287,20 @@ impl Router {
         let pulse = Rc::clone(&self.pulse);
         pulse.draining.set(true);
         pulse.say();
-        self.withdraw().await;
-        let grace = Duration::from_secs(self.drain.grace_s.into());
+        if let Some(reloader) = pulse.reloader.take() {
+            reloader.stop();
+        }
+        let endpoints = self.roster.withdraw().await;
+        tracing::info!(endpoints, "drain: out of discovery");
+        let drain = pulse.live.drain.get();
+        let grace = Duration::from_secs(drain.grace_s.into());
         tracing::info!(
             in_flight = pulse.in_flight(),
             ?grace,
             "drain: still accepting"
         );
         sleep(grace).await;
-        let timeout = Duration::from_secs(self.drain.timeout_s.into());
+        let timeout = Duration::from_secs(drain.timeout_s.into());
         tracing::info!(
             in_flight = pulse.in_flight(),
             ?timeout,
@@ -325,26 +331,6 @@ impl Router {
         let requests = served.iter().map(|core| core.stats.shard.requests.get());
         let requests: u64 = requests.sum();
         tracing::info!(requests, took = ?began.elapsed(), "stopped");
-    }
-
-    /// Takes endpoints and cards out of discovery.
-    async fn withdraw(&mut self) {
-        self.stop_offers.send_replace(true);
-        let offers = std::mem::take(&mut self.offers);
-        let count = offers.len();
-        let ended = async {
-            for offer in offers {
-                let _ = offer.await;
-            }
-        };
-        if timeout(OFFER_MAX, ended).await.is_err() {
-            tracing::warn!("the store is slow; leaving it anyway");
-        }
-        self.discovery.unregister_all().await;
-        for listed in self.pulse.board.routes() {
-            listed.set_registered(false);
-        }
-        tracing::info!(endpoints = count, "drain: out of discovery");
     }
 }
 
@@ -407,6 +393,12 @@ async fn status(
     let cores = Rc::clone(&pulse.cores);
     let records = move |query: &str| flight::answer(&cores.view(), query);
     options.extras.push((flight::PATH, Box::new(records)));
+    options.later = overview(pulse).later();
+    let reloading = Rc::clone(pulse);
+    options.actions.push((
+        reload::PATH,
+        Box::new(move |post| reload::answer(reloading.reloader.borrow().clone(), post)),
+    ));
     options.handed = handed.map(TcpListener::try_clone).transpose()?;
     let started =
         StatusServer::start(options, move || health.health(), move || metrics.metrics()).await;
@@ -417,6 +409,18 @@ async fn status(
     })?;
     tracing::info!(address = %status.address(), "status server: /live /health /metrics");
     Ok(Some(status))
+}
+
+/// What is said of instances and choices.
+fn overview(pulse: &Rc<Pulse>) -> Rc<Pages> {
+    let watched = Rc::clone(pulse);
+    Pages::new(Sources {
+        board: Rc::clone(&pulse.board),
+        cores: Rc::clone(&pulse.cores),
+        address: pulse.address,
+        discovery: pulse.backend,
+        draining: Box::new(move || watched.draining.get()),
+    })
 }
 
 impl Pulse {
@@ -435,7 +439,7 @@ impl Pulse {
 
     /// Writes down what the cores have done last. Does not wait for the disk.
     fn save_flight(&self) -> Option<JoinHandle<()>> {
-        let (folder, cores) = (self.flight_dir.clone()?, self.cores.view());
+        let (folder, cores) = (self.live.flight_dir.borrow().clone()?, self.cores.view());
         Some(spawn_blocking(move || {
             match flight::save(&cores, &folder) {
                 Ok(path) => tracing::info!(path = %path.display(), "flight records saved"),
@@ -465,17 +469,19 @@ impl Pulse {
 
     fn health(&self) -> Health {
         let routes = self.board.routes();
-        let registered = routes.iter().all(Listed::is_registered);
+        let registered = routes
+            .iter()
+            .all(|listed| listed.is_registered() || listed.joins());
         let opened = self.discovery.borrow().is_some();
         let draining = self.draining.get();
         // The engine counts instances that can be reached for each core, not for each route.
         let reached = self.cores.sum(|stats| stats.shard.instances_ready.get()) > 0;
         let served = |listed: &Listed| reached && !listed.instances().is_empty();
-        let endpoint = |listed: &Listed| {
+        let endpoint = |listed: &Rc<Listed>| {
             let ready = listed.is_registered() && served(listed) && !draining;
             (listed.route.listen.to_string(), ready)
         };
-        let state = |listed: &Listed| {
+        let state = |listed: &Rc<Listed>| {
             let state = match (draining, listed.is_registered(), served(listed)) {
                 (true, ..) => State::Stopping,
                 (false, false, _) => State::Created,
@@ -490,6 +496,11 @@ impl Pulse {
             paths: self.paths(),
             stuck: self.progress.borrow().stuck(STILL_DEAD),
             states: routes.iter().map(state).collect(),
+            generation: self
+                .reloader
+                .borrow()
+                .as_ref()
+                .map(|reloader| reloader.generation()),
         }
     }
 
@@ -497,7 +508,7 @@ impl Pulse {
         let Some(id) = self.board.identity() else {
             return Vec::new();
         };
-        let path = |listed: &Listed| {
+        let path = |listed: &Rc<Listed>| {
             let listen = &listed.route.listen;
             let path = instance_path(id, listen);
             (listen.to_string(), format!("{}/{path}", self.address))
@@ -506,7 +517,9 @@ impl Pulse {
     }
 
     fn metrics(&self) -> String {
-        let route = |listed: &Listed| RouteNumbers {
+        let relays = |listed: &Listed| listed.route.response == config::Response::Relay;
+        let route = |(place, listed): (usize, Rc<Listed>)| RouteNumbers {
+            relayed_at: relays(&listed).then_some(place),
             listen: listed.route.listen.to_string(),
             target: listed.route.target.to_string(),
             instances: listed.instances().len(),
@@ -518,7 +531,7 @@ impl Pulse {
             draining: self.draining.get(),
             stuck: self.progress.borrow().stuck(STILL_TOLD).len() as u64,
         };
-        let routes = self.board.routes().iter().map(route).collect();
+        let routes = self.board.placed().into_iter().map(route).collect();
         let discovery = self.discovery.borrow();
         let own = Snapshot::take(&self.cores.view(), routes, process, discovery.as_deref());
         let text = own.render_with(|out| {

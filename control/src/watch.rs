@@ -221,7 +221,7 @@ fn mismatch(prefix: &str, key_id: Option<u64>, record: &EndpointRecord) -> Optio
 }
 
 /// Address and path of a TCP transport, or why it cannot be dialled.
-fn dial(
+pub(crate) fn dial(
     transport: &Transport,
     gateway: Option<SocketAddr>,
 ) -> Result<(SocketAddr, Vec<u8>), String> {

@@ -1,6 +1,10 @@
 //! The configuration as a user meets it: good examples pass, and what is wrong with a broken one
 //! is said at the right place in the right words.
 
+#[path = "check/cores.rs"]
+mod cores;
+#[path = "check/corpus.rs"]
+mod corpus;
 #[path = "check/examples.rs"]
 mod examples;
 #[path = "check/faults.rs"]

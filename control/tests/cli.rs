@@ -37,7 +37,7 @@ fn file(text: &str) -> (tempfile::TempDir, String) {
 
 #[test]
 fn every_command_helps_with_examples() {
-    let commands: [&[&str]; 11] = [
+    let commands: [&[&str]; 12] = [
         &[],
         &["up"],
         &["serve"],
@@ -49,6 +49,7 @@ fn every_command_helps_with_examples() {
         &["gms", "probe"],
         &["trace", "extract"],
         &["doctor"],
+        &["reload"],
     ];
     for command in commands {
         let output = corelane(&[command, &["--help"]].concat(), &[]);
@@ -200,6 +201,52 @@ fn explain_shows_where_a_value_came_from() {
     assert!(out.contains(&format!(
         "    route[0].listen = dynamo/router/generate ({path}:"
     )));
+}
+
+#[test]
+fn explain_has_a_table_for_each_core() {
+    let (folder, path) = file(
+        "[core]\ncpus = \"0\"\nbuffers = 64\n[[route]]\nlisten = \"a/b/c\"\n\
+                 target = \"a/b/d\"\n",
+    );
+    std::fs::create_dir(folder.path().join("cores.d")).unwrap();
+    let own = folder.path().join("cores.d/0.toml");
+    std::fs::write(&own, "[core]\nidle = \"spin\"\n").unwrap();
+    let args = [
+        "check",
+        "--explain",
+        "--config",
+        &path,
+        "--set",
+        "core.ring_depth=64",
+    ];
+    let output = corelane(&args, &[("CORELANE_IO", "epoll")]);
+    let out = text(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{out}");
+    let (_, table) = out.split_once("core 0 on CPU 0\n").expect(&out);
+    let rows: Vec<Vec<&str>> = table
+        .lines()
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    let own = format!("{}:2:8", own.display());
+    for row in [
+        vec!["idle", "spin", &own],
+        vec!["buffers", "64", &format!("{path}:")],
+        vec!["io", "epoll", "environment", "CORELANE_IO"],
+        vec!["ring_depth", "64", "flag", "--set", "core.ring_depth"],
+        vec!["connections_max", "16384", "default"],
+    ] {
+        let fits = |found: &&Vec<&str>| {
+            let mut cells = found.iter().zip(&row);
+            found.len() == row.len() && cells.all(|(cell, begin)| cell.starts_with(begin))
+        };
+        assert!(rows.iter().any(|found| fits(&found)), "{row:?}\n{out}");
+    }
+    assert!(
+        out.contains("64 to 32768; default 512; needs a restart\n"),
+        "{out}"
+    );
+    assert!(out.contains("default 2000; live\n"), "{out}");
 }
 
 #[test]

@@ -346,6 +346,16 @@ impl Store {
     }
 }
 
+/// A runtime on an etcd that the test may end; nothing is done where there is no etcd.
+fn with_store(test: impl AsyncFnOnce(&Runtime, &Store)) {
+    let Some(etcd) = lab::Etcd::start() else {
+        return;
+    };
+    let options = on_etcd(&etcd);
+    let store = Store(Arc::new(Mutex::new(etcd)));
+    with_runtime(options, async |runtime| test(runtime, &store).await);
+}
+
 /// Calls one after the other until `done`; each is answered, whatever the store does.
 async fn calls_until(what: &str, client: &Client, done: impl AsyncFn() -> bool) {
     let began = tokio::time::Instant::now();
@@ -373,12 +383,7 @@ async fn sample(runtime: &Runtime, name: &str) -> f64 {
 /// they are out of touch; nobody becomes somebody else.
 #[test]
 fn an_etcd_that_is_killed_and_comes_back_is_not_missed() {
-    let Some(etcd) = lab::Etcd::start() else {
-        return;
-    };
-    let options = on_etcd(&etcd);
-    let store = Store(Arc::new(Mutex::new(etcd)));
-    with_runtime(options, async |runtime| {
+    with_store(async |runtime, store| {
         let served = endpoint(runtime, "generate").serve(echo).await.unwrap();
         let client = client_of(runtime, &served).await;
         let id = served.instance_id();
@@ -405,12 +410,7 @@ fn an_etcd_that_is_killed_and_comes_back_is_not_missed() {
 /// calls go on.
 #[test]
 fn an_etcd_that_comes_back_empty_gets_all_again() {
-    let Some(etcd) = lab::Etcd::start() else {
-        return;
-    };
-    let options = on_etcd(&etcd);
-    let store = Store(Arc::new(Mutex::new(etcd)));
-    with_runtime(options, async |runtime| {
+    with_store(async |runtime, store| {
         let served = endpoint(runtime, "generate").serve(echo).await.unwrap();
         let client = client_of(runtime, &served).await;
         let before = served.instance_id();
@@ -440,12 +440,7 @@ fn an_etcd_that_comes_back_empty_gets_all_again() {
 /// SIGSTOP: it neither answers nor closes its connections.
 #[test]
 fn an_etcd_that_stands_still_is_not_missed() {
-    let Some(etcd) = lab::Etcd::start() else {
-        return;
-    };
-    let options = on_etcd(&etcd);
-    let store = Store(Arc::new(Mutex::new(etcd)));
-    with_runtime(options, async |runtime| {
+    with_store(async |runtime, store| {
         let served = endpoint(runtime, "generate").serve(echo).await.unwrap();
         let client = client_of(runtime, &served).await;
         let id = served.instance_id();
@@ -468,12 +463,7 @@ fn an_etcd_that_stands_still_is_not_missed() {
 /// process is not ready.
 #[test]
 fn what_cannot_be_registered_is_created_until_it_can() {
-    let Some(etcd) = lab::Etcd::start() else {
-        return;
-    };
-    let options = on_etcd(&etcd);
-    let store = Store(Arc::new(Mutex::new(etcd)));
-    with_runtime(options, async |runtime| {
+    with_store(async |runtime, store| {
         store.do_with(lab::Etcd::kill).await;
         let served = endpoint(runtime, "generate").serve(echo).await.unwrap();
         assert_eq!(served.state(), State::Created);

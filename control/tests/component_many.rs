@@ -190,6 +190,23 @@ fn either_end_may_go_first() {
     });
 }
 
+/// A feed that its own caller dropped was counted as a failure of the instance, which got no calls
+/// for a while.
+#[test]
+fn an_abandoned_feed_is_not_held_against_its_instance() {
+    with_runtime(options(), async |runtime| {
+        let sums = endpoint(runtime, "sums").serve_many(sums).await.unwrap();
+        let client = client_of(runtime, &sums).await.detect_faults(true);
+        let (mut feed, mut reply) = client.call_many().await.unwrap();
+        feed.send(&1).await.unwrap();
+        assert_eq!(reply.next_data::<i64>().await.unwrap().unwrap(), 1);
+        drop(feed);
+        let error = reply.next_item().await.unwrap().unwrap_err();
+        assert_eq!(error.reason(), Reason::Disconnected);
+        summed(&client, 3).await;
+    });
+}
+
 #[test]
 fn requests_of_the_other_kind_are_refused() {
     with_runtime(options(), async |runtime| {

@@ -37,6 +37,7 @@ fn planned(shard: usize, cpu: usize, ring: RingKind, required: bool) -> Planned 
         config,
         cause: "configured",
         required,
+        alone: false,
     }
 }
 

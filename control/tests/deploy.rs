@@ -408,12 +408,36 @@ fn templates(text: &str) -> Vec<String> {
         .collect()
 }
 
+/// What a router with TLS shows.
+fn scrape_with_tls() -> String {
+    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: String| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let cert = file("cert.pem", made.cert.pem());
+    let key = file("key.pem", made.key_pair.serialize_pem());
+    let text = format!(
+        "[[route]]\nlisten = \"{LISTEN}\"\ntarget = \"{TARGET}\"\n\
+         [tls]\ncert = \"{cert}\"\nkey = \"{key}\"\n"
+    );
+    let router = Program::serve(&text, &[]);
+    let mut scrape = None;
+    wait_until("there are numbers", || {
+        scrape = router.get("/metrics").map(|(_, scrape)| scrape);
+        scrape.is_some()
+    });
+    scrape.unwrap_or_default()
+}
+
 #[test]
 fn dashboards_and_alerts_ask_for_what_is_there() {
     let mut all = Everything::start(&[], &[]);
     all.use_it();
     let (_, scrape) = all.router.get("/metrics").unwrap();
-    let series = series(&scrape);
+    let series = series(&(scrape + &scrape_with_tls()));
     // What Prometheus adds, and the places of histograms.
     let added = ["instance", "job", "le"].map(str::to_owned);
     let both = [panels(), alerts()].concat();

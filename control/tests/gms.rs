@@ -223,12 +223,19 @@ fn b10_a_killed_writer_makes_room_for_the_one_that_waits() {
     assert_eq!(kinds, [life, life].concat());
     assert_eq!(events[0]["pid"].as_u64(), Some(first.id().into()));
     assert_eq!(service.weights("aborts_total"), 2.0);
-    let log = service.program.log();
-    let audit = format!("pid={}", first.id());
-    assert!(
-        log.contains("RW_ABORT") && log.contains(&audit),
-        "the audit is in the log"
-    );
+    // Who, from where to where, and when; the log is written in a pause.
+    let uid = rustix::process::getuid().as_raw();
+    let words = [
+        "RW_ABORT".to_owned(),
+        format!("pid={} uid={uid}", first.id()),
+        "from=RW to=EMPTY".to_owned(),
+        "unix_ms=1".to_owned(),
+    ];
+    wait_until("the audit is in the log", || {
+        let log = service.program.log();
+        log.lines()
+            .any(|line| words.iter().all(|word| line.contains(word)))
+    });
 }
 
 #[test]

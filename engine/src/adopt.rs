@@ -26,6 +26,7 @@ use crate::connection::{End, Role};
 use crate::decode::SCRATCH_BYTES;
 use crate::operation::Kind;
 use crate::recv;
+use crate::relay::Leg;
 use crate::ring::ktls::{self, Meaning, RECORD_BYTES_MAX};
 use crate::ring::{Handle, Ring};
 use crate::shard::Shard;
@@ -164,10 +165,12 @@ impl<R: Ring> Shard<R> {
     /// with any reset, except for a response: that counts up to its last byte, so its end is
     /// read from the socket itself.
     pub(crate) fn broken(&mut self, ticket: Ticket, errno: i32) {
-        if self.connections.is_current(ticket.slot, ticket.generation)
-            && !matches!(self.connections[ticket.slot].role, Role::End(End::Home(_)))
-        {
-            self.lost(ticket.slot, errno);
+        if !self.connections.is_current(ticket.slot, ticket.generation) {
+            return;
+        }
+        match self.connections[ticket.slot].role {
+            Role::End(End::Home(_)) | Role::Relay(Leg::Stranger | Leg::Worker(_)) => {}
+            _ => self.lost(ticket.slot, errno),
         }
     }
 }

@@ -89,6 +89,19 @@ impl Buffers {
         unsafe { std::slice::from_raw_parts(self.start(id).add(start), end - start) }
     }
 
+    /// The bytes `range` of a filled buffer, to be changed where they lie. Others that hold the
+    /// buffer, and sends that the kernel has not taken yet, are to hold other bytes of it.
+    pub fn bytes_mut(&mut self, id: BufferId, start: usize, end: usize) -> &mut [u8] {
+        assert!(start <= end && end <= self.buffer_bytes);
+        debug_assert!(
+            self.holders[usize::from(id)] > 0,
+            "change of a buffer nobody holds"
+        );
+        // SAFETY: in bounds; a held buffer is not written by the ring, and whoever reads these
+        // bytes in this process borrows us as well.
+        unsafe { std::slice::from_raw_parts_mut(self.start(id).add(start), end - start) }
+    }
+
     /// Appends `from` after position `at` of a buffer that has one holder only. Used to join the
     /// crumbs of a slow sender, never on the way of a frame that arrived whole.
     pub fn append(&mut self, id: BufferId, at: usize, from: &[u8]) {

@@ -7,14 +7,17 @@ use std::task::Waker;
 
 use crate::adopt::{Adoption, Errand, Ticket};
 use crate::balance::Neighbour;
+use crate::config::LiveSettings;
 use crate::directory::Directory;
 use crate::handler::NewHandler;
-use crate::kv::{Batch, Question, Reports};
+use crate::kv::{Batch, Reports};
 use crate::lane::NewLane;
 use crate::local::Run;
 use crate::mesh::{Receiver, Sender};
 use crate::quic::{Inbound, Outbound};
 use crate::served::SpanRecord;
+use crate::settings::Census;
+use crate::weigh::Question;
 
 /// What control asks of a shard.
 #[derive(Debug)]
@@ -27,6 +30,10 @@ pub enum Command {
     Loads(Arc<Reports>),
     /// What would be chosen, and why.
     Weigh(Box<Question>),
+    /// Other settings, from now on.
+    Settings(LiveSettings),
+    /// Which routes are still in use.
+    Census(Census),
     /// One more handler: the next index, served once [`Command::Serve`] gives it a path.
     Handler(NewHandler),
     /// From now on exactly these paths are served by handlers of this process.

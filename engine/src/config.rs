@@ -36,6 +36,10 @@ pub struct ShardConfig {
     /// Microseconds for which the ring polls the devices' receive queues before it sleeps; 0 leaves
     /// them to their interrupts.
     pub busy_poll_us: u32,
+    /// Entries of its ring; a power of two.
+    pub ring_depth: u32,
+    /// Memory node that its memory is taken from; `None`: where its thread runs.
+    pub numa_node: Option<u32>,
     /// Connections of all kinds, at most.
     pub connections_max: u32,
     /// Bytes of one receive buffer.
@@ -48,6 +52,10 @@ pub struct ShardConfig {
     pub message_bytes_max: u64,
     /// Bytes that may wait for one instance's socket before its requests are refused.
     pub upstream_queue_bytes: u32,
+    /// Addresses of instances that it may be connected to, at most.
+    pub upstreams_max: u32,
+    /// Instances that it may know, at most; more are left out.
+    pub instances_max: u32,
     /// Records of the flight recorder, rounded up to a power of two; 0 is none.
     pub flight_records: u32,
     /// Where workers call home whose responses are relayed; `None` when no route relays.
@@ -96,12 +104,16 @@ impl ShardConfig {
             steering: None,
             imbalance: Imbalance::Keep,
             busy_poll_us: 0,
+            ring_depth: 512,
+            numa_node: None,
             connections_max: 16_384,
             buffer_bytes: 16_384,
             buffers: 4_096,
             in_flight_max: 65_536,
             message_bytes_max: 33_554_432,
             upstream_queue_bytes: 64 << 20,
+            upstreams_max: 16_384,
+            instances_max: 65_536,
             flight_records: 65_536,
             relay_home: None,
             secure_accepts: false,
@@ -111,4 +123,31 @@ impl ShardConfig {
             relay_plane: None,
         }
     }
+
+    /// What of this may change while the shard runs.
+    pub fn live(&self) -> LiveSettings {
+        LiveSettings {
+            idle: self.idle,
+            connections_max: self.connections_max,
+            in_flight_max: self.in_flight_max,
+            upstream_queue_bytes: self.upstream_queue_bytes,
+            message_bytes_max: self.message_bytes_max,
+        }
+    }
+}
+
+/// What of a [`ShardConfig`] may change while the shard runs, by
+/// [`crate::command::Command::Settings`]. The fields mean what they mean there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LiveSettings {
+    /// Whether it blocks or spins.
+    pub idle: Idle,
+    /// Connections, at most; no more than it began with.
+    pub connections_max: u32,
+    /// Requests, at most; no more than it began with.
+    pub in_flight_max: u32,
+    /// Bytes that may wait for one instance's socket.
+    pub upstream_queue_bytes: u32,
+    /// Largest request frame in bytes.
+    pub message_bytes_max: u64,
 }

@@ -130,7 +130,7 @@ fn frame_in_copy<R: Ring>(shard: &mut Shard<R>, slot: u32) -> bool {
 }
 
 /// What the route's policy wants to know of the headers; 0 for nothing.
-fn hint<R: Ring>(shard: &Shard<R>, route: u32, headers: &[u8]) -> u64 {
+pub(crate) fn hint<R: Ring>(shard: &Shard<R>, route: u32, headers: &[u8]) -> u64 {
     if route & worker::LOCAL != 0 {
         return 0;
     }

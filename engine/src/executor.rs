@@ -301,6 +301,7 @@ fn run(parts: Parts) {
 }
 
 fn run_epoll(parts: Parts) -> io::Result<()> {
+    prefer_node(&parts.config);
     if parts.config.cpu != ANY_CPU {
         // Not being pinned costs speed and nothing else; preflight has said so.
         let _ = crate::placement::pin_current_thread(parts.config.cpu);
@@ -334,9 +335,10 @@ fn run_uring(parts: Parts) -> io::Result<()> {
         .make()
         .map_err(|error| io::Error::other(format!("glommio executor on CPU {cpu}: {error}")))?;
     executor.run(async move {
+        prefer_node(&parts.config);
         let buffers = buffers(&parts.config)?;
         let settings = Settings {
-            entries: 512,
+            entries: parts.config.ring_depth,
             files: parts.config.connections_max,
         };
         let ring = Uring::new(settings, &buffers).map_err(io::Error::other)?;
@@ -401,6 +403,14 @@ fn wait_readable(eventfd: RawFd, patience: Duration) {
     if poll(&mut fds, Some(&timeout)).is_ok_and(|ready| ready > 0) {
         let mut count = [0; 8];
         let _ = rustix::io::read(eventfd, &mut count);
+    }
+}
+
+/// Memory of the shard comes from the node that it was told, if it was told one.
+fn prefer_node(config: &ShardConfig) {
+    if let Some(node) = config.numa_node {
+        // Memory of another node costs speed and nothing else.
+        let _ = crate::placement::memory::prefer_node(node);
     }
 }
 

@@ -43,6 +43,7 @@ impl Feed {
                 sending_bytes: 0,
                 closed: false,
                 over: false,
+                abandoned: false,
                 waker: None,
                 place: None,
                 touched: false,
@@ -71,6 +72,11 @@ impl Feed {
         Ok(())
     }
 
+    /// What became of it, for whoever reads the reply.
+    pub fn fate(&self) -> Fate {
+        Fate(self.state())
+    }
+
     /// Says that this was all.
     pub fn finish(self) {
         self.state.borrow_mut().close(&SENTINEL_FRAME);
@@ -79,7 +85,19 @@ impl Feed {
 
 impl Drop for Feed {
     fn drop(&mut self) {
-        self.state.borrow_mut().close(&KILL_FRAME);
+        let mut state = self.state.borrow_mut();
+        state.abandoned = !state.closed && !state.over;
+        state.close(&KILL_FRAME);
+    }
+}
+
+/// What became of a [`Feed`] that somebody else has.
+pub struct Fate(Shared);
+
+impl Fate {
+    /// Whether it was dropped unfinished while its call went on: then that is why the call fails.
+    pub fn is_abandoned(&self) -> bool {
+        self.0.borrow().abandoned
     }
 }
 
@@ -93,6 +111,8 @@ pub(crate) struct State {
     closed: bool,
     /// Nobody reads any more.
     over: bool,
+    /// Its writer has dropped it before either.
+    abandoned: bool,
     waker: Option<Waker>,
     /// The call, by slot and generation, once it has begun.
     place: Option<(u32, u32)>,

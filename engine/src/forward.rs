@@ -9,6 +9,8 @@
 //!
 //! A frame is kept until the instance has answered, so that it can be given to another one.
 
+use std::net::SocketAddr;
+
 use corelane_codec::request_frame::Prefix;
 
 use crate::connection::Intake;
@@ -22,6 +24,7 @@ use crate::shard::{Shard, TimerKind};
 use crate::stats::flight::Kind;
 use crate::table::{NONE, Table};
 use crate::upstream::{InstanceState, Upstream, UpstreamState};
+use crate::weigh::{Barrier, Seen};
 use crate::{collect, kv, link, recv, relay_life, settle};
 
 /// Bytes gathered into one send: enough to fill a socket buffer, not so much that the first
@@ -161,13 +164,43 @@ impl View<'_> {
         &self.instances[self.places[place]]
     }
 
+    /// Where the instance at `place` is, and what was counted of it.
+    pub(crate) fn seen(&self, place: usize) -> (SocketAddr, Seen) {
+        let instance = self.instance(place);
+        let seen = Seen {
+            unanswered: instance.unanswered,
+            streams: instance.streams,
+            answered: instance.answered,
+            failed: instance.failed,
+        };
+        (instance.address, seen)
+    }
+
     fn is_reachable(&self, place: usize) -> bool {
+        use Barrier::{Inhibited, Unreachable};
+        !matches!(self.barrier(place), Some(Inhibited { .. } | Unreachable))
+    }
+
+    /// Why the instance at `place` gets nothing now.
+    #[inline]
+    pub(crate) fn barrier(&self, place: usize) -> Option<Barrier> {
         let instance = self.instance(place);
         let upstream = &self.upstreams[instance.upstream];
         // A connect that is under way for the first time is waited for; one that has failed is not.
         let first = upstream.state == UpstreamState::Connecting && upstream.failures == 0;
-        instance.inhibited_until_ns <= self.now_ns
-            && (upstream.state == UpstreamState::Open || first && !upstream.lost)
+        if instance.inhibited_until_ns > self.now_ns {
+            let left_ns = instance.inhibited_until_ns - self.now_ns;
+            return Some(Barrier::Inhibited { left_ns });
+        }
+        if upstream.state != UpstreamState::Open && (!first || upstream.lost) {
+            return Some(Barrier::Unreachable);
+        }
+        if instance.overloaded_until_ns > self.now_ns {
+            let left_ns = instance.overloaded_until_ns - self.now_ns;
+            return Some(Barrier::Overloaded { left_ns });
+        }
+        let is_full = upstream.queued_bytes >= self.queue_bytes_max;
+        is_full.then_some(Barrier::QueueFull)
     }
 }
 
@@ -177,11 +210,7 @@ impl Candidates for View<'_> {
     }
 
     fn is_routable(&self, place: usize) -> bool {
-        let instance = self.instance(place);
-        self.is_reachable(place)
-            && instance.overloaded_until_ns <= self.now_ns
-            && !self.request.was_tried_on(instance.id)
-            && self.upstreams[instance.upstream].queued_bytes < self.queue_bytes_max
+        self.barrier(place).is_none() && !self.request.was_tried_on(self.id(place))
     }
 
     fn id(&self, place: usize) -> u64 {

@@ -56,10 +56,11 @@ impl<R: Ring> Shard<R> {
             Command::Kv(batch) => (Order::Kv, batch.changes.len() as u64),
             Command::Loads(reports) => (Order::Loads, reports.instances.len() as u64),
             Command::Weigh(_) => (Order::Weigh, 0),
+            Command::Settings(_) => (Order::Settings, self.stats.shard.settings.get() + 1),
             Command::Accept => (Order::Accept, 0),
             Command::Drain => (Order::Drain, 0),
             Command::Stop => (Order::Stop, 0),
-            Command::Run(_) | Command::Wake(_) => return,
+            Command::Run(_) | Command::Wake(_) | Command::Census(_) => return,
             // Who is there is no event, and the socket itself is noted.
             Command::Neighbours(_) | Command::TakeOver(_) => return,
         };

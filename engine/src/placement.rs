@@ -3,6 +3,8 @@
 //! CPU `n` is not core number `n` in a container: the kernel's mask counts, so everything here
 //! starts from it. Files of the kernel are read below a root directory that tests replace.
 
+pub mod memory;
+
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};

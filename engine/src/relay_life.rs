@@ -185,8 +185,17 @@ pub(crate) fn drop_feed<R: Ring>(shard: &mut Shard<R>, relay: u32) {
 /// An attempt has failed before anything was passed on: another instance gets the request, or the
 /// caller the error. After the first item: the stream is cut off with the error.
 pub(crate) fn retry<R: Ring>(shard: &mut Shard<R>, relay: u32, error: DynamoError) {
+    blame(shard, relay);
     if try_again(shard, relay).is_continue() {
         fail(shard, relay, &error);
+    }
+}
+
+/// Counts a failure of the instance that has the request.
+fn blame<R: Ring>(shard: &mut Shard<R>, relay: u32) {
+    let instance = shard.relays.table[relay].instance;
+    if let Some(instance) = shard.instances.get_mut(instance) {
+        instance.failed += 1;
     }
 }
 
@@ -245,6 +254,7 @@ pub(crate) fn retry_after_error<R: Ring>(
     relay: u32,
     error: &DynamoError,
 ) -> bool {
+    blame(shard, relay);
     if !error.migrates() {
         return false;
     }

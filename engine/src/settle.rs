@@ -49,6 +49,9 @@ pub(crate) fn answered<R: Ring>(shard: &mut Shard<R>, upstream: u32, answer: Ans
         Answer::Other(_) => Answered::Other,
     };
     shard.note(Kind::Answered, said as u32, request, took_ns);
+    if said != Answered::Accepted {
+        shard.instances[instance].failed += 1;
+    }
     match answer {
         // Whoever waited for it knows more already.
         _ if entry.detached => end_if_over(shard, request),
@@ -164,6 +167,7 @@ pub(crate) fn replace<R: Ring>(shard: &mut Shard<R>, request: u32, refusal: Refu
         return link::release_instance(shard, instance);
     }
     shard.requests[request].sent = false;
+    shard.instances[instance].failed += 1;
     if may_retry(shard, request)
         && let Some(next) = forward::choose(shard, request)
     {

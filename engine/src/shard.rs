@@ -46,7 +46,7 @@ use crate::upstream::{InstanceState, Upstream};
 use crate::worker::Worker;
 use crate::{
     accept, call_link, collect, decode, ends, forward, home, kv, lane, link, local, recv,
-    relay_flow, relay_home, respond, tell,
+    relay_flow, relay_home, respond, settings, tell, weigh,
 };
 
 pub use crate::command::{Command, Lanes, Report};
@@ -117,10 +117,6 @@ pub struct Shard<R: Ring> {
     reports: Sender<Report>,
 }
 
-/// Upstreams (connections to workers) of one shard, at most.
-const UPSTREAMS_MAX: usize = 16 * 1024;
-/// Instances known to one shard, at most; more are left out and counted.
-const INSTANCES_MAX: usize = 64 * 1024;
 const LEDGER_BYTES: usize = 4 << 20;
 /// The longest that a shard sleeps when it expects nothing.
 const IDLE_WAIT: Duration = Duration::from_millis(250);
@@ -146,6 +142,7 @@ impl<R: Ring> Shard<R> {
         }
         let connections_max = config.connections_max as usize;
         let in_flight_max = config.in_flight_max as usize;
+        let upstreams_max = config.upstreams_max as usize;
         // One reply chunk for each fourth connection, and some for the error texts of requests.
         let pool = SendPool::new((connections_max / 4).clamp(256, 16 * 1024));
         ring.register_fixed(pool.memory());
@@ -154,7 +151,7 @@ impl<R: Ring> Shard<R> {
         let pieces = Pieces::new(in_flight_max + 3 * buffers.count(), buffers);
         let ends = worker.responses.capacity() + client.calls.capacity() + client.links.capacity();
         let relays = relays_max(&config);
-        let timers = 2 * (connections_max + UPSTREAMS_MAX) + relays + ends + 1024;
+        let timers = 2 * (connections_max + upstreams_max) + relays + ends + 1024;
         let now_ns = ring.now_ns();
         Shard {
             ring,
@@ -162,8 +159,8 @@ impl<R: Ring> Shard<R> {
             pool,
             connections: Table::new(connections_max),
             requests: Table::new(in_flight_max),
-            instances: Table::new(INSTANCES_MAX),
-            upstreams: Table::new(UPSTREAMS_MAX),
+            instances: Table::new(config.instances_max as usize),
+            upstreams: Table::new(upstreams_max),
             upstream_at: HashMap::new(),
             directory: Arc::default(),
             routes: Vec::new(),
@@ -174,8 +171,8 @@ impl<R: Ring> Shard<R> {
             relays: Relays::none(),
             kv: kv::Kv::new(),
             dirty_connections: Vec::with_capacity(connections_max),
-            dirty_upstreams: Vec::with_capacity(UPSTREAMS_MAX),
-            collecting: Vec::with_capacity(UPSTREAMS_MAX),
+            dirty_upstreams: Vec::with_capacity(upstreams_max),
+            collecting: Vec::with_capacity(upstreams_max),
             starved: Vec::with_capacity(connections_max),
             crowded: Vec::with_capacity(connections_max),
             throttled: false,
@@ -535,7 +532,9 @@ impl<R: Ring> Shard<R> {
                 Command::Directory(directory) => link::publish(self, directory),
                 Command::Kv(batch) => kv::apply(self, &batch),
                 Command::Loads(reports) => kv::hear(self, &reports),
-                Command::Weigh(question) => kv::weigh(self, *question),
+                Command::Weigh(question) => weigh::answer(self, *question),
+                Command::Settings(new) => settings::change(self, new),
+                Command::Census(census) => settings::count(self, census),
                 Command::Handler(new) => self.worker.add(new),
                 Command::Serve(paths) => {
                     self.worker.serve(paths);

@@ -166,6 +166,8 @@ cells! {
         Counter handled,
         /// Directories taken over from control
         Counter directories,
+        /// Changes of settings taken over
+        Counter settings,
         /// Times the paths that handlers serve were changed
         Counter path_updates,
         /// Requests acknowledged whose envelope could not be understood
@@ -224,6 +226,8 @@ cells! {
         Counter kv_prompt_blocks,
         /// Of those, blocks that the chosen instance had
         Counter kv_overlap_blocks,
+        /// Requests of routes by KV cache whose prompt was looked up once more, to be tried again
+        Counter kv_lookups_again,
         /// Requests of routes by KV cache that say nothing of their prompt
         Counter kv_prompts_unknown,
         /// Requests whose header or body should tell their prompt and cannot be read

@@ -19,6 +19,9 @@ struct Entry<T> {
 /// Slots for values of one kind, `capacity` at most.
 pub struct Table<T> {
     entries: Vec<Entry<T>>,
+    /// Slots that there is memory for.
+    reserved: usize,
+    /// Slots that may be in use, as many as that at most.
     capacity: usize,
     free: u32,
     used: usize,
@@ -29,6 +32,7 @@ impl<T> Table<T> {
     pub fn new(capacity: usize) -> Table<T> {
         Table {
             entries: Vec::with_capacity(capacity),
+            reserved: capacity,
             capacity,
             free: NONE,
             used: 0,
@@ -47,11 +51,20 @@ impl<T> Table<T> {
 
     /// Whether no slot is left.
     pub fn is_full(&self) -> bool {
-        self.used == self.capacity
+        self.used >= self.capacity
+    }
+
+    /// Lets so many slots be in use from now on, or as many as there is memory for. Those that are
+    /// in use beyond it stay.
+    pub fn limit(&mut self, capacity: usize) {
+        self.capacity = capacity.min(self.reserved);
     }
 
     /// Takes a slot; gives the value back when there is none.
     pub fn insert(&mut self, value: T) -> Result<u32, T> {
+        if self.is_full() {
+            return Err(value);
+        }
         if self.free != NONE {
             let slot = self.free;
             let entry = &mut self.entries[slot as usize];
@@ -59,9 +72,6 @@ impl<T> Table<T> {
             entry.value = Some(value);
             self.used += 1;
             return Ok(slot);
-        }
-        if self.entries.len() == self.capacity {
-            return Err(value);
         }
         self.entries.push(Entry {
             generation: 0,
@@ -153,5 +163,25 @@ mod tests {
         table.insert(1).unwrap();
         assert!(table.is_full());
         assert_eq!(table.insert(2), Err(2));
+    }
+
+    #[test]
+    fn a_limit_lets_in_no_more_and_takes_nothing_away() {
+        let mut table = Table::new(3);
+        let first = table.insert(1).unwrap();
+        table.insert(2).unwrap();
+        table.limit(1);
+        assert_eq!((table.used(), table.is_full()), (2, true));
+        table.remove(first);
+        assert_eq!(
+            table.insert(3),
+            Err(3),
+            "its slot is free, and the limit is not"
+        );
+        table.limit(100);
+        assert_eq!(table.capacity(), 3, "there is memory for three");
+        assert_eq!(table.insert(3), Ok(first));
+        table.insert(4).unwrap();
+        assert!(table.is_full());
     }
 }

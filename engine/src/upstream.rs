@@ -42,8 +42,10 @@ pub struct InstanceState {
     pub gone: bool,
     /// Mark of the directory update that last listed it.
     pub epoch: u64,
-    /// Requests answered.
+    /// Requests that it has accepted.
     pub answered: u64,
+    /// Requests that it has refused or lost, each try for itself.
+    pub failed: u64,
     /// What it is busy with.
     pub work: Load,
 }
@@ -66,6 +68,7 @@ impl InstanceState {
             gone: false,
             epoch: 0,
             answered: 0,
+            failed: 0,
             work: Load::default(),
         }
     }

@@ -1,20 +1,18 @@
 //! The event plane among peers that speak ZMTP byte by byte, on both rings.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::time::{Duration, Instant};
+use std::net::{TcpListener, TcpStream};
 
 use corelane_codec::Decoded;
 use corelane_codec::zmtp;
 use corelane_engine::config::RingKind;
-use corelane_engine::events::{
-    Command, Door, DoorKind, LocalEvent, Overflow, PlaneConfig, PlaneHandle, Report, Side, spawn,
-};
-use corelane_engine::executor::listen;
-use corelane_engine::{mesh, preflight};
+use corelane_engine::events::{Command, DoorKind, LocalEvent, Overflow, Report, Security, Side};
+use corelane_engine::mesh;
 use socket2::{Domain, Socket, Type};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+mod common;
+use common::plane::{Plane, door};
+use common::{DEADLINE as PATIENCE, rings, wait_until as until};
 
 /// A peer of the plane.
 struct Peer {
@@ -154,64 +152,10 @@ fn event(subject: &str, publisher: u64, sequence: u64, bytes: usize) -> Vec<u8> 
     out
 }
 
-fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !condition() {
-        assert!(began.elapsed() < PATIENCE, "not in time: {what}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-struct Plane {
-    handle: PlaneHandle,
-    xsub: SocketAddr,
-    xpub: SocketAddr,
-}
-
-impl Drop for Plane {
-    fn drop(&mut self) {
-        self.handle.stop();
-    }
-}
-
-fn door(kind: DoorKind, group: u16) -> (SocketAddr, Door) {
-    let listener = listen("127.0.0.1:0".parse().unwrap(), false, false).unwrap();
-    (
-        listener.local_addr().unwrap(),
-        Door {
-            listener,
-            kind,
-            group,
-        },
-    )
-}
-
-/// The rings of this host.
-fn rings() -> Vec<RingKind> {
-    let uring = preflight::choose(preflight::Io::Uring, &preflight::probe());
-    let uring = uring.is_ok().then_some(RingKind::Uring);
-    uring.into_iter().chain([RingKind::Epoll]).collect()
-}
-
-fn plane(ring: RingKind, change: impl FnOnce(&mut PlaneConfig)) -> Plane {
-    let ((xsub, publishers), (xpub, subscribers)) = (
-        door(DoorKind::Publishers, 0),
-        door(DoorKind::Subscribers, 0),
-    );
-    let mut config = PlaneConfig {
-        buffers: 64,
-        buffer_bytes: 4096,
-        ..PlaneConfig::new(ring)
-    };
-    change(&mut config);
-    let handle = spawn(config, vec![publishers, subscribers]).unwrap();
-    Plane { handle, xsub, xpub }
-}
-
 #[test]
 fn events_reach_those_who_want_them() {
     for ring in rings() {
-        let plane = plane(ring, |_| {});
+        let plane = Plane::start(ring, |_| {});
         let mut old = Peer::subscriber(&plane, 0, &["namespace.a.kv-events"]);
         let mut all = Peer::subscriber(&plane, 1, &["namespace.", "namespace.a."]);
         let mut none = Peer::subscriber(&plane, 1, &["other"]);
@@ -276,7 +220,7 @@ const SIZE: usize = 1000;
 
 /// Many events, of which one subscriber reads none until the end, and another all as they come.
 fn overrun(ring: RingKind, overflow: Overflow) -> (Plane, Peer) {
-    let plane = plane(ring, |config| {
+    let plane = Plane::start(ring, |config| {
         config.overflow = overflow;
         config.queue_events_max = 100;
         config.queue_bytes_max = 80_000;
@@ -353,7 +297,7 @@ fn a_subscriber_that_does_not_read_is_disconnected() {
 #[test]
 fn liars_are_named_and_hurt_only_themselves() {
     for ring in rings() {
-        let plane = plane(ring, |config| config.event_bytes_max = 64 << 10);
+        let plane = Plane::start(ring, |config| config.event_bytes_max = 64 << 10);
         let mut subscriber = Peer::subscriber(&plane, 1, &[""]);
         let mut good = Peer::publisher(&plane);
         let mut liar = Peer::publisher(&plane);
@@ -394,7 +338,7 @@ fn liars_are_named_and_hurt_only_themselves() {
 #[test]
 fn losses_before_us_are_counted_exactly() {
     for ring in rings() {
-        let plane = plane(ring, |_| {});
+        let plane = Plane::start(ring, |_| {});
         let mut subscriber = Peer::subscriber(&plane, 1, &["t"]);
         let mut publisher = Peer::publisher(&plane);
         for sequence in [4, 5, 8, 7, 7, 20, 5] {
@@ -418,7 +362,7 @@ fn losses_before_us_are_counted_exactly() {
 #[test]
 fn many_subscriptions_and_publishers() {
     for ring in rings() {
-        let plane = plane(ring, |config| config.buffers = 512);
+        let plane = Plane::start(ring, |config| config.buffers = 512);
         let names: Vec<String> = (0..1000).map(|at| format!("namespace.n{at}.")).collect();
         let prefixes: Vec<&str> = names.iter().map(String::as_str).collect();
         let mut subscriber = Peer::subscriber(&plane, 1, &prefixes);
@@ -451,7 +395,7 @@ fn many_subscriptions_and_publishers() {
 #[test]
 fn tasks_of_this_process_publish_and_subscribe_in_direct_mode() {
     for ring in rings() {
-        let plane = plane(ring, |_| {});
+        let plane = Plane::start(ring, |_| {});
         let tell = |command| assert!(plane.handle.command(command).is_ok());
         // A publisher of ours, with a port of its own.
         let (address, own) = door(DoorKind::Subscribers, 7);
@@ -489,6 +433,7 @@ fn tasks_of_this_process_publish_and_subscribe_in_direct_mode() {
             address,
             side: Side::Publisher,
             group: 8,
+            security: Security::Null,
         });
         for sequence in 0..2 {
             // The second time after the connection was lost.

@@ -2,79 +2,24 @@
 //! dials. On both rings.
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
-use std::time::{Duration, Instant};
+use std::net::TcpStream;
 
 use corelane_codec::event::hello::{Answer, Role, Verdict, decode_answer, write_hello};
 use corelane_codec::event::{Envelope, multipart};
 use corelane_codec::{Decoded, event::frame};
-use corelane_engine::config::{Idle, RingKind};
-use corelane_engine::events::{
-    Command, Door, DoorKind, LocalEvent, Overflow, PlaneConfig, PlaneHandle, Report, Side, spawn,
-};
-use corelane_engine::executor::listen;
+use corelane_engine::config::Idle;
+use corelane_engine::events::{Command, LocalEvent, Overflow, Report, Security, Side};
 use corelane_engine::mesh::{self, Receiver};
 use corelane_engine::placement::{CPUS_MAX, affinity};
-use corelane_engine::preflight;
 use socket2::{Domain, Socket, Type};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+mod common;
+use common::plane::Plane;
+use common::{DEADLINE as PATIENCE, rings, wait_until as until};
+
 const SCOPE: &str = "namespace.a";
 
-fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !condition() {
-        assert!(began.elapsed() < PATIENCE, "not in time: {what}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-/// A plane with all its doors.
-struct Plane {
-    handle: PlaneHandle,
-    xsub: SocketAddr,
-    xpub: SocketAddr,
-    plain: SocketAddr,
-}
-
-impl Drop for Plane {
-    fn drop(&mut self) {
-        self.handle.stop();
-    }
-}
-
 impl Plane {
-    fn start(ring: RingKind, change: impl FnOnce(&mut PlaneConfig)) -> Plane {
-        let mut config = PlaneConfig {
-            buffers: 64,
-            buffer_bytes: 4096,
-            ..PlaneConfig::new(ring)
-        };
-        change(&mut config);
-        let mut addresses = Vec::new();
-        let kinds = [DoorKind::Publishers, DoorKind::Subscribers, DoorKind::Plain];
-        let doors = kinds.map(|kind| {
-            let listener = listen("127.0.0.1:0".parse().unwrap(), false, false).unwrap();
-            addresses.push(listener.local_addr().unwrap());
-            let group = 0;
-            Door {
-                listener,
-                kind,
-                group,
-            }
-        });
-        Plane {
-            handle: spawn(config, doors.into()).unwrap(),
-            xsub: addresses[0],
-            xpub: addresses[1],
-            plain: addresses[2],
-        }
-    }
-
-    fn tell(&self, command: Command) {
-        assert!(self.handle.command(command).is_ok());
-    }
-
     /// Joins this plane, as a ZMTP subscriber and as a ZMTP publisher, to another one.
     fn join(&self, other: &Plane) -> Receiver<LocalEvent> {
         let (events, taken) = mesh::lane().unwrap();
@@ -98,6 +43,7 @@ impl Plane {
                 address,
                 side,
                 group,
+                security: Security::Null,
             });
         }
         let stats = &other.handle.stats.plane;
@@ -111,13 +57,6 @@ impl Plane {
         let stats = &self.handle.stats.plane;
         until("received", || stats.events_received.get() == events);
     }
-}
-
-/// The rings of this host.
-fn rings() -> Vec<RingKind> {
-    let uring = preflight::choose(preflight::Io::Uring, &preflight::probe());
-    let uring = uring.is_ok().then_some(RingKind::Uring);
-    uring.into_iter().chain([RingKind::Epoll]).collect()
 }
 
 /// A peer of the plain door.

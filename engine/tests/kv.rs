@@ -18,9 +18,10 @@ use corelane_codec::event::block_hashes;
 use corelane_codec::kv_headers;
 use corelane_engine::config::RingKind;
 use corelane_engine::directory::{Ack, Instance, KvRule, LoadRule, LoadSource, Policy, Route};
-use corelane_engine::kv::{Batch, Change, Question, RankId, Reports, Stored, Weighed, Weighing};
+use corelane_engine::kv::{Batch, Change, RankId, Reports, Stored};
 use corelane_engine::load::Work;
 use corelane_engine::shard::Command;
+use corelane_engine::weigh::{Question, Seen, Weighed, Weighing};
 
 const BLOCK_TOKENS: u32 = 4;
 const HOUR_NS: u64 = 3_600_000_000_000;
@@ -102,7 +103,9 @@ impl Asked for Router {
         let answer = Box::new(move |weighing| sender.send(weighing).unwrap());
         let question = Question {
             route: 0,
+            headers: Vec::new(),
             prompt,
+            candidates_max: 100,
             answer,
         };
         let command = Command::Weigh(Box::new(question));
@@ -342,12 +345,14 @@ fn caches_are_weighed_against_load() {
             let weighing = lab.router.weigh(hashes(0..8));
             let want = |id: u64, overlap_blocks: u32, busy: Work, cost: f64| Weighed {
                 id,
-                is_routable: true,
+                address: Some(lab.workers[id as usize - 1].instance.address),
+                barrier: None,
                 overlap_blocks,
                 busy,
                 is_reported: true,
                 load: busy.blocks(),
                 cost,
+                seen: Seen::default(),
             };
             let candidates = vec![
                 want(1, 0, Work::default(), 16.0),
@@ -435,24 +440,48 @@ fn least_loaded_believes_what_instances_say() {
     }
 }
 
+/// The one with most of the prompt refuses: of those that are left, the one with most of it is
+/// next, however the request says what its prompt is.
 #[test]
-fn a_holder_that_refuses_is_passed_over() {
-    for ring in rings() {
-        let (other, holder) = (
+fn a_holder_that_refuses_is_passed_over_for_the_next_best() {
+    let by_hash = kv_headers::block_hashes(&hashes(0..8));
+    let by_token = kv_headers::token_ids(&tokens(0..8));
+    let frames = [
+        frame_about(&[(kv_headers::BLOCK_HASHES, &by_hash)], b"x"),
+        frame_about(&[(kv_headers::TOKEN_IDS, &by_token)], b"x"),
+        frame_about(&[], &json_body(&tokens(0..8))),
+    ];
+    let tries = rings()
+        .into_iter()
+        .flat_map(|ring| frames.iter().map(move |frame| (ring, frame)));
+    for (ring, frame) in tries {
+        let workers = [
             Worker::start(1, Manner::Accept),
             Worker::start(2, Manner::Unavailable),
-        );
+            Worker::start(3, Manner::Accept),
+            Worker::start(4, Manner::Accept),
+        ];
         let router = Router::start(ring);
-        router.publish(kv_route(RULE, &[&other, &holder]));
+        let rule = KvRule {
+            body_bytes_max: 4096,
+            ..RULE
+        };
+        let all: Vec<&Worker> = workers.iter().collect();
+        router.publish(kv_route(rule, &all));
         let stats = &router.handle.stats.shard;
-        wait_until("both are connected", || stats.instances_ready.get() == 2);
-        router.feed(stored(2, 0, 8));
-        let by_hash = kv_headers::block_hashes(&hashes(0..8));
-        let frame = frame_about(&[(kv_headers::BLOCK_HASHES, &by_hash)], b"x");
+        wait_until("all are connected", || stats.instances_ready.get() == 4);
+        for (worker, blocks) in [(2, 8), (3, 5), (4, 1)] {
+            router.feed(stored(worker, 0, blocks));
+        }
         let mut caller = Caller::dial(router.address);
-        caller.send(&frame);
+        caller.send(frame);
         assert_eq!(caller.reply(), "");
-        assert_eq!((holder.taken(), other.taken()), (1, 1));
+        assert_eq!(workers.each_ref().map(Worker::taken), [0, 1, 1, 0]);
+        let looked_up = (stats.kv_lookups.get(), stats.kv_lookups_again.get());
+        assert_eq!(looked_up, (1, 1));
+        // The ratio is of first choices.
+        let blocks = (stats.kv_prompt_blocks.get(), stats.kv_overlap_blocks.get());
+        assert_eq!(blocks, (8, 8));
     }
 }
 
@@ -500,5 +529,59 @@ fn relayed_requests_are_looked_into_as_well() {
         wait_until("nothing is left of it", || {
             router.weigh(vec![]).candidates[0].busy == Work::default()
         });
+    }
+}
+
+/// The head of a relayed request is the router's own; its headers are the caller's still.
+#[test]
+fn relayed_requests_are_tried_again_where_their_prompt_is() {
+    let by_token = kv_headers::token_ids(&tokens(0..8));
+    let in_body = json_body(&tokens(0..8));
+    let says = [
+        (vec![(kv_headers::TOKEN_IDS, by_token.as_str())], &b"{}"[..]),
+        (vec![], &in_body[..]),
+    ];
+    let tries = rings()
+        .into_iter()
+        .flat_map(|ring| says.iter().map(move |says| (ring, says)));
+    for (ring, (headers, body)) in tries {
+        let idle = Worker::start(1, Manner::Accept);
+        let holder = Worker::start(2, Manner::Unavailable);
+        let mut next = ends::HandWorker::default();
+        let router = lab::relaying(ring);
+        let rule = KvRule {
+            body_bytes_max: 4096,
+            ..RULE
+        };
+        let mut route = kv_route(rule, &[&idle, &holder]);
+        route.ack = Ack::OnForward;
+        route.relay = Some(lab::NO_TIMES);
+        let (id, address, path) = (3, next.address(), b"3/x".to_vec());
+        route.instances.push(Instance { id, address, path });
+        router.publish(route);
+        let stats = &router.handle.stats.shard;
+        wait_until("all are connected", || stats.instances_ready.get() == 3);
+        router.feed(stored(2, 0, 8));
+        router.feed(stored(3, 0, 5));
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let home = listener.local_addr().unwrap().to_string();
+        let json = PayloadCodec::Json;
+        let mut map = vec![];
+        corelane_codec::headers::write(headers, &mut map);
+        let mut caller = Caller::dial(router.address);
+        let envelope = envelope_in(&home, "s", json, body);
+        caller.send(&frame_with(LISTEN_PATH, &map, &envelope));
+        let mut called = {
+            let asked = next.take();
+            next.reply("");
+            asked.call_home()
+        };
+        assert_eq!(caller.reply(), "");
+        called.say(&lab::answer(3, json));
+        let mut home = ends::accept(&listener);
+        home.handshake();
+        assert_eq!(lab::drained(&mut home), lab::answer(3, json));
+        assert_eq!((idle.taken(), holder.taken()), (0, 1));
+        assert_eq!(stats.kv_lookups_again.get(), 1);
     }
 }

@@ -23,7 +23,7 @@ use corelane_engine::shard::{Command, Report};
 use corelane_engine::stats::ShardStats;
 use corelane_gpu_mem::lane::attach::{LaneFds, LaneSize};
 use corelane_gpu_mem::lane::layout::{
-    ANNOTATED, Descriptor, Kind, LAST, RECORD_BYTES, SUBMISSIONS_TAKEN,
+    ANNOTATED, BLOCK_HEAD_BYTES, Descriptor, Kind, LAST, RECORD_BYTES, SUBMISSIONS_TAKEN,
 };
 use corelane_gpu_mem::lane::memory::Mapping;
 use corelane_gpu_mem::lane::queue::{Queues, Side};
@@ -325,6 +325,31 @@ fn a_dead_worker_loses_what_it_had_taken_and_nothing_else() {
                 stats.lanes.get(),
             ) == (0, 0, 1)
         });
+    }
+}
+
+#[test]
+fn what_a_worker_scribbles_into_a_request_does_not_reach_the_next_one() {
+    for ring in rings() {
+        let local = router(ring, |_| {});
+        let (_here, there) = greet(&local, 1, 1 << 20);
+        let (head, fds) = attach::receive(&there).unwrap();
+        let slab = Mapping::new(&fds.slab, head.slab_bytes.get()).unwrap();
+        let mut frontend = Frontend::of(&local);
+        let body = text(100_000);
+        frontend.send("s", Json, &body);
+        let mut called = frontend.called();
+        assert_eq!(called.handshake(), "s");
+        // It is posted, and its worker, who has not taken it, changes what says where its body is.
+        assert!(slab.write(0, &[0xff; BLOCK_HEAD_BYTES]));
+        let heir = echo(&local, 2);
+        local
+            .handle
+            .command(Command::EndLanes { worker: 1 })
+            .unwrap();
+        called.prologue_ok();
+        assert!(called.items_to_the_end(Json) == [annotated(&body)]);
+        assert_eq!(heir.served.load(Ordering::Relaxed), 1);
     }
 }
 

@@ -6,6 +6,8 @@ mod ends;
 mod common;
 #[path = "relay/lab.rs"]
 mod lab;
+#[path = "relay/secure.rs"]
+mod secure;
 
 use std::io::{Read, Write};
 use std::time::Duration;

@@ -13,7 +13,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Mutex, Once, PoisonError};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -106,15 +106,19 @@ impl FailoverLock {
             let file = self.open()?;
             let key = self.key_of(&file)?;
             let reservation = Reservation::take(key).ok_or_else(|| self.held_here())?;
+            // Before there is a lock: a child that is forked right after it must know it already.
+            let place = Place::claim(file.as_raw_fd()).ok_or(FailoverError::TooMany)?;
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 // Somebody may have replaced the file between our opening and our locking it; the
                 // lock on a file without a name excludes nobody.
-                Ok(()) if self.is_current(key) => return self.take(file, reservation, engine_id),
+                Ok(()) if self.is_current(key) => {
+                    return self.take(file, reservation, place, engine_id);
+                }
                 Ok(()) | Err(Errno::INTR) => continue,
                 Err(Errno::WOULDBLOCK) => self.was_contended = true,
                 Err(errno) => return Err(self.io(errno.into())),
             }
-            drop(reservation);
+            drop((place, reservation, file));
             let wait = match deadline {
                 Some(deadline) => deadline.saturating_duration_since(Instant::now()),
                 None => POLL_INTERVAL,
@@ -189,15 +193,15 @@ impl FailoverLock {
         &mut self,
         mut file: File,
         reservation: Reservation,
+        place: Place,
         engine_id: &str,
     ) -> Result<(), FailoverError> {
-        let place = claim_place(file.as_raw_fd()).ok_or(FailoverError::TooMany)?;
         let owner = format!("engine-{engine_id}");
         let written = file
             .set_len(0)
             .and_then(|()| file.seek(SeekFrom::Start(0)))
             .and_then(|_| file.write_all(owner.as_bytes()));
-        let key = reservation.keep();
+        let (key, place) = (reservation.keep(), place.keep());
         self.held = Some(Held {
             file,
             owner,
@@ -234,7 +238,7 @@ impl Drop for Held {
             .compare_exchange(ours, NOTHING, Ordering::AcqRel, Ordering::Acquire)
         {
             Ok(_) => {
-                held_here().remove(&self.key);
+                held_here().remove(&(std::process::id(), self.key));
                 // `flock` is released explicitly: a descriptor that some child did inherit would
                 // otherwise keep it.
                 let _ = rustix::fs::flock(&self.file, FlockOperation::Unlock);
@@ -251,10 +255,11 @@ fn forget_descriptor(file: &mut File) {
     }
 }
 
-/// What this process holds, or is just trying for.
-static HELD_HERE: Mutex<BTreeSet<FileKey>> = Mutex::new(BTreeSet::new());
+/// What this process holds, or is just trying for. With its id: what a forked child finds here is
+/// its parent's, and no reason to refuse it.
+static HELD_HERE: Mutex<BTreeSet<(u32, FileKey)>> = Mutex::new(BTreeSet::new());
 
-fn held_here() -> std::sync::MutexGuard<'static, BTreeSet<FileKey>> {
+fn held_here() -> MutexGuard<'static, BTreeSet<(u32, FileKey)>> {
     HELD_HERE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -266,7 +271,7 @@ struct Reservation {
 impl Reservation {
     fn take(key: FileKey) -> Option<Reservation> {
         // The guard must be gone before a reservation that is not wanted could be dropped.
-        let is_new = held_here().insert(key);
+        let is_new = held_here().insert((std::process::id(), key));
         is_new.then(|| Reservation { key: Some(key) })
     }
 
@@ -278,7 +283,7 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         if let Some(key) = self.key {
-            held_here().remove(&key);
+            held_here().remove(&(std::process::id(), key));
         }
     }
 }
@@ -286,7 +291,41 @@ impl Drop for Reservation {
 /// Descriptors of held locks, for a forked child to close.
 static HELD: [AtomicI32; HELD_MAX] = [const { AtomicI32::new(NOTHING) }; HELD_MAX];
 
-fn claim_place(descriptor: RawFd) -> Option<&'static AtomicI32> {
+/// A descriptor that a forked child will close.
+struct Place {
+    place: &'static AtomicI32,
+    descriptor: RawFd,
+}
+
+impl Place {
+    fn claim(descriptor: RawFd) -> Option<Place> {
+        heed_forks();
+        let is_free = |place: &&AtomicI32| {
+            place
+                .compare_exchange(NOTHING, descriptor, Ordering::AcqRel, Ordering::Acquire)
+                .is_ok()
+        };
+        let place = HELD.iter().find(is_free)?;
+        Some(Place { place, descriptor })
+    }
+
+    /// From now on somebody else empties it.
+    fn keep(self) -> &'static AtomicI32 {
+        std::mem::ManuallyDrop::new(self).place
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let (ours, none) = (self.descriptor, NOTHING);
+        let _ = self
+            .place
+            .compare_exchange(ours, none, Ordering::AcqRel, Ordering::Acquire);
+    }
+}
+
+/// Makes forked children look at [`HELD`] before they do anything else.
+fn heed_forks() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         // SAFETY: the handler only loads and stores atomics and closes descriptors, all of which is
@@ -299,11 +338,6 @@ fn claim_place(descriptor: RawFd) -> Option<&'static AtomicI32> {
             );
         }
     });
-    HELD.iter().find(|place| {
-        place
-            .compare_exchange(NOTHING, descriptor, Ordering::AcqRel, Ordering::Acquire)
-            .is_ok()
-    })
 }
 
 /// Runs in a forked child before anything else: the lock stays with the parent alone.

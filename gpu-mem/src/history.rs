@@ -149,12 +149,14 @@ impl History {
     }
 
     /// Writes one record to the log; false if it knows all of them. A line may take longer than all
-    /// that it tells of, and nobody who waits for an answer should wait for that.
+    /// that it tells of, and nobody who waits for an answer should wait for that; so it says itself
+    /// when that was.
     pub fn log(&mut self) -> bool {
         let Some(record) = self.unlogged.pop_front() else {
             return false;
         };
         let AuditRecord {
+            unix_ms,
             pool,
             session,
             peer,
@@ -162,11 +164,10 @@ impl History {
             from,
             to,
             allocation_count,
-            ..
         } = record;
         tracing::info!(
             pool = &*pool, session, pid = peer.pid, uid = peer.uid, %from, %to,
-            allocations = allocation_count, "{what}"
+            allocations = allocation_count, unix_ms, "{what}"
         );
         true
     }

@@ -14,6 +14,7 @@
 
 pub mod backend;
 pub mod client;
+mod complaints;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod domain;

@@ -228,6 +228,18 @@ impl Store {
         std::mem::replace(self, empty)
     }
 
+    /// Whether there is nothing at all.
+    pub fn is_empty(&self) -> bool {
+        self.allocations.is_empty() && self.metadata.is_empty() && self.offers.is_empty()
+    }
+
+    /// Gives up the first block of a store that was cleared, and answers how large it was. None if
+    /// there is no block.
+    pub fn shed(&mut self) -> Option<u64> {
+        let (_, allocation) = self.allocations.pop_first()?;
+        Some(allocation.aligned_size)
+    }
+
     /// Stores an entry, silently in the place of another with its key.
     ///
     /// # Errors

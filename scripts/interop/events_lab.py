@@ -78,12 +78,14 @@ class Broker:
         wait_for(f"{name} is {value}", lambda: self.count(name) == value, PATIENCE_S)
 
 
-def subscriber(context, broker, prefix=b"", kind=zmq.SUB):
-    """A subscriber at the broker."""
+def subscriber(context, broker, prefix=b"", kind=zmq.SUB, protect=None, port=None):
+    """A subscriber at the broker, or at another port of it."""
     socket = context.socket(kind)
     socket.rcvhwm = 0
     socket.rcvtimeo = PATIENCE_MS
-    socket.connect(f"tcp://127.0.0.1:{broker.ports[1]}")
+    if protect:
+        protect(socket)
+    socket.connect(f"tcp://127.0.0.1:{port or broker.ports[1]}")
     if kind == zmq.SUB:
         socket.subscribe(prefix)
     else:
@@ -91,12 +93,14 @@ def subscriber(context, broker, prefix=b"", kind=zmq.SUB):
     return socket
 
 
-def publisher(context, broker, kind=zmq.XPUB):
+def publisher(context, broker, kind=zmq.XPUB, protect=None, port=None):
     """A publisher that knows of the subscriptions (an XPUB: it sees them)."""
     socket = context.socket(kind)
     socket.sndhwm = 0
     socket.rcvtimeo = PATIENCE_MS
-    socket.connect(f"tcp://127.0.0.1:{broker.ports[0]}")
+    if protect:
+        protect(socket)
+    socket.connect(f"tcp://127.0.0.1:{port or broker.ports[0]}")
     return socket
 
 

@@ -2,7 +2,8 @@
 """A worker that tells of its KV cache, or a KV router, on the stock Dynamo wheel.
 
 The worker answers each request with its own name, and publishes that it has stored the blocks of
---tokens. The router chooses for --tokens again and again. JSON lines: `ready`, `best`, `none`.
+--tokens: again and again, or --once; with --keeps it can be asked for what it has published. The
+router chooses for --tokens again and again. JSON lines: `ready`, `best`, `none`.
 """
 
 import argparse
@@ -27,15 +28,20 @@ async def work(runtime, endpoint, options):
     serving = asyncio.ensure_future(endpoint.serve_endpoint(generate))
     await announced(endpoint, serving)
     blocks = len(options.tokens) // options.block_tokens
-    publisher = KvEventPublisher(endpoint, kv_block_size=options.block_tokens)
+    publisher = KvEventPublisher(
+        endpoint, kv_block_size=options.block_tokens, enable_local_indexer=options.keeps
+    )
+    stored = (
+        options.tokens[: blocks * options.block_tokens],
+        [options.block_tokens] * blocks,
+        [endpoint.connection_id() % 1000 + 1 + number for number in range(blocks)],
+    )
+    if options.once:
+        publisher.publish_stored(*stored)
     say("ready", instance=endpoint.connection_id())
     # Who subscribes late has missed what was published before: it is told again, until the end.
-    while blocks and not serving.done():
-        publisher.publish_stored(
-            options.tokens[: blocks * options.block_tokens],
-            [options.block_tokens] * blocks,
-            [endpoint.connection_id() % 1000 + 1 + number for number in range(blocks)],
-        )
+    while blocks and not options.once and not serving.done():
+        publisher.publish_stored(*stored)
         await asyncio.sleep(0.2)
     await serving
 
@@ -61,6 +67,8 @@ async def main():
     parser.add_argument("--endpoint", required=True, help="NS/COMP/EP")
     parser.add_argument("--tokens", type=json.loads, default=[], help="a JSON list")
     parser.add_argument("--block-tokens", type=int, default=4)
+    parser.add_argument("--once", action="store_true")
+    parser.add_argument("--keeps", action="store_true")
     options = parser.parse_args()
     loop = asyncio.get_running_loop()
     runtime = DistributedRuntime(loop, "etcd", "tcp")

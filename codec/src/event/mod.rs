@@ -40,6 +40,7 @@ mod fields;
 pub mod frame;
 pub mod hello;
 mod kv;
+mod kv_query;
 mod load;
 pub mod multipart;
 pub mod origin;
@@ -54,10 +55,11 @@ pub use block_hash::{BLOCK_HASH_SEED, block_hash, block_hashes};
 pub use envelope::{ENVELOPE_BYTES_OVERHEAD_MAX, Envelope, EnvelopeFront};
 pub use fields::EventError;
 pub use kv::{Block, Blocks, Hashes, KvChange, KvEvent, KvEvents};
+pub use kv_query::{KvAnswer, KvQuery, KvQueryKind};
 pub use load::{ForwardPass, KvMetrics, QueuedRequests, ScheduledRequests};
 pub use record::{
     CHANNELS_BUCKET, EventChannelRecord, EventKey, EventSourceRecord, EventTransport, KvWorker,
-    NatsChannel, SOURCES_BUCKET, SourceMetadata, ZmqBrokerChannel, ZmqChannel,
+    NatsChannel, RecoveryTarget, SOURCES_BUCKET, SourceMetadata, ZmqBrokerChannel, ZmqChannel,
 };
 pub use scope::{Scope, decode_segment, encode_segment, parse_subject};
 pub use sequences::{Sequence, SequenceChange};

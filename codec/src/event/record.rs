@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::scope::{Scope, decode_segment, encode_segment};
+use crate::control_message::PayloadCodec;
+use crate::discovery::{DeviceType, Transport};
 use crate::path::{EndpointId, parse_instance_hex};
 
 /// Where channel records live.
@@ -168,6 +170,31 @@ pub struct SourceMetadata {
     pub worker: KvWorker,
     /// The publisher.
     pub publisher_id: u64,
+    /// Where it is asked for what it has published ([`super::KvQuery`]); absent if it keeps nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recovery_target: Option<RecoveryTarget>,
+}
+
+/// The instance of an endpoint that answers questions about a KV cache: its endpoint record, without
+/// the type.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoveryTarget {
+    /// Component.
+    pub component: String,
+    /// Endpoint.
+    pub endpoint: String,
+    /// Namespace.
+    pub namespace: String,
+    /// The instance.
+    pub instance_id: u64,
+    /// How to reach it.
+    pub transport: Transport,
+    /// What it computes on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_type: Option<DeviceType>,
+    /// How it wants its requests encoded; JSON if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_plane_codec: Option<PayloadCodec>,
 }
 
 /// A rank of a worker.
@@ -262,6 +289,27 @@ mod tests {
         ] {
             assert_eq!(EventKey::parse(CHANNELS_BUCKET, wrong), None, "{wrong}");
         }
+    }
+
+    /// As a stock worker writes it that keeps an index of its own.
+    #[test]
+    fn a_source_says_where_it_is_asked() {
+        let text = concat!(
+            r#"{"type":"EventSource","scope":{"kind":"endpoint","endpoint":{"namespace":"n","#,
+            r#""component":"c","name":"e"}},"topic":"kv-events","publisher_id":171,"metadata":"#,
+            r#"{"kv_state_endpoint":{"namespace":"n","component":"c","name":"e"},"#,
+            r#""worker":{"worker_id":7,"dp_rank":0},"publisher_id":171,"recovery_target":"#,
+            r#"{"component":"c","endpoint":"worker_kv_query_source_ab","namespace":"n","#,
+            r#""instance_id":7,"transport":{"tcp":"127.0.0.1:5/7/n/c/worker_kv_query_source_ab"},"#,
+            r#""device_type":"cuda","request_plane_codec":"msgpack"}}}"#
+        );
+        let record: EventSourceRecord = serde_json::from_str(text).unwrap();
+        let kv = record.kv().unwrap();
+        let target = kv.recovery_target.as_ref().unwrap();
+        assert_eq!((target.instance_id, &*target.namespace), (7, "n"));
+        assert!(matches!(&target.transport, Transport::Tcp(text) if text.starts_with("127")));
+        let again = EventSourceRecord::new(&record.key(), &kv).unwrap();
+        assert_eq!(serde_json::to_string(&again).unwrap(), text);
     }
 
     #[test]

@@ -7,8 +7,8 @@ use crate::Decoded;
 use crate::event::typed::{self, from_payload, to_payload};
 use crate::event::{
     self, CHANNELS_BUCKET, Envelope, EventChannelRecord, EventKey, EventSourceRecord, ForwardPass,
-    Hashes, KvChange, KvEvents, KvMetrics, SOURCES_BUCKET, Sequence, SequenceChange, frame, hello,
-    multipart, origin::Origin,
+    Hashes, KvAnswer, KvChange, KvEvents, KvMetrics, SOURCES_BUCKET, Sequence, SequenceChange,
+    frame, hello, multipart, origin::Origin,
 };
 
 /// First bytes of MessagePack's blobs.
@@ -104,7 +104,10 @@ fn hashes(mut hashes: Hashes<'_>) -> Option<Vec<u64>> {
 
 /// Reads all of a payload of KV events, as its view gives it.
 fn kv_events(data: &[u8]) -> Option<Vec<(u64, u64, u32, usize)>> {
-    let mut events = KvEvents::open(data).ok()?;
+    kv_events_of(KvEvents::open(data).ok()?)
+}
+
+fn kv_events_of(mut events: KvEvents<'_>) -> Option<Vec<(u64, u64, u32, usize)>> {
     let mut all = vec![];
     while let Some(event) = events.next_event().ok()? {
         let count = match event.change {
@@ -136,6 +139,12 @@ fn typed_event(event: &typed::KvEvent) -> (u64, u64, u32, usize) {
 
 /// Payloads of all topics; what the typed forms take, the views take alike.
 pub fn event_payload(data: &[u8]) {
+    match KvAnswer::decode(data) {
+        Ok(KvAnswer::Dump { events, .. } | KvAnswer::Events { events, .. }) => {
+            let _ = kv_events_of(events);
+        }
+        Ok(KvAnswer::Refused(_)) | Err(_) => {}
+    }
     let seen = kv_events(data);
     // Where an array is due serde takes a blob as well, byte by byte.
     let may_differ = data.iter().any(|byte| BLOBS.contains(byte));

@@ -3,6 +3,8 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+#[cfg(feature = "curve")]
+mod curve;
 mod discovery;
 mod event;
 mod nats;

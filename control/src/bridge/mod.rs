@@ -29,7 +29,7 @@ use anyhow::{Context, Result};
 use bytes::Bytes;
 use corelane_codec::event::origin::Origin;
 use corelane_codec::event::{Envelope, encode_segment, frame};
-use corelane_engine::events::{Command, Group, LocalEvent, Side};
+use corelane_engine::events::{Command, Group, LocalEvent, Security, Side};
 use corelane_engine::mesh::{self, Receiver, Sender};
 use sha2::{Digest, Sha256};
 use tokio::io::unix::AsyncFd;
@@ -126,6 +126,7 @@ impl Bridge {
     pub async fn start(
         config: &BridgeConfig,
         options: &NatsOptions,
+        security: Security,
         broker: &Broker,
     ) -> Result<Rc<Bridge>> {
         let me = random_id();
@@ -154,14 +155,14 @@ impl Bridge {
             },
             tasks: RefCell::default(),
         });
-        bridge.begin(config)?;
+        bridge.begin(config, &security)?;
         let named = bridge.places.iter().map(|place| place.kind.word());
         let named = named.collect::<Vec<_>>().join(" ");
         tracing::info!(sides = named, prefix = bridge.prefix, "events: bridge");
         Ok(bridge)
     }
 
-    fn begin(self: &Rc<Self>, config: &BridgeConfig) -> Result<()> {
+    fn begin(self: &Rc<Self>, config: &BridgeConfig, security: &Security) -> Result<()> {
         if let Some((xsub, xpub)) = config.other {
             let dials = [
                 (xpub, Side::Publisher, OTHER_IN),
@@ -173,6 +174,7 @@ impl Bridge {
                     address,
                     side,
                     group,
+                    security: security.clone(),
                 })?;
             }
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 
-use crate::config::{Config, Discovery, Drain, EndpointId, Gpu, Server};
+use crate::config::{Config, Discovery, Drain, EndpointId, Gpu, Inputs, Server};
 use crate::gpu_memory::Names;
 
 /// Of `corelane up`.
@@ -26,6 +26,8 @@ pub struct UpArgs {
 pub struct ServeArgs {
     /// Everything.
     pub config: Config,
+    /// What it was read from, to read it again.
+    pub inputs: Inputs,
 }
 
 /// Of `corelane gms`.

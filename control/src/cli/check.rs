@@ -31,6 +31,9 @@ use crate::tls::kernel as tls;
 /// Name and version of the JSON form.
 pub const SCHEMA: &str = "corelane.check/1";
 
+/// Longer values move what stands behind them.
+const COLUMN_MAX: usize = 30;
+
 /// Look for mistakes in the configuration
 ///
 /// Reads what `serve` would read, opens no socket and writes nothing. Each finding is a line
@@ -215,6 +218,7 @@ pub(super) fn check(options: &CheckOptions, env: &Env, host: &Host) -> anyhow::R
         let mut text = findings(&checked, &notices);
         if options.explain {
             text.push_str(&explain(&checked.settings));
+            text.push_str(&cores(&checked));
         }
         text.push_str(&summary(&file, &checked));
         text
@@ -309,11 +313,15 @@ fn contents(config: &Config) -> String {
         let devices: Vec<usize> = gpu.devices.iter().map(|n| *n as usize).collect();
         let _ = writeln!(
             text,
-            "  GPU memory of devices {} ({}), pools {}, sockets in {}",
+            "  GPU memory of devices {} ({}), pools {}, sockets in {}{}",
             cpu_list(&devices),
             gpu.backend,
             gpu.tags.join(" and "),
-            gpu.socket_dir.display()
+            gpu.socket_dir.display(),
+            match gpu.spin_us {
+                0 => ", asleep between requests".to_owned(),
+                us => format!(", awake for {us} us after each request"),
+            }
         );
     }
     text
@@ -331,7 +339,12 @@ fn explain(settings: &[Setting]) -> String {
                 Fallback::Unset(means) => format!("default: {means}"),
                 Fallback::Required => "required".to_owned(),
             };
-            let _ = writeln!(text, "    {}; {default}", key.kind.describe());
+            let live = if key.is_live() {
+                "live"
+            } else {
+                "needs a restart"
+            };
+            let _ = writeln!(text, "    {}; {default}; {live}", key.kind.describe());
             let aliases = key.aliases.iter().map(|alias| alias.name.to_owned());
             let names: Vec<String> = key.env().into_iter().chain(aliases).collect();
             if !names.is_empty() {
@@ -342,6 +355,33 @@ fn explain(settings: &[Setting]) -> String {
                 let value = setting.value.as_deref().unwrap_or("unset");
                 let _ = writeln!(text, "    {} = {value} ({})", setting.path, setting.origin);
             }
+        }
+        text.push('\n');
+    }
+    text
+}
+
+/// What each core is told in the end, and who said so: one table for each, one key a line.
+fn cores(checked: &Checked) -> String {
+    let mut text = String::new();
+    let Some(config) = &checked.config else {
+        return text;
+    };
+    for core in &config.cores {
+        let _ = writeln!(text, "core {} on CPU {}", core.number, core.cpu);
+        let begin = format!("core[{}].", core.number);
+        let of_core = |setting: &&Setting| setting.path.starts_with(&begin);
+        let settings: Vec<&Setting> = checked.settings.iter().filter(of_core).collect();
+        let shown = |setting: &Setting| match (&setting.value, setting.key.fallback) {
+            (Some(value), _) => value.clone(),
+            (None, Fallback::Unset(means)) => means.to_owned(),
+            (None, _) => "unset".to_owned(),
+        };
+        let longest = settings.iter().map(|setting| shown(setting).len());
+        let width = longest.max().unwrap_or(0).min(COLUMN_MAX);
+        for setting in settings {
+            let (name, value) = (setting.key.name, shown(setting));
+            let _ = writeln!(text, "  {name:<21} {value:<width$}  {}", setting.origin);
         }
         text.push('\n');
     }

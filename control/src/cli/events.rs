@@ -1,5 +1,6 @@
 //! `corelane events` as clap reads it.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
@@ -7,10 +8,10 @@ use corelane_codec::event::Scope;
 
 use super::Stop;
 use super::options::StoreOptions;
-use crate::commands::{PublishArgs, TailArgs, Transport};
+use crate::commands::{KeysArgs, PublishArgs, TailArgs, Transport};
 use crate::config::{Backend, Config, Host, Inputs};
 use crate::env::Env;
-use crate::events::{BrokerUrl, EventPlane};
+use crate::events::{BrokerUrl, CurveOptions, EventPlane};
 use crate::nats::NatsOptions;
 
 /// See events as they are published, or publish some for trying; over ZMQ or NATS
@@ -24,6 +25,56 @@ pub(super) struct EventsOptions {
 pub(super) enum EventsCommand {
     Tail(TailOptions),
     Publish(PublishOptions),
+    Keys(KeysOptions),
+}
+
+/// Make a key pair for CURVE: the secret key into a new file, the public key to standard output
+///
+/// A broker or publisher keeps its secret key in curve_secret_key_file, and its peers are told the
+/// public one. Peers need a pair of their own only where curve_allowed_keys lists them.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  corelane events keys --out broker.key > broker.pub
+  corelane events tail --curve-server-key \"$(cat broker.pub)\" \\
+      --broker 'xsub=tcp://b.example:5555,xpub=tcp://b.example:5556'")]
+pub(super) struct KeysOptions {
+    /// Where the secret key goes; only its owner may read it
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+impl KeysOptions {
+    pub(super) fn args(self) -> KeysArgs {
+        KeysArgs { out: self.out }
+    }
+}
+
+/// CURVE, if it is not as the environment says.
+#[derive(Args, Debug)]
+struct CurveFlags {
+    /// CURVE: file with our secret key [default: $CORELANE_EVENTS_CURVE_SECRET_KEY_FILE]
+    #[arg(long, value_name = "FILE")]
+    curve_secret_key_file: Option<PathBuf>,
+    /// CURVE: public key of the brokers or publishers that are dialled
+    /// [default: $CORELANE_EVENTS_CURVE_SERVER_KEY]
+    #[arg(long, value_name = "KEY")]
+    curve_server_key: Option<String>,
+    /// CURVE: public keys of subscribers that are let in, a list or a file
+    /// [default: $CORELANE_EVENTS_CURVE_ALLOWED_KEYS]
+    #[arg(long, value_name = "KEYS")]
+    curve_allowed_keys: Option<String>,
+}
+
+impl CurveFlags {
+    fn options(self, env: &Env) -> CurveOptions {
+        let said = CurveOptions::read(env);
+        CurveOptions {
+            secret_key_file: self.curve_secret_key_file.or(said.secret_key_file),
+            allowed_keys: self.curve_allowed_keys.or(said.allowed_keys),
+            server_key: self.curve_server_key.or(said.server_key),
+        }
+    }
 }
 
 /// What events go over, if it is not as the environment says.
@@ -39,6 +90,8 @@ struct PlaneOptions {
     /// those in discovery with $DYN_ZMQ_BROKER_ENABLED, else from publishers to subscribers]
     #[arg(long, value_name = "URL")]
     broker: Option<BrokerUrl>,
+    #[command(flatten)]
+    curve: CurveFlags,
     #[command(flatten)]
     store: StoreOptions,
 }
@@ -67,6 +120,7 @@ impl PlaneOptions {
                 Ok(Transport::Zmq {
                     broker: self.broker,
                     discovery,
+                    curve: self.curve.options(env),
                     env: env.clone(),
                 })
             }
@@ -131,7 +185,9 @@ impl TailOptions {
 Examples:
   corelane events publish --scope demo/backend/generate --topic kv_metrics \\
       --body '{\"worker_id\":1,\"dp_rank\":0,\"active_decode_blocks\":7,\"kv_used_blocks\":9}'
-  corelane events publish --scope demo --topic hello --body '\"world\"' --count 100")]
+  corelane events publish --scope demo --topic hello --body '\"world\"' --count 100
+  corelane events publish --scope demo/backend/generate --topic kv-events --worker-id 7 \\
+      --body \"$(cat events.json)\"")]
 pub(super) struct PublishOptions {
     /// NS, NS/COMP or NS/COMP/EP
     #[arg(long, value_name = "SCOPE", value_parser = scope)]
@@ -151,6 +207,13 @@ pub(super) struct PublishOptions {
     /// Over ZMQ, wait so many seconds for the first subscriber: what is published before is lost
     #[arg(long, value_name = "S", default_value_t = 5)]
     wait_s: u32,
+    /// Say in discovery that these are KV events about this instance of the endpoint, in decimal:
+    /// Dynamo's KV router wants to know
+    #[arg(long, value_name = "ID")]
+    worker_id: Option<u64>,
+    /// The rank of that instance
+    #[arg(long, value_name = "RANK", default_value_t = 0, requires = "worker_id")]
+    dp_rank: u32,
     #[command(flatten)]
     plane: PlaneOptions,
 }
@@ -161,6 +224,13 @@ impl PublishOptions {
     }
 
     pub(super) fn args(self, config: Config, env: &Env) -> Result<PublishArgs, Stop> {
+        let worker = match (self.worker_id, &self.scope) {
+            (None, _) => None,
+            (Some(worker_id), Scope::Endpoint { endpoint }) => {
+                Some((endpoint.clone(), worker_id, self.dp_rank))
+            }
+            (Some(_), _) => return Err(usage("--worker-id needs --scope NS/COMP/EP")),
+        };
         Ok(PublishArgs {
             scope: self.scope,
             topic: self.topic,
@@ -168,6 +238,7 @@ impl PublishOptions {
             count: self.count,
             interval: Duration::from_millis(self.interval_ms.into()),
             wait: Duration::from_secs(self.wait_s.into()),
+            worker,
             transport: self.plane.transport(config, env)?,
         })
     }

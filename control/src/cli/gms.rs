@@ -98,6 +98,10 @@ pub(super) struct ServeGmsOptions {
     /// How long a writer waits for memory, in seconds; 0 is as long as it lives [default: 60]
     #[arg(long, value_name = "S", value_parser = seconds)]
     alloc_retry_timeout: Option<Duration>,
+    /// How long it looks for the next request before it sleeps, in microseconds; 0 sleeps at
+    /// once, which saves its CPU and answers later [default: 50]
+    #[arg(long, value_name = "US")]
+    spin_us: Option<u32>,
     /// Port of /health, /live and /metrics; 0 takes any free one [default: none]
     #[arg(long, value_name = "PORT")]
     status_port: Option<u16>,
@@ -131,6 +135,11 @@ impl ServeGmsOptions {
                 "--alloc-retry-timeout",
                 "gpu.alloc_retry_timeout_ms",
                 self.alloc_retry_timeout.map(millis),
+            ),
+            (
+                "--spin-us",
+                "gpu.spin_us",
+                self.spin_us.map(|time| time.to_string()),
             ),
             (
                 "--status-port",
@@ -270,7 +279,8 @@ mod tests {
         );
         assert_eq!(plain.gpu.tags, ["weights", "kv_cache"]);
         let line = "--device 1 --device 4-5 --tag a,b --backend host --generation both --uid 0,7 \
-                    --alloc-retry-interval 0.25 --status-port 0 --set gpu.allocations_max=5";
+                    --alloc-retry-interval 0.25 --status-port 0 --spin-us 0 \
+                    --set gpu.allocations_max=5";
         let set = args(line, &[("GMS_SOCKET_DIR", "/run/x")]).unwrap();
         assert_eq!((set.gpu.devices, set.gpu.uids), (vec![1, 4, 5], vec![0, 7]));
         assert_eq!(set.gpu.socket_dir, PathBuf::from("/run/x"));
@@ -283,6 +293,7 @@ mod tests {
             (250, 5)
         );
         assert_eq!(set.server.status_port, Some(0));
+        assert_eq!((plain.gpu.spin_us, set.gpu.spin_us), (50, 0));
     }
 
     #[test]
@@ -296,6 +307,7 @@ mod tests {
                 "--gpu-uuid names one device",
             ),
             ("--alloc-retry-interval soon", "write seconds"),
+            ("--spin-us 1000001", "flag --spin-us: spin_us"),
             ("--socket-path /a --socket-dir /b", "cannot be used with"),
         ] {
             let error = args(line, &[]).unwrap_err();

@@ -20,9 +20,12 @@ mod check;
 mod doctor;
 mod dump;
 mod events;
+mod explain;
 mod extract;
 mod gms;
 mod options;
+mod reload;
+mod top;
 mod tune;
 
 pub use args::{
@@ -31,6 +34,7 @@ pub use args::{
 pub use check::{Report, SCHEMA};
 
 use events::EventsCommand;
+use explain::ExplainCommand;
 use extract::TraceCommand;
 use gms::GmsTask;
 use options::{Command, EnvOptions, Options, WorkerCommand};
@@ -141,8 +145,9 @@ fn dispatch(command: Command, env: &Env, host: &Host) -> anyhow::Result<Exit> {
         }
         Command::Serve(serve) => {
             report(env);
-            let config = load(serve.inputs(env, host)?)?;
-            commands::serve(ServeArgs { config })
+            let inputs = serve.inputs(env, host)?;
+            let config = load(inputs.clone())?;
+            commands::serve(ServeArgs { config, inputs })
         }
         Command::Check(check) => Ok(check::check(&check, env, host)?),
         Command::Env(options) => environment(&options, env),
@@ -177,8 +182,15 @@ fn dispatch(command: Command, env: &Env, host: &Host) -> anyhow::Result<Exit> {
                 let config = load(publish.inputs(env, host))?;
                 commands::publish(publish.args(config, env)?)
             }
+            EventsCommand::Keys(keys) => commands::keys(&keys.args()),
         },
         Command::Dump(dump) => commands::dump(&dump.args()),
+        Command::Top(top) => commands::top(&top.args()),
+        Command::Explain(explain) => {
+            let ExplainCommand::Route(route) = explain.command;
+            commands::explain(&route.args())
+        }
+        Command::Reload(reload) => commands::reload(&reload.args()),
         Command::Tune(options) => tune::tune(*options, env, host),
         Command::Doctor(options) => doctor::doctor(&options, env, host),
     }

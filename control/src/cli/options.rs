@@ -8,7 +8,8 @@ use clap::{Args, Parser, Subcommand};
 use super::args::{Answer, CallArgs, Codec, Early, EchoArgs, Target, UpArgs};
 use super::{
     Stop, check::CheckOptions, doctor::DoctorOptions, dump::DumpOptions, events::EventsOptions,
-    extract::TraceOptions, gms::GmsOptions, tune::TuneOptions,
+    explain::ExplainOptions, extract::TraceOptions, gms::GmsOptions, reload::ReloadOptions,
+    top::TopOptions, tune::TuneOptions,
 };
 use crate::config::{
     Backend, Config, EndpointId, Host, Inputs, Key, Main, Origin, Override, Purpose, Section,
@@ -62,6 +63,9 @@ pub(super) enum Command {
     Tune(Box<TuneOptions>),
     Doctor(Box<DoctorOptions>),
     Dump(DumpOptions),
+    Top(TopOptions),
+    Explain(ExplainOptions),
+    Reload(ReloadOptions),
 }
 
 /// Where settings come from.
@@ -507,7 +511,7 @@ fn json(text: &str) -> Result<String, String> {
     }
 }
 
-fn header(text: &str) -> Result<(String, String), String> {
+pub(super) fn header(text: &str) -> Result<(String, String), String> {
     let plain = |name: &str| {
         !name.is_empty()
             && name

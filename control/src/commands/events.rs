@@ -1,10 +1,12 @@
 //! `corelane events tail` and `corelane events publish`, over ZMQ and over NATS.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use corelane_codec::event::typed::{self, from_payload};
 use corelane_codec::event::{Envelope, KvMetrics, Scope, parse_subject, topic};
+use corelane_codec::path::EndpointId;
 use serde_json::{Value, json};
 use tokio::time::sleep;
 
@@ -13,7 +15,7 @@ use crate::cli::{self, Exit, Stop};
 use crate::config;
 use crate::discovery::{self, Discovery, MemoryDiscovery, MemoryStore};
 use crate::env::Env;
-use crate::events::{BrokerUrl, Events, Via, ZmqOptions};
+use crate::events::{BrokerUrl, CurveOptions, Events, EventsError, Via, ZmqOptions};
 use crate::nats::{Nats, NatsOptions};
 use crate::preflight;
 use crate::signals::Signals;
@@ -29,6 +31,8 @@ pub enum Transport {
         broker: Option<BrokerUrl>,
         /// Where publishers and brokers are found.
         discovery: config::Discovery,
+        /// With which keys.
+        curve: CurveOptions,
         /// What says how.
         env: Env,
     },
@@ -47,6 +51,13 @@ pub struct TailArgs {
     pub transport: Transport,
 }
 
+/// What `corelane events keys` writes.
+#[derive(Clone, Debug)]
+pub struct KeysArgs {
+    /// The new file of the secret key.
+    pub out: PathBuf,
+}
+
 /// What `corelane events publish` sends.
 #[derive(Clone, Debug)]
 pub struct PublishArgs {
@@ -62,6 +73,8 @@ pub struct PublishArgs {
     pub interval: Duration,
     /// How long the first subscriber is waited for, over ZMQ.
     pub wait: Duration,
+    /// The instance of an endpoint, and its rank, that the events are about.
+    pub worker: Option<(EndpointId, u64, u32)>,
     /// Where.
     pub transport: Transport,
 }
@@ -70,6 +83,8 @@ pub struct PublishArgs {
 struct Plane {
     events: Events,
     discovery: Discovery,
+    /// What is registered there is seen by others.
+    is_found: bool,
     nats: Option<Nats>,
 }
 
@@ -82,20 +97,24 @@ impl Plane {
                 Ok(Plane {
                     events: Events::nats(&discovery, &nats),
                     discovery,
+                    is_found: false,
                     nats: Some(nats),
                 })
             }
             Transport::Zmq {
                 broker,
                 discovery,
+                curve,
                 env,
             } => {
                 let ring = preflight::ring(&env)?;
-                let options = ZmqOptions::read(&env, ring);
-                let mut options = options.map_err(|error| Stop::Usage(error.to_string()))?;
+                let usage = |error: EventsError| Stop::Usage(error.to_string());
+                let mut options = ZmqOptions::read(&env, ring).map_err(usage)?;
+                options.protection = curve.load().map_err(|error| usage(error.into()))?;
                 if let Some(url) = broker {
                     options.via = Via::Url(url);
                 }
+                let is_found = !matches!(options.via, Via::Url(_));
                 let discovery = match options.via {
                     // Nobody has to be found.
                     Via::Url(_) => Discovery::Memory(MemoryDiscovery::new(&MemoryStore::default())),
@@ -106,6 +125,7 @@ impl Plane {
                 Ok(Plane {
                     events: Events::zmq(&discovery, options),
                     discovery,
+                    is_found,
                     nats: None,
                 })
             }
@@ -119,6 +139,31 @@ impl Plane {
             nats.close().await;
         }
     }
+}
+
+/// Writes a new secret key, and prints its public key.
+///
+/// # Errors
+/// The file is there already or cannot be written, or this program has no CURVE.
+#[cfg(feature = "curve")]
+pub fn keys(args: &KeysArgs) -> Result<Exit> {
+    let public = crate::events::new_secret_key(&args.out);
+    let public = public.with_context(|| {
+        let path = args.out.display();
+        format!("cannot write a secret key to {path}; name a file that is not there yet")
+    })?;
+    cli::print(&format!("{public}\n"))?;
+    Ok(Exit::Done)
+}
+
+/// Says that this program has no CURVE.
+///
+/// # Errors
+/// Always.
+#[cfg(not(feature = "curve"))]
+pub fn keys(_: &KeysArgs) -> Result<Exit> {
+    let why = "this program was built without its feature curve; build it with --features curve";
+    Err(Stop::Usage(why.to_owned()).into())
 }
 
 /// Prints events until a signal, or until there were enough.
@@ -171,6 +216,16 @@ pub fn publish(args: PublishArgs) -> Result<Exit> {
             _ = signals.next() => return Ok(Exit::Done),
         };
         let publisher = plane.events.publisher(&args.scope, &args.topic).await?;
+        if let Some((endpoint, worker_id, dp_rank)) = &args.worker {
+            if !plane.is_found {
+                let why = "--worker-id needs discovery, which is not used over NATS, nor with the \
+                           URL of a broker";
+                return Err(Stop::Usage(why.to_owned()).into());
+            }
+            let worker = (Some(*worker_id), *dp_rank);
+            let said = publisher.is_source_of(&plane.discovery, endpoint, worker);
+            said.await?;
+        }
         let publish = async {
             if !publisher.is_wanted(args.wait).await? {
                 tracing::warn!(waited = ?args.wait, "no subscriber: what is published is lost");

@@ -6,14 +6,20 @@ use crate::cli::{CallArgs, EchoArgs, Exit};
 
 mod dump;
 mod events;
+mod explain;
 mod gms;
+mod reload;
 mod serve;
+mod top;
 mod up;
 
 pub use dump::{DumpArgs, Source, dump};
-pub use events::{PublishArgs, TailArgs, Transport, publish, tail};
+pub use events::{KeysArgs, PublishArgs, TailArgs, Transport, keys, publish, tail};
+pub use explain::{ExplainArgs, explain};
 pub use gms::{gms, probe};
+pub use reload::{ReloadArgs, reload};
 pub use serve::serve;
+pub use top::{TopArgs, top};
 pub use up::up;
 
 /// `corelane worker echo`: a worker that answers with what it was sent.

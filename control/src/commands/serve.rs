@@ -15,10 +15,11 @@ use crate::config::Config;
 use crate::env::Env;
 use crate::gpu_memory::{GpuMemory, Names};
 use crate::gpu_metrics;
+use crate::logging;
 use crate::nats::NatsOptions;
 use crate::planner::Feed;
 use crate::preflight::{self, Plan};
-use crate::signals::Signals;
+use crate::signals::{Hangups, Signals};
 use crate::supervise::{Router, Store};
 use crate::trace;
 
@@ -28,6 +29,7 @@ use crate::trace;
 /// The host cannot do what is required, a port is taken, or the store cannot be reached.
 pub fn serve(args: ServeArgs) -> Result<Exit> {
     let mut config = args.config;
+    logging::change(config.control.log.as_deref());
     let handed = Handed::take(&Env::current())?;
     handed.configure(&mut config)?;
     let mut plan = preflight::plan(&config)?;
@@ -35,6 +37,7 @@ pub fn serve(args: ServeArgs) -> Result<Exit> {
     pin(plan.control_cpu);
     on_this_thread(async move {
         let mut signals = Signals::catch().context("cannot catch signals")?;
+        let hangups = Hangups::catch().context("cannot catch signals")?;
         let gpu = gpu_memory(&config)?;
         let broker = broker(&config, &plan)?;
         let bridge = bridge(&config, broker.as_deref()).await?;
@@ -49,6 +52,7 @@ pub fn serve(args: ServeArgs) -> Result<Exit> {
         match started {
             Some(mut router) => {
                 router.offer();
+                router.reload_with(args.inputs, &config, hangups);
                 if let Some(planner) = planner {
                     router.add_metrics(Box::new(move |out| planner.write(out)));
                 }
@@ -116,7 +120,10 @@ async fn bridge(config: &Config, broker: Option<&Broker>) -> Result<Option<Rc<Br
         return Ok(None);
     };
     let options = NatsOptions::read(&Env::current())?;
-    Ok(Some(Bridge::start(settings, &options, broker).await?))
+    let security = config.curve.load()?.dials;
+    Ok(Some(
+        Bridge::start(settings, &options, security, broker).await?,
+    ))
 }
 
 /// Waits for the end of a part of this process, if there is that part.

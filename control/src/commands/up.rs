@@ -45,7 +45,7 @@ async fn start(args: &UpArgs, plan: &Plan) -> Result<(Router, Vec<EchoWorker>)> 
         port: 0,
         ..config.server.clone()
     };
-    let options = Options::of_command(server, config.discovery.clone(), config.drain.clone())?;
+    let options = Options::of_command(server, config.discovery.clone(), config.drain)?;
     let options = options.memory(&store).calls_max(0).status(None);
     let mut workers = Vec::with_capacity(args.workers.into());
     for _ in 0..args.workers {

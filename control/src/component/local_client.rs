@@ -12,6 +12,7 @@ use corelane_codec::control_message::PayloadCodec;
 use corelane_codec::error::{DynamoError, Reason};
 use corelane_codec::item::Annotated;
 use corelane_engine::call::{NewCall, Times};
+use corelane_engine::feed::Fate;
 use corelane_engine::local::{self as engine, Ending};
 use corelane_engine::stats::Cell;
 use serde::Serialize;
@@ -108,7 +109,8 @@ impl LocalClient {
     /// As [`LocalClient::call_many`].
     pub async fn send_many(&self, call: Call) -> Result<(LocalFeed, LocalReply), DynamoError> {
         let caller = self.shard.host().caller();
-        let (feed, reply) = self.begin(call, |new| caller.call_many(new)).await?;
+        let (feed, mut reply) = self.begin(call, |new| caller.call_many(new)).await?;
+        reply.input = Some(feed.fate());
         Ok((LocalFeed::new(feed, reply.codec), reply))
     }
 
@@ -134,6 +136,7 @@ impl LocalClient {
         let (feed, reply) = begin(new);
         let reply = LocalReply {
             reply,
+            input: None,
             codec: call.codec,
             member,
             loaded: Some(loaded),
@@ -260,6 +263,8 @@ impl Draw for Turns<'_> {
 /// call.
 pub struct LocalReply {
     reply: engine::Reply,
+    /// Of a bidirectional call.
+    input: Option<Fate>,
     codec: PayloadCodec,
     member: Arc<Member>,
     /// Dropped at the end, or with the first error.
@@ -367,6 +372,10 @@ impl LocalReply {
         let Some(inhibited) = self.inhibited else {
             return;
         };
+        // The caller's own doing says nothing of the instance.
+        if self.input.as_ref().is_some_and(Fate::is_abandoned) {
+            return;
+        }
         if error.reason() == Reason::WorkerOverloaded {
             self.member.overload();
         } else if error.chain().any(|error| is_fault(error.reason())) {

@@ -145,8 +145,8 @@ pub use corelane_codec::path::{EndpointId, Reference};
 
 pub use crate::discovery::MemoryStore;
 pub use crate::events::{
-    BrokerUrl, Event, EventPlane, Events, EventsError, Losses, Publisher, Subscriber, Via,
-    ZmqOptions,
+    BrokerUrl, CurveError, CurveOptions, Event, EventPlane, Events, EventsError, Losses,
+    Protection, Publisher, Subscriber, Via, ZmqOptions,
 };
 pub use crate::health::State;
 pub use crate::nats::{NatsAuth, NatsOptions, NatsTls, RequestPlane};

@@ -460,6 +460,7 @@ impl Options {
                 config,
                 cause: choice.cause.word(),
                 required: self.io == host::Io::Uring,
+                alone: false,
             }
         };
         Ok(Plan {

@@ -253,8 +253,13 @@ impl Runtime {
             codec: PayloadCodec::Json,
             device: None,
         };
-        let fixed = self.0.registry.fixed(endpoint, instance);
-        Ok(self.client_with([fixed].into()))
+        Ok(self.client_of_instance(&endpoint, &instance))
+    }
+
+    /// A client of one instance that is known from elsewhere.
+    pub(crate) fn client_of_instance(&self, id: &EndpointId, instance: &Instance) -> Client {
+        let fixed = self.0.registry.fixed(id.clone(), instance.clone());
+        self.client_with([fixed].into())
     }
 
     pub(crate) fn client_of(&self, readings: &[EndpointId]) -> Client {

@@ -1,12 +1,14 @@
 //! `[events]`: the broker of events (`spec/events-discovery.md` §3.6).
 
 use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
 
 use super::keys::{self, Key};
 use super::layers::{Layers, Of};
 use super::resolve::{self, origin};
 use super::words::{Bridge, Idle, Overflow, Switch};
 use super::{Host, Purpose};
+use crate::events::CurveOptions;
 
 /// `[events]`, with `broker` on.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -19,6 +21,8 @@ pub struct Broker {
     pub xpub: SocketAddr,
     /// Where both connect that speak no ZMTP.
     pub tcp: Option<SocketAddr>,
+    /// Where both connect with CURVE, if that is beside `xsub` and `xpub`.
+    pub curve: Option<(SocketAddr, SocketAddr)>,
     /// CPU of its thread; that of the control core unless it is said.
     pub cpu: Option<usize>,
     /// What its thread does with nothing to do.
@@ -74,6 +78,7 @@ pub(super) fn broker(
         xsub: bind(layers, &keys::EVENTS_XSUB, SocketAddr::new(host, 5555)),
         xpub: bind(layers, &keys::EVENTS_XPUB, SocketAddr::new(host, 5556)),
         tcp: address(layers, &keys::EVENTS_TCP, SocketAddr::new(host, 5557)),
+        curve: curve_doors(layers),
         cpu: resolve::cpu(layers, cpus, &keys::EVENTS_CPU, |_| true).map(|(cpu, _)| cpu),
         idle: layers.word(&keys::EVENTS_IDLE, Idle::parse, Idle::Block),
         bridge: bridge(layers),
@@ -105,6 +110,16 @@ fn distinct(layers: &mut Layers, broker: &Broker) {
     let others = [
         ("xpub", &keys::EVENTS_XPUB, Some(broker.xpub)),
         ("tcp", &keys::EVENTS_TCP, broker.tcp),
+        (
+            "curve_xsub",
+            &keys::EVENTS_CURVE_XSUB,
+            broker.curve.map(|doors| doors.0),
+        ),
+        (
+            "curve_xpub",
+            &keys::EVENTS_CURVE_XPUB,
+            broker.curve.map(|doors| doors.1),
+        ),
     ];
     for (name, key, address) in others {
         let Some(address) = address else {
@@ -126,6 +141,7 @@ fn idle_keys(layers: &mut Layers, broker: &Broker) {
     let written = [
         (&keys::EVENTS_TCP, broker.tcp.is_some()),
         (&keys::EVENTS_BRIDGE, broker.bridge.is_some()),
+        (&keys::EVENTS_CURVE_XSUB, broker.curve.is_some()),
     ];
     for (key, is_written) in written {
         if is_written {
@@ -134,6 +150,85 @@ fn idle_keys(layers: &mut Layers, broker: &Broker) {
             layers.error(&at, what, "write broker = true under [events] as well");
         }
     }
+}
+
+/// Both or none of the doors for CURVE alone.
+fn curve_doors(layers: &mut Layers) -> Option<(SocketAddr, SocketAddr)> {
+    let example = SocketAddr::from(([0, 0, 0, 0], 5565));
+    let xsub = address(layers, &keys::EVENTS_CURVE_XSUB, example);
+    let xpub = address(layers, &keys::EVENTS_CURVE_XPUB, example);
+    match (xsub, xpub) {
+        (Some(xsub), Some(xpub)) => Some((xsub, xpub)),
+        (None, None) => None,
+        (Some(_), None) => missing(layers, &keys::EVENTS_CURVE_XSUB, &keys::EVENTS_CURVE_XPUB),
+        (None, Some(_)) => missing(layers, &keys::EVENTS_CURVE_XPUB, &keys::EVENTS_CURVE_XSUB),
+    }
+}
+
+fn missing<T>(layers: &mut Layers, there: &'static Key, other: &'static Key) -> Option<T> {
+    let at = origin(layers, there);
+    let what = format!("{} without {}", there.name, other.name);
+    layers.error(&at, what, format!("write {} too", other.name));
+    None
+}
+
+/// The keys of CURVE, which are looked at: nobody is to find out from a peer that they are wrong.
+pub(super) fn curve(
+    layers: &mut Layers,
+    purpose: Purpose,
+    broker: Option<&Broker>,
+) -> CurveOptions {
+    if purpose != Purpose::Serve {
+        return CurveOptions::default();
+    }
+    let mut text = |key| layers.text(key, Of::Once).map(|(text, _)| text);
+    let options = CurveOptions {
+        secret_key_file: text(&keys::EVENTS_CURVE_SECRET_KEY_FILE).map(PathBuf::from),
+        allowed_keys: text(&keys::EVENTS_CURVE_ALLOWED_KEYS),
+        server_key: text(&keys::EVENTS_CURVE_SERVER_KEY),
+    };
+    if let Err(error) = options.load() {
+        let at = origin(layers, error.key());
+        layers.error(&at, error.to_string(), error.instead());
+    }
+    let Some(file) = &options.secret_key_file else {
+        if broker.is_some_and(|broker| broker.curve.is_some()) {
+            let _: Option<()> = missing(
+                layers,
+                &keys::EVENTS_CURVE_XSUB,
+                &keys::EVENTS_CURVE_SECRET_KEY_FILE,
+            );
+        }
+        return options;
+    };
+    if is_exposed(file) {
+        let at = origin(layers, &keys::EVENTS_CURVE_SECRET_KEY_FILE);
+        let what = format!("others than its owner may read {}", file.display());
+        layers.warn(&at, what, "chmod 600 it");
+    }
+    if broker.is_some_and(|broker| broker.tcp.is_some() && broker.curve.is_none()) {
+        let at = origin(layers, &keys::EVENTS_TCP);
+        let what = "tcp lets in whoever can reach it, without CURVE".to_owned();
+        layers.warn(&at, what, "bind it where only friends are, or leave it out");
+    }
+    let other = broker.and_then(|broker| broker.bridge.as_ref()?.other);
+    if other.is_some() && options.server_key.is_none() {
+        let at = origin(layers, &keys::EVENTS_BRIDGE);
+        let what = "the other broker is dialled without CURVE".to_owned();
+        layers.warn(
+            &at,
+            what,
+            "write curve_server_key, its public key, if it has one",
+        );
+    }
+    options
+}
+
+/// Whether a file may be read by others than its owner.
+fn is_exposed(file: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    let mode = std::fs::metadata(file).map(|about| about.permissions().mode());
+    mode.is_ok_and(|mode| mode & 0o077 != 0)
 }
 
 fn bridge(layers: &mut Layers) -> Option<BridgeConfig> {

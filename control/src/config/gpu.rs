@@ -53,6 +53,7 @@ pub(super) fn gpu(layers: &mut Layers, purpose: Purpose) -> Option<Gpu> {
             DurableLayout::parse,
             DurableLayout::Replace,
         ),
+        spin_us: layers.int(&keys::GPU_SPIN_US, Of::Once),
     };
     path_fits(layers, &gpu, &dir_at);
     Some(gpu)

@@ -4,8 +4,8 @@
 use super::value::Kind;
 use super::words::{
     Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Imbalance, Io, KernelTls,
-    LoadSource, Overflow, PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Steering,
-    Switch,
+    LoadSource, Overflow, PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Role,
+    Steering, Switch,
 };
 
 /// A table of `corelane.toml`.
@@ -33,11 +33,13 @@ pub enum Section {
     Planner,
     /// `[events]`: the event plane.
     Events,
+    /// `[reload]`: how a changed configuration is taken over.
+    Reload,
 }
 
 impl Section {
     /// All sections in the order in which they are documented.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Server,
         Self::Discovery,
         Self::Route,
@@ -49,6 +51,7 @@ impl Section {
         Self::Gpu,
         Self::Planner,
         Self::Events,
+        Self::Reload,
     ];
 
     /// The table's name, without brackets.
@@ -65,6 +68,7 @@ impl Section {
             Self::Gpu => "gpu",
             Self::Planner => "planner",
             Self::Events => "events",
+            Self::Reload => "reload",
         }
     }
 
@@ -146,7 +150,7 @@ impl Key {
     pub fn env(&self) -> Option<String> {
         let name = self.name.to_ascii_uppercase();
         match self.section {
-            section if section.repeats() => None,
+            section if section.repeats() || self.only_per_core() => None,
             Section::Core => Some(format!("CORELANE_{name}")),
             section => Some(format!(
                 "CORELANE_{}_{name}",
@@ -158,6 +162,11 @@ impl Key {
     /// Whether a file in `cores.d/` may set it.
     pub fn per_core(&self) -> bool {
         self.section == Section::Core && *self != CORE_CPUS
+    }
+
+    /// Whether nothing but a file in `cores.d/` may set it.
+    pub fn only_per_core(&self) -> bool {
+        [CORE_CPU, CORE_ROLE, CORE_LISTEN].contains(self)
     }
 }
 
@@ -190,7 +199,7 @@ macro_rules! keys {
        $doc:literal;)*) => {
         $(
             #[doc = $doc]
-            pub(super) const $id: Key = Key {
+            pub(crate) const $id: Key = Key {
                 section: Section::$section,
                 name: $name,
                 kind: $kind,
@@ -362,6 +371,19 @@ keys! {
 
     CORE_CPUS = Core "cpus", Kind::Cpus, Value("0-3"), [],
         "Data cores, one shard each; those that this machine lacks are left out";
+    CORE_CPU = Core "cpu", Kind::CpuOrLast, Unset("the number of the file"), [],
+        "CPU that the core of this file is pinned to";
+    CORE_ROLE = Core "role", Kind::Words(Role::WORDS), Unset("data"), [],
+        "data takes requests, control is the control core; every data core serves lanes";
+    CORE_NUMA_NODE = Core "numa_node", int(0, 1_023, "node"),
+        Unset("that of its CPU"), [],
+        "Memory node that buffers and tables of the core are taken from";
+    CORE_LISTEN = Core "listen", Kind::Text { bytes_max: 64 },
+        Unset("[server] host and port, shared with the other cores"), [],
+        "IP:PORT of this core alone, which discovery does not tell; port 0 is any";
+    CORE_RING_DEPTH = Core "ring_depth", Kind::PowerOfTwo { min: 64, max: 32_768, unit: "entries" },
+        Value("512"), [],
+        "Entries of the submission queue of a core's io_uring";
     CORE_IDLE = Core "idle", Kind::Words(Idle::WORDS), Value("block"), [],
         "What a core does with nothing to do: block sleeps, spin polls";
     CORE_IO = Core "io", Kind::Words(Io::WORDS), Value("auto"), [],
@@ -383,6 +405,10 @@ keys! {
     CORE_UPSTREAM_QUEUE_BYTES = Core "upstream_queue_bytes", int(65_536, 1 << 30, "bytes"),
         Value("67108864"), [],
         "Bytes waiting for one instance's socket; more are refused";
+    CORE_UPSTREAMS_MAX = Core "upstreams_max", int(16, 65_536, "connections"), Value("16384"), [],
+        "Connections of one core to instances";
+    CORE_INSTANCES_MAX = Core "instances_max", int(16, 262_144, "instances"), Value("65536"), [],
+        "Instances that one core may know; more are left out";
     CORE_FLIGHT_RECORDS = Core "flight_records", int(0, 1 << 22, "records"), Value("65536"), [],
         "Last things that happened on a core, 32 bytes each, for corelane dump; 0 keeps none";
 
@@ -393,6 +419,8 @@ keys! {
     CONTROL_FLIGHT_DIR = Control "flight_dir", Kind::Path,
         Unset("the first of LOGS_DIRECTORY, which systemd sets, else nothing is written"), [],
         "Folder for the last records of a core that ends by itself, or makes no progress";
+    CONTROL_LOG = Control "log", Kind::Text { bytes_max: 1_024 }, Unset("info"), [],
+        "Filter of the log, as in CORELANE_LOG and DYN_LOG, which win";
 
     TLS_CERT = Tls "cert", Kind::Path, Unset("accept connections without TLS"),
         [same("DYN_TCP_TLS_CERT_PATH")],
@@ -470,6 +498,8 @@ keys! {
     GPU_DURABLE_LAYOUT = Gpu "durable_layout", Kind::Words(DurableLayout::WORDS),
         Value("replace"), [],
         "What rw_or_ro does to a durable layout: replace as upstream, or keep and wait";
+    GPU_SPIN_US = Gpu "spin_us", int(0, 1_000_000, "microseconds"), Value("50"), [],
+        "How long the service looks for the next request before it sleeps; 0 sleeps at once";
 
     PLANNER_SOCKET = Planner "socket", Kind::Path, Unset("no planner is listened to"), [],
         "Unix socket that takes a planner's intervals as lines of JSON";
@@ -507,6 +537,21 @@ keys! {
     EVENTS_BRIDGE_SIDE = Events "bridge_side", Kind::Text { bytes_max: 256 },
         Unset("nobody shares them"), [],
         "Name of our own peers, if they connect to other brokers of the same name as well";
+    EVENTS_CURVE_SECRET_KEY_FILE = Events "curve_secret_key_file", Kind::Path,
+        Unset("peers connect without CURVE"), [],
+        "File with our secret key (corelane events keys); with it xsub and xpub want CURVE";
+    EVENTS_CURVE_ALLOWED_KEYS = Events "curve_allowed_keys", Kind::Text { bytes_max: 4_096 },
+        Unset("whoever knows our public key"), [],
+        "Public keys of peers that are let in: a list, or a file with one at the start of a line";
+    EVENTS_CURVE_SERVER_KEY = Events "curve_server_key", Kind::Text { bytes_max: 40 },
+        Unset("whom we dial is dialled without CURVE"), [],
+        "Public key of those whom we dial: the other broker, and publishers of events";
+    EVENTS_CURVE_XSUB = Events "curve_xsub", Kind::Text { bytes_max: 64 },
+        Unset("xsub wants CURVE itself"), [],
+        "Where publishers with CURVE connect, beside xsub for those without: tcp://IP:PORT";
+    EVENTS_CURVE_XPUB = Events "curve_xpub", Kind::Text { bytes_max: 64 },
+        Unset("xpub wants CURVE itself"), [],
+        "Where subscribers with CURVE connect, beside xpub for those without: tcp://IP:PORT";
     EVENTS_OVERFLOW = Events "overflow", Kind::Words(Overflow::WORDS), Value("drop_newest"), [],
         "What happens to an event that a subscriber's queue has no room for";
     EVENTS_QUEUE_EVENTS_MAX = Events "queue_events_max", int(1, 1 << 24, "events"),
@@ -531,6 +576,13 @@ keys! {
         "Receive buffers, which events are also sent from";
     EVENTS_BUFFER_BYTES = Events "buffer_bytes", int(4_096, 1 << 20, "bytes"), Value("32768"), [],
         "Size of each";
+
+    RELOAD_WATCH_MS = Reload "watch_ms", int(0, 600_000, "milliseconds"), Value("2000"), [],
+        "How long one core is watched with a changed configuration before the others get it";
+    RELOAD_FAILURES_PCT = Reload "failures_pct", int(0, 100, "percent"), Value("1"), [],
+        "Failed requests of that core, beyond what the others have, at which it is taken back";
+    RELOAD_TAKEN_TIMEOUT_S = Reload "taken_timeout_s", int(1, 600, "seconds"), Value("10"), [],
+        "How long a core may take to take it over, or stand still, before it is taken back";
 }
 
 #[cfg(test)]

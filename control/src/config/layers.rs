@@ -64,6 +64,12 @@ impl Layers {
             };
             // The last of two flags is the one that counts, as users expect.
             over.retain(|entry: &Entry| entry.key != flag.key);
+            if flag.key.only_per_core() {
+                let what = format!("{} is of one core", flag.key.name);
+                let instead = "write it in cores.d/<n>.toml, n being the core";
+                problems.push(Problem::error(at, what, instead));
+                continue;
+            }
             match flag.key.kind.read_text(flag.key, &flag.text) {
                 Ok(value) => over.push(Entry {
                     key: flag.key,
@@ -214,6 +220,14 @@ impl Layers {
         self.text(key, of)
             .and_then(|(text, _)| parse(&text))
             .unwrap_or(or)
+    }
+
+    /// A number that may be unset.
+    pub(super) fn number<T: TryFrom<i64>>(&mut self, key: &'static Key, of: Of) -> Option<T> {
+        match self.get(key, of) {
+            Some((Value::Int(number), _)) => T::try_from(number).ok(),
+            _ => None,
+        }
     }
 
     /// Reports an error.

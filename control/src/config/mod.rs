@@ -16,20 +16,21 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use corelane_engine::nic::QueueName;
 use corelane_engine::placement::ControlCpu;
 use corelane_engine::{balance, quic, steering};
 
 use crate::env::Env;
 
+mod cores;
 mod endpoint;
 mod events;
 mod gpu;
 mod host;
-mod keys;
+pub(crate) mod keys;
 mod kv;
 mod layers;
 mod lists;
+mod live;
 mod placing;
 mod planner;
 mod problem;
@@ -42,6 +43,7 @@ mod value;
 mod words;
 
 pub use corelane_codec::path::EndpointId;
+pub use cores::Core;
 pub use events::{BridgeConfig, Broker};
 pub use host::Host;
 pub use keys::{Alias, Dialect, Fallback, Key, Section, find, keys};
@@ -52,8 +54,8 @@ pub use tls::{Tls, TlsClient, TlsServer};
 pub use value::{Kind, Value, address};
 pub use words::{
     Ack, Backend, Bridge, DurableLayout, Generation, GpuBackend, Idle, Imbalance, Io, KernelTls,
-    LoadSource, Overflow, PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Steering,
-    Switch,
+    LoadSource, Overflow, PlannerNames, Policy, RelayPlane, Response, ResponsePlane, Role,
+    Steering, Switch,
 };
 
 pub use crate::words::Word;
@@ -62,7 +64,9 @@ pub(crate) use host::cpu_list;
 pub(crate) use problem::quoted;
 pub(crate) use suggest::nearest;
 
+use crate::events::CurveOptions;
 use layers::Layers;
+pub(crate) use raw::plain as plain_error;
 use raw::{FileKind, RawFile};
 
 /// Everything that the router is told, checked: plain values only.
@@ -86,8 +90,12 @@ pub struct Config {
     pub gpu: Option<Gpu>,
     /// Where a planner is listened to, if it is.
     pub planner: Option<Planner>,
+    /// How a changed configuration is taken over.
+    pub reload: Reload,
     /// The broker of events, if there is one.
     pub broker: Option<Broker>,
+    /// Which events over ZMQ are encrypted, and with which keys.
+    pub curve: CurveOptions,
     /// Every value that was used, with the place it came from.
     pub settings: Vec<Setting>,
 }
@@ -308,33 +316,6 @@ pub struct StaticInstance {
     pub id: u64,
 }
 
-/// `[core]`, of one data core.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Core {
-    /// The CPU that it is pinned to.
-    pub cpu: usize,
-    /// What it does with nothing to do.
-    pub idle: Idle,
-    /// Which kernel interface moves bytes.
-    pub io: Io,
-    /// The queue of a network device whose connections it takes.
-    pub nic_queue: Option<QueueName>,
-    /// How long it polls its receive queues before it sleeps; 0: not at all.
-    pub busy_poll_us: u32,
-    /// Sockets at most.
-    pub connections_max: u32,
-    /// Size of a receive buffer.
-    pub buffer_bytes: u32,
-    /// Receive buffers, a power of two.
-    pub buffers: u16,
-    /// Unanswered requests at most.
-    pub in_flight_max: u32,
-    /// Bytes waiting for one instance's socket at most.
-    pub upstream_queue_bytes: u32,
-    /// Records of the flight recorder.
-    pub flight_records: u32,
-}
-
 /// `[control]`.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Control {
@@ -344,6 +325,19 @@ pub struct Control {
     pub share: bool,
     /// Where flight records of a core in trouble are written.
     pub flight_dir: Option<PathBuf>,
+    /// Filter of the log, unless a variable has one.
+    pub log: Option<String>,
+}
+
+/// `[reload]`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Reload {
+    /// How long the first core is watched.
+    pub watch: Duration,
+    /// Failed requests in percent, beyond those of the others, that are too many.
+    pub failures_pct: u8,
+    /// How long a core may take to take it over, or stand still.
+    pub taken_timeout: Duration,
 }
 
 impl Control {
@@ -357,7 +351,7 @@ impl Control {
 }
 
 /// `[drain]`.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Drain {
     /// How long to keep accepting after leaving discovery.
     pub grace_s: u32,
@@ -396,6 +390,8 @@ pub struct Gpu {
     pub alloc_retry_timeout_ms: u32,
     /// What `rw_or_ro` does to a durable layout.
     pub durable_layout: DurableLayout,
+    /// How long the service looks for events before it sleeps.
+    pub spin_us: u32,
 }
 
 /// `[planner]`.

@@ -70,7 +70,7 @@ pub(super) fn steering(layers: &mut Layers, cores: &[Core], root: &Path) -> stee
 
 /// Where the value of one core came from.
 fn origin(layers: &Layers, core: &Core, key: &keys::Key) -> Origin {
-    let path = format!("core[{}].{}", core.cpu, key.name);
+    let path = format!("core[{}].{}", core.number, key.name);
     let mut settings = layers.settings.iter();
     let found = settings.find(|setting| setting.path == path);
     found.map_or(Origin::Default, |setting| setting.origin.clone())
@@ -177,7 +177,7 @@ mod tests {
             },
         };
         let mut layers = super::super::layers(&inputs);
-        let cores = super::super::resolve::cores(&mut layers, &inputs.host);
+        let (cores, _) = super::super::cores::cores(&mut layers, &inputs.host);
         let by = steering(&mut layers, &cores, root);
         let problems = layers.problems.iter().map(Problem::to_string).collect();
         (by, problems)

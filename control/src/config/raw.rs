@@ -15,6 +15,8 @@ use super::value::Value;
 
 /// A configuration longer than this is refused.
 const FILE_BYTES_MAX: u64 = 1 << 20;
+/// Faults of the syntax that are told of one file.
+const SYNTAX_ERRORS_MAX: usize = 3;
 
 /// Which file is read, and so which tables it may have.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -141,7 +143,7 @@ pub(super) fn read_file(path: &Path, kind: FileKind, problems: &mut Vec<Problem>
 }
 
 /// An I/O error as a user reads it: without the number that the standard library appends.
-pub(super) fn plain(error: &std::io::Error) -> String {
+pub(crate) fn plain(error: &std::io::Error) -> String {
     let text = error.to_string();
     let text = text.split(" (os error").next().unwrap_or_default();
     text.chars()
@@ -161,7 +163,8 @@ pub(super) fn read_text(
     let source = Source { path, text };
     let (document, errors) = DeTable::parse_recoverable(text);
     if !errors.is_empty() {
-        for error in &errors {
+        // One that is not closed makes many of what follows it.
+        for error in errors.iter().take(SYNTAX_ERRORS_MAX) {
             let at = source.at(error.span().map_or(0, |span| span.start));
             let first = error.message().lines().next().unwrap_or("not understood");
             problems.push(Problem::error(
@@ -307,6 +310,12 @@ impl Reader<'_, '_> {
             if self.kind == FileKind::Core && !key.per_core() {
                 let what = format!("{} is the same for every core", key.name);
                 self.error(name.span().start, what, "move it to the main file".into());
+                continue;
+            }
+            if self.kind == FileKind::Main && key.only_per_core() {
+                let what = format!("{} is of one core", key.name);
+                let instead = "move it to cores.d/<n>.toml, n being the core".into();
+                self.error(name.span().start, what, instead);
                 continue;
             }
             let start = value.span().start;

@@ -10,32 +10,30 @@ use corelane_engine::steering::Steering;
 
 use super::keys;
 use super::layers::{Layers, Of};
-use super::problem::Origin;
+use super::problem::{Origin, quoted};
 use super::value::{Value, ip};
-use super::words::{Backend, Idle, Io, RelayPlane, ResponsePlane, Switch};
+use super::words::{Backend, Idle, RelayPlane, ResponsePlane, Switch};
 use super::{
-    Config, Control, Core, Discovery, Drain, Host, Inputs, Responses, Secret, Server, cpu_list,
-    events, gpu, placing, planner, routes, tls,
+    Config, Control, Core, Discovery, Drain, Host, Inputs, Reload, Responses, Secret, Server,
+    cores, events, gpu, placing, planner, routes, tls,
 };
-
-/// Sockets and files that are open besides connections: rings, listeners, stores.
-const OTHER_FILES: u64 = 64;
 
 /// The configuration, if nothing is missing; the caller drops it when an error was reported.
 pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
     let mut server = server(layers);
     let discovery = discovery(layers);
     let broker = events::broker(layers, inputs.purpose, server.host, &inputs.host);
+    let curve = events::curve(layers, inputs.purpose, broker.as_ref());
     let routed = inputs.purpose.routes();
     let (routes, instances) = match routed {
         true => routes::routes(layers, inputs.purpose, discovery.backend, broker.is_some()),
         false => (Vec::new(), Vec::new()),
     };
-    let cores = cores(layers, &inputs.host);
-    let control = control(layers, &inputs.host, &cores);
+    let (cores, role) = cores::cores(layers, &inputs.host);
+    let control = control(layers, inputs, &cores, role);
     if routed {
         server.steering = placing::steering(layers, &cores, Path::new("/"));
-        open_files(layers, &inputs.host, &cores);
+        cores::open_files(layers, &inputs.host, &cores);
     }
     let drain = Drain {
         grace_s: layers.int(&keys::DRAIN_GRACE_S, Of::Once),
@@ -43,6 +41,11 @@ pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
     };
     let gpu = gpu::gpu(layers, inputs.purpose);
     let planner = planner::planner(layers, inputs.purpose);
+    let reload = Reload {
+        watch: Duration::from_millis(layers.int(&keys::RELOAD_WATCH_MS, Of::Once)),
+        failures_pct: layers.int(&keys::RELOAD_FAILURES_PCT, Of::Once),
+        taken_timeout: Duration::from_secs(layers.int(&keys::RELOAD_TAKEN_TIMEOUT_S, Of::Once)),
+    };
     let settings = Vec::new();
     Some(Config {
         server,
@@ -54,7 +57,9 @@ pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
         drain,
         gpu,
         planner,
+        reload,
         broker,
+        curve,
         settings,
     })
 }
@@ -257,68 +262,6 @@ pub(super) fn origin(layers: &Layers, key: &keys::Key) -> Origin {
     found.map_or(Origin::Default, |setting| setting.origin.clone())
 }
 
-/// The data cores that this machine has.
-pub(super) fn cores(layers: &mut Layers, host: &Host) -> Vec<Core> {
-    let (wanted, at) = match layers.get(&keys::CORE_CPUS, Of::Once) {
-        Some((Value::Cpus(cpus), at)) => (cpus, at),
-        _ => (host.cpus.clone(), Origin::Default),
-    };
-    let (there, missing): (Vec<usize>, Vec<usize>) =
-        wanted.into_iter().partition(|cpu| host.cpus.contains(cpu));
-    let can = host.cpu_list();
-    if there.is_empty() {
-        // Nobody chose the default, so it does not stop a process that was put on other CPUs.
-        if at == Origin::Default {
-            return host
-                .cpus
-                .iter()
-                .take(4)
-                .map(|&cpu| core(layers, cpu))
-                .collect();
-        }
-        let what = format!("cpus names no CPU that this process may use ({can})");
-        layers.error(&at, what, format!("write cpus = \"{can}\" or a part of it"));
-    } else if !missing.is_empty() && at != Origin::Default {
-        let what = format!(
-            "this process may not use CPU {} (only {can})",
-            cpu_list(&missing)
-        );
-        layers.warn(
-            &at,
-            what,
-            format!("going on with cpus = \"{}\"", cpu_list(&there)),
-        );
-    }
-    let unused = layers.cores.iter().filter(|(cpu, _)| !there.contains(cpu));
-    let unused: Vec<_> = unused.map(|(cpu, file)| (*cpu, file.start())).collect();
-    for (cpu, at) in unused {
-        let what = format!("CPU {cpu} is no data core, so this file does nothing");
-        layers.warn(
-            &at,
-            what,
-            format!("add {cpu} to cpus under [core], or remove the file"),
-        );
-    }
-    there.into_iter().map(|cpu| core(layers, cpu)).collect()
-}
-
-fn core(layers: &mut Layers, cpu: usize) -> Core {
-    let of = Of::Core(cpu);
-    Core {
-        cpu,
-        idle: layers.word_of(&keys::CORE_IDLE, of, Idle::parse, Idle::Block),
-        io: layers.word_of(&keys::CORE_IO, of, Io::parse, Io::Auto),
-        nic_queue: placing::queue(layers, of),
-        busy_poll_us: layers.int(&keys::CORE_BUSY_POLL_US, of),
-        connections_max: layers.int(&keys::CORE_CONNECTIONS_MAX, of),
-        buffer_bytes: layers.int(&keys::CORE_BUFFER_BYTES, of),
-        buffers: layers.int(&keys::CORE_BUFFERS, of),
-        in_flight_max: layers.int(&keys::CORE_IN_FLIGHT_MAX, of),
-        upstream_queue_bytes: layers.int(&keys::CORE_UPSTREAM_QUEUE_BYTES, of),
-        flight_records: layers.int(&keys::CORE_FLIGHT_RECORDS, of),
-    }
-}
-
 /// A CPU by its number or as the last one, of those that are `free` if there are any.
 pub(super) fn cpu(
     layers: &mut Layers,
@@ -345,11 +288,24 @@ pub(super) fn cpu(
     Some((cpu, at))
 }
 
-fn control(layers: &mut Layers, host: &Host, cores: &[Core]) -> Option<Control> {
+fn control(
+    layers: &mut Layers,
+    inputs: &Inputs,
+    cores: &[Core],
+    role: cores::ByRole,
+) -> Option<Control> {
+    let host = &inputs.host;
     let is_data = |cpu: usize| cores.iter().find(|core| core.cpu == cpu);
-    let (cpu, at) = cpu(layers, host, &keys::CONTROL_CPU, |cpu| {
+    let (mut cpu, at) = cpu(layers, host, &keys::CONTROL_CPU, |cpu| {
         is_data(cpu).is_none()
     })?;
+    if let Some((by_role, role_at)) = role {
+        if at != Origin::Default && by_role != cpu {
+            let what = format!("role = \"control\" on CPU {by_role}, and [control] cpu is {cpu}");
+            layers.error(&role_at, what, "write only one of the two");
+        }
+        cpu = by_role;
+    }
     if is_data(cpu).is_some_and(|core| core.idle == Idle::Spin) {
         let what = format!("the control core shares CPU {cpu} with a data core that spins");
         layers.warn(
@@ -364,30 +320,23 @@ fn control(layers: &mut Layers, host: &Host, cores: &[Core]) -> Option<Control> 
         cpu,
         share: share == Switch::On,
         flight_dir: flight_dir.map(|(dir, _)| PathBuf::from(dir)),
+        log: log(layers, inputs),
     })
 }
 
-/// Whether the kernel lets us have as many sockets as are promised.
-fn open_files(layers: &mut Layers, host: &Host, cores: &[Core]) {
-    let Some(files_max) = host.files_max else {
-        return;
-    };
-    let at = cores.iter().map(|core| {
-        let path = format!("core[{}].connections_max", core.cpu);
-        let found = layers.settings.iter().find(|setting| setting.path == path);
-        found.map_or(Origin::Default, |setting| setting.origin.clone())
-    });
-    // Nobody asked for the default, so it is taken as far as the limit goes.
-    let Some(at) = at.min().filter(|at| *at != Origin::Default) else {
-        return;
-    };
-    let sockets: u64 = cores
-        .iter()
-        .map(|core| u64::from(core.connections_max))
-        .sum();
-    if sockets + OTHER_FILES > files_max {
-        let what = format!("connections_max of all cores is {sockets}, open files {files_max}");
-        let instead = format!("raise the limit (ulimit -n {})", sockets + OTHER_FILES);
-        layers.warn(&at, what, instead);
+/// The filter of the log. Variables have one for all commands, and win.
+fn log(layers: &mut Layers, inputs: &Inputs) -> Option<String> {
+    let (filter, at) = layers.text(&keys::CONTROL_LOG, Of::Once)?;
+    if !crate::logging::is_filter(&filter) {
+        let what = format!("log is {}, not a filter of the log", quoted(&filter));
+        let instead = "write a level or target=level, with commas between";
+        layers.error(&at, what, instead);
+        return None;
     }
+    let Some(name) = crate::logging::wins(&inputs.env) else {
+        return Some(filter);
+    };
+    let what = format!("log does nothing: {name} is set and wins");
+    layers.warn(&at, what, format!("unset {name}, or take log out"));
+    None
 }

@@ -160,6 +160,17 @@ words! {
 }
 
 words! {
+    /// What a core of `cores.d/` is there for.
+    Role {
+        /// It takes requests; each of these serves lanes as well.
+        Data = "data",
+        /// It is the control core.
+        Control = "control",
+        ; refused "lane"
+    }
+}
+
+words! {
     /// What the broker of events exchanges events with.
     Bridge {
         /// Nothing.

@@ -8,6 +8,7 @@
 //! Events are best effort everywhere in Dynamo: a subscriber misses what was sent before it was
 //! there and what it is too slow for. [`Subscriber::losses`] says how much that was.
 
+mod curve;
 mod losses;
 mod publisher;
 pub(crate) mod reports;
@@ -25,6 +26,9 @@ use corelane_codec::{EncodeError, event};
 use corelane_engine::events::stats::Stats;
 use thiserror::Error;
 
+#[cfg(feature = "curve")]
+pub use curve::new_secret_key;
+pub use curve::{CurveError, CurveOptions, Protection};
 pub use losses::Losses;
 pub(crate) use losses::Numbers;
 pub use publisher::Publisher;
@@ -86,6 +90,9 @@ pub enum EventsError {
     /// An address of ZMQ cannot be used.
     #[error(transparent)]
     Address(#[from] AddressError),
+    /// Keys of CURVE cannot be used.
+    #[error("{0}; {instead}", instead = .0.instead())]
+    Curve(#[from] CurveError),
     /// Nobody is registered who passes events on.
     #[error(
         "no broker of events is registered in namespace {0:?}; start one (corelane serve with \

@@ -100,10 +100,21 @@ impl Publisher {
         endpoint: &EndpointId,
         dp_rank: u32,
     ) -> Result<(), EventsError> {
+        self.is_source_of(discovery, endpoint, (None, dp_rank))
+            .await
+    }
+
+    /// The same, about an instance that another process has registered.
+    pub(crate) async fn is_source_of(
+        &self,
+        discovery: &Discovery,
+        endpoint: &EndpointId,
+        worker: (Option<u64>, u32),
+    ) -> Result<(), EventsError> {
         if matches!(self.0.outlet, Outlet::Nowhere) {
             return Ok(());
         }
-        let record = source_record(&self.0.key, endpoint.clone(), dp_rank);
+        let record = source_record(&self.0.key, endpoint.clone(), worker);
         discovery.register(record).await?;
         Ok(())
     }
@@ -218,13 +229,19 @@ fn channel_record(key: &EventKey, transport: EventTransport) -> Record {
     })
 }
 
-fn source_record(key: &EventKey, endpoint: EndpointId, dp_rank: u32) -> Record {
+fn source_record(
+    key: &EventKey,
+    endpoint: EndpointId,
+    (worker_id, dp_rank): (Option<u64>, u32),
+) -> Record {
     let key = key.clone();
-    Record::new(source_name(&key), move |worker_id| {
+    Record::new(source_name(&key), move |own_id| {
+        let worker_id = worker_id.unwrap_or(own_id);
         let metadata = SourceMetadata {
             kv_state_endpoint: endpoint.clone(),
             worker: KvWorker { worker_id, dp_rank },
             publisher_id: key.publisher_id,
+            recovery_target: None,
         };
         let record = EventSourceRecord::new(&key, &metadata);
         let value = record.and_then(|record| serde_json::to_vec(&record));

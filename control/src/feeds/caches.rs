@@ -1,19 +1,22 @@
 //! KV events become batches of changes for the indexes of the cores.
 //!
 //! Events of one rank are numbered. Whoever misses some of them does not know any more what is in
-//! that cache, so what was known of it is forgotten: a block that is thought to be there and is not
-//! costs more than one that is there and not known.
+//! that cache. Where its publisher can be asked, he is, and further events wait for the answer;
+//! else what was known is forgotten: a block that is thought to be there and is not costs more than
+//! one that is there and not known.
 
 use std::collections::HashMap;
 use std::ops::Range;
 
-use corelane_codec::event::{Blocks, EventError, Hashes, KvChange, KvEvent, KvEvents};
+use corelane_codec::event::{Blocks, EventError, Hashes, KvAnswer, KvChange, KvEvent, KvEvents};
 use corelane_engine::kv::{Batch, Change, RankId, Stored};
+
+use super::asking::{Ask, Asking, Source, Target, Waiting};
 
 /// Blocks of one batch, about: a core takes a batch in one go.
 const BATCH_BLOCKS: usize = 1024;
 /// Ranks whose numbers are remembered; beyond that all are forgotten and begin anew.
-const RANKS_MAX: usize = 16_384;
+pub(super) const RANKS_MAX: usize = 16_384;
 
 /// What has become of events, since the beginning.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -26,12 +29,49 @@ pub struct Counts {
     pub repeated: u64,
     /// Events that never came, by their numbers.
     pub lost: u64,
-    /// Times that a rank was forgotten because some were lost.
+    /// Times that events of a rank were missing.
     pub gaps: u64,
     /// Times that a rank was forgotten because another publisher began to tell of it.
     pub restarts: u64,
     /// Payloads that could not be read to their end.
     pub unreadable: u64,
+    /// Events about a rank that is not their publisher's, by discovery.
+    pub strangers: u64,
+    /// Questions to workers about what is in their caches.
+    pub asked: u64,
+    /// Of those, answered.
+    pub recovered: u64,
+    /// Of those, given up: what was known is forgotten, and learned anew.
+    pub unanswered: u64,
+}
+
+/// How a payload is read.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Reading {
+    /// It has just come.
+    Live,
+    /// It was held until this rank's worker had answered.
+    Held(RankId),
+    /// It was held in vain, and this rank's worker is not asked for what is missing in it.
+    GivenUp(RankId),
+}
+
+impl Reading {
+    fn only(self) -> Option<RankId> {
+        match self {
+            Reading::Live => None,
+            Reading::Held(rank) | Reading::GivenUp(rank) => Some(rank),
+        }
+    }
+}
+
+/// What is to be done with an event.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Turn {
+    Take,
+    Skip,
+    /// Its rank waits for an answer.
+    Hold,
 }
 
 /// The last event of a rank.
@@ -46,6 +86,9 @@ struct Last {
 pub struct Digest {
     feed: u32,
     last: HashMap<RankId, Last>,
+    /// By publisher.
+    sources: HashMap<u64, Source>,
+    asking: Asking,
     batches: Vec<Batch>,
     /// What became of them.
     pub counts: Counts,
@@ -57,6 +100,8 @@ impl Digest {
         Digest {
             feed,
             last: HashMap::new(),
+            sources: HashMap::new(),
+            asking: Asking::default(),
             batches: Vec::new(),
             counts: Counts::default(),
         }
@@ -67,43 +112,202 @@ impl Digest {
         std::mem::take(&mut self.batches)
     }
 
-    /// A payload of `kv-events` has come.
-    pub fn came(&mut self, publisher_id: u64, payload: &[u8]) {
-        if self.read(publisher_id, payload).is_err() {
-            self.counts.unreadable += 1;
+    /// Questions to be asked, each once.
+    pub fn asks(&mut self) -> Vec<Ask> {
+        self.asking.take()
+    }
+
+    /// Ranks that wait for an answer.
+    pub fn waiting(&self) -> usize {
+        self.asking.len()
+    }
+
+    /// Who publishes, by publisher, as discovery says now. Whoever is new is asked.
+    pub fn publishers(&mut self, now: HashMap<u64, Source>) {
+        let before = std::mem::replace(&mut self.sources, now);
+        for (publisher_id, source) in &before {
+            let is_awaited = self.asking.publisher(source.rank) == Some(*publisher_id);
+            if is_awaited && !self.sources.contains_key(publisher_id) {
+                self.give_up(source.rank);
+            }
+        }
+        let is_new = |publisher_id: &u64| !before.contains_key(publisher_id);
+        let new = self
+            .sources
+            .iter()
+            .filter(|(publisher_id, _)| is_new(publisher_id));
+        let new: Vec<(RankId, u64)> = new.map(|(id, source)| (source.rank, *id)).collect();
+        for (rank, publisher_id) in new {
+            self.ask(rank, publisher_id, None);
         }
     }
 
-    fn read(&mut self, publisher_id: u64, payload: &[u8]) -> Result<(), EventError> {
-        let mut events = KvEvents::open(payload)?;
-        while let Some(event) = events.next_event()? {
-            self.event(publisher_id, event)?;
+    /// Asks, if there is anybody to be asked.
+    fn ask(&mut self, rank: RankId, publisher_id: u64, after: Option<u64>) -> bool {
+        let target = |source: &Source| -> Option<Target> { source.target.clone() };
+        let Some(target) = self.sources.get(&publisher_id).and_then(target) else {
+            return false;
+        };
+        self.counts.asked += 1;
+        self.asking.begin((rank, publisher_id), target, after);
+        true
+    }
+
+    /// A question has been answered, with an item in MessagePack, or will not be: then the reason
+    /// is answered to be told, unless nobody waits for it any more.
+    pub fn answered(&mut self, ask: &Ask, answer: Result<Vec<u8>, String>) -> Option<String> {
+        let Waiting { ask, held } = self.asking.answered(ask)?;
+        let why = match answer {
+            Ok(item) => self.learn(&ask, &item).err(),
+            Err(why) => Some(why),
+        };
+        match why {
+            None => self.counts.recovered += 1,
+            Some(_) => {
+                self.counts.unanswered += 1;
+                self.forget(ask.rank);
+            }
+        }
+        for payload in held {
+            // It could be read when it came.
+            let _ = self.read(ask.publisher_id, &payload, Reading::Held(ask.rank));
+        }
+        why
+    }
+
+    /// Takes over what a worker has said of a rank.
+    fn learn(&mut self, ask: &Ask, item: &[u8]) -> Result<(), String> {
+        let bad = |error: EventError| error.to_string();
+        let (rank, publisher_id) = (ask.rank, ask.publisher_id);
+        let (mut events, last, after) = match KvAnswer::decode(item).map_err(bad)? {
+            KvAnswer::Refused(why) => return Err(why.to_owned()),
+            KvAnswer::Dump {
+                events,
+                last_event_id,
+            } => (events, last_event_id, None),
+            KvAnswer::Events {
+                events,
+                last_event_id,
+            } => (events, last_event_id, ask.after),
+        };
+        if after.is_none() {
+            self.forget(rank);
+        }
+        let (mut before, mut any) = (after, false);
+        while let Some(event) = events.next_event().map_err(bad)? {
+            any = true;
+            if rank_of(&event) != rank {
+                self.counts.strangers += 1;
+                continue;
+            }
+            if let Some(before) = &mut before {
+                // It may begin earlier than it was asked to.
+                if event.event_id <= *before {
+                    continue;
+                }
+                if event.event_id != *before + 1 {
+                    return Err("events are missing in it".to_owned());
+                }
+                *before = event.event_id;
+            }
+            self.take_over(rank, event).map_err(bad)?;
+        }
+        // A worker that has published nothing yet names no event.
+        if any || last > 0 {
+            let event_id = before.unwrap_or(last).max(last);
+            let last = Last {
+                publisher_id,
+                event_id,
+            };
+            self.last.insert(rank, last);
         }
         Ok(())
     }
 
+    /// An answer is not waited for any more.
+    fn give_up(&mut self, rank: RankId) {
+        if let Some(Waiting { ask, held }) = self.asking.end(rank) {
+            self.counts.unanswered += 1;
+            self.forget(rank);
+            for payload in held {
+                let _ = self.read(ask.publisher_id, &payload, Reading::GivenUp(rank));
+            }
+        }
+    }
+
+    /// Nobody knows what a rank holds.
+    fn forget(&mut self, rank: RankId) {
+        self.last.remove(&rank);
+        self.batch().changes.push(Change::Cleared(rank));
+    }
+
+    /// A payload of `kv-events` has come.
+    pub fn came(&mut self, publisher_id: u64, payload: &[u8]) {
+        if self.read(publisher_id, payload, Reading::Live).is_err() {
+            self.counts.unreadable += 1;
+        }
+    }
+
+    /// Reads a payload, or what it says of one rank, whose events are taken up again then.
+    fn read(
+        &mut self,
+        publisher_id: u64,
+        payload: &[u8],
+        reading: Reading,
+    ) -> Result<(), EventError> {
+        let mut events = KvEvents::open(payload)?;
+        let mut to_hold: Vec<RankId> = Vec::new();
+        let read = loop {
+            let event = match events.next_event() {
+                Ok(Some(event)) => event,
+                Ok(None) => break Ok(()),
+                Err(error) => break Err(error),
+            };
+            let rank = rank_of(&event);
+            if reading.only().is_some_and(|only| only != rank) {
+                continue;
+            }
+            match self.turn((rank, publisher_id), event.event_id, reading) {
+                Turn::Take => {
+                    if let Err(error) = self.take_over(rank, event) {
+                        break Err(error);
+                    }
+                }
+                Turn::Hold if !to_hold.contains(&rank) => to_hold.push(rank),
+                Turn::Hold | Turn::Skip => {}
+            }
+        };
+        for rank in to_hold {
+            if !self.asking.hold(rank, payload) {
+                self.give_up(rank);
+                let _ = self.read(publisher_id, payload, Reading::GivenUp(rank));
+            }
+        }
+        read
+    }
+
     /// A worker has left discovery.
     pub fn gone(&mut self, worker_id: u64) {
+        self.asking.forget(|rank| rank.worker_id == worker_id);
         self.last.retain(|rank, _| rank.worker_id != worker_id);
         self.batch().changes.push(Change::Gone(worker_id));
     }
 
-    /// Nobody knows what was missed: all ranks are forgotten.
+    /// Nobody knows what was missed: all ranks are forgotten, and all publishers are new.
     pub fn begin_anew(&mut self) {
+        self.sources.clear();
+        self.forget_all();
+    }
+
+    fn forget_all(&mut self) {
+        self.asking.forget(|_| true);
         let ranks: Vec<RankId> = self.last.drain().map(|(rank, _)| rank).collect();
         for rank in ranks {
             self.batch().changes.push(Change::Cleared(rank));
         }
     }
 
-    fn event(&mut self, publisher_id: u64, event: KvEvent<'_>) -> Result<(), EventError> {
-        let rank = RankId {
-            worker_id: event.worker_id,
-            dp_rank: event.dp_rank,
-        };
-        if !self.is_next(rank, publisher_id, event.event_id) {
-            return Ok(());
-        }
+    fn take_over(&mut self, rank: RankId, event: KvEvent<'_>) -> Result<(), EventError> {
         let is_device = matches!(event.storage_tier, "" | "device");
         if !is_device || !matches!(event.residency_domain, "" | "worker") {
             self.counts.other_tiers += 1;
@@ -124,35 +328,61 @@ impl Digest {
         }
     }
 
-    /// Whether an event is to be taken over; forgets its rank when some before it are missing.
-    fn is_next(&mut self, rank: RankId, publisher_id: u64, event_id: u64) -> bool {
+    /// Whether an event is to be taken over now. When some before it are missing, its publisher is
+    /// asked for them, or its rank forgotten.
+    fn turn(
+        &mut self,
+        (rank, publisher_id): (RankId, u64),
+        event_id: u64,
+        reading: Reading,
+    ) -> Turn {
+        let source = self.sources.get(&publisher_id);
+        if source.is_some_and(|source| source.rank != rank) {
+            self.counts.strangers += 1;
+            return Turn::Skip;
+        }
+        match self.asking.publisher(rank) {
+            Some(awaited) if awaited == publisher_id => return Turn::Hold,
+            Some(_) => {
+                // Whoever tells of the rank now knows better.
+                self.asking.end(rank);
+                self.counts.unanswered += 1;
+            }
+            None => {}
+        }
         if self.last.len() >= RANKS_MAX && !self.last.contains_key(&rank) {
-            self.begin_anew();
+            self.forget_all();
         }
         let now = Last {
             publisher_id,
             event_id,
         };
         let Some(before) = self.last.insert(rank, now) else {
-            return true;
+            return Turn::Take;
         };
         if before.publisher_id != publisher_id {
             self.counts.restarts += 1;
             self.batch().changes.push(Change::Cleared(rank));
-            return true;
+            let asked = reading != Reading::GivenUp(rank) && self.ask(rank, publisher_id, None);
+            return if asked { Turn::Hold } else { Turn::Take };
         }
         if event_id <= before.event_id {
             self.last.insert(rank, before);
-            self.counts.repeated += 1;
-            return false;
+            self.counts.repeated += u64::from(reading == Reading::Live);
+            return Turn::Skip;
         }
         let missing = event_id - before.event_id - 1;
-        if missing > 0 {
-            self.counts.lost += missing;
-            self.counts.gaps += 1;
-            self.batch().changes.push(Change::Cleared(rank));
+        if missing == 0 {
+            return Turn::Take;
         }
-        true
+        self.counts.lost += missing;
+        self.counts.gaps += 1;
+        if reading != Reading::GivenUp(rank) && self.ask(rank, publisher_id, Some(before.event_id))
+        {
+            return Turn::Hold;
+        }
+        self.batch().changes.push(Change::Cleared(rank));
+        Turn::Take
     }
 
     fn stored(
@@ -220,6 +450,13 @@ impl Digest {
     }
 }
 
+fn rank_of(event: &KvEvent<'_>) -> RankId {
+    RankId {
+        worker_id: event.worker_id,
+        dp_rank: event.dp_rank,
+    }
+}
+
 /// Takes values until there is no more or a batch is full; answers whether there may be more.
 fn fill<T>(
     into: &mut Vec<T>,
@@ -242,12 +479,16 @@ mod tests {
 
     use super::*;
 
-    const RANK: RankId = RankId {
+    pub(super) const RANK: RankId = RankId {
         worker_id: 7,
         dp_rank: 1,
     };
 
-    fn stored(event_id: u64, parent_hash: Option<u64>, blocks: Range<u64>) -> typed::KvEvent {
+    pub(super) fn stored(
+        event_id: u64,
+        parent_hash: Option<u64>,
+        blocks: Range<u64>,
+    ) -> typed::KvEvent {
         let worker = KvWorker {
             worker_id: RANK.worker_id,
             dp_rank: RANK.dp_rank,
@@ -265,18 +506,18 @@ mod tests {
         typed::KvEvent::new(worker, event_id, change)
     }
 
-    fn changed(event_id: u64, data: typed::KvChange) -> typed::KvEvent {
+    pub(super) fn changed(event_id: u64, data: typed::KvChange) -> typed::KvEvent {
         let mut event = stored(event_id, None, 0..0);
         event.event.data = data;
         event
     }
 
-    fn came(digest: &mut Digest, publisher_id: u64, events: &[typed::KvEvent]) {
+    pub(super) fn came(digest: &mut Digest, publisher_id: u64, events: &[typed::KvEvent]) {
         digest.came(publisher_id, &typed::to_payload(&events).unwrap());
     }
 
     /// What an index makes of the batches so far.
-    fn overlap(digest: &mut Digest, index: &mut Index, prompt: &[u64]) -> u32 {
+    pub(super) fn overlap(digest: &mut Digest, index: &mut Index, prompt: &[u64]) -> u32 {
         for batch in digest.take() {
             for change in batch.changes {
                 match change {
@@ -361,6 +602,7 @@ mod tests {
             gaps: 1,
             restarts: 1,
             unreadable: 2,
+            ..Counts::default()
         };
         assert_eq!(digest.counts, want);
     }
@@ -378,3 +620,7 @@ mod tests {
         assert_eq!(digest.counts.gaps, 0);
     }
 }
+
+#[cfg(test)]
+#[path = "recovery_tests.rs"]
+mod recovery_tests;

@@ -50,8 +50,11 @@ fn numbers(feed: &Feed) -> Vec<Number> {
             (vec![fresh], gauge.unreadable)
         }
         What::Caches(digest) => {
-            let counts = digest.borrow().counts;
-            (of_caches(counts), counts.unreadable)
+            let digest = digest.borrow();
+            let mut numbers = of_caches(digest.counts);
+            let help = "Ranks whose worker is being asked what is in its KV cache";
+            numbers.push(("kv_asking", Gauge, help, digest.waiting() as f64));
+            (numbers, digest.counts.unreadable)
         }
     };
     let unreadable = before.unreadable + now.unreadable + unreadable;
@@ -79,6 +82,9 @@ fn numbers(feed: &Feed) -> Vec<Number> {
 fn of_caches(counts: Counts) -> Vec<Number> {
     let tiers = "KV events about other storage than the memory of the GPU";
     let restarts = "Ranks learned anew because another publisher tells of them";
+    let strangers = "KV events about a rank that is not their publisher's, by discovery";
+    let asked = "Questions to workers about what is in their KV caches";
+    let unanswered = "Of those, given up: the cache is learned as it changes";
     let all = [
         ("kv_taken", "KV events taken over", counts.taken),
         ("kv_other_tiers", tiers, counts.other_tiers),
@@ -94,10 +100,14 @@ fn of_caches(counts: Counts) -> Vec<Number> {
         ),
         (
             "kv_gaps",
-            "Ranks learned anew because some were lost",
+            "Times that KV events of a rank were missing",
             counts.gaps,
         ),
         ("kv_restarts", restarts, counts.restarts),
+        ("kv_strangers", strangers, counts.strangers),
+        ("kv_asked", asked, counts.asked),
+        ("kv_recovered", "Of those, answered", counts.recovered),
+        ("kv_unanswered", unanswered, counts.unanswered),
     ];
     let number = |(name, help, value): (_, _, u64)| (name, CellKind::Counter, help, value as f64);
     all.into_iter().map(number).collect()

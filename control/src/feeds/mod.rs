@@ -8,14 +8,17 @@
 //! ```
 //!
 //! There is one feed for each target and topic that some route wants. Events are best effort: what
-//! was missed is counted, and forgotten where it matters.
+//! was missed is counted, and asked for where it matters, or forgotten ([`recovery`]).
 
+mod asking;
 mod caches;
 mod loads;
 mod metrics;
+mod recovery;
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -27,17 +30,21 @@ use corelane_engine::config::RingKind;
 use corelane_engine::directory::LoadSource;
 use corelane_engine::shard::Command;
 use futures_util::FutureExt;
-use tokio::task::{AbortHandle, spawn_local};
+use tokio::task::{AbortHandle, JoinSet, spawn_local};
 use tokio::time::sleep;
 
 use crate::config;
 use crate::cores::Cores;
 use crate::discovery::Discovery;
 use crate::env::Env;
-use crate::events::{Event, EventPlane, Events, EventsError, Losses, Subscriber, ZmqOptions};
+use crate::events::{
+    CurveOptions, Event, EventPlane, Events, EventsError, Losses, Subscriber, ZmqOptions,
+};
 use crate::nats::{Nats, NatsOptions};
 use crate::publish::Board;
 
+use self::recovery::{Recovery, Sources};
+pub use asking::{Ask, Source, Target};
 pub use caches::{Counts, Digest};
 pub use loads::Gauge;
 
@@ -50,10 +57,24 @@ const AGAIN: Duration = Duration::from_secs(2);
 
 /// All feeds of a router.
 pub struct Feeds {
-    events: Events,
+    hearing: Rc<Hearing>,
     list: Vec<Rc<Feed>>,
     tasks: Vec<AbortHandle>,
 }
+
+/// What all feeds hear with, and whom they tell.
+struct Hearing {
+    events: Events,
+    discovery: Discovery,
+    /// Where instances on NATS are dialled.
+    gateway: Option<SocketAddr>,
+    recovery: Recovery,
+    board: Rc<Board>,
+    cores: Rc<Cores>,
+}
+
+/// What comes of questions.
+type Asked = JoinSet<(Ask, Result<Vec<u8>, String>)>;
 
 /// One topic of one target.
 struct Feed {
@@ -79,8 +100,8 @@ enum What {
 /// What the routes of a configuration want to hear.
 fn wanted(board: &Board) -> BTreeMap<(u32, &'static str), (EndpointId, What)> {
     let mut wanted = BTreeMap::new();
-    for (index, listed) in board.routes().iter().enumerate() {
-        let (number, route) = (board.feed(index), &listed.route);
+    for listed in board.routes() {
+        let (number, route) = (listed.feed(), &listed.route);
         if route.kv.is_some() {
             let what = What::Caches(RefCell::new(Digest::new(number)));
             let key = (number, topic::KV_EVENTS);
@@ -100,20 +121,25 @@ fn wanted(board: &Board) -> BTreeMap<(u32, &'static str), (EndpointId, What)> {
     wanted
 }
 
-/// The event plane as the environment asks for it: over the NATS connection that stands, if one
-/// does, or over ZMQ on this kind of ring.
+/// The event plane as the environment asks for it, with the keys of the configuration: over the
+/// NATS connection that stands, if one does, or over ZMQ on this kind of ring.
 ///
 /// # Errors
-/// A variable cannot be used.
+/// A variable or a key cannot be used.
 pub async fn open(
     env: &Env,
+    curve: &CurveOptions,
     discovery: &Discovery,
     nats: Option<&Nats>,
     ring: RingKind,
 ) -> Result<Events> {
     Ok(match (EventPlane::read(env)?, nats) {
         (EventPlane::Off, _) => Events::off(discovery),
-        (EventPlane::Zmq, _) => Events::zmq(discovery, ZmqOptions::read(env, ring)?),
+        (EventPlane::Zmq, _) => {
+            let mut options = ZmqOptions::read(env, ring)?;
+            options.protection = curve.load()?;
+            Events::zmq(discovery, options)
+        }
         (EventPlane::Nats, Some(nats)) => Events::nats(discovery, nats),
         (EventPlane::Nats, None) => {
             let nats = Nats::connect_later(&NatsOptions::read(env)?).await?;
@@ -130,9 +156,25 @@ pub fn are_wanted(routes: &[config::Route]) -> bool {
 }
 
 impl Feeds {
-    /// Subscribes to what the routes want, and hands it to the cores from now on. Does not wait.
-    /// Needs a `LocalSet`.
-    pub fn start(events: Events, board: &Rc<Board>, cores: &Rc<Cores>) -> Feeds {
+    /// Subscribes to what the routes of `config` want, and hands it to the cores from now on. Does
+    /// not wait. `gateway` is where instances on NATS are dialled. Needs a `LocalSet`.
+    ///
+    /// # Errors
+    /// The environment says what workers cannot be called with.
+    pub fn start(
+        config: &config::Config,
+        (events, discovery, gateway): (Events, &Discovery, Option<SocketAddr>),
+        board: &Rc<Board>,
+        cores: &Rc<Cores>,
+    ) -> Result<Feeds> {
+        let hearing = Rc::new(Hearing {
+            events,
+            discovery: discovery.clone(),
+            gateway,
+            recovery: Recovery::new(config)?,
+            board: Rc::clone(board),
+            cores: Rc::clone(cores),
+        });
         let (mut list, mut tasks) = (Vec::new(), Vec::new());
         for ((number, topic), (target, what)) in wanted(board) {
             let feed = Rc::new(Feed {
@@ -145,17 +187,16 @@ impl Feeds {
                 missed: Cell::default(),
                 lag_ms: Cell::new(0),
             });
-            let (followed, events) = (Rc::clone(&feed), events.clone());
-            let (board, cores) = (Rc::clone(board), Rc::clone(cores));
-            let task = spawn_local(async move { followed.follow(&events, &board, &cores).await });
+            let (followed, hearing) = (Rc::clone(&feed), Rc::clone(&hearing));
+            let task = spawn_local(async move { followed.follow(&hearing).await });
             tasks.push(task.abort_handle());
             list.push(feed);
         }
-        Feeds {
-            events,
+        Ok(Feeds {
+            hearing,
             list,
             tasks,
-        }
+        })
     }
 
     /// Writes metric families, without the mark of the end.
@@ -168,26 +209,27 @@ impl Feeds {
         for task in &self.tasks {
             task.abort();
         }
-        self.events.close().await;
+        self.hearing.recovery.stop().await;
+        self.hearing.events.close().await;
     }
 }
 
 impl Feed {
     /// Never ends.
-    async fn follow(&self, events: &Events, board: &Board, cores: &Cores) {
-        let mut known = self.present(board);
+    async fn follow(&self, hearing: &Rc<Hearing>) {
+        let mut known = self.present(&hearing.board);
         loop {
-            let mut subscriber = self.subscribed(events).await;
+            let mut subscriber = self.subscribed(&hearing.events).await;
             self.connected.set(true);
             tracing::info!(target = %self.target, topic = self.topic, "listening to workers");
-            self.hear(&mut subscriber, &mut known, board, cores).await;
+            self.hear(&mut subscriber, &mut known, hearing).await;
             self.connected.set(false);
             let (before, now) = self.missed.get();
             self.missed.set((sum(before, now), Losses::default()));
             tracing::warn!(target = %self.target, topic = self.topic, "events have ended");
             if let What::Caches(digest) = &self.what {
                 digest.borrow_mut().begin_anew();
-                self.hand_over(cores).await;
+                self.hand_over(&hearing.cores).await;
             }
             sleep(AGAIN).await;
         }
@@ -216,10 +258,15 @@ impl Feed {
         &self,
         subscriber: &mut Subscriber,
         known: &mut HashSet<u64>,
-        board: &Board,
-        cores: &Cores,
+        hearing: &Rc<Hearing>,
     ) {
-        let mut changes = board.routes()[self.number as usize].subscribe();
+        let (board, cores) = (&hearing.board, &hearing.cores);
+        let Some(sight) = board.sights().of_feed(self.number) else {
+            return std::future::pending().await;
+        };
+        let mut changes = sight.subscribe();
+        let mut sources = self.sources(hearing);
+        let mut asked = Asked::new();
         loop {
             tokio::select! {
                 event = subscriber.next() => match event {
@@ -227,6 +274,8 @@ impl Feed {
                     None => return,
                 },
                 Ok(()) = changes.changed() => self.compare(known, board),
+                list = listed(&mut sources) => self.publishers(list),
+                Some(Ok((ask, answer))) = asked.join_next() => self.answered(&ask, answer),
             }
             for _ in 1..TOGETHER {
                 match subscriber.next().now_or_never() {
@@ -237,9 +286,38 @@ impl Feed {
             }
             self.missed.set((self.missed.get().0, subscriber.losses()));
             self.hand_over(cores).await;
-            if let What::Loads(_) = self.what {
-                sleep(REPORT_GAP).await;
+            match &self.what {
+                What::Caches(digest) => ask(digest.borrow_mut().asks(), &mut asked, hearing),
+                What::Loads(_) => sleep(REPORT_GAP).await,
             }
+        }
+    }
+
+    /// Who publishes, where that matters.
+    fn sources(&self, hearing: &Hearing) -> Option<Sources> {
+        let What::Caches(_) = self.what else {
+            return None;
+        };
+        let (discovery, gateway) = (&hearing.discovery, hearing.gateway);
+        Some(Sources::new(discovery, &self.target, gateway))
+    }
+
+    fn publishers(&self, list: HashMap<u64, Source>) {
+        if let What::Caches(digest) = &self.what {
+            digest.borrow_mut().publishers(list);
+        }
+    }
+
+    fn answered(&self, ask: &Ask, answer: Result<Vec<u8>, String>) {
+        let What::Caches(digest) = &self.what else {
+            return;
+        };
+        if let Some(why) = digest.borrow_mut().answered(ask, answer) {
+            let (worker, dp_rank) = (format_args!("{:x}", ask.rank.worker_id), ask.rank.dp_rank);
+            tracing::warn!(
+                target = %self.target, %worker, dp_rank, why,
+                "a worker does not say what is in its KV cache, which is learned as it changes"
+            );
         }
     }
 
@@ -262,7 +340,8 @@ impl Feed {
                     let lost = digest.counts.lost;
                     tracing::warn!(
                         target = %self.target, lost,
-                        "KV events were lost: a worker's cache is learned anew"
+                        "KV events were lost: their worker is asked for them, or its cache learned \
+                         anew"
                     );
                 }
             }
@@ -272,8 +351,10 @@ impl Feed {
 
     /// The instances that are there.
     fn present(&self, board: &Board) -> HashSet<u64> {
-        let instances = board.routes()[self.number as usize].instances();
-        instances.iter().map(|instance| instance.id).collect()
+        let sight = board.sights().of_feed(self.number);
+        let instances = sight.map(|sight| sight.instances());
+        let ids = instances.iter().flat_map(|found| found.iter());
+        ids.map(|instance| instance.id).collect()
     }
 
     /// Forgets those that are gone.
@@ -304,6 +385,28 @@ impl Feed {
                 }
             }
         }
+    }
+}
+
+/// Who publishes, whenever that changes.
+async fn listed(sources: &mut Option<Sources>) -> HashMap<u64, Source> {
+    match sources {
+        Some(sources) => {
+            sources.changed().await;
+            sources.list()
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// Begins to ask.
+fn ask(asks: Vec<Ask>, asked: &mut Asked, hearing: &Rc<Hearing>) {
+    for ask in asks {
+        let hearing = Rc::clone(hearing);
+        asked.spawn_local(async move {
+            let answer = hearing.recovery.ask(&ask).await;
+            (ask, answer)
+        });
     }
 }
 

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
+use std::sync::OnceLock;
 
 use serde::Deserialize;
-use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Registry, reload};
 
 use crate::env::Env;
 use crate::trace;
@@ -29,6 +30,12 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 const DEFAULT: &str = "info";
 /// Says how lines look, and wins over `DYN_LOGGING_JSONL`.
 const FORMAT: &str = "DYN_LOGGING_CONSOLE_FORMAT";
+
+/// Variables with a filter of the log, the one that wins first.
+const VARIABLES: [&str; 2] = ["CORELANE_LOG", "DYN_LOG"];
+
+/// The filter in force, and what it was when the log began.
+static FILTER: OnceLock<(reload::Handle<EnvFilter, Registry>, String)> = OnceLock::new();
 
 /// How lines look.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -59,7 +66,7 @@ impl Options {
     /// Reads the options; `terminal` says whether standard error is one.
     pub fn read(env: &Env, terminal: bool) -> Self {
         let mut complaints = Vec::new();
-        let wanted = ["CORELANE_LOG", "DYN_LOG"]
+        let wanted = VARIABLES
             .iter()
             .find_map(|name| Some((name, env.get(name)?)));
         let file = match env.get("DYN_LOGGING_CONFIG_PATH").map(File::read) {
@@ -154,15 +161,14 @@ impl File {
 /// Starts the log of this process. A second call does nothing.
 pub fn start(env: &Env) {
     let options = Options::read(env, std::io::stderr().is_terminal());
-    let filter = EnvFilter::try_new(format!("{QUIET},{}", options.filter))
-        .unwrap_or_else(|_| EnvFilter::new(DEFAULT));
+    let (filter, handle) = reload::Layer::new(directives(&options.filter));
     let (clock, complaint) = Clock::new(options.local);
     let builder = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let registry = tracing_subscriber::registry()
         .with(filter)
         .with(trace::lines(env));
     // Failing means that a log is there already.
-    let _ = match options.form {
+    let started = match options.form {
         Form::Readable { colour } => {
             let lines = builder.with_timer(clock).with_ansi(colour);
             registry.with(lines).try_init()
@@ -172,8 +178,33 @@ pub fn start(env: &Env) {
             registry.with(lines).try_init()
         }
     };
+    if started.is_ok() {
+        let _ = FILTER.set((handle, options.filter));
+    }
     for complaint in options.complaints.into_iter().chain(complaint) {
         tracing::warn!("{complaint}");
+    }
+}
+
+fn directives(filter: &str) -> EnvFilter {
+    EnvFilter::try_new(format!("{QUIET},{filter}")).unwrap_or_else(|_| EnvFilter::new(DEFAULT))
+}
+
+/// Whether a text is a filter of the log.
+pub fn is_filter(text: &str) -> bool {
+    EnvFilter::try_new(text).is_ok()
+}
+
+/// The variable that has a filter, and so wins over the configuration.
+pub fn wins(env: &Env) -> Option<&'static str> {
+    VARIABLES.into_iter().find(|name| env.get(name).is_some())
+}
+
+/// From now on the log has this filter; `None` is the one that it began with.
+pub fn change(filter: Option<&str>) {
+    if let Some((handle, first)) = FILTER.get() {
+        // Fails only when the log is gone.
+        let _ = handle.reload(directives(filter.unwrap_or(first)));
     }
 }
 

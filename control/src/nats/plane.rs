@@ -7,6 +7,7 @@ use std::rc::Rc;
 use std::sync::{Arc, PoisonError};
 
 use anyhow::Context;
+use async_nats::connection::State;
 use corelane_codec::path::{EndpointId, instance_subject};
 use serde_json::Value;
 
@@ -120,6 +121,14 @@ impl Requests {
     /// Writes what is counted, as families of `/metrics` without the mark of the end.
     pub fn write_metrics(&self, out: &mut String) {
         let too_large = self.0.egress.too_large();
+        let name = "corelane_nats_connected";
+        let connected = self.0.nats.client().connection_state() == State::Connected;
+        let _ = write!(
+            out,
+            "# HELP {name} 1 while there is a connection to NATS.\n# TYPE {name} gauge\n\
+             {name} {}\n",
+            u8::from(connected)
+        );
         let name = "corelane_nats_requests_too_large";
         let _ = write!(
             out,

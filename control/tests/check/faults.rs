@@ -165,6 +165,24 @@ pub(crate) const AFTER_ROUTE: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "[events]\nbroker = true\ncurve_xsub = \"tcp://127.0.0.1:1\"\n",
+        &["c.toml:9:14: curve_xsub without curve_xpub; write curve_xpub too"],
+    ),
+    (
+        "[events]\ncurve_server_key = \"short\"\n",
+        &[
+            "c.toml:8:20: curve_server_key: a CURVE key is 40 characters of Z85, as ZMQ writes it; \
+         this has 5; write the 40 characters that corelane events keys has told",
+        ],
+    ),
+    (
+        "[events]\ncurve_secret_key_file = \"/no/such/file\"\n",
+        &[
+            "c.toml:8:25: curve_secret_key_file: /no/such/file cannot be read: no such file or \
+         directory; name a file that can be read; corelane events keys writes one",
+        ],
+    ),
+    (
         "[events]\nbroker = true\ncpu = 77\n",
         &[
             "c.toml:9:7: cpu is 77, which this process may not use (0-3); \

@@ -7,7 +7,7 @@ use corelane::discovery::{Discovery, Entry, Record};
 use corelane_codec::event::{
     CHANNELS_BUCKET, EventChannelRecord, EventKey, EventTransport, Scope, ZmqBrokerChannel,
 };
-use corelane_engine::events::{Door, DoorKind, PlaneConfig, PlaneHandle, spawn};
+use corelane_engine::events::{Door, DoorKind, PlaneConfig, PlaneHandle, Security, spawn};
 use corelane_engine::executor::listen;
 
 use crate::lab::{DEADLINE, options, plane, ring, run, scope, until};
@@ -28,6 +28,10 @@ impl Drop for Broker {
 
 impl Broker {
     pub(crate) fn start() -> Broker {
+        Broker::protected(&Security::Null)
+    }
+
+    pub(crate) fn protected(security: &Security) -> Broker {
         let door = |kind| {
             // A port that nobody takes while the broker is away.
             let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
@@ -37,6 +41,7 @@ impl Broker {
                 listener,
                 kind,
                 group,
+                security: security.clone(),
             };
             (address, door)
         };
@@ -211,6 +216,7 @@ fn a_restart_is_survived() {
                 listener,
                 kind,
                 group,
+                security: Security::Null,
             }
         };
         let doors = vec![

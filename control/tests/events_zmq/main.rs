@@ -3,6 +3,7 @@
 
 mod broker;
 mod commands;
+mod curve;
 mod direct;
 mod lab;
 #[path = "../ports/mod.rs"]

@@ -101,6 +101,24 @@ impl Program {
         }
     }
 
+    /// Writes a file beside its configuration, and the folder that it lies in.
+    pub fn write(&self, name: &str, text: &str) {
+        let path = self.folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    }
+
+    /// Takes such a file away.
+    pub fn remove(&self, name: &str) {
+        let _ = std::fs::remove_file(self.folder.path().join(name));
+    }
+
+    /// Another configuration below its `[server]`; nobody has read it yet.
+    pub fn rewrite(&self, text: &str) {
+        let server = format!("[server]\nstatus_port = {}\n", self.status_port);
+        self.write("corelane.toml", &(server + text));
+    }
+
     fn read(&self, name: &str) -> String {
         let path: PathBuf = self.folder.path().join(name);
         std::fs::read_to_string(path).unwrap_or_default()

@@ -16,6 +16,7 @@ use corelane_codec::Decoded;
 use corelane_codec::event::hello::{Role, Verdict, decode_answer, write_hello};
 use corelane_codec::event::{Envelope, frame, multipart};
 use corelane_engine::config::RingKind;
+use corelane_engine::events::Security;
 use futures_util::StreamExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -54,7 +55,7 @@ fn broker(more: &str) -> (Rc<Broker>, Config) {
 async fn bridged(server: &NatsServer, more: &str) -> (Rc<Broker>, Rc<Bridge>) {
     let (broker, config) = broker(more);
     let settings = config.broker.unwrap().bridge.unwrap();
-    let bridge = Bridge::start(&settings, &server.options(), &broker).await;
+    let bridge = Bridge::start(&settings, &server.options(), Security::Null, &broker).await;
     (broker, bridge.unwrap())
 }
 

@@ -22,6 +22,24 @@ impl Incoming {
         self.slices.push_back(slice);
     }
 
+    /// Appends it to the last slice if that lies before it in the same block: its bytes are moved
+    /// there, over bytes that nobody needs any more, so that what belongs together is one piece.
+    #[cfg(feature = "curve")]
+    pub(super) fn join(&mut self, memory: &mut Memory, slice: Slice) {
+        match self.slices.back_mut() {
+            Some(last) if last.block == slice.block && last.end <= slice.start => {
+                let (from, bytes) = ((slice.start - last.end) as usize, slice.bytes());
+                let start = last.end;
+                let both = memory.bytes_mut(Slice { start, ..slice });
+                both.copy_within(from.., 0);
+                last.end += bytes as u32;
+                self.bytes += bytes;
+                memory.release(slice.block);
+            }
+            _ => self.push(slice),
+        }
+    }
+
     /// The first slice.
     pub(super) fn front(&self) -> Option<Slice> {
         self.slices.front().copied()

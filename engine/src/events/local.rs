@@ -34,12 +34,14 @@ pub(super) fn obey<R: Ring>(plane: &mut Plane<R>, command: Command) {
             address,
             side,
             group,
+            security,
         } => {
             plane.dials.push(DialState {
                 dial,
                 address,
                 side,
                 group,
+                security,
                 slot: None,
                 again_ns: 0,
                 pause_ns: 0,

@@ -118,6 +118,17 @@ impl Memory {
         &self.blocks[place].bytes[start..end]
     }
 
+    /// The same, to be changed where it lies; nobody else is to hold these bytes.
+    #[cfg(feature = "curve")]
+    pub(super) fn bytes_mut(&mut self, slice: Slice) -> &mut [u8] {
+        let (start, end) = (slice.start as usize, slice.end as usize);
+        if self.is_buffer(slice.block) {
+            return self.buffers.bytes_mut(slice.block as BufferId, start, end);
+        }
+        let place = slice.block as usize - self.buffers.count();
+        &mut self.blocks[place].bytes[start..end]
+    }
+
     #[inline]
     pub(super) fn hold(&mut self, block: BlockId) {
         if self.is_buffer(block) {

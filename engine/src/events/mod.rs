@@ -21,6 +21,8 @@ use std::time::Duration;
 
 mod asks;
 mod crossing;
+#[cfg(feature = "curve")]
+mod curve;
 mod fan_out;
 mod incoming;
 mod local;
@@ -29,6 +31,7 @@ mod plain;
 mod plane;
 mod queue;
 mod relief;
+mod security;
 mod sequence;
 mod session;
 mod socket;
@@ -38,6 +41,9 @@ mod take;
 mod thread;
 mod wishes;
 
+#[cfg(feature = "curve")]
+pub use curve::{CurveClient, CurveServer, draw_keys};
+pub use security::Security;
 pub use thread::{PlaneHandle, spawn};
 
 use crate::config::{Idle, RingKind};
@@ -78,6 +84,8 @@ pub struct Door {
     pub kind: DoorKind,
     /// Whose events.
     pub group: Group,
+    /// How it is protected; plain doors are not.
+    pub security: Security,
 }
 
 /// Settings of the plane.
@@ -199,6 +207,8 @@ pub enum Command {
         side: Side,
         /// Whose events.
         group: Group,
+        /// How it is protected.
+        security: Security,
     },
     /// Ends a dial, and its session.
     Hang {

@@ -14,15 +14,19 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use corelane_codec::zmtp::Mechanism;
 use rustix::time::{ClockId, clock_gettime};
 
 use super::crossing::Crossed;
 use super::memory::{Memory, Slice};
+use super::security::Told;
 use super::sequence::Sequences;
 use super::session::{HANDSHAKE_NS, Session, Stage, Wire};
 use super::stats::Stats;
 use super::subscriptions::Subscriptions;
-use super::{Command, Door, Group, PlaneConfig, Report, Side, asks, local, relief, take};
+use super::{
+    Command, Door, Group, PlaneConfig, Report, Security, Side, asks, local, relief, security, take,
+};
 use crate::buffers::Buffers;
 use crate::config::{Idle, RingKind};
 use crate::mesh::{Receiver, Sender};
@@ -45,12 +49,13 @@ pub(super) struct DoorState {
 }
 
 /// A socket that we connect to, again and again.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct DialState {
     pub(super) dial: u64,
     pub(super) address: SocketAddr,
     pub(super) side: Side,
     pub(super) group: Group,
+    pub(super) security: Security,
     pub(super) slot: Option<u32>,
     pub(super) again_ns: u64,
     pub(super) pause_ns: u64,
@@ -89,6 +94,7 @@ pub(super) struct Plane<R: Ring> {
     pub(super) runs: Vec<take::Run>,
     pub(super) crossed: Vec<Crossed>,
     pub(super) lost_told_ns: u64,
+    pub(super) told: Told,
     housekeeping_ns: u64,
     stop_ns: u64,
     commands: Receiver<Command>,
@@ -132,6 +138,7 @@ impl<R: Ring> Plane<R> {
             runs: Vec::new(),
             crossed: Vec::new(),
             lost_told_ns: 0,
+            told: Told::default(),
             housekeeping_ns: 0,
             stop_ns: u64::MAX,
             commands,
@@ -238,14 +245,13 @@ impl<R: Ring> Plane<R> {
                 self.sessions[slot].receiving = more;
                 let block = self.memory.take(buffer);
                 let (start, end) = (0, bytes);
-                self.sessions[slot]
-                    .incoming
-                    .push(Slice { block, start, end });
+                self.came(slot, Slice { block, start, end });
                 take::take(self, slot);
                 self.receive(slot);
             }
             Event::EndOfStream | Event::ReceiveFailed { .. } => {
                 self.sessions[slot].receiving = false;
+                security::left(self, slot);
                 self.close(slot);
             }
             Event::NoBuffers => {
@@ -266,6 +272,15 @@ impl<R: Ring> Plane<R> {
             _ => {}
         }
         self.retire_if_quiet(slot);
+    }
+
+    /// Bytes have come; out of their boxes, if that is what they are in.
+    fn came(&mut self, slot: u32, slice: Slice) {
+        #[cfg(feature = "curve")]
+        if self.sessions[slot].is_sealed() {
+            return super::curve::came(self, slot, slice);
+        }
+        self.sessions[slot].incoming.push(slice);
     }
 
     fn obey(&mut self) {
@@ -352,6 +367,13 @@ impl<R: Ring> Plane<R> {
         plane
             .plain_peers
             .set(self.sessions.slots().filter(plain).count() as u64);
+        let sealed = |slot: &u32| {
+            let session = &self.sessions[*slot];
+            session.security.mechanism() == Mechanism::Curve && session.is_open()
+        };
+        plane
+            .curve_peers
+            .set(self.sessions.slots().filter(sealed).count() as u64);
         let cpu = clock_gettime(ClockId::ThreadCPUTime);
         let cpu_us = cpu.tv_sec * 1_000_000 + cpu.tv_nsec / 1000;
         plane.cpu_us.set(cpu_us as u64);

@@ -11,6 +11,9 @@
 
 use std::collections::VecDeque;
 
+#[cfg(feature = "curve")]
+mod sealed;
+
 use super::Overflow;
 use super::memory::{Memory, Slice};
 
@@ -234,6 +237,11 @@ impl Queue {
             messages += run.messages as usize;
             self.flight.push_back(run);
         }
+        self.list(into);
+    }
+
+    /// Lists the slices of the flight.
+    pub(super) fn list(&self, into: &mut Vec<Slice>) {
         into.extend(self.flight.iter().map(|run| run.slice));
     }
 

@@ -32,6 +32,10 @@ fn put_aside<R: Ring>(plane: &mut Plane<R>) {
     for slot in slots {
         let session = &mut plane.sessions[slot];
         copied += session.incoming.put_aside(&mut plane.memory);
+        #[cfg(feature = "curve")]
+        if let Some(curve) = &mut session.curve {
+            copied += curve.sealed.put_aside(&mut plane.memory);
+        }
         if !session.sending {
             continue;
         }

@@ -3,14 +3,14 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 
+use corelane_codec::Decoded;
 use corelane_codec::zmtp::{self, Command, Fault, Walk};
-use corelane_codec::{Bad, Decoded};
 
 use super::incoming::Incoming;
 use super::plain::Subjects;
 use super::plane::Plane;
 use super::queue::Queue;
-use super::{Group, Side};
+use super::{Group, Security, Side, security};
 use crate::operation::Kind;
 use crate::ring::{Handle, Ring};
 
@@ -77,6 +77,10 @@ pub(super) struct Session {
     pub(super) wire: Wire,
     pub(super) stage: Stage,
     pub(super) dial: Option<u64>,
+    pub(super) security: Security,
+    /// Its handshake, keys and sealed bytes, from the greetings on.
+    #[cfg(feature = "curve")]
+    pub(super) curve: Option<Box<super::curve::Curve>>,
     /// The peer's minor version of ZMTP 3.
     pub(super) minor: u8,
     pub(super) receiving: bool,
@@ -122,6 +126,9 @@ impl Session {
             wire: Wire::Zmtp,
             stage: Stage::Greeting,
             dial: None,
+            security: Security::Null,
+            #[cfg(feature = "curve")]
+            curve: None,
             minor: 0,
             receiving: false,
             sending: false,
@@ -156,7 +163,7 @@ impl Session {
     }
 
     /// What we call ourselves: proxies behind doors, plain sockets where we dial.
-    fn our_type(&self) -> &'static str {
+    pub(super) fn our_type(&self) -> &'static str {
         match (self.side, self.dial) {
             (Side::Publisher, None) => "XSUB",
             (Side::Publisher, Some(_)) => "SUB",
@@ -165,11 +172,30 @@ impl Session {
         }
     }
 
-    fn accepts(&self, socket_type: &[u8]) -> bool {
-        match self.side {
-            Side::Publisher => matches!(socket_type, b"PUB" | b"XPUB"),
-            Side::Subscriber => matches!(socket_type, b"SUB" | b"XSUB"),
+    /// Whether the peer's socket belongs here, by its properties.
+    ///
+    /// # Errors
+    /// The text says why not.
+    pub(super) fn accepts(&self, properties: &[u8]) -> Result<(), String> {
+        let kind = zmtp::property(properties, "Socket-Type").map_err(|fault| fault.to_string())?;
+        let (wanted, fits) = match (self.side, kind) {
+            (Side::Publisher, kind) => ("PUB or XPUB", matches!(kind, Some(b"PUB" | b"XPUB"))),
+            (Side::Subscriber, kind) => ("SUB or XSUB", matches!(kind, Some(b"SUB" | b"XSUB"))),
+        };
+        if fits {
+            return Ok(());
         }
+        let kind = String::from_utf8_lossy(kind.unwrap_or(b"of no type"));
+        Err(format!(
+            "its socket is {kind}, {wanted} is wanted at this address"
+        ))
+    }
+
+    /// Whether frames come and go in boxes.
+    #[cfg(feature = "curve")]
+    pub(super) fn is_sealed(&self) -> bool {
+        let curve = self.curve.as_ref();
+        curve.is_some_and(|curve| curve.is_sealed())
     }
 }
 
@@ -178,7 +204,9 @@ pub(super) fn greet<R: Ring>(plane: &mut Plane<R>, slot: u32) {
     plane.sessions[slot].stage = Stage::Greeting;
     plane.sessions[slot].since_ns = plane.now_ns;
     if plane.sessions[slot].wire == Wire::Zmtp {
-        plane.push_control(slot, &zmtp::greeting());
+        let security = &plane.sessions[slot].security;
+        let greeting = zmtp::greeting_with(security.mechanism(), security.is_server());
+        plane.push_control(slot, &greeting);
     }
 }
 
@@ -197,10 +225,7 @@ pub(super) fn shake_hands<R: Ring>(plane: &mut Plane<R>, slot: u32) -> bool {
             session
                 .incoming
                 .advance(&mut plane.memory, zmtp::GREETING_BYTES);
-            let mut ready = Vec::new();
-            zmtp::write_ready(session.our_type(), &mut ready);
-            plane.push_control(slot, &ready);
-            true
+            security::begin(plane, slot, greeting.mechanism)
         }
     }
 }
@@ -238,42 +263,24 @@ pub(super) fn small_frame<R: Ring>(plane: &mut Plane<R>, slot: u32) -> Small {
     Small::There { command, more }
 }
 
-/// The peer's READY ends the handshake. `false`: it has not come, or the session ends.
-pub(super) fn ready<R: Ring>(plane: &mut Plane<R>, slot: u32) -> bool {
-    let Small::There { command: true, .. } = small_frame(plane, slot) else {
-        let unexpected = plane.sessions[slot].incoming.bytes() > zmtp::COMMAND_BYTES_MAX;
-        return unexpected && plane.refuse(slot, &Bad::Zmtp(Fault::Unexpected).to_string());
-    };
+/// A command of the handshake. `false`: it has not come, or the session ends.
+pub(super) fn handshake<R: Ring>(plane: &mut Plane<R>, slot: u32) -> bool {
+    match small_frame(plane, slot) {
+        Small::There { command: true, .. } => {}
+        Small::There { .. } => return plane.refuse(slot, &Fault::Unexpected.to_string()),
+        Small::No => return false,
+    }
     let body = std::mem::take(&mut plane.scratch);
-    let accepted = match zmtp::decode_command(&body) {
-        Ok(Command::Ready(properties)) => match zmtp::property(properties, "Socket-Type") {
-            Ok(Some(kind)) if plane.sessions[slot].accepts(kind) => Ok(()),
-            Ok(kind) => {
-                let kind = String::from_utf8_lossy(kind.unwrap_or(b"of no type")).into_owned();
-                let wanted = match plane.sessions[slot].side {
-                    Side::Publisher => "PUB or XPUB",
-                    Side::Subscriber => "SUB or XSUB",
-                };
-                Err(format!(
-                    "its socket is {kind}, {wanted} is wanted at this address"
-                ))
-            }
-            Err(fault) => Err(fault.to_string()),
-        },
+    let goes_on = match zmtp::decode_command(&body) {
         Ok(Command::Error(reason)) => {
-            Err(format!("it gave up: {}", String::from_utf8_lossy(reason)))
+            let why = format!("it gave up: {}", String::from_utf8_lossy(reason));
+            plane.refuse(slot, &why)
         }
-        Ok(_) => Err(Fault::Unexpected.to_string()),
-        Err(fault) => Err(fault.to_string()),
+        Ok(command) => security::step(plane, slot, &body, &command),
+        Err(fault) => plane.refuse(slot, &fault.to_string()),
     };
     plane.scratch = body;
-    match accepted {
-        Ok(()) => {
-            plane.opened(slot);
-            true
-        }
-        Err(why) => plane.refuse(slot, &why),
-    }
+    goes_on
 }
 
 /// A command of an open session. `false`: the session ends.

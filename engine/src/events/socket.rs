@@ -8,7 +8,7 @@ use socket2::{SockRef, TcpKeepalive};
 
 use super::plane::{DialState, Plane};
 use super::session::{Session, Stage, Wire, greet};
-use super::{Door, DoorKind, Report, Side};
+use super::{Door, DoorKind, Report, Security, Side};
 use crate::operation::{Kind, Operation};
 use crate::ring::{Event, Handle, Ring, Span};
 use crate::table::NONE;
@@ -100,16 +100,23 @@ impl<R: Ring> Plane<R> {
             }
             return;
         }
-        let Some(Door { kind, group, .. }) = entry.door else {
+        let Some(Door {
+            kind,
+            group,
+            ref security,
+            ..
+        }) = entry.door
+        else {
             return;
         };
+        let security = security.clone();
         match event {
             Event::Accepted { socket, more } => {
                 entry.armed = more;
                 if !more && !self.stopping {
                     self.arm(door as usize);
                 }
-                self.admit(socket, kind, group);
+                self.admit(socket, kind, group, security);
             }
             _ => {
                 entry.armed = false;
@@ -118,7 +125,7 @@ impl<R: Ring> Plane<R> {
         }
     }
 
-    fn admit(&mut self, socket: OwnedFd, kind: DoorKind, group: super::Group) {
+    fn admit(&mut self, socket: OwnedFd, kind: DoorKind, group: super::Group, security: Security) {
         let (side, wire) = match kind {
             DoorKind::Publishers => (Side::Publisher, Wire::Zmtp),
             DoorKind::Subscribers => (Side::Subscriber, Wire::Zmtp),
@@ -135,6 +142,7 @@ impl<R: Ring> Plane<R> {
         if let Some(slot) = self.open(socket.into_raw_fd(), peer, side, group) {
             let session = &mut self.sessions[slot];
             (session.wire, session.source.wire) = (wire, wire);
+            session.security = security;
             greet(self, slot);
             self.receive(slot);
         }
@@ -171,8 +179,9 @@ impl<R: Ring> Plane<R> {
             address,
             side,
             group,
+            security,
             ..
-        } = self.dials[place];
+        } = self.dials[place].clone();
         let slot = match self.ring.connect_socket(&address) {
             Ok(fd) => self.open(fd, address, side, group),
             Err(_) => None,
@@ -183,6 +192,7 @@ impl<R: Ring> Plane<R> {
         self.dials[place].slot = Some(slot);
         let session = &mut self.sessions[slot];
         (session.dial, session.stage, session.connecting) = (Some(dial), Stage::Dialling, true);
+        session.security = security;
         let handle = session.handle;
         let operation = self.operation(Kind::Connect, slot);
         self.ring.connect(operation, handle, &address);
@@ -261,10 +271,8 @@ impl<R: Ring> Plane<R> {
     }
 
     fn send(&mut self, slot: u32) {
-        let bounds = self.bounds();
-        let session = &mut self.sessions[slot];
         self.slices.clear();
-        session.queue.depart(bounds, &mut self.slices);
+        self.depart(slot);
         if self.slices.is_empty() {
             return;
         }
@@ -275,6 +283,7 @@ impl<R: Ring> Plane<R> {
             .iter()
             .map(|slice| Span::of(memory.bytes(*slice)));
         self.spans.extend(spans);
+        let session = &mut self.sessions[slot];
         // The completion of a send that empties the queue of a reader that keeps up is no reason
         // to wake up.
         let kind = match session.slow || session.queue.has_more() {
@@ -286,6 +295,16 @@ impl<R: Ring> Plane<R> {
         let (handle, generation) = (session.handle, self.sessions.generation(slot));
         let operation = Operation::new(kind, slot, generation);
         self.ring.send(operation, handle, &self.spans);
+    }
+
+    /// Lists in `slices` what leaves now.
+    fn depart(&mut self, slot: u32) {
+        #[cfg(feature = "curve")]
+        if self.sessions[slot].is_sealed() {
+            return super::curve::depart(self, slot);
+        }
+        let bounds = self.bounds();
+        self.sessions[slot].queue.depart(bounds, &mut self.slices);
     }
 
     pub(super) fn sent(&mut self, slot: u32, bytes: usize) {
@@ -326,7 +345,11 @@ impl<R: Ring> Plane<R> {
         let (peer, side, why) = (session.peer, session.side, session.why.take());
         if session.stage != Stage::Dialling {
             let side = open.then_some(side);
-            self.report(Report::Closed { peer, side, why });
+            let now_ns = self.now_ns;
+            let is_again = |why: &String| !open && self.told.is_again(peer, why, now_ns);
+            if !why.as_ref().is_some_and(is_again) {
+                self.report(Report::Closed { peer, side, why });
+            }
         }
         if open && side == Side::Subscriber {
             self.subscribers -= 1;
@@ -363,6 +386,10 @@ impl<R: Ring> Plane<R> {
             return;
         };
         session.incoming.clear(&mut self.memory);
+        #[cfg(feature = "curve")]
+        if let Some(curve) = &mut session.curve {
+            curve.sealed.clear(&mut self.memory);
+        }
         self.queued_bytes -= session.queue.bytes() as u64;
         let left = session.queue.clear(&mut self.memory);
         self.stats.plane.events_dropped_disconnect.add(left);

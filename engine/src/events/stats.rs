@@ -44,6 +44,12 @@ cells! {
         Counter subscribers_overrun,
         /// Sessions ended by us because the peer broke the protocol
         Counter sessions_refused,
+        /// Sessions that ended with the greetings: one side wants CURVE, and the other does not
+        Counter sessions_refused_mechanism,
+        /// Of those refused: those with a wrong CURVE key, or whose CURVE handshake or messages are wrong
+        Counter sessions_refused_curve,
+        /// Of those refused: clients whose CURVE key is not among the allowed ones
+        Counter sessions_refused_stranger,
         /// Connections closed because the table of sessions was full
         Counter sessions_turned_away,
         /// Bytes of slow sessions that were copied so that receive buffers are free for others
@@ -56,6 +62,8 @@ cells! {
         Gauge subscribers,
         /// Publishers and subscribers among them that speak plain TCP
         Gauge plain_peers,
+        /// Publishers and subscribers among them whose connection is encrypted with CURVE
+        Gauge curve_peers,
         /// Pairs of a subscriber and a prefix
         Gauge subscriptions,
         /// Publishers whose numbers are followed

@@ -45,7 +45,7 @@ pub(super) fn take<R: Ring>(plane: &mut Plane<R>, slot: u32) {
             }
             (Stage::Greeting, _) if session.wire == Wire::Plain => plain::shake_hands(plane, slot),
             (Stage::Greeting, _) => session::shake_hands(plane, slot),
-            (Stage::Handshake, _) => session::ready(plane, slot),
+            (Stage::Handshake, _) => session::handshake(plane, slot),
             (Stage::Open, Side::Subscriber) => subscriber(plane, slot),
             (Stage::Open, Side::Publisher) => publisher(plane, slot),
         };

@@ -210,15 +210,14 @@ impl Index {
 
     /// All blocks of a rank went, or nobody knows any more which are there.
     pub fn cleared(&mut self, id: RankId) {
-        self.sweep(SWEEP);
         if let Some(number) = self.number_of.remove(&id) {
             self.retire(number);
         }
+        self.sweep(SWEEP);
     }
 
     /// A worker is gone, with all its ranks.
     pub fn forget_worker(&mut self, worker_id: u64) {
-        self.sweep(SWEEP);
         for number in 0..self.ranks.len() {
             let is_his = |rank: &Rank| rank.id.worker_id == worker_id && !rank.gone;
             if self.ranks[number].as_ref().is_some_and(is_his) {
@@ -227,6 +226,7 @@ impl Index {
                 self.retire(number as u16);
             }
         }
+        self.sweep(SWEEP);
     }
 
     /// A rank does not count from now on; its blocks are forgotten bit by bit.

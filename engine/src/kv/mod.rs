@@ -10,20 +10,14 @@
 //! A batch is decoded once and shared by all cores; an index belongs to one. Looking a prompt up
 //! allocates nothing and takes no lock.
 
-use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use corelane_codec::limits::TWO_PART_PREFIX_BYTES;
-use corelane_codec::request_frame::Prefix;
-use corelane_codec::{Decoded, two_part};
-
 use crate::directory::{Directory, KvRule, LoadSource};
 use crate::forward::{self, View};
-use crate::in_flight::Request;
 use crate::load::Work;
 use crate::ring::Ring;
-use crate::route::{Candidates, Chooser};
+use crate::route::Chooser;
 use crate::shard::Shard;
 use crate::table::NONE;
 
@@ -31,10 +25,12 @@ mod held;
 mod index;
 mod nodes;
 mod prompt;
+mod reading;
 
 pub use index::{Counts, Index, Overlap, RANKS_MAX, RankId, Stored};
 pub use nodes::mix;
 pub use prompt::{BLOCK_TOKENS_MAX, PROMPT_BLOCKS_MAX, Prompt, Source};
+pub(crate) use reading::{read_body, read_headers};
 
 /// Changes of caches, in order, for one feed.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -85,63 +81,17 @@ pub struct Reports {
     pub instances: Vec<(u64, Work)>,
 }
 
-/// Asks a core what it would choose, and why. Nothing is sent, and nothing changes.
-pub struct Question {
-    /// Index of the route in the directory.
-    pub route: u32,
-    /// Hashes of the prompt's blocks.
-    pub prompt: Vec<u64>,
-    /// Is called with the answer on the core's thread, so it must be quick; dropped uncalled if
-    /// there is no such route.
-    pub answer: Box<dyn FnOnce(Weighing) + Send>,
-}
-
-impl fmt::Debug for Question {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let blocks = self.prompt.len();
-        write!(f, "Question {{ route: {}, blocks: {blocks} }}", self.route)
-    }
-}
-
-/// A choice, and what it was made by.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Weighing {
-    /// Blocks of the prompt.
-    pub prompt_blocks: u32,
-    /// In the order of their ids.
-    pub candidates: Vec<Weighed>,
-    /// The instance that would get the request.
-    pub chosen: Option<u64>,
-}
-
-/// One candidate.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Weighed {
-    /// Instance id.
-    pub id: u64,
-    /// Whether it could get the request now.
-    pub is_routable: bool,
-    /// Blocks of the prompt in its cache, from the first on; of its ranks the best counts.
-    pub overlap_blocks: u32,
-    /// What it is busy with.
-    pub busy: Work,
-    /// Whether that is what it reports, and not what this core has counted.
-    pub is_reported: bool,
-    /// What policies by load compare.
-    pub load: f64,
-    /// What the policy `kv` compares.
-    pub cost: f64,
-}
-
 /// What a core knows of caches.
 pub(crate) struct Kv {
     /// By the number of the feed.
     indexes: Vec<Option<Index>>,
     prompt: Prompt,
-    /// Whose prompt it is; [`NONE`] once its request is placed.
+    /// Whose prompt it is; [`NONE`] once its request is placed, and when one is tried again.
     request: u32,
+    /// Those of a request that is tried again.
+    headers: Vec<u8>,
     /// Overlap of each instance of a route, by its place.
-    overlaps: Vec<u32>,
+    pub(crate) overlaps: Vec<u32>,
 }
 
 impl Kv {
@@ -150,6 +100,7 @@ impl Kv {
             indexes: Vec::new(),
             prompt: Prompt::new(),
             request: NONE,
+            headers: Vec::new(),
             overlaps: Vec::new(),
         }
     }
@@ -168,6 +119,7 @@ impl Kv {
                 Index::new(rule.blocks_max as usize, rule.ranks_max as usize)
             });
             self.prompt.reserve();
+            self.headers.reserve(usize::from(u16::MAX));
             let places = route.instances.len();
             self.overlaps
                 .reserve(places.saturating_sub(self.overlaps.len()));
@@ -175,7 +127,7 @@ impl Kv {
     }
 
     /// Finds what each instance has of a prompt.
-    fn measure(&mut self, rule: KvRule, ids: &[u64], prompt: Option<&[u64]>) {
+    pub(crate) fn measure(&mut self, rule: KvRule, ids: &[u64], prompt: Option<&[u64]>) {
         self.overlaps.clear();
         self.overlaps.resize(ids.len(), 0);
         let index = self.indexes.get_mut(rule.feed as usize);
@@ -193,19 +145,19 @@ impl Kv {
 }
 
 /// What a request costs at each place.
-struct Costs<'a> {
-    view: &'a View<'a>,
-    overlaps: &'a [u32],
-    rule: KvRule,
-    prompt_blocks: u32,
+pub(crate) struct Costs<'a> {
+    pub(crate) view: &'a View<'a>,
+    pub(crate) overlaps: &'a [u32],
+    pub(crate) rule: KvRule,
+    pub(crate) prompt_blocks: u32,
 }
 
 impl Costs<'_> {
-    fn overlap(&self, place: usize) -> u32 {
+    pub(crate) fn overlap(&self, place: usize) -> u32 {
         self.overlaps.get(place).copied().unwrap_or(0)
     }
 
-    fn at(&self, place: usize) -> f64 {
+    pub(crate) fn at(&self, place: usize) -> f64 {
         let busy = self.view.busy(place);
         cost(&self.rule, self.prompt_blocks, self.overlap(place), busy)
     }
@@ -220,81 +172,20 @@ pub fn cost(rule: &KvRule, prompt_blocks: u32, overlap_blocks: u32, busy: Work) 
     percent(rule.prefill_scale_pct) * prefill + busy.decode_blocks + prompt
 }
 
-/// A frame of `route` is about to become a request: what do its headers say of its prompt?
-pub(crate) fn read_headers<R: Ring>(shard: &mut Shard<R>, slot: u32, prefix: &Prefix, route: u32) {
-    let Some(rule) = shard.directory.routes[route as usize].kv else {
-        return;
-    };
-    let incoming = shard.connections[slot].incoming;
-    let (front, end) = (shard.pieces.front(&incoming), prefix.headers.end);
-    if let Some(headers) = front.get(prefix.headers.clone()) {
-        return shard.kv.prompt.read_headers(headers, rule.block_tokens);
-    }
-    let scratch = &mut shard.scratch[..end];
-    shard.pieces.copy_out(&incoming, 0, scratch);
-    let headers = &scratch[prefix.headers.clone()];
-    shard.kv.prompt.read_headers(headers, rule.block_tokens);
-}
-
-/// The request stands in the table and is about to be placed: its body may say what its headers do
-/// not.
-pub(crate) fn read_body<R: Ring>(shard: &mut Shard<R>, request: u32) {
-    let entry = &shard.requests[request];
-    let Some(rule) = shard.directory.routes[entry.route as usize].kv else {
-        return;
-    };
-    shard.kv.request = request;
-    if rule.body_bytes_max > 0 && shard.kv.prompt.source() == Source::Nothing {
-        let mut skip = match entry.relay {
-            NONE => body_offset(shard, entry),
-            // The envelope's front has been taken off.
-            _ => 0,
-        };
-        let pieces = shard.pieces.iter(&entry.frame);
-        let pieces = pieces.map(|piece| {
-            let bytes = shard.pieces.bytes_of(piece);
-            let from = skip.min(bytes.len());
-            skip -= from;
-            &bytes[from..]
-        });
-        let (bytes_max, tokens) = (rule.body_bytes_max as usize, rule.block_tokens);
-        shard.kv.prompt.read_body(pieces, bytes_max, tokens);
-    }
-    let stats = &shard.stats.shard;
-    match shard.kv.prompt.source() {
-        Source::Nothing => stats.kv_prompts_unknown.add(1),
-        Source::Unreadable => stats.kv_prompts_unreadable.add(1),
-        Source::Headers | Source::Body => {}
-    }
-}
-
-/// Where the body begins in a frame; at its end if the envelope is none.
-fn body_offset<R: Ring>(shard: &Shard<R>, entry: &Request) -> usize {
-    let mut fixed = [0; TWO_PART_PREFIX_BYTES];
-    let begin = entry.payload_offset as usize;
-    shard.pieces.copy_out(&entry.frame, begin, &mut fixed);
-    match two_part::decode_prefix(&fixed, None) {
-        Decoded::Frame(message) => begin.saturating_add(message.header.end),
-        _ => usize::MAX,
-    }
-}
-
 /// The prompt of a request that has been placed is of no use to others.
 pub(crate) fn placed<R: Ring>(shard: &mut Shard<R>) {
     shard.kv.request = NONE;
 }
 
-/// The place of the cheapest instance. When a request is tried again only load counts: its prompt
-/// has been forgotten.
+/// The place of the cheapest instance.
 pub(crate) fn choose<R: Ring>(shard: &mut Shard<R>, request: u32, rule: KvRule) -> Option<usize> {
     let route = shard.requests[request].route as usize;
-    let is_known = shard.kv.request == request;
-    let prompt_blocks = match is_known {
-        true => shard.kv.prompt.hashes().len() as u32,
-        false => 0,
-    };
-    let prompt = (!is_known).then_some(&[][..]);
-    shard.kv.measure(rule, &shard.routes[route].ids, prompt);
+    let again = shard.kv.request != request;
+    if again {
+        reading::read_again(shard, request, rule);
+    }
+    let prompt_blocks = shard.kv.prompt.hashes().len() as u32;
+    shard.kv.measure(rule, &shard.routes[route].ids, None);
     let mut chooser = shard.routes[route].chooser.clone();
     let view = forward::view(shard, request);
     let costs = Costs {
@@ -307,17 +198,25 @@ pub(crate) fn choose<R: Ring>(shard: &mut Shard<R>, request: u32, rule: KvRule) 
     let overlap = place.map_or(0, |place| costs.overlap(place));
     shard.routes[route].chooser = chooser;
     if prompt_blocks > 0 {
-        let stats = &shard.stats.shard;
-        stats.kv_lookups.add(1);
-        stats.kv_hits.add(u64::from(overlap > 0));
-        stats.kv_prompt_blocks.add(u64::from(prompt_blocks));
-        stats.kv_overlap_blocks.add(u64::from(overlap));
+        match again {
+            true => shard.stats.shard.kv_lookups_again.add(1),
+            false => count(shard, prompt_blocks, overlap),
+        }
         shard.requests[request].work = Work::request(prompt_blocks, overlap);
     }
     place
 }
 
-fn draw(chooser: &mut Chooser, costs: &Costs<'_>) -> Option<usize> {
+fn count<R: Ring>(shard: &Shard<R>, prompt_blocks: u32, overlap: u32) {
+    let stats = &shard.stats.shard;
+    stats.kv_lookups.add(1);
+    stats.kv_hits.add(u64::from(overlap > 0));
+    stats.kv_prompt_blocks.add(u64::from(prompt_blocks));
+    stats.kv_overlap_blocks.add(u64::from(overlap));
+}
+
+/// The place of the cheapest, or one that is cheap.
+pub(crate) fn draw(chooser: &mut Chooser, costs: &Costs<'_>) -> Option<usize> {
     let temperature = f64::from(costs.rule.temperature_pct) / 100.0;
     match costs.rule.temperature_pct {
         0 => chooser.least(costs.view, |place| costs.at(place)),
@@ -389,49 +288,6 @@ pub(crate) fn hear<R: Ring>(shard: &mut Shard<R>, reports: &Reports) {
             }
         }
     }
-}
-
-/// Answers a question.
-pub(crate) fn weigh<R: Ring>(shard: &mut Shard<R>, question: Question) {
-    let Some(route) = shard.directory.routes.get(question.route as usize) else {
-        return;
-    };
-    let (rule, policy) = (route.kv, route.policy);
-    let state = &shard.routes[question.route as usize];
-    let prompt = &question.prompt[..question.prompt.len().min(PROMPT_BLOCKS_MAX)];
-    match rule {
-        Some(rule) => shard.kv.measure(rule, &state.ids, Some(prompt)),
-        None => shard.kv.overlaps.clear(),
-    }
-    let request = Request::new(NONE, question.route, shard.now_ns);
-    let view = forward::view_of(shard, &request);
-    let prompt_blocks = prompt.len() as u32;
-    let costs = rule.map(|rule| Costs {
-        view: &view,
-        overlaps: &shard.kv.overlaps,
-        rule,
-        prompt_blocks,
-    });
-    let mut chooser = state.chooser.clone();
-    let chosen = match &costs {
-        Some(costs) => draw(&mut chooser, costs),
-        None => chooser.choose(policy, 0, &view),
-    };
-    let weighed = |place: usize| Weighed {
-        id: view.id(place),
-        is_routable: view.is_routable(place),
-        overlap_blocks: costs.as_ref().map_or(0, |costs| costs.overlap(place)),
-        busy: view.busy(place),
-        is_reported: view.is_reported(place),
-        load: view.load(place),
-        cost: costs.as_ref().map_or(0.0, |costs| costs.at(place)),
-    };
-    let weighing = Weighing {
-        prompt_blocks,
-        candidates: (0..view.len()).map(weighed).collect(),
-        chosen: chosen.map(|place| view.id(place)),
-    };
-    (question.answer)(weighing);
 }
 
 #[cfg(test)]

@@ -15,19 +15,27 @@ use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
+use corelane_codec::control_message::PayloadCodec;
 use corelane_gpu_mem::lane::LaneError;
 use corelane_gpu_mem::lane::area::Area;
 use corelane_gpu_mem::lane::attach::LaneFds;
-use corelane_gpu_mem::lane::layout::{BLOCK_UNIT, Descriptor, Kind, LaneHead, Wish};
+use corelane_gpu_mem::lane::layout::{
+    BLOCK_UNIT, BlockHead, Codec, Descriptor, Kind, LaneHead, Wish,
+};
 use corelane_gpu_mem::lane::memory::Mapping;
 use corelane_gpu_mem::lane::queue::{Queues, Side};
+use zerocopy::little_endian::U32;
 
 use crate::handler::CallHome;
 use crate::in_flight::TRIED_MAX;
+use crate::load::Work;
 use crate::operation::{Kind as OperationKind, Operation};
 use crate::responder::Shared;
+use crate::ring::Ring;
 use crate::route::Candidates;
+use crate::shard::Shard;
 use crate::table::{NONE, Table};
+use crate::weigh::{Barrier, Seen, Weighed, Weighing};
 
 mod answer;
 mod life;
@@ -122,13 +130,16 @@ pub(crate) struct Job {
     block_bytes: u32,
     /// Where the body begins in the block.
     body_at: u32,
+    /// Bytes of the id and of the headers, which lie before it.
+    id_bytes: u32,
+    headers_bytes: u32,
     /// Bytes of the body that are there.
     arrived: u32,
     /// The connection that it still arrives on.
     downstream: u32,
     /// Bytes of the frame behind the body, which mean nothing.
     trailing: u64,
-    codec: corelane_codec::control_message::PayloadCodec,
+    codec: PayloadCodec,
     /// The number under which it was posted.
     posted: Option<u32>,
     /// An item has gone to its caller.
@@ -158,6 +169,22 @@ impl Tried {
 }
 
 impl Job {
+    /// What its block begins with. From our own memory: what stands in the slab a worker can have
+    /// changed, and the next one would believe it.
+    fn head(&self) -> BlockHead {
+        BlockHead {
+            body_at: U32::new(self.body_at),
+            body_bytes: U32::new(self.block_bytes - self.body_at),
+            id_bytes: U32::new(self.id_bytes),
+            headers_bytes: U32::new(self.headers_bytes),
+            codec: match self.codec {
+                PayloadCodec::Json => Codec::Json,
+                PayloadCodec::MessagePack => Codec::MessagePack,
+            } as u8,
+            zero: [0; 47],
+        }
+    }
+
     fn tried(&self) -> Tried {
         Tried {
             attempts: self.attempts,
@@ -348,6 +375,49 @@ impl Candidates for View<'_> {
 
     fn load(&self, place: usize) -> f64 {
         self.lanes.lanes[self.places[place]].jobs.used() as f64
+    }
+}
+
+/// What the policy of a route would choose among its lanes.
+pub(crate) fn weigh<R: Ring>(shard: &Shard<R>, route: u32, hint: u64) -> Weighing {
+    let policy = shard.directory.routes[route as usize].policy;
+    let view = View {
+        lanes: &shard.lanes,
+        places: shard.lanes.of_route(route),
+        tried: Tried::default(),
+        block_bytes: BLOCK_UNIT,
+    };
+    let mut chooser = shard.routes[route as usize].chooser.clone();
+    let chosen = chooser.choose(policy, hint, &view);
+    let weighed = |place: usize| {
+        let lane = &view.lanes.lanes[view.places[place]];
+        let barrier = match lane.closing || lane.gone {
+            true => Some(Barrier::Closing),
+            false => (!view.is_routable(place)).then_some(Barrier::QueueFull),
+        };
+        let jobs = lane.jobs.used() as u32;
+        Weighed {
+            id: lane.worker,
+            address: None,
+            barrier,
+            overlap_blocks: 0,
+            busy: Work {
+                requests: f64::from(jobs),
+                ..Work::default()
+            },
+            is_reported: false,
+            load: view.load(place),
+            cost: 0.0,
+            seen: Seen {
+                streams: jobs,
+                ..Seen::default()
+            },
+        }
+    };
+    Weighing {
+        candidates: (0..view.len()).map(weighed).collect(),
+        chosen: chosen.map(|place| view.id(place)),
+        ..Weighing::default()
     }
 }
 

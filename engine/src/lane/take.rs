@@ -10,10 +10,9 @@
 
 use corelane_codec::request_frame::Prefix;
 use corelane_codec::{Decoded, two_part};
-use corelane_gpu_mem::lane::layout::{BlockHead, Codec, Descriptor, Kind, body_at};
+use corelane_gpu_mem::lane::layout::{Descriptor, Kind, body_at};
 use corelane_gpu_mem::lane::memory::Mapping;
 use zerocopy::IntoBytes;
-use zerocopy::little_endian::U32;
 
 use super::life;
 use super::{Job, Tried, View};
@@ -170,6 +169,8 @@ fn begin<R: Ring>(
         block: 0,
         block_bytes: 0,
         body_at: body_at as u32,
+        id_bytes: front.id.len() as u32,
+        headers_bytes: headers.len() as u32,
         arrived: 0,
         downstream: slot,
         trailing: front.trailing,
@@ -181,24 +182,13 @@ fn begin<R: Ring>(
         tried: [0; TRIED_MAX],
     };
     job.set_tried(tried);
-    let head = BlockHead {
-        body_at: U32::new(body_at as u32),
-        body_bytes: U32::new(front.body_bytes as u32),
-        id_bytes: U32::new(front.id.len() as u32),
-        headers_bytes: U32::new(headers.len() as u32),
-        codec: codec_of(front.codec) as u8,
-        zero: [0; 47],
-    };
     let Some(job) = place(shard, lane, job, block_bytes) else {
         return decode::refuse(shard, slot, prefix, Refusal::QueueFull);
     };
     let entry = &shard.lanes.lanes[lane];
-    let block = entry.jobs[job].block;
-    let written = write(
-        &entry.slab,
-        block,
-        &[head.as_bytes(), front.id.as_bytes(), headers],
-    );
+    let (block, head) = (entry.jobs[job].block, entry.jobs[job].head());
+    let parts = [head.as_bytes(), front.id.as_bytes(), headers];
+    let written = write(&entry.slab, block, &parts);
     debug_assert!(written, "the block was made for it");
     let stats = &shard.stats.shard;
     stats.requests.add(1);
@@ -236,13 +226,6 @@ fn write(slab: &Mapping, block: u64, parts: &[&[u8]]) -> bool {
         at += part.len() as u64;
         written
     })
-}
-
-fn codec_of(codec: corelane_codec::control_message::PayloadCodec) -> Codec {
-    match codec {
-        corelane_codec::control_message::PayloadCodec::Json => Codec::Json,
-        corelane_codec::control_message::PayloadCodec::MessagePack => Codec::MessagePack,
-    }
 }
 
 /// A lane of the route that has room for a block of this size.
@@ -421,7 +404,8 @@ pub(super) fn transplant<R: Ring>(
     let place = place(shard, lane, moved, u64::from(bytes))?;
     let entry = &shard.lanes.lanes[lane];
     let new = entry.jobs[place].block;
-    let copied = entry.slab.copy_from(new, &slab, old, filled as usize);
+    let copied = entry.slab.copy_from(new, &slab, old, filled as usize)
+        && entry.slab.write(new, entry.jobs[place].head().as_bytes());
     debug_assert!(copied, "both blocks lie inside");
     let stats = &shard.stats.shard;
     stats.lane_copied_bytes.add(u64::from(filled));

@@ -195,6 +195,8 @@ words! {
         Loads = "loads",
         /// What would be chosen, and why
         Weigh = "weigh",
+        /// Other settings; their number
+        Settings = "settings",
         /// Accept from the socket that was handed over
         Accept = "accept",
         /// Refuse new requests

@@ -1,6 +1,8 @@
 //! Real sockets around a shard: fake workers, raw callers, and waiting for conditions.
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
+pub mod plane;
+
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};

@@ -47,7 +47,16 @@ impl Lab {
         workers: usize,
         change: impl FnOnce(&mut Route),
     ) -> Lab {
-        let router = relaying(ring);
+        Lab::before(relaying(ring), policy, ack, workers, change)
+    }
+
+    pub fn before(
+        router: Router,
+        policy: Policy,
+        ack: Ack,
+        workers: usize,
+        change: impl FnOnce(&mut Route),
+    ) -> Lab {
         let workers: Vec<HandWorker> = (0..workers).map(|_| HandWorker::default()).collect();
         let mut route = common::route(policy, ack, &[]);
         route.relay = Some(NO_TIMES);

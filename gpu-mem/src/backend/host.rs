@@ -66,6 +66,11 @@ impl HostBackend {
         })
     }
 
+    /// What exists now, over all clones.
+    pub fn used_bytes(&self) -> u64 {
+        self.used_bytes.load(Ordering::Relaxed)
+    }
+
     /// Counts a new block in, if it fits.
     fn claim(&self, bytes: u64) -> Result<Claim, CreateError> {
         let capacity = self.config.capacity_bytes.unwrap_or(u64::MAX);
@@ -184,26 +189,8 @@ unsafe impl Mapper for HostMapper {
     }
 
     fn reserve(&self, bytes: u64) -> Result<u64, BackendError> {
-        let failed = |why: &dyn std::fmt::Display| BackendError::new("reserving addresses", why);
-        let align = self.granularity_bytes;
-        let padded = bytes
-            .checked_add(align)
-            .ok_or_else(|| failed(&"the size is too large"))?;
-        let padded_len = usize::try_from(padded).map_err(|error| failed(&error))?;
-        // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing of ours.
-        let start = unsafe {
-            let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-            rustix::mm::mmap_anonymous(ptr::null_mut(), padded_len, ProtFlags::empty(), flags)
-        }
-        .map_err(|errno| failed(&errno))? as u64;
-        let address = start.next_multiple_of(align);
-        let before = address - start;
-        // SAFETY: both ranges are the unused ends of the mapping that was just made.
-        unsafe {
-            unmap_range(start, before);
-            unmap_range(address + bytes, align - before);
-        }
-        Ok(address)
+        reserve_aligned(bytes, self.granularity_bytes)
+            .map_err(|errno| BackendError::new("reserving addresses", errno))
     }
 
     unsafe fn map(
@@ -252,6 +239,25 @@ unsafe impl Mapper for HostMapper {
         // SAFETY: the caller owns the range and uses it no more.
         unsafe { unmap_range(address, bytes) }
     }
+}
+
+/// Takes addresses at a multiple of `align` that nothing is mapped at; `munmap` gives them back.
+pub(crate) fn reserve_aligned(bytes: u64, align: u64) -> Result<u64, Errno> {
+    let padded = bytes.checked_add(align).ok_or(Errno::NOMEM)?;
+    let padded = usize::try_from(padded).map_err(|_| Errno::NOMEM)?;
+    // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing of ours.
+    let start = unsafe {
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        rustix::mm::mmap_anonymous(ptr::null_mut(), padded, ProtFlags::empty(), flags)
+    }? as u64;
+    let address = start.next_multiple_of(align);
+    let before = address - start;
+    // SAFETY: both ranges are the unused ends of the mapping that was just made.
+    unsafe {
+        unmap_range(start, before);
+        unmap_range(address + bytes, align - before);
+    }
+    Ok(address)
 }
 
 /// # Safety

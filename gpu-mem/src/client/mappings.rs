@@ -159,11 +159,15 @@ impl<M: Mapper> SharedMemory<M> {
     ///
     /// # Errors
     /// [`ClientError::Stale`] if the layout has changed meanwhile: this value is of no more use.
+    /// [`ClientError::Awake`] where there is nothing to wake.
     pub fn wake(
         &mut self,
         lock_type: LockType,
         wait: Option<Duration>,
     ) -> Result<Woken, ClientError> {
+        if self.session.is_some() {
+            return Err(ClientError::Awake);
+        }
         let session = Session::open(&self.dial, lock_type, wait)?;
         let grant = session.grant();
         self.session = Some(session);

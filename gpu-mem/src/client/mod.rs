@@ -47,6 +47,9 @@ pub enum ClientError {
     /// The service did not answer in time; the session is of no more use.
     #[error("the service did not answer in time")]
     NoAnswer,
+    /// An earlier answer was given up: what comes now may belong to that request.
+    #[error("an earlier request was left without an answer; open another session")]
+    OutOfStep,
     /// The service answered something else.
     #[error("the service answered {0}, which is no answer to this")]
     Unexpected(&'static str),
@@ -71,6 +74,9 @@ pub enum ClientError {
     /// Memory that is lent is still part of a layout.
     #[error("the memory is still lent: a layout holds it, so it must not be freed")]
     Lent,
+    /// There is a session already, for which another one would wait.
+    #[error("the memory is awake; put it to sleep first")]
+    Awake,
     /// There is no session: the memory sleeps.
     #[error("there is no session; wake the memory first")]
     Asleep,

@@ -39,6 +39,8 @@ impl Dial {
 pub(super) struct Wire {
     stream: UnixStream,
     input: Vec<u8>,
+    /// A request has no whole answer: what comes next may be that, or its descriptor.
+    owed: bool,
 }
 
 impl Wire {
@@ -67,6 +69,7 @@ impl Wire {
         let mut wire = Wire {
             stream,
             input: Vec::new(),
+            owed: false,
         };
         wire.set_patience(Some(dial.reply_timeout))?;
         Ok(wire)
@@ -81,12 +84,16 @@ impl Wire {
             .map_err(ClientError::Io)
     }
 
-    /// Sends a frame and reads the payload of its answer with `read`.
+    /// Sends a frame and reads the payload of its answer with `read`. After a failure there is no
+    /// other call: an answer that comes late would be taken for another one.
     pub(super) fn call<T>(
         &mut self,
         frame: &[u8],
         read: impl FnOnce(&[u8]) -> Result<T, crate::protocol::Bad>,
     ) -> Result<(T, Option<OwnedFd>), ClientError> {
+        if std::mem::replace(&mut self.owed, true) {
+            return Err(ClientError::OutOfStep);
+        }
         self.stream.write_all(frame).map_err(ClientError::Io)?;
         let mut descriptor = None;
         let mut chunk = [0; 4096];
@@ -95,6 +102,7 @@ impl Wire {
                 let taken = payload.len() + crate::protocol::frame::PREFIX_BYTES;
                 let answer = read(payload)?;
                 self.input.drain(..taken);
+                self.owed = false;
                 return Ok((answer, descriptor));
             }
             if let Cut::Bad(bad) = cut(&self.input, REPLY_BYTES_MAX) {
@@ -124,3 +132,27 @@ fn connect(path: &Path) -> Result<UnixStream, Errno> {
 }
 
 const DIAL_INTERVAL: Duration = Duration::from_millis(50);
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+    use crate::protocol::v1::{GetLockStateRequest, Reply, Request};
+
+    #[test]
+    fn an_answer_that_was_given_up_is_not_taken_for_another_one() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("s.sock");
+        let _silent = UnixListener::bind(&path).expect("it binds");
+        let mut wire = Wire::dial(&Dial {
+            reply_timeout: Duration::from_millis(1),
+            ..Dial::new(path)
+        })
+        .expect("it listens");
+        let frame = Request::from(GetLockStateRequest {}).encode();
+        let mut ask = || wire.call(&frame, Reply::decode);
+        assert!(matches!(ask(), Err(ClientError::NoAnswer)));
+        assert!(matches!(ask(), Err(ClientError::OutOfStep)));
+    }
+}

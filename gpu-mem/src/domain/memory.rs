@@ -31,7 +31,7 @@ impl Domain {
             Profile::V2 => None,
         };
         let deadline_ns = timeout.map(|timeout| after(turn.now_ns, timeout));
-        match self.backend.create(wanted.aligned_size) {
+        match self.create(wanted.aligned_size) {
             Err(CreateError::OutOfMemory) => {
                 self.stats.count(Counter::AllocationOom);
                 let (stamp, state) = (self.stamp(client, turn), self.lock.state());
@@ -49,13 +49,23 @@ impl Domain {
         }
     }
 
+    /// Asks for memory. Of what was cleared as many bytes go first, so that never more is in use
+    /// than was before; all of it goes before memory is said to be short.
+    fn create(&mut self, bytes: u64) -> Result<Box<dyn Block>, CreateError> {
+        self.discarded.free_bytes(bytes);
+        match self.backend.create(bytes) {
+            Err(_) if self.discarded.free_all() => self.backend.create(bytes),
+            made => made,
+        }
+    }
+
     /// Tries again for the writer that waits for memory.
     pub(super) fn feed(&mut self, turn: &mut Turn<'_>) {
         let Some(mut starving) = self.starving.take() else {
             return;
         };
         let client = starving.client;
-        match self.backend.create(starving.wanted.aligned_size) {
+        match self.create(starving.wanted.aligned_size) {
             Err(CreateError::OutOfMemory) => {
                 if starving
                     .deadline_ns

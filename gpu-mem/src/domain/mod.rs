@@ -3,12 +3,14 @@
 //! It does no IO of its own but what the backend does. A message goes in, actions come out, and
 //! everything that one message changes is changed before the next one is looked at.
 
+mod discarded;
 mod fence;
 mod ipc;
 mod memory;
 mod v1;
 mod v2;
 
+pub use discarded::Discarded;
 pub use fence::Fence;
 
 use std::collections::HashMap;
@@ -17,11 +19,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::backend::{Access, Backend};
+use crate::complaints::Complaints;
 use crate::history::{Audit, History, Kind, Peer, Stamp};
 use crate::lock::{
     ClearCause, ClientId, Effect, Event, Grant, Lock, LockType, Policy, Profile, Pulse, Standing,
     Transition,
 };
+use crate::protocol::frame::{PREFIX_BYTES, REPLY_BYTES_MAX};
 use crate::session::{Phase, Session};
 use crate::stats::{Counter, Stats};
 use crate::store::{Store, StoreLimits};
@@ -122,9 +126,10 @@ pub struct Domain {
     backend: Box<dyn Backend>,
     lock: Lock,
     store: Store,
-    /// What was cleared; given up before the next message is looked at.
-    discarded: Option<Store>,
+    /// What this pool and others have cleared and not yet given up.
+    discarded: Discarded,
     history: History,
+    complaints: Complaints,
     stats: Arc<Stats>,
     sessions: HashMap<ClientId, Session>,
     starving: Option<Starving>,
@@ -134,18 +139,20 @@ pub struct Domain {
 }
 
 impl Domain {
-    /// An empty pool.
+    /// An empty pool, beside others that share audit and cleared memory with it.
     pub fn new(
         config: DomainConfig,
         backend: Box<dyn Backend>,
         stats: Arc<Stats>,
         audit: Audit,
+        discarded: Discarded,
     ) -> Domain {
         Domain {
             lock: Lock::new(config.policy),
             store: Store::new(config.limits),
-            discarded: None,
+            discarded,
             history: History::new(config.tag.as_str().into(), audit),
+            complaints: Complaints::default(),
             sessions: HashMap::new(),
             starving: None,
             layout_hash: String::new(),
@@ -253,15 +260,16 @@ impl Domain {
             .min()
     }
 
-    /// Does one thing that nobody waits for: gives up what was cleared, or writes a line of the
-    /// log. False if there is nothing to do.
-    pub fn chore(&mut self) -> bool {
-        self.discarded.take().is_some() || self.history.log()
+    /// Writes one line of the log, for which nobody waits. False if there is nothing to write.
+    pub fn log(&mut self) -> bool {
+        self.history.log()
     }
 
-    /// Gives up what was cleared, if it has not been: what comes next may need the place.
-    pub fn give_up(&mut self) {
-        self.discarded = None;
+    /// What a client is told in place of a descriptor that the kernel would not pass on.
+    pub fn withheld(&self) -> Vec<u8> {
+        self.stats.count(Counter::ExportsWithheld);
+        let text = "too many descriptors are under way to clients that do not take them; try again";
+        self.error(text.to_owned(), false)
     }
 
     /// The service stops: waiters are told, everybody is closed, all memory is given up.
@@ -359,7 +367,7 @@ impl Domain {
     fn clear(&mut self, cause: ClearCause, actor: Option<Stamp>) {
         let cleared = self.store.clear();
         let count = cleared.count();
-        self.discarded = Some(cleared);
+        self.discarded.push(cleared);
         self.layout_hash.clear();
         self.layout_digest.clear();
         if cause == ClearCause::StartsAnew && count > 0 {
@@ -453,6 +461,24 @@ impl Domain {
         exported
     }
 
+    /// Sends an answer that may be long, or says that it is too long to be read by anybody.
+    fn reply(&self, client: ClientId, frame: Vec<u8>, turn: &mut Turn<'_>) {
+        let bytes = frame.len() - PREFIX_BYTES;
+        turn.send(
+            client,
+            match bytes <= REPLY_BYTES_MAX {
+                true => frame,
+                false => self.error(
+                    format!(
+                        "the answer has {bytes} bytes, over the limit of {REPLY_BYTES_MAX}; ask \
+                         for a part of it, by tag or prefix"
+                    ),
+                    false,
+                ),
+            },
+        );
+    }
+
     /// An error reply of this generation.
     fn error(&self, text: String, out_of_memory: bool) -> Vec<u8> {
         match self.config.policy.profile {
@@ -472,8 +498,11 @@ impl Domain {
     /// A payload that is no message: the sender loses its session without an answer.
     fn drop_for(&mut self, client: ClientId, bad: impl std::fmt::Display, turn: &mut Turn<'_>) {
         self.stats.count(Counter::FramesBad);
-        let pid = self.sessions.get(&client).map(|session| session.peer.pid);
-        tracing::warn!(pool = self.config.tag, session = client.0, pid, %bad, "session dropped");
+        if self.complaints.may(turn.now_ns) {
+            let pid = self.sessions.get(&client).map(|session| session.peer.pid);
+            let pool = &self.config.tag;
+            tracing::warn!(pool, session = client.0, pid, %bad, "session dropped");
+        }
         self.close(client, turn);
     }
 }

@@ -6,7 +6,8 @@ use crate::protocol::frame::{Cut, REPLY_BYTES_MAX, cut};
 use crate::protocol::v1::{
     AllocateRequest, Bytes, ClearAllRequest, CommitLayoutRequest, CommitRequest, ErrorResponse,
     ExportAllocationRequest, ExportRequest, FreeAllocationRequest, GetRuntimeStateRequest,
-    HandshakeRequest, HandshakeResponse, MetadataGetRequest, MetadataPutRequest, Reply, Request,
+    HandshakeRequest, HandshakeResponse, MetadataGetRequest, MetadataListRequest,
+    MetadataPutRequest, Reply, Request,
 };
 
 pub(super) struct Stage {
@@ -33,7 +34,8 @@ impl Stage {
         let stats = Arc::new(Stats::default());
         let config = DomainConfig::new(Profile::V1, "GPU-x", "weights");
         let audit = Audit::default();
-        let domain = Domain::new(config, Box::new(backend), Arc::clone(&stats), audit);
+        let (stats_too, discarded) = (Arc::clone(&stats), Discarded::default());
+        let domain = Domain::new(config, Box::new(backend), stats_too, audit, discarded);
         Stage {
             domain,
             stats,
@@ -441,7 +443,7 @@ fn a_dead_waiter_costs_nothing_and_is_counted() {
 }
 
 #[test]
-fn a_commit_is_answered_before_its_heir_and_what_was_cleared_goes_when_it_is_given_up() {
+fn a_commit_is_answered_before_its_heir_and_what_was_cleared_makes_room_for_more() {
     let mut stage = Stage::over(HostConfig {
         capacity_bytes: Some(GRANULARITY_BYTES),
         ..HostConfig::default()
@@ -461,15 +463,78 @@ fn a_commit_is_answered_before_its_heir_and_what_was_cleared_goes_when_it_is_giv
         (stage.closed.as_slice(), stage.domain.usage()),
         (&[1][..], (0, 0))
     );
-    stage.domain.give_up();
     Stage::id_of(stage.allocate(2, 1));
     assert!(stage.leave(2).is_empty());
-    // Its block, and a line for each record of the history.
-    let mut chores = 0;
-    while stage.domain.chore() {
-        chores += 1;
+    // A line for each record of the history.
+    let mut lines = 0;
+    while stage.domain.log() {
+        lines += 1;
     }
-    assert!(chores > 4, "{chores}");
+    assert!(lines > 4, "{lines}");
     stage.open(3, LockType::Rw);
     Stage::id_of(stage.allocate(3, 1));
+    assert_eq!(stage.stats.get(Counter::AllocationOom), 0);
+}
+
+#[test]
+fn what_was_cleared_goes_as_it_is_asked_for_and_all_of_it_before_a_shortage() {
+    let backend = HostBackend::new(HostConfig {
+        capacity_bytes: Some(4 * GRANULARITY_BYTES),
+        populate_bytes_max: 0,
+        ..HostConfig::default()
+    })
+    .expect("sane");
+    let mut stage = Stage::on(backend.clone());
+    let granularity = i128::from(GRANULARITY_BYTES);
+    stage.open(1, LockType::Rw);
+    for _ in 0..3 {
+        Stage::id_of(stage.allocate(1, granularity));
+    }
+    stage.leave(1);
+    assert_eq!(stage.domain.usage(), (0, 0));
+    let used = || backend.used_bytes() / GRANULARITY_BYTES;
+    assert_eq!(used(), 3, "nothing has gone yet");
+    stage.open(2, LockType::Rw);
+    Stage::id_of(stage.allocate(2, granularity));
+    assert_eq!(used(), 3, "one for another");
+    Stage::id_of(stage.allocate(2, 3 * granularity));
+    assert_eq!(used(), 4);
+    // Of another pool's: what it cleared is not short here.
+    stage.leave(2);
+    let mut other = Stage::on(backend.clone());
+    other.domain.discarded = stage.domain.discarded.clone();
+    other.open(3, LockType::Rw);
+    Stage::id_of(other.allocate(3, 2 * granularity));
+    assert_eq!(other.stats.get(Counter::AllocationOom), 0);
+    while other.domain.discarded.free_one() {}
+    assert_eq!(used(), 2, "the rest goes by itself");
+}
+
+#[test]
+fn an_answer_that_nobody_can_read_is_an_error_and_a_part_of_it_is_not() {
+    let mut stage = Stage::new();
+    stage.open(1, LockType::Rw);
+    let id = Stage::id_of(stage.allocate(1, 1));
+    let long = "k".repeat(900 << 10);
+    for number in 0..75 {
+        stage.ask(
+            1,
+            MetadataPutRequest {
+                key: format!("{number:02}{long}"),
+                allocation_id: id.clone(),
+                offset_bytes: 0,
+                value: Bytes(Vec::new()),
+            },
+        );
+    }
+    let list = |stage: &mut Stage, prefix: &str| {
+        let prefix = prefix.to_owned();
+        stage.ask(1, MetadataListRequest { prefix })
+    };
+    let all = list(&mut stage, "");
+    assert!(
+        matches!(&all, Reply::Error(error) if error.error.contains("prefix")),
+        "an answer"
+    );
+    assert!(matches!(list(&mut stage, "0"), Reply::MetadataList(some) if some.keys.len() == 10));
 }

@@ -106,7 +106,7 @@ impl Domain {
             return self.not_allowed(client, text, turn);
         }
         match self.answer_v1(client, request, turn) {
-            Ok(Answer::Reply(reply)) => turn.send(client, reply.encode()),
+            Ok(Answer::Reply(reply)) => self.reply(client, reply.encode(), turn),
             Ok(Answer::ReplyWith(reply, descriptor)) => turn.actions.push(Action::Send {
                 client,
                 frame: reply.encode(),
@@ -236,7 +236,9 @@ impl Domain {
     }
 
     fn clear_all(&mut self, client: ClientId, turn: &Turn<'_>) -> ClearAllResponse {
-        let cleared_count = self.store.clear().count();
+        let cleared = self.store.clear();
+        let cleared_count = cleared.count();
+        self.discarded.push(cleared);
         let (stamp, state) = (self.stamp(client, turn), self.lock.state());
         self.history
             .note(stamp, Kind::AllocationsCleared, state, cleared_count);

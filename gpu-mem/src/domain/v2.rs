@@ -102,7 +102,7 @@ impl Domain {
                 true => turn.send(client, success()),
                 false => return Err(format!("Unknown allocation: {}", which.allocation_id)),
             },
-            Request::ListAllocations(_) => turn.send(client, self.list_v2()),
+            Request::ListAllocations(_) => self.reply(client, self.list_v2(), turn),
             Request::Commit(_) => {
                 self.commit(client, turn)?;
                 turn.send(client, success());

@@ -77,8 +77,12 @@ impl Imports {
     ///
     /// # Errors
     /// [`ClientError::Stale`] if the layout is another one: lent memory is never the same after a
-    /// rebuild. Nothing is open then, and the lock is given up.
+    /// rebuild. Nothing is open then, and the lock is given up. [`ClientError::Awake`] where there
+    /// is nothing to wake.
     pub fn wake(&mut self, lock_type: LockType, wait: Option<Duration>) -> Result<(), ClientError> {
+        if self.session.is_some() {
+            return Err(ClientError::Awake);
+        }
         let session = Session::open(&self.dial, lock_type, wait)?;
         let builds = session.grant() == Grant::Rw;
         self.session = Some(session);

@@ -26,6 +26,7 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 use super::LaneError;
 use super::layout::{LaneHead, MAGIC, RECORD_BYTES, VERSION};
 use super::memory;
+use crate::pinned::prefer_node;
 
 /// Descriptors with an offer.
 const FDS: usize = 4;
@@ -89,6 +90,20 @@ impl LaneFds {
             slab: memory::create("corelane-lane-slab", head.slab_bytes.get())?,
             wake_worker: wake()?,
             wake_router: wake()?,
+        })
+    }
+
+    /// Asks that the slab's pages come from a NUMA node, whoever touches them first. To be called
+    /// before anybody does.
+    ///
+    /// # Errors
+    /// The kernel knows no such node; the slab is as good as without.
+    pub fn prefer_node(&self, head: &LaneHead, node: u32) -> Result<(), LaneError> {
+        let slab = memory::Mapping::new(&self.slab, head.slab_bytes.get())?;
+        // The wish belongs to the memory, not to the mapping, and outlives it.
+        prefer_node(slab.start().as_ptr() as usize, slab.len(), node).map_err(|source| {
+            let step = "placing a slab near its GPU";
+            LaneError::System { step, source }
         })
     }
 
@@ -212,6 +227,44 @@ mod tests {
         assert!(queues.is_ok());
         drop(router);
         assert!(matches!(receive(&worker), Err(LaneError::Gone)));
+    }
+
+    /// Of the kernel's <linux/mempolicy.h>: the policy of an address.
+    const MPOL_F_ADDR: libc::c_ulong = 2;
+
+    /// Where the kernel takes the page at an address from: kind of policy, first nodes.
+    fn policy_at(address: usize) -> (i32, u64) {
+        let (mut mode, mut nodes) = (-1, [0u64; 16]);
+        // SAFETY: both pointers are to live values of the sizes that are named.
+        let answer = unsafe {
+            libc::syscall(
+                libc::SYS_get_mempolicy,
+                &raw mut mode,
+                nodes.as_mut_ptr(),
+                64 * nodes.len(),
+                address,
+                MPOL_F_ADDR,
+            )
+        };
+        assert_eq!(answer, 0, "{}", std::io::Error::last_os_error());
+        (mode, nodes[0])
+    }
+
+    #[test]
+    fn a_slab_lies_near_its_gpu_for_everybody_who_maps_it() {
+        let size = LaneSize {
+            entries: 8,
+            slab_bytes: 1 << 16,
+        };
+        let head = size.head(0, 1, 1);
+        let fds = LaneFds::create(&head).expect("it is made");
+        assert!(fds.prefer_node(&head, 4_096).is_err(), "no such node");
+        if let Err(error) = fds.prefer_node(&head, 0) {
+            return eprintln!("this machine places no memory: {error}");
+        }
+        let slab = memory::Mapping::new(&fds.slab, 1 << 16).expect("it maps");
+        let found = policy_at(slab.start().as_ptr() as usize);
+        assert_eq!(found, (libc::MPOL_PREFERRED, 1));
     }
 
     #[test]

@@ -303,8 +303,30 @@ pub struct Hello {
     pub zero: [u8; 3],
     /// The id that it wants, for routing by id; 0: any.
     pub worker: U64,
+    /// The NUMA node of its GPU and one more: the slab's pages are taken there. 0: none.
+    pub node_plus_one: U32,
     /// Zero.
-    pub zero_too: [u8; 40],
+    pub zero_too: [u8; 36],
+}
+
+impl Hello {
+    /// What a worker says that wants this codec, this id (0: any) and memory on this NUMA node.
+    pub fn new(codec: Codec, worker: u64, numa_node: Option<u32>) -> Hello {
+        Hello {
+            magic: U64::new(MAGIC),
+            version: U32::new(VERSION),
+            codec: codec as u8,
+            zero: [0; 3],
+            worker: U64::new(worker),
+            node_plus_one: U32::new(numa_node.map_or(0, |node| node.saturating_add(1))),
+            zero_too: [0; 36],
+        }
+    }
+
+    /// The NUMA node on which the slab should lie.
+    pub fn numa_node(&self) -> Option<u32> {
+        self.node_plus_one.get().checked_sub(1)
+    }
 }
 
 /// Bytes of a [`Hello`] and of a [`LaneHead`].
@@ -338,6 +360,18 @@ mod tests {
         assert_eq!(bytes[24], 5);
         assert_eq!(Kind::of(descriptor.kind.get()), Some(Kind::Item));
         assert_eq!(Kind::of(16), None);
+    }
+
+    #[test]
+    fn a_hello_without_a_node_is_what_it_always_was() {
+        let plain = Hello::new(Codec::MessagePack, 0x0102, None);
+        let bytes = plain.as_bytes();
+        assert_eq!(bytes[..13], *b"corelane\x01\0\0\0\x01");
+        assert_eq!((bytes[16], bytes[17]), (2, 1));
+        assert!(bytes[18..].iter().all(|byte| *byte == 0));
+        let near = Hello::new(Codec::Json, 0, Some(3));
+        assert_eq!(near.as_bytes()[24..28], [4, 0, 0, 0]);
+        assert_eq!((plain.numa_node(), near.numa_node()), (None, Some(3)));
     }
 
     #[test]

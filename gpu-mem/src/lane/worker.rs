@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::little_endian::{U16, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::LaneError;
@@ -38,7 +38,7 @@ use super::area::Area;
 use super::attach;
 use super::layout::{
     BLOCK_HEAD_BYTES, BLOCK_UNIT, BlockHead, Codec, Descriptor, FAIL_BYTES_MAX, Hello, ITEMS_MAX,
-    Kind, LAST, MAGIC, VERSION, Wish,
+    Kind, LAST, Wish,
 };
 use super::memory::Mapping;
 use super::queue::{Queues, Side};
@@ -52,6 +52,8 @@ pub struct Options {
     pub codec: Codec,
     /// The id under which it can be asked for; 0: any.
     pub id: u64,
+    /// The NUMA node of its GPU, on which the slabs are to lie (`Pinner::numa_node`).
+    pub numa_node: Option<u32>,
     /// How long it looks for work before it sleeps; burns its CPU meanwhile.
     pub spin: Duration,
 }
@@ -159,14 +161,7 @@ impl LaneWorker {
     /// # Errors
     /// The router refuses this worker, or is gone.
     pub fn over(socket: OwnedFd, options: &Options) -> Result<LaneWorker, LaneError> {
-        let hello = Hello {
-            magic: U64::new(MAGIC),
-            version: U32::new(VERSION),
-            codec: options.codec as u8,
-            zero: [0; 3],
-            worker: U64::new(options.id),
-            zero_too: [0; 40],
-        };
+        let hello = Hello::new(options.codec, options.id, options.numa_node);
         rustix::io::write(&socket, hello.as_bytes()).map_err(LaneError::system("greeting"))?;
         let mut worker = LaneWorker {
             socket,

@@ -112,6 +112,15 @@ pub enum State {
 }
 
 impl State {
+    /// All of them.
+    pub const ALL: [State; 5] = [
+        State::Empty,
+        State::Rw,
+        State::Committed,
+        State::Ro,
+        State::LayoutCommitted,
+    ];
+
     /// The word on the wire.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -125,14 +134,7 @@ impl State {
 
     /// Reads the word on the wire.
     pub fn parse(word: &str) -> Option<State> {
-        Some(match word {
-            "EMPTY" => State::Empty,
-            "RW" => State::Rw,
-            "COMMITTED" => State::Committed,
-            "RO" => State::Ro,
-            "LAYOUT_COMMITTED" => State::LayoutCommitted,
-            _ => return None,
-        })
+        State::ALL.into_iter().find(|state| state.as_str() == word)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::ptr::{self, NonNull};
+use std::ptr::NonNull;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
@@ -11,6 +11,7 @@ use thiserror::Error;
 
 use super::numa::prefer_node;
 use super::{RING_BUFFER_BYTES_MAX, ring_iovecs};
+use crate::backend::host::reserve_aligned;
 
 /// What a slab is made from.
 #[derive(Clone, Copy, Debug, Default)]
@@ -159,21 +160,10 @@ impl Drop for Slab {
 
 /// Maps a memfd at a multiple of [`ALIGN_BYTES`].
 fn map_aligned(memory: &OwnedFd, bytes: usize) -> Result<NonNull<u8>, SlabError> {
-    let padded = bytes + ALIGN_BYTES;
-    // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing of ours.
-    let start = unsafe {
-        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-        rustix::mm::mmap_anonymous(ptr::null_mut(), padded, ProtFlags::empty(), flags)
-    }? as usize;
-    let address = start.next_multiple_of(ALIGN_BYTES);
-    // SAFETY: the ends are unused parts of the mapping just made; the middle is replaced in one
-    // step, so nobody else's pages come between.
+    let address = reserve_aligned(bytes as u64, ALIGN_BYTES as u64)? as usize;
+    // SAFETY: the addresses are ours alone, and are replaced in one step, so nobody else's pages
+    // come between.
     unsafe {
-        let before = address - start;
-        if before > 0 {
-            rustix::mm::munmap(start as *mut _, before)?;
-        }
-        rustix::mm::munmap((address + bytes) as *mut _, ALIGN_BYTES - before)?;
         let access = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::SHARED | MapFlags::FIXED;
         rustix::mm::mmap(address as *mut _, bytes, access, flags, memory, 0)?;
@@ -187,6 +177,8 @@ const ALIGN_BYTES: usize = 2 << 20;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::ptr;
+
     use crate::pinned::pinned_bytes;
     use rustix::fs::FallocateFlags;
 

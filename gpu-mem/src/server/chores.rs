@@ -1,39 +1,52 @@
-//! What nobody waits for: the log, memory that was cleared, gauges; and when it is done.
+//! What nobody waits for: memory that was cleared, the log, gauges; and when it is done.
 
 use super::Server;
 use crate::domain::Domain;
 
+/// Under load without a pause, the log and the gauges are so much behind at most.
+const TIDY_WITHIN_NS: u64 = 10_000_000;
+
 impl Server {
-    /// After a look for events: one chore while a client thinks about its answer, none while it
-    /// may ask again at any moment, and all before sleep.
+    /// After a look for events. Right after an answer only a block of memory is given up, because
+    /// its client may ask again before a line of the log is written; all else comes before sleep.
     pub(super) fn rest(&mut self, idle: bool) {
         let now_ns = self.now_ns();
-        if !idle {
-            self.awake_until_ns = now_ns.saturating_add(self.spin_ns);
+        if idle {
+            if now_ns >= self.awake_until_ns {
+                self.chore();
+            }
+            return;
+        }
+        self.awake_until_ns = now_ns.saturating_add(self.spin_ns);
+        if !self.untidy {
             self.untidy = true;
-            self.chore();
-        } else if now_ns >= self.awake_until_ns {
+            self.tidy_by_ns = now_ns.saturating_add(TIDY_WITHIN_NS);
+        }
+        if !self.discarded.free_one() && now_ns >= self.tidy_by_ns {
             self.chore();
         }
     }
 
     /// Does one thing that nobody waits for; lets others see how the pools stand when all is done.
     fn chore(&mut self) {
-        if self.untidy && !self.domains.iter_mut().any(Domain::chore) {
+        let busy = self.discarded.free_one() || self.domains.iter_mut().any(Domain::log);
+        if self.untidy && !busy {
             self.publish();
             self.untidy = false;
         }
     }
 
+    /// Does all of it.
+    pub(super) fn tidy_up(&mut self) {
+        self.discarded.free_all();
+        while self.domains.iter_mut().any(Domain::log) {}
+        self.publish();
+    }
+
     /// Lets other threads see how the pools stand.
-    pub(super) fn publish(&self) {
+    fn publish(&self) {
         for (domain, gauges) in self.domains.iter().zip(self.gauges.iter()) {
             gauges.set(domain);
         }
-    }
-
-    /// Memory that was cleared is free before anybody can ask for some, in whatever pool.
-    pub(super) fn give_up(&mut self) {
-        self.domains.iter_mut().for_each(Domain::give_up);
     }
 }

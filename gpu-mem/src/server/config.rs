@@ -38,7 +38,11 @@ pub struct ServerConfig {
     pub first_frame_timeout: Duration,
     /// How long a frame may take, in and out.
     pub frame_timeout: Duration,
-    /// How long the service looks for events without sleeping after there was one.
+    /// Bytes of unfinished frames and of answers that are not read, over all connections. Beyond
+    /// that, who has owed longest is closed.
+    pub held_bytes_max: usize,
+    /// How long the service looks for events without sleeping after there was one; zero is not at
+    /// all. It keeps its CPU busy meanwhile.
     pub spin: Duration,
 }
 
@@ -51,6 +55,7 @@ impl ServerConfig {
             uids_allowed: Vec::new(),
             first_frame_timeout: Duration::from_secs(10),
             frame_timeout: Duration::from_secs(30),
+            held_bytes_max: 256 << 20,
             spin: Duration::from_micros(50),
         }
     }

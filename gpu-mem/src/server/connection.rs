@@ -53,12 +53,14 @@ pub(super) struct Connection {
     heard: bool,
     /// What it owes, and by when.
     owes: Option<(Owes, u64)>,
-    /// What epoll watches for.
-    pub(super) watched: EventFlags,
+    /// What epoll watches for; none before it was told of this connection.
+    pub(super) watched: Option<EventFlags>,
+    /// What of [`Connection::held_bytes`] the service has counted.
+    pub(super) counted_bytes: usize,
 }
 
 impl Connection {
-    pub(super) fn new(socket: OwnedFd, domain: usize, watched: EventFlags) -> Connection {
+    pub(super) fn new(socket: OwnedFd, domain: usize) -> Connection {
         Connection {
             socket,
             domain,
@@ -68,7 +70,8 @@ impl Connection {
             ended: false,
             heard: false,
             owes: None,
-            watched,
+            watched: None,
+            counted_bytes: 0,
         }
     }
 
@@ -113,8 +116,8 @@ impl Connection {
     /// Drops the frame at the front, which was dealt with.
     pub(super) fn consume(&mut self, payload_bytes: usize) {
         self.input.drain(..PREFIX_BYTES + payload_bytes);
-        if self.input.is_empty() && self.input.capacity() > INPUT_BYTES_KEPT {
-            self.input = Vec::new();
+        if self.input.len() < INPUT_BYTES_KEPT {
+            self.input.shrink_to(INPUT_BYTES_KEPT);
         }
         self.heard = true;
         self.owes = None;
@@ -126,6 +129,26 @@ impl Connection {
             sent: 0,
             descriptor,
         });
+    }
+
+    /// Puts another frame in the place of the one that is next, of which nothing was sent.
+    pub(super) fn replace_front(&mut self, bytes: Vec<u8>) {
+        self.output.pop_front();
+        self.output.push_front(Outgoing {
+            bytes,
+            sent: 0,
+            descriptor: None,
+        });
+    }
+
+    /// Memory that it takes, beyond what every connection has.
+    pub(super) fn held_bytes(&self) -> usize {
+        let output = self.output.iter().map(|frame| frame.bytes.capacity());
+        let input = match self.input.capacity() {
+            kept if kept <= INPUT_BYTES_KEPT => self.input.len(),
+            more => more,
+        };
+        input + output.sum::<usize>()
     }
 
     /// Whether something must still go out.
@@ -204,5 +227,5 @@ pub(super) struct Limits {
     pub(super) frame_ns: u64,
 }
 
-/// An empty buffer that is larger is given back.
-const INPUT_BYTES_KEPT: usize = 64 << 10;
+/// What is taken beyond that is given back.
+const INPUT_BYTES_KEPT: usize = 4 << 10;

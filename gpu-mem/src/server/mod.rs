@@ -12,9 +12,11 @@
 //! event it does not sleep: a client that has its answer asks the next thing at once, and waking
 //! up takes longer than answering.
 
+mod arrive;
 mod chores;
 mod config;
 mod connection;
+mod held;
 pub mod listener;
 mod running;
 
@@ -31,11 +33,11 @@ use std::time::{Duration, Instant, SystemTime};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 use rustix::io::Errno;
-use rustix::net::SocketFlags;
 
 use self::connection::{Connection, Filled, Limits};
-use self::listener::{Listener, peer_of};
-use crate::domain::{Action, Domain, Fence, Turn};
+use self::listener::Listener;
+use crate::complaints::Complaints;
+use crate::domain::{Action, Discarded, Domain, Fence, Turn};
 use crate::history::Audit;
 use crate::lock::ClientId;
 use crate::protocol::frame::Cut;
@@ -49,6 +51,8 @@ pub struct Server {
     finished: Arc<AtomicBool>,
     listeners: Vec<Listener>,
     domains: Vec<Domain>,
+    /// What they have cleared and not yet given up.
+    discarded: Discarded,
     gauges: Arc<[PoolGauges]>,
     /// Checkpoints, each with its pools.
     fences: Vec<(Fence, Vec<usize>)>,
@@ -60,12 +64,17 @@ pub struct Server {
     uids_allowed: Vec<u32>,
     connections_max: usize,
     limits: Limits,
+    /// Bytes that connections made us hold, and how many may be.
+    held_bytes: usize,
+    held_bytes_max: usize,
     spin_ns: u64,
     /// Until when it looks for events without sleeping.
     awake_until_ns: u64,
-    /// There may be chores.
+    /// There may be chores, which are begun by this time even if there is no pause.
     untidy: bool,
+    tidy_by_ns: u64,
     audit: Audit,
+    complaints: Complaints,
     start: Instant,
     scratch: Vec<u8>,
     actions: Vec<Action>,
@@ -73,6 +82,8 @@ pub struct Server {
     ripe: VecDeque<u64>,
     /// Connections that are over, closed when everybody has his answer.
     leaving: Vec<u64>,
+    /// Connections that are gone, whose sockets are closed when everybody has his answer.
+    graves: Vec<Connection>,
     /// Given up for a moment to take in, and turn away, a client when descriptors run out.
     spare: Option<OwnedFd>,
 }
@@ -88,13 +99,8 @@ impl Server {
             .map_err(ServerError::os("eventfd"))?;
         epoll::add(&epoll, &wake, EventData::new_u64(WAKE), EventFlags::IN)
             .map_err(ServerError::os("epoll"))?;
-        let own = rustix::process::geteuid().as_raw();
-        // Other users must get as far as to be asked who they are; root gets everywhere.
-        let everybody = config
-            .uids_allowed
-            .iter()
-            .any(|uid| ![own, 0].contains(uid));
-        let audit = Audit::default();
+        let (uids_allowed, everybody) = who_may_connect(config.uids_allowed);
+        let (audit, discarded) = (Audit::default(), Discarded::default());
         let (mut listeners, mut domains, mut gauges) = (Vec::new(), Vec::new(), Vec::new());
         let mut groups: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
         for (index, pool) in config.pools.into_iter().enumerate() {
@@ -111,8 +117,9 @@ impl Server {
                 groups.entry(group).or_default().push(index);
             }
             listeners.push(listener);
-            let audit = audit.clone();
-            domains.push(Domain::new(pool.domain, pool.backend, stats, audit));
+            let (audit, discarded) = (audit.clone(), discarded.clone());
+            let domain = Domain::new(pool.domain, pool.backend, stats, audit, discarded);
+            domains.push(domain);
         }
         Ok(Server {
             epoll,
@@ -121,6 +128,7 @@ impl Server {
             finished: Arc::default(),
             listeners,
             domains,
+            discarded,
             gauges: gauges.into(),
             fences: groups
                 .into_values()
@@ -130,24 +138,26 @@ impl Server {
             deadlines: BTreeSet::new(),
             deadline_of: HashMap::new(),
             next_id: 0,
-            uids_allowed: match config.uids_allowed.is_empty() {
-                true => vec![own],
-                false => config.uids_allowed,
-            },
+            uids_allowed,
             connections_max: config.connections_max,
             limits: Limits {
                 first_frame_ns: ns(config.first_frame_timeout),
                 frame_ns: ns(config.frame_timeout),
             },
+            held_bytes: 0,
+            held_bytes_max: config.held_bytes_max,
             spin_ns: ns(config.spin),
             awake_until_ns: 0,
             untidy: true,
+            tidy_by_ns: 0,
             audit,
+            complaints: Complaints::default(),
             start: Instant::now(),
             scratch: vec![0; READ_BYTES],
             actions: Vec::new(),
             ripe: VecDeque::new(),
             leaving: Vec::new(),
+            graves: Vec::new(),
             spare: spare(),
         })
     }
@@ -196,6 +206,11 @@ impl Server {
         ns(self.start.elapsed())
     }
 
+    /// Whether the log has room for what a client does wrong.
+    fn may_complain(&mut self) -> bool {
+        self.complaints.may(self.now_ns())
+    }
+
     /// How long epoll may wait: until the next deadline of anything.
     fn next_timeout(&self) -> Option<Timespec> {
         let pools = self
@@ -215,59 +230,6 @@ impl Server {
         })
     }
 
-    /// Takes in a new client of one pool; epoll says it again if there are more.
-    fn accept(&mut self, domain: usize) {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        match rustix::net::accept_with(&self.listeners[domain].socket, flags) {
-            Ok(socket) => self.admit(socket, domain),
-            Err(Errno::MFILE | Errno::NFILE) => {
-                // Without this the client would wait in the backlog and epoll would spin.
-                self.spare = None;
-                drop(rustix::net::accept_with(
-                    &self.listeners[domain].socket,
-                    flags,
-                ));
-                self.spare = spare();
-                self.count(domain, Counter::ConnectionsOverLimit);
-                tracing::error!("no descriptor is left; a client was turned away");
-            }
-            // It is gone again, or another signal than ours.
-            Err(_) => {}
-        }
-    }
-
-    fn admit(&mut self, socket: OwnedFd, domain: usize) {
-        if self.connections.len() >= self.connections_max {
-            self.count(domain, Counter::ConnectionsOverLimit);
-            tracing::warn!(
-                max = self.connections_max,
-                "too many clients; one was turned away"
-            );
-            return;
-        }
-        let Ok(peer) = peer_of(&socket) else { return };
-        if !self.uids_allowed.contains(&peer.uid) {
-            self.count(domain, Counter::ConnectionsRefused);
-            tracing::warn!(
-                uid = peer.uid,
-                pid = peer.pid,
-                "a user outside the allow-list"
-            );
-            return;
-        }
-        let id = self.next_id;
-        self.next_id += 1;
-        let watched = EventFlags::IN | EventFlags::RDHUP;
-        if epoll::add(&self.epoll, &socket, EventData::new_u64(id), watched).is_err() {
-            return;
-        }
-        self.count(domain, Counter::Connections);
-        self.connections
-            .insert(id, Connection::new(socket, domain, watched));
-        self.domains[domain].connect(ClientId(id), peer);
-        self.ripe.push_back(id);
-    }
-
     /// Something happened on a client's socket.
     fn ready(&mut self, id: u64, flags: EventFlags) {
         let Some(connection) = self.connections.get_mut(&id) else {
@@ -276,14 +238,7 @@ impl Server {
         let busy = self.domains[connection.domain].is_busy(ClientId(id));
         let reads = connection.wants(busy).contains(EventFlags::IN);
         if reads && flags.intersects(EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP) {
-            match connection.fill(&mut self.scratch) {
-                Ok(Filled::Bytes | Filled::End | Filled::Nothing) => self.ripe.push_back(id),
-                Ok(Filled::Descriptor) => {
-                    tracing::warn!(session = id, "a client sent a descriptor; session dropped");
-                    self.sever(id);
-                }
-                Err(_) => self.sever(id),
-            }
+            self.read(id);
         } else if flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR) {
             // Nobody to answer: a waiter, a writer that waits for memory, or one that does not
             // read what we send.
@@ -296,6 +251,23 @@ impl Server {
         }
     }
 
+    /// Reads once from a client.
+    fn read(&mut self, id: u64) {
+        let Some(connection) = self.connections.get_mut(&id) else {
+            return;
+        };
+        match connection.fill(&mut self.scratch) {
+            Ok(Filled::Bytes | Filled::End | Filled::Nothing) => self.ripe.push_back(id),
+            Ok(Filled::Descriptor) => {
+                if self.may_complain() {
+                    tracing::warn!(session = id, "a client sent a descriptor; session dropped");
+                }
+                self.sever(id);
+            }
+            Err(_) => self.sever(id),
+        }
+    }
+
     /// Works off everything that became possible.
     fn settle(&mut self) {
         loop {
@@ -305,6 +277,7 @@ impl Server {
             } else if let Some(id) = self.leaving.pop() {
                 self.sever(id);
             } else {
+                self.graves.clear();
                 return;
             }
         }
@@ -315,8 +288,14 @@ impl Server {
         let Some(connection) = self.connections.get_mut(&id) else {
             return;
         };
-        if connection.flush().is_err() {
-            return self.sever(id);
+        match connection.flush() {
+            Ok(()) => {}
+            Err(Errno::TOOMANYREFS) => {
+                let withheld = self.domains[connection.domain].withheld();
+                connection.replace_front(withheld);
+                return self.ripe.push_back(id);
+            }
+            Err(_) => return self.sever(id),
         }
         if connection.is_sending() {
             if connection.ended {
@@ -347,7 +326,9 @@ impl Server {
             Cut::Need(_) if !connection.ended => self.watch(id, false),
             Cut::Need(_) => self.sever(id),
             Cut::Bad(bad) => {
-                tracing::warn!(session = id, %bad, "session dropped");
+                if self.may_complain() {
+                    tracing::warn!(session = id, %bad, "session dropped");
+                }
                 self.count(domain, Counter::FramesBad);
                 self.sever(id);
             }
@@ -356,7 +337,6 @@ impl Server {
 
     /// Hands the frame at the front of a connection to its pool.
     fn deliver(&mut self, id: u64, domain: usize) {
-        self.give_up();
         let client = ClientId(id);
         let now_ns = self.now_ns();
         let Server {
@@ -421,7 +401,10 @@ impl Server {
             actions,
         };
         domains[domain].disconnect(ClientId(id), &mut turn);
-        self.connections.remove(&id);
+        if let Some(connection) = self.connections.remove(&id) {
+            self.held_bytes -= connection.counted_bytes;
+            self.graves.push(connection);
+        }
         self.schedule(id, None);
     }
 
@@ -453,18 +436,23 @@ impl Server {
         let busy = self.domains[connection.domain].is_busy(ClientId(id));
         let mut wants = connection.wants(busy);
         if !exactly {
-            wants |= connection.watched & EventFlags::IN;
+            wants |= connection.watched.unwrap_or(EventFlags::IN) & EventFlags::IN;
         }
-        if wants != connection.watched {
-            connection.watched = wants;
+        let before = connection.watched.replace(wants);
+        if before != Some(wants) {
             let data = EventData::new_u64(id);
-            if let Err(errno) = epoll::modify(&self.epoll, &connection.socket, data, wants) {
+            let told = match before {
+                Some(_) => epoll::modify(&self.epoll, &connection.socket, data, wants),
+                None => epoll::add(&self.epoll, &connection.socket, data, wants),
+            };
+            if let Err(errno) = told {
                 tracing::error!(%errno, session = id, "epoll lost a client; session dropped");
                 return self.sever(id);
             }
         }
         let deadline_ns = connection.deadline_ns(busy, self.limits, now_ns);
         self.schedule(id, deadline_ns);
+        self.weigh(id);
     }
 
     fn schedule(&mut self, id: u64, deadline_ns: Option<u64>) {
@@ -492,7 +480,6 @@ impl Server {
                 .next_deadline_ns()
                 .is_some_and(|deadline| deadline <= now_ns)
             {
-                domains.iter_mut().for_each(Domain::give_up);
                 self.untidy = true;
                 let pulse = &mut |client: ClientId| is_alive(connections, client);
                 domains[index].tick(&mut Turn {
@@ -511,7 +498,9 @@ impl Server {
             if let Some(domain) = late.map(|connection| connection.domain) {
                 self.count(domain, Counter::DeadlinesPassed);
             }
-            tracing::warn!(session = id, ?owes, "too slow; session dropped");
+            if self.may_complain() {
+                tracing::warn!(session = id, ?owes, "too slow; session dropped");
+            }
             self.untidy = true;
             self.schedule(id, None);
             self.sever(id);
@@ -544,11 +533,21 @@ impl Server {
         }
         self.connections.clear();
         self.listeners.clear();
-        while self.domains.iter_mut().any(Domain::chore) {}
-        self.publish();
+        self.tidy_up();
         self.finished.store(true, Ordering::Release);
         tracing::info!("the service has stopped");
     }
+}
+
+/// The users that may connect, and whether sockets are made for all so that others than ourselves
+/// get as far as to be asked who they are; root gets everywhere.
+fn who_may_connect(uids: Vec<u32>) -> (Vec<u32>, bool) {
+    let own = rustix::process::geteuid().as_raw();
+    if uids.is_empty() {
+        return (vec![own], false);
+    }
+    let everybody = uids.iter().any(|uid| ![own, 0].contains(uid));
+    (uids, everybody)
 }
 
 fn is_alive(connections: &HashMap<u64, Connection>, client: ClientId) -> bool {

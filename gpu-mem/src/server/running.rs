@@ -35,14 +35,6 @@ pub struct PoolGauges {
     bytes: AtomicU64,
 }
 
-const STATES: [State; 5] = [
-    State::Empty,
-    State::Rw,
-    State::Committed,
-    State::Ro,
-    State::LayoutCommitted,
-];
-
 impl PoolGauges {
     pub(super) fn new(pool: &PoolConfig) -> PoolGauges {
         PoolGauges {
@@ -65,7 +57,7 @@ impl PoolGauges {
     pub(super) fn set(&self, domain: &Domain) {
         let standing = domain.standing();
         let (allocations, bytes) = domain.usage();
-        let state = STATES
+        let state = State::ALL
             .iter()
             .position(|state| *state == standing.state)
             .unwrap_or_default();
@@ -86,7 +78,7 @@ impl PoolGauges {
     /// The derived state.
     pub fn state(&self) -> State {
         let index = self.state.load(Ordering::Relaxed) as usize;
-        STATES.get(index).copied().unwrap_or(State::Empty)
+        State::ALL.get(index).copied().unwrap_or(State::Empty)
     }
 
     /// How often something has happened to this pool.

@@ -126,6 +126,9 @@ fn b22_a_sleeper_wakes_at_the_same_addresses_or_learns_that_it_is_stale() {
         (woken, addresses(&standby), first_bytes(&standby)),
         (Woken::Remapped, before.clone(), vec![10, 11])
     );
+    // Asking again would wait for itself.
+    let again = standby.wake(LockType::Rw, Some(PATIENCE));
+    assert!(matches!(again, Err(ClientError::Awake)), "{again:?}");
     // SAFETY: as above.
     unsafe { standby.sleep() }.expect("it sleeps");
     let old_id = writer.get(0).expect("there").0.allocation_id.clone();

@@ -6,7 +6,10 @@ use crate::{is_error, kinds};
 use corelane_gpu_mem::backend::host::{GRANULARITY_BYTES, HostConfig};
 use corelane_gpu_mem::client::Session;
 use corelane_gpu_mem::lock::{LockType, State};
-use corelane_gpu_mem::protocol::v1::{AllocateRequest, HandshakeRequest, Reply};
+use corelane_gpu_mem::protocol::v1::{
+    AllocateRequest, CommitRequest, HandshakeRequest, MetadataListRequest, MetadataPutRequest,
+    Reply,
+};
 use corelane_gpu_mem::server::{Server, ServerConfig, ServerError};
 use corelane_gpu_mem::stats::Counter;
 use std::path::Path;
@@ -122,6 +125,62 @@ fn silence_and_half_frames_have_an_end() {
     assert!(writer.is_dropped(), "half a frame");
     service.until(|state| state.state == State::Empty);
     assert_eq!(service.handle.count(Counter::DeadlinesPassed), 1);
+}
+
+/// Publishes metadata whose keys are so long together.
+fn publish_keys(service: &Service, bytes: usize) {
+    let (mut writer, _) = service.holder(LockType::Rw);
+    let id = writer.allocate(1).allocation_id;
+    for number in 0..4 {
+        let key = format!("{number}{}", "k".repeat(bytes / 4));
+        let put = MetadataPutRequest {
+            key,
+            ..crate::put(&id, 0)
+        };
+        assert!(matches!(writer.ask(put), Reply::MetadataPut(_)));
+    }
+    assert!(matches!(writer.ask(CommitRequest {}), Reply::Commit(_)));
+}
+
+#[test]
+fn who_does_not_read_or_ends_no_frame_makes_room_for_those_who_do() {
+    let service = Service::with(HostConfig::default(), |config| {
+        (config.frame_timeout, config.held_bytes_max) = (PATIENCE, 2 << 20);
+    });
+    publish_keys(&service, 800 << 10);
+    let list = || MetadataListRequest { prefix: "".into() };
+    let (mut honest, _) = service.holder(LockType::Ro);
+    let lazy: Vec<_> = (0..4)
+        .map(|_| {
+            let (mut lazy, _) = service.holder(LockType::Ro);
+            lazy.say(list());
+            lazy
+        })
+        .collect();
+    let shed = || service.handle.count(Counter::ConnectionsShed);
+    until(
+        || shed() >= 2,
+        || format!("{} of {} shed", shed(), lazy.len()),
+    );
+    let listed = honest.ask(list());
+    assert!(matches!(listed, Reply::MetadataList(keys) if keys.keys.len() == 4));
+    let shed_before = shed();
+    let slow: Vec<_> = (0..4)
+        .map(|_| {
+            let (mut slow, _) = service.holder(LockType::Ro);
+            let mut frame = (1_u32 << 20).to_be_bytes().to_vec();
+            frame.resize(800 << 10, 0);
+            slow.say_bytes(&frame);
+            slow
+        })
+        .collect();
+    until(
+        || shed() >= shed_before + 3,
+        || format!("{} of {} shed", shed() - shed_before, slow.len()),
+    );
+    let listed = honest.ask(list());
+    assert!(matches!(listed, Reply::MetadataList(keys) if keys.keys.len() == 4));
+    assert_eq!(service.handle.count(Counter::DeadlinesPassed), 0);
 }
 
 #[test]

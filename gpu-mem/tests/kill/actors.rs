@@ -22,6 +22,8 @@ use crate::common::{PATIENCE, Raw, until};
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Memory {
     Host,
+    /// The host's, lent by a service that may have few descriptors under way.
+    Confined,
     /// A GPU's that the stand-in for the driver plays.
     #[cfg(feature = "cuda")]
     StandIn,
@@ -49,10 +51,13 @@ impl Service {
         let mut command = Command::new(program);
         command.arg("--serve").arg(dir.path()).stdin(Stdio::null());
         let library = match memory {
-            Memory::Host => None,
+            Memory::Host | Memory::Confined => None,
             #[cfg(feature = "cuda")]
             Memory::StandIn => Some(crate::common::stand_in::library()),
         };
+        if memory == Memory::Confined {
+            command.arg("confined");
+        }
         if let Some(library) = &library {
             command.arg("cuda").env("LD_LIBRARY_PATH", library.path());
         }

@@ -18,20 +18,21 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use actors::{Client, Memory, Service, fork, wait};
-use common::{PATIENCE, until};
+use common::{PATIENCE, Raw, until};
 use corelane_gpu_mem::backend::Access;
 use corelane_gpu_mem::backend::choice::{BackendChoice, open};
 use corelane_gpu_mem::backend::host::{GRANULARITY_BYTES, HostConfig, HostMapper};
 use corelane_gpu_mem::client::{Session, runtime_state};
-use corelane_gpu_mem::failover_lock::FailoverLock;
+use corelane_gpu_mem::failover_lock::{FailoverError, FailoverLock};
 use corelane_gpu_mem::lock::{LockType, State};
+use corelane_gpu_mem::protocol::v1::{ExportAllocationRequest, Reply, Request};
 use corelane_gpu_mem::region::Region;
 use corelane_gpu_mem::server::{Server, ServerConfig};
 
 fn main() {
     let args: Vec<String> = std::env::args().collect();
     if args.get(1).map(String::as_str) == Some("--serve") {
-        return serve(Path::new(&args[2]), args.len() > 3);
+        return serve(Path::new(&args[2]), args.get(3).map(String::as_str));
     }
     if args.iter().any(|arg| arg == "--list") {
         return;
@@ -40,6 +41,10 @@ fn main() {
         (
             "ten_thousand_exports_leave_no_descriptor",
             ten_thousand_exports_leave_no_descriptor,
+        ),
+        (
+            "descriptors_that_are_not_taken_cost_an_export_and_no_session",
+            descriptors_that_are_not_taken_cost_an_export_and_no_session,
         ),
         (
             "a_write_through_a_readers_mapping_faults",
@@ -78,20 +83,69 @@ fn main() {
     }
 }
 
-fn serve(dir: &Path, on_gpu: bool) {
+fn serve(dir: &Path, how: Option<&str>) {
+    if how == Some("confined") {
+        confine();
+    }
     // SAFETY: the service does not outlive the program that tests it.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
     let host = HostConfig {
         granularity_bytes: 4096,
         ..HostConfig::default()
     };
-    let choice = match on_gpu {
-        true => BackendChoice::Cuda,
-        false => BackendChoice::Host,
+    let choice = match how {
+        Some("cuda") => BackendChoice::Cuda,
+        _ => BackendChoice::Host,
     };
     let opened = open(choice, 0, host).expect("there is memory");
     let config = ServerConfig::new(common::pools_on(dir, &|| opened.backend()));
     Server::bind(config).expect("the service starts").run();
+}
+
+/// The kernel lets root have any number of descriptors under way, others as many as they may open.
+fn confine() {
+    let none = rustix::thread::CapabilitySet::empty();
+    let sets = rustix::thread::CapabilitySets {
+        effective: none,
+        permitted: none,
+        inheritable: none,
+    };
+    rustix::thread::set_capabilities(None, sets).expect("fewer rights");
+    let few = rustix::process::Rlimit {
+        current: Some(48),
+        maximum: Some(48),
+    };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, few).expect("a lower limit");
+}
+
+fn descriptors_that_are_not_taken_cost_an_export_and_no_session() {
+    let service = Service::on(Memory::Confined);
+    let mut writer = Session::open(&service.dial(), LockType::Rw, Some(PATIENCE)).expect("granted");
+    let id = writer.allocate(1, "t").expect("memory").allocation_id;
+    writer.commit().expect("published");
+    let reader = Session::open(&service.dial(), LockType::Ro, Some(PATIENCE)).expect("granted");
+    let reader = std::cell::RefCell::new(reader);
+    let mut lazy = Raw::connect(&service.path());
+    lazy.handshake(LockType::Ro, Some(PATIENCE.as_millis() as i128));
+    let allocation_id = id.clone();
+    let export = Request::from(ExportAllocationRequest { allocation_id }).encode();
+    lazy.say_bytes(&export.repeat(100));
+    // The service works it off while it answers this.
+    until(
+        || reader.borrow_mut().export(&id).is_err(),
+        || "descriptors without end".into(),
+    );
+    let listed = reader.borrow_mut().allocations(None);
+    assert!(listed.is_ok(), "its session goes on");
+    let is_refused =
+        |reply| matches!(reply, Some(Reply::Error(it)) if it.error.contains("under way"));
+    let refused = (0..100).filter(|_| is_refused(lazy.hear())).count();
+    assert_eq!(lazy.descriptors.len() + refused, 100);
+    assert!(refused > 0, "it has all of them");
+    until(
+        || reader.borrow_mut().export(&id).is_ok(),
+        || "no descriptor, though all were taken".into(),
+    );
 }
 
 fn ten_thousand_exports_leave_no_descriptor() {
@@ -204,14 +258,21 @@ fn the_failover_lock_is_not_inherited() {
     let holder = fork(|| {
         let mut lock = FailoverLock::new(&path);
         lock.acquire("0", None).expect("it is free");
-        // This child outlives the holder; with upstream's lock it would keep it.
+        // This child outlives the holder; with upstream's lock it would keep it. Nor is it told
+        // that it holds what its parent holds.
         fork(|| {
+            let refused = FailoverLock::new(&path).acquire("2", Some(Duration::ZERO));
+            let waited = matches!(refused, Err(FailoverError::TimedOut { .. }));
+            let _ = orphans.write_all(if waited { b"w" } else { b"?" });
             let _ = orphans.read_exact(&mut [0]);
         });
         there.write_all(b".").expect("heard");
         let _ = there.read_exact(&mut [0]);
     });
     here.read_exact(&mut [0]).expect("it holds the lock");
+    let mut waited = [0];
+    grandparent.read_exact(&mut waited).expect("a word");
+    assert_eq!(waited, *b"w", "its child waits for it like anybody else");
     // SAFETY: the child is ours and was not waited for.
     unsafe { libc::kill(holder, libc::SIGKILL) };
     wait(holder);

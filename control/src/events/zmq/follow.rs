@@ -150,6 +150,7 @@ impl Follower {
             address,
             side: Side::Publisher,
             group,
+            security: self.zmq.0.options.protection.dials.clone(),
         };
         self.running.link.command(dial).await
     }

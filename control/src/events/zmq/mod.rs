@@ -31,7 +31,7 @@ pub use address::{AddressError, BrokerUrl};
 pub(super) use inlet::{Inlet, Wanted};
 pub(super) use outlet::{Outlet, Own};
 
-use super::EventsError;
+use super::{CurveOptions, EventsError, Protection};
 use crate::discovery::{Discovery, Watch};
 use crate::env::Env;
 use link::{Link, Running};
@@ -64,6 +64,8 @@ pub struct ZmqOptions {
     pub host: IpAddr,
     /// Where they pass.
     pub via: Via,
+    /// Whether they are encrypted, and with which keys.
+    pub protection: Protection,
     /// Events that wait for one subscriber of this process, at most.
     pub queue_events_max: usize,
 }
@@ -75,12 +77,13 @@ impl ZmqOptions {
             ring,
             host: Ipv4Addr::LOCALHOST.into(),
             via: Via::Direct,
+            protection: Protection::default(),
             queue_events_max: QUEUE_EVENTS_MAX,
         }
     }
 
-    /// As `DYN_EVENT_PLANE_HOST`, `DYN_ZMQ_BROKER_URL`, `DYN_ZMQ_BROKER_ENABLED` and
-    /// `DYN_ZMQ_EVENT_SUBSCRIBER_CHANNEL_CAPACITY` say.
+    /// As `DYN_EVENT_PLANE_HOST`, `DYN_ZMQ_BROKER_URL`, `DYN_ZMQ_BROKER_ENABLED`,
+    /// `DYN_ZMQ_EVENT_SUBSCRIBER_CHANNEL_CAPACITY` and `CORELANE_EVENTS_CURVE_*` say.
     ///
     /// # Errors
     /// One of them cannot be understood; the text says what to write.
@@ -97,6 +100,7 @@ impl ZmqOptions {
             ring,
             host: address::host(env.get("DYN_EVENT_PLANE_HOST"))?,
             via,
+            protection: CurveOptions::read(env).load()?,
             queue_events_max: capacity.unwrap_or(QUEUE_EVENTS_MAX),
         })
     }
@@ -210,6 +214,7 @@ impl Zmq {
                 address,
                 side,
                 group,
+                security: self.0.options.protection.dials.clone(),
             };
             running.link.command(dial).await?;
         }

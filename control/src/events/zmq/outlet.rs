@@ -71,6 +71,7 @@ impl Zmq {
             listener,
             kind: DoorKind::Subscribers,
             group,
+            security: self.0.options.protection.doors.clone(),
         };
         running.link.command(Command::Open(door)).await?;
         let outlet = Outlet {

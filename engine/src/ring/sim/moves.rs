@@ -116,22 +116,9 @@ pub(super) fn receive(
     pending: &mut Pending,
     once_bytes: u32,
 ) -> Option<(Event, bool)> {
-    if let Some(event) = pending.early.take() {
-        return Some((event, false));
-    }
-    if world.readable(end).is_none() || !pending.is_due(world) {
-        return None;
-    }
-    if world.happens(world.faults.reset) {
-        world.reset(end);
-    }
-    let bytes = match world.readable(end)? {
-        Ok(0) => return Some((Event::EndOfStream, false)),
+    let bytes = match arrived(world, end, pending)? {
         Ok(bytes) => bytes,
-        Err(errno) => {
-            world.take_error(end);
-            return Some((Event::ReceiveFailed { errno }, false));
-        }
+        Err(event) => return Some((event, false)),
     };
     if memory.free.is_empty() || world.happens(world.faults.no_buffers) {
         return Some((Event::NoBuffers, false));
@@ -163,22 +150,9 @@ pub(super) fn land(
     room: Room,
     pending: &mut Pending,
 ) -> Option<(Event, bool)> {
-    if let Some(event) = pending.early.take() {
-        return Some((event, false));
-    }
-    if world.readable(end).is_none() || !pending.is_due(world) {
-        return None;
-    }
-    if world.happens(world.faults.reset) {
-        world.reset(end);
-    }
-    let bytes = match world.readable(end)? {
-        Ok(0) => return Some((Event::EndOfStream, false)),
+    let bytes = match arrived(world, end, pending)? {
         Ok(bytes) => bytes,
-        Err(errno) => {
-            world.take_error(end);
-            return Some((Event::ReceiveFailed { errno }, false));
-        }
+        Err(event) => return Some((event, false)),
     };
     let mut bytes = bytes.min(room.bytes as usize);
     if world.happens(world.faults.short_receive) {
@@ -189,6 +163,27 @@ pub(super) fn land(
     world.read(end, to);
     let bytes = bytes as u32;
     Some((Event::Landed { bytes }, false))
+}
+
+/// How many bytes may be received now, or the event that comes in their place. `None`: nothing yet.
+fn arrived(world: &mut World, end: usize, pending: &mut Pending) -> Option<Result<usize, Event>> {
+    if let Some(event) = pending.early.take() {
+        return Some(Err(event));
+    }
+    if world.readable(end).is_none() || !pending.is_due(world) {
+        return None;
+    }
+    if world.happens(world.faults.reset) {
+        world.reset(end);
+    }
+    Some(match world.readable(end)? {
+        Ok(0) => Err(Event::EndOfStream),
+        Ok(bytes) => Ok(bytes),
+        Err(errno) => {
+            world.take_error(end);
+            Err(Event::ReceiveFailed { errno })
+        }
+    })
 }
 
 pub(super) fn send(
