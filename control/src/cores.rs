@@ -13,7 +13,6 @@ use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
 
-use corelane_engine::balance::{Imbalance, Neighbour};
 use corelane_engine::config::{RingKind, ShardConfig};
 use corelane_engine::ends::Ends;
 use corelane_engine::executor::{self, ShardHandle, StartError};
@@ -22,7 +21,6 @@ use corelane_engine::settings::Census;
 use corelane_engine::shard::{Command, Report};
 use corelane_engine::stats::Stats;
 use thiserror::Error;
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{broadcast, oneshot, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
@@ -32,6 +30,11 @@ use crate::quic::{Quic, QuicError};
 use crate::steering::{self, Group, placing, unsteered};
 use crate::tls::{self, Tls, TlsError};
 use crate::trace;
+
+mod together;
+
+pub(crate) use self::together::register;
+use self::together::wanted_address;
 
 /// Longest wait until all shards listen; taking gigabytes of buffers takes a while.
 const START_MAX: Duration = Duration::from_secs(30);
@@ -176,11 +179,11 @@ impl Cores {
         };
         let mut address = wanted_address(plan)?;
         let mut list: Vec<Core> = Vec::with_capacity(plan.shards.len());
-        let group = Group::new(placing(plan), plan.cpus());
+        let group = Group::new(placing(plan), plan.members());
         group.tell();
         for planned in &plan.shards {
             let mut planned = planned.clone();
-            planned.config.steering = group.program();
+            planned.config.steering = group.program(planned.config.shard);
             planned.listen_at(address);
             tls::ask(&mut planned.config, &plan.tls);
             let own = ends(planned.config.shard);
@@ -268,7 +271,7 @@ impl Cores {
             planned.cause = "start_failed";
             planned.listen_at(self.address);
             self.group.again(index);
-            planned.config.steering = self.group.program();
+            planned.config.steering = self.group.program(index);
             if let Some(handed) = &planned.config.handed {
                 // Its mode is that of all who share it; io_uring takes either.
                 let _ = handed.set_nonblocking(true);
@@ -374,29 +377,6 @@ impl Cores {
     pub fn all_run(&self) -> bool {
         let runs = |core: &Core| *core.state.borrow() == State::Running;
         self.list.iter().all(runs)
-    }
-
-    /// Makes the cores known to each other where connections may go from one to the other.
-    async fn introduce(&self) {
-        let hands_over =
-            |core: &Core| core.planned.borrow().config.imbalance == Imbalance::LeastConnections;
-        if self.list.len() < 2 || !self.list.iter().any(hands_over) {
-            return;
-        }
-        let neighbour = |core: &Core| {
-            let handle = core.handle.borrow();
-            Neighbour {
-                stats: Arc::clone(&handle.stats),
-                commands: handle.commands(),
-            }
-        };
-        let others = |index: usize| {
-            let others = self.list.iter().enumerate();
-            let others = others.filter(|(other, _)| *other != index);
-            others.map(|(_, core)| neighbour(core)).collect()
-        };
-        self.tell_each(|index| Command::Neighbours(others(index)))
-            .await;
     }
 
     /// Waits until a shard has ended that was not told to.
@@ -601,34 +581,6 @@ impl Cores {
         }
         self.quic.finish().await;
     }
-}
-
-/// The address to bind. Shards share their port with whoever of the same user asks for it, so a
-/// port that another process has is found out by asking for it alone.
-fn wanted_address(plan: &Plan) -> Result<SocketAddr, CoresError> {
-    let mut handed = plan
-        .shards
-        .iter()
-        .filter_map(|shard| shard.config.handed.as_ref());
-    if let Some(address) = handed.find_map(|socket| socket.local_addr().ok()) {
-        return Ok(address);
-    }
-    let mut shared = plan.shards.iter().filter(|shard| !shard.alone);
-    let listen = shared.find_map(|shard| shard.config.listen);
-    let address = listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0)));
-    if address.port() != 0 {
-        let alone = executor::listen(address, false, true);
-        alone.map_err(|source| CoresError::Listen { address, source })?;
-    }
-    Ok(address)
-}
-
-#[expect(
-    deprecated,
-    reason = "sound for an OwnedFd, which is open and the same until dropped"
-)]
-pub(crate) fn register(wake: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
-    AsyncFd::with_interest(wake, Interest::READABLE)
 }
 
 async fn read_reports(cores: Weak<Cores>, index: usize, wake: AsyncFd<OwnedFd>) {

@@ -59,9 +59,10 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The CPUs of the shards, by index.
-    pub fn cpus(&self) -> Vec<usize> {
-        self.shards.iter().map(|shard| shard.config.cpu).collect()
+    /// The CPU of each shard, and whether it listens together with others, by index.
+    pub fn members(&self) -> Vec<(usize, bool)> {
+        let member = |shard: &Planned| (shard.config.cpu, !shard.alone);
+        self.shards.iter().map(member).collect()
     }
 
     /// Whether the cores take connections from sockets that were handed over.

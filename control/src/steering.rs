@@ -30,7 +30,8 @@ impl Default for Placing {
 }
 
 /// The listening group of all cores. The kernel knows its members by their places: in the order in
-/// which they began to listen, and when one goes the last one takes its place.
+/// which they began to listen, and when one goes the last one takes its place. A core that listens
+/// by itself is no member.
 #[derive(Debug)]
 pub struct Group {
     placing: Placing,
@@ -41,13 +42,13 @@ pub struct Group {
 }
 
 impl Group {
-    /// Cores on these CPUs, which listen one after the other.
-    pub fn new(placing: Placing, cpus: Vec<usize>) -> Self {
-        let places = RefCell::new((0..cpus.len()).collect());
+    /// The CPUs of all cores, and which of them listen together, one after the other.
+    pub fn new(placing: Placing, cores: Vec<(usize, bool)>) -> Self {
+        let members = cores.iter().enumerate().filter(|(_, (_, member))| *member);
         Self {
             placing,
-            cpus,
-            places,
+            places: RefCell::new(members.map(|(index, _)| index).collect()),
+            cpus: cores.iter().map(|(cpu, _)| *cpu).collect(),
         }
     }
 
@@ -56,8 +57,8 @@ impl Group {
         let mut places = self.places.borrow_mut();
         if let Some(place) = places.iter().position(|known| *known == index) {
             places.swap_remove(place);
+            places.push(index);
         }
-        places.push(index);
     }
 
     fn place(&self, index: usize) -> Option<u32> {
@@ -66,8 +67,10 @@ impl Group {
         u32::try_from(place).ok()
     }
 
-    /// The program; `None`: the kernel's hash chooses.
-    pub fn program(&self) -> Option<Program> {
+    /// The program that a core brings along; `None`: the kernel's hash chooses, or it listens by
+    /// itself.
+    pub fn program(&self, index: usize) -> Option<Program> {
+        self.place(index)?;
         match self.placing.by {
             Steering::Hash => None,
             Steering::Cpu => {
@@ -147,14 +150,17 @@ mod tests {
 
     #[test]
     fn places_follow_who_listens_anew() {
-        let group = Group::new(Placing::default(), vec![4, 5, 6]);
-        let places = || [0, 1, 2].map(|index| group.place(index).unwrap());
+        let cores = vec![(4, true), (5, true), (8, false), (6, true)];
+        let group = Group::new(Placing::default(), cores);
+        let places = || [0, 1, 3].map(|index| group.place(index).unwrap());
         assert_eq!(places(), [0, 1, 2]);
         group.again(0);
         assert_eq!(places(), [2, 1, 0], "the last one took its place");
         group.again(1);
         assert_eq!(places(), [1, 2, 0]);
-        assert!(group.program().is_none());
+        group.again(2);
+        assert_eq!(places(), [1, 2, 0], "it is alone");
+        assert!(group.place(2).is_none() && group.program(0).is_none());
     }
 
     #[test]
@@ -164,11 +170,12 @@ mod tests {
             by: Steering::Queue,
             queues: vec![(0, gone)],
         };
-        assert!(Group::new(placing, vec![0]).program().is_none());
+        assert!(Group::new(placing, vec![(0, true)]).program(0).is_none());
         let by_cpu = Placing {
             by: Steering::Cpu,
             queues: Vec::new(),
         };
-        assert!(Group::new(by_cpu, vec![0]).program().is_some());
+        let group = Group::new(by_cpu, vec![(0, true), (1, false)]);
+        assert!(group.program(0).is_some() && group.program(1).is_none());
     }
 }
