@@ -282,69 +282,32 @@ fn what_cannot_be_called_is_told() {
 #[test]
 fn reports_of_all_commands_follow_the_schema() {
     let schema = schema();
-    let short = ["--rounds", "1", "--seconds", "0.05", "--warmup", "0.02"];
-    check(
-        &report(&[&["hop", "--vs", "none", "--connections", "1"][..], &short].concat()),
-        &schema,
-    );
-    check(
-        &report(&["event-codec", "--rounds", "1", "--events", "10"]),
-        &schema,
-    );
-    let kv = [
-        "kv",
-        "--blocks",
-        "2000",
-        "--prompt-blocks",
-        "16",
-        "--lookups",
-        "10",
-    ];
-    check(&report(&kv), &schema);
+    let check_line = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        check(&report(&words), &schema);
+    };
+    let short = "--rounds 1 --seconds 0.05 --warmup 0.02";
+    check_line(&format!("hop --vs none --connections 1 {short}"));
+    check_line("event-codec --rounds 1 --events 10 --no-instructions");
+    check_line("kv --blocks 2000 --prompt-blocks 16 --lookups 10 --rounds 1 --no-instructions");
     let bench = Path::new(env!("CARGO_BIN_EXE_corelane-bench"));
     if bench.with_file_name("corelane").exists() {
-        let events = [
-            "events",
-            "--publishers",
-            "1",
-            "--subscribers",
-            "1",
-            "--bytes",
-            "200",
-        ];
-        let python = ["--python", "none"];
-        check(&report(&[&events[..], &python, &short].concat()), &schema);
-        check(
-            &report(&[&["lane", "--bodies", "128"][..], &short].concat()),
-            &schema,
-        );
-        let gms = [
-            "gms",
-            "--waiting",
-            "1",
-            "--turns",
-            "3",
-            "--kills",
-            "1",
-            "--warmup",
-            "1",
-        ];
-        check(
-            &report(&[&gms[..], &["--rounds", "1"], &python].concat()),
-            &schema,
-        );
+        let events = "events --publishers 1 --subscribers 1 --bytes 200";
+        check_line(&format!("{events} {short}"));
+        check_line(&format!("lane --bodies 128 {short}"));
+        check_line("gms --waiting 1 --turns 3 --kills 1 --warmup 1 --rounds 1");
     } else {
         println!("left out: there is no corelane beside corelane-bench");
     }
     // What was kept, of commands that want programs which are not here too.
     let runs = Path::new(env!("CARGO_MANIFEST_DIR")).join("runs");
     for entry in fs::read_dir(runs).into_iter().flatten().flatten() {
-        let text = fs::read_to_string(entry.path()).unwrap();
-        if entry
-            .path()
+        let path = entry.path();
+        if path
             .extension()
             .is_some_and(|extension| extension == "json")
         {
+            let text = fs::read_to_string(path).unwrap();
             check(&serde_json::from_str(&text).unwrap(), &schema);
         }
     }
