@@ -89,7 +89,7 @@ fn schema() -> Value {
 }
 
 /// A run of two windows of half a second, 100 requests/s.
-const RUN: [&str; 10] = [
+const RUN: [&str; 12] = [
     "--rate",
     "100",
     "--arrivals",
@@ -100,6 +100,8 @@ const RUN: [&str; 10] = [
     "0.5",
     "--warmup",
     "0.1",
+    "--timeout",
+    "100",
 ];
 
 #[test]
@@ -177,21 +179,8 @@ fn check_files([html, svg, hlog, tables]: [&Path; 4]) {
 #[test]
 fn a_sweep_finds_what_the_server_can_do() {
     let address = worker();
-    let found = report(
-        &[
-            &[
-                "server",
-                "--address",
-                &address,
-                "--rounds",
-                "1",
-                "--seconds",
-                "0.2",
-            ][..],
-            &["--warmup", "0.05"],
-        ]
-        .concat(),
-    );
+    let sweep = format!("server --address {address} --rounds 1 --seconds 0.3 --warmup 0.05");
+    let found = report(&sweep.split_whitespace().collect::<Vec<_>>());
     check(&found, &schema());
     assert_eq!(found["settings"]["sweep"], true);
     let rates: Vec<f64> = found["loads"]
@@ -213,29 +202,18 @@ fn broken_thresholds_fail_the_run_and_are_named() {
     let run = |bounds: &str| {
         let file = dir.path().join("bounds.toml");
         fs::write(&file, bounds).unwrap();
-        bench(
-            &[
-                &[
-                    "server",
-                    "--address",
-                    &address,
-                    "--callers",
-                    "2",
-                    "--rounds",
-                    "1",
-                ][..],
-                &["--seconds", "0.2", "--thresholds", file.to_str().unwrap()],
-            ]
-            .concat(),
-        )
+        let load = "--rate 50 --arrivals even --rounds 1 --seconds 0.4 --timeout 100";
+        let target = format!("server --address {address} {load} --thresholds");
+        let words: Vec<&str> = target.split_whitespace().collect();
+        bench(&[&words[..], &[file.to_str().unwrap()]].concat())
     };
-    let kept = run("[[threshold]]\nvalue = \"latency_us/p50\"\nmax = 60000000\n");
+    let kept = run("[[threshold]]\nvalue = \"latency_us/p50\"\nmax = 600000000\n");
     assert!(kept.status.success(), "{}", errors(&kept));
     let broken = run("[[threshold]]\narm = \"target\"\nvalue = \"latency_us/p50\"\nmax = 0.001\n");
     assert_eq!(broken.status.code(), Some(1), "{}", errors(&broken));
     let text = errors(&broken);
     assert!(
-        text.contains("latency_us/p50 of target under closed loop, 2 callers"),
+        text.contains("latency_us/p50 of target under open loop, 50 requests/s even"),
         "{text}"
     );
     let wrong = run("[[threshold]]\nvalue = \"latency_us/p50\"\n");
