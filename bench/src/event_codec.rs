@@ -26,6 +26,9 @@ pub(crate) struct EventCodecArgs {
     /// Events read in a round
     #[arg(long, default_value_t = 200_000)]
     events: u32,
+    /// Do not count instructions, one by one, which takes its time on a busy machine
+    #[arg(long)]
+    no_instructions: bool,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -152,11 +155,12 @@ fn group(
     let ns = nanoseconds(args, input, readers);
     let hiccup_us = Quantiles::of_ns(&hiccup.take());
     drop(hiccup);
+    let counts = !args.no_instructions && (!may_allocate || !cfg!(test));
     let rows = readers.iter().zip(ns).map(|((reader, read), ns)| Row {
         arm: reader,
         // What allocates must not be counted in a forked child of a process with threads; this
         // one has none.
-        instructions: (!may_allocate || !cfg!(test))
+        instructions: (counts && !reader.ends_with("-again"))
             .then(|| instructions::count(|| read(input)).ok())
             .flatten(),
         ns: round(ns),

@@ -31,6 +31,9 @@ pub(crate) struct KvArgs {
     /// Rounds; the best one counts
     #[arg(long, default_value_t = 5)]
     rounds: u32,
+    /// Do not count instructions, one by one, which takes its time on a busy machine
+    #[arg(long)]
+    no_instructions: bool,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -134,7 +137,9 @@ fn row(args: &KvArgs, blocks: usize) -> anyhow::Result<Row> {
         blocks,
         nodes,
         overlap,
-        instructions_per_lookup: instructions::count(once).ok(),
+        instructions_per_lookup: (!args.no_instructions)
+            .then(|| instructions::count(once).ok())
+            .flatten(),
         ns_per_block_stored: round(ns_per_block_stored),
         hiccup_us,
         arms,
@@ -215,6 +220,7 @@ mod tests {
             prompt_blocks: 16,
             lookups: 100,
             rounds: 1,
+            no_instructions: false,
             output: OutputArgs::default(),
         };
         let row = row(&args, 2_000).unwrap();

@@ -25,6 +25,9 @@ use crate::stock::Load;
 /// How long instances may take to appear in discovery.
 const APPEAR_MAX: Duration = Duration::from_secs(10);
 
+/// Windows in which nothing was answered until a server is said to answer nothing.
+const CAPACITY_ATTEMPTS: u64 = 5;
+
 /// What the first arm is called.
 pub(crate) const TARGET: &str = "target";
 
@@ -103,12 +106,16 @@ impl<'a> Scene<'a> {
     pub(crate) async fn capacity(&self, callers: u32) -> Result<f64> {
         let mut progress = Progress::of(1);
         progress.begin("what the server can do");
-        let (found, _) = self.slice(0, Load::Closed(callers), 0).await?;
-        let rate = found.replies as f64 / found.elapsed.as_secs_f64().max(1e-9);
-        match found.replies {
-            0 => bail!("nothing was answered: {}", found.error.unwrap_or_default()),
-            _ => Ok(rate),
+        let mut why = None;
+        // A window in which this very process stood still says nothing.
+        for attempt in 0..CAPACITY_ATTEMPTS {
+            let (found, _) = self.slice(0, Load::Closed(callers), attempt).await?;
+            if found.replies > 0 {
+                return Ok(found.replies as f64 / found.elapsed.as_secs_f64().max(1e-9));
+            }
+            why = found.error;
         }
+        bail!("nothing was answered: {}", why.unwrap_or_default())
     }
 
     /// All rounds of one load; a record per arm.

@@ -89,7 +89,7 @@ fn schema() -> Value {
 }
 
 /// A run of two windows of half a second, 100 requests/s.
-const RUN: [&str; 10] = [
+const RUN: [&str; 12] = [
     "--rate",
     "100",
     "--arrivals",
@@ -100,6 +100,8 @@ const RUN: [&str; 10] = [
     "0.5",
     "--warmup",
     "0.1",
+    "--timeout",
+    "100",
 ];
 
 #[test]
@@ -177,21 +179,8 @@ fn check_files([html, svg, hlog, tables]: [&Path; 4]) {
 #[test]
 fn a_sweep_finds_what_the_server_can_do() {
     let address = worker();
-    let found = report(
-        &[
-            &[
-                "server",
-                "--address",
-                &address,
-                "--rounds",
-                "1",
-                "--seconds",
-                "0.2",
-            ][..],
-            &["--warmup", "0.05"],
-        ]
-        .concat(),
-    );
+    let sweep = format!("server --address {address} --rounds 1 --seconds 0.3 --warmup 0.05");
+    let found = report(&sweep.split_whitespace().collect::<Vec<_>>());
     check(&found, &schema());
     assert_eq!(found["settings"]["sweep"], true);
     let rates: Vec<f64> = found["loads"]
@@ -213,29 +202,18 @@ fn broken_thresholds_fail_the_run_and_are_named() {
     let run = |bounds: &str| {
         let file = dir.path().join("bounds.toml");
         fs::write(&file, bounds).unwrap();
-        bench(
-            &[
-                &[
-                    "server",
-                    "--address",
-                    &address,
-                    "--callers",
-                    "2",
-                    "--rounds",
-                    "1",
-                ][..],
-                &["--seconds", "0.2", "--thresholds", file.to_str().unwrap()],
-            ]
-            .concat(),
-        )
+        let load = "--rate 50 --arrivals even --rounds 1 --seconds 0.4 --timeout 100";
+        let target = format!("server --address {address} {load} --thresholds");
+        let words: Vec<&str> = target.split_whitespace().collect();
+        bench(&[&words[..], &[file.to_str().unwrap()]].concat())
     };
-    let kept = run("[[threshold]]\nvalue = \"latency_us/p50\"\nmax = 60000000\n");
+    let kept = run("[[threshold]]\nvalue = \"latency_us/p50\"\nmax = 600000000\n");
     assert!(kept.status.success(), "{}", errors(&kept));
     let broken = run("[[threshold]]\narm = \"target\"\nvalue = \"latency_us/p50\"\nmax = 0.001\n");
     assert_eq!(broken.status.code(), Some(1), "{}", errors(&broken));
     let text = errors(&broken);
     assert!(
-        text.contains("latency_us/p50 of target under closed loop, 2 callers"),
+        text.contains("latency_us/p50 of target under open loop, 50 requests/s even"),
         "{text}"
     );
     let wrong = run("[[threshold]]\nvalue = \"latency_us/p50\"\n");
@@ -282,69 +260,32 @@ fn what_cannot_be_called_is_told() {
 #[test]
 fn reports_of_all_commands_follow_the_schema() {
     let schema = schema();
-    let short = ["--rounds", "1", "--seconds", "0.05", "--warmup", "0.02"];
-    check(
-        &report(&[&["hop", "--vs", "none", "--connections", "1"][..], &short].concat()),
-        &schema,
-    );
-    check(
-        &report(&["event-codec", "--rounds", "1", "--events", "10"]),
-        &schema,
-    );
-    let kv = [
-        "kv",
-        "--blocks",
-        "2000",
-        "--prompt-blocks",
-        "16",
-        "--lookups",
-        "10",
-    ];
-    check(&report(&kv), &schema);
+    let check_line = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        check(&report(&words), &schema);
+    };
+    let short = "--rounds 1 --seconds 0.05 --warmup 0.02";
+    check_line(&format!("hop --vs none --connections 1 {short}"));
+    check_line("event-codec --rounds 1 --events 10 --no-instructions");
+    check_line("kv --blocks 2000 --prompt-blocks 16 --lookups 10 --rounds 1 --no-instructions");
     let bench = Path::new(env!("CARGO_BIN_EXE_corelane-bench"));
     if bench.with_file_name("corelane").exists() {
-        let events = [
-            "events",
-            "--publishers",
-            "1",
-            "--subscribers",
-            "1",
-            "--bytes",
-            "200",
-        ];
-        let python = ["--python", "none"];
-        check(&report(&[&events[..], &python, &short].concat()), &schema);
-        check(
-            &report(&[&["lane", "--bodies", "128"][..], &short].concat()),
-            &schema,
-        );
-        let gms = [
-            "gms",
-            "--waiting",
-            "1",
-            "--turns",
-            "3",
-            "--kills",
-            "1",
-            "--warmup",
-            "1",
-        ];
-        check(
-            &report(&[&gms[..], &["--rounds", "1"], &python].concat()),
-            &schema,
-        );
+        let events = "events --publishers 1 --subscribers 1 --bytes 200";
+        check_line(&format!("{events} {short}"));
+        check_line(&format!("lane --bodies 128 {short}"));
+        check_line("gms --waiting 1 --turns 3 --kills 1 --warmup 1 --rounds 1");
     } else {
         println!("left out: there is no corelane beside corelane-bench");
     }
     // What was kept, of commands that want programs which are not here too.
     let runs = Path::new(env!("CARGO_MANIFEST_DIR")).join("runs");
     for entry in fs::read_dir(runs).into_iter().flatten().flatten() {
-        let text = fs::read_to_string(entry.path()).unwrap();
-        if entry
-            .path()
+        let path = entry.path();
+        if path
             .extension()
             .is_some_and(|extension| extension == "json")
         {
+            let text = fs::read_to_string(path).unwrap();
             check(&serde_json::from_str(&text).unwrap(), &schema);
         }
     }
