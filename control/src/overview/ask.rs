@@ -26,20 +26,19 @@ impl Asker {
         }
     }
 
-    /// What each core says of each route, by route and then by core; `None` where it says nothing
-    /// in time, or does not know the route.
+    /// What each core says of the routes at these places of the directory, by route and then by
+    /// core; `None` where it says nothing in time, or does not know the route.
     pub(super) async fn ask(
         &self,
-        routes: std::ops::Range<usize>,
+        places: &[usize],
         headers: &[u8],
         candidates_max: usize,
     ) -> Vec<Vec<Option<Weighing>>> {
-        let first = routes.start;
-        let mut answers = vec![vec![None; self.open.len()]; routes.len()];
+        let mut answers = vec![vec![None; self.open.len()]; places.len()];
         let (sender, mut receiver) = mpsc::unbounded_channel();
         let commands = self.cores.commands();
         for (core, (commands, open)) in commands.iter().zip(&self.open).enumerate() {
-            for route in routes.clone() {
+            for (route, place) in places.iter().enumerate() {
                 if Arc::strong_count(open) > UNANSWERED_MAX {
                     break;
                 }
@@ -50,7 +49,7 @@ impl Asker {
                     let _ = sender.send((route, core, weighing));
                 };
                 let question = Question {
-                    route: u32::try_from(route).unwrap_or(u32::MAX),
+                    route: u32::try_from(*place).unwrap_or(u32::MAX),
                     headers: headers.to_vec(),
                     prompt: Vec::new(),
                     candidates_max,
@@ -64,7 +63,7 @@ impl Asker {
         drop(sender);
         let all = async {
             while let Some((route, core, weighing)) = receiver.recv().await {
-                answers[route - first][core] = Some(weighing);
+                answers[route][core] = Some(weighing);
             }
         };
         let _ = timeout(ANSWER_MAX, all).await;

@@ -22,7 +22,7 @@ use super::{
 use crate::config;
 use crate::cores::Cores;
 use crate::preflight::ring_word;
-use crate::publish::Board;
+use crate::publish::{Board, Listed};
 use crate::status_server::{Answer, Later};
 
 /// Instances of an answer, at most, all routes taken together.
@@ -84,12 +84,15 @@ impl Pages {
                 _ => return wrong(OVERVIEW, "there is only instances"),
             }
         }
-        let directory = self.sources.board.published(0);
-        let listed = directory.routes.len().min(ROUTES_MAX);
-        let most = most.min(LISTED_MAX / listed.max(1));
-        let said = self.asker.ask(0..listed, b"", most).await;
+        // Those that a reload has replaced, and that only end, are not among them.
+        let mut placed = self.sources.board.placed();
+        let left_out = placed.len().saturating_sub(ROUTES_MAX);
+        placed.truncate(ROUTES_MAX);
+        let most = most.min(LISTED_MAX / placed.len().max(1));
+        let places: Vec<usize> = placed.iter().map(|(place, _)| *place).collect();
+        let said = self.asker.ask(&places, b"", most).await;
         let answers =
-            |core: usize| listed == 0 || said.iter().any(|by_core| by_core[core].is_some());
+            |core: usize| said.is_empty() || said.iter().any(|by_core| by_core[core].is_some());
         let cores = self.sources.cores.configs().into_iter().enumerate();
         let cores = cores.map(|(index, core)| Core {
             core: core.shard as u64,
@@ -103,8 +106,7 @@ impl Pages {
             buffers: core.buffers.into(),
             answers: answers(index),
         });
-        let routes = directory.routes.iter().zip(&said);
-        let routes = routes.filter(|(route, _)| !route.listen.is_empty());
+        let routes = placed.iter().zip(&said);
         json(&Overview {
             version: VERSION,
             program: env!("CARGO_PKG_VERSION").to_owned(),
@@ -115,35 +117,10 @@ impl Pages {
             discovery: self.sources.discovery.to_string(),
             cores: cores.collect(),
             routes: routes
-                .map(|(route, by_core)| self.route(route, by_core))
+                .map(|((_, listed), by_core)| route(listed, by_core))
                 .collect(),
-            routes_left_out: directory.routes.len() - listed,
+            routes_left_out: left_out,
         })
-    }
-
-    fn route(&self, route: &directory::Route, by_core: &[Option<Weighing>]) -> Route {
-        let mut known = self.sources.board.routes().into_iter();
-        let known = known.find(|listed| listed.route.listen.to_string() == route.listen);
-        let mut instances = BTreeMap::new();
-        for one in by_core.iter().flatten().flat_map(|said| &said.candidates) {
-            add(&mut instances, one);
-        }
-        let left_out = by_core.iter().flatten().map(|said| said.left_out);
-        Route {
-            listen: route.listen.clone(),
-            target: route.target.clone(),
-            policy: policy_word(route.policy).to_owned(),
-            response: match route.relay {
-                Some(_) => "relay",
-                None => "direct",
-            }
-            .to_owned(),
-            lane: route.lane,
-            registered: known.as_ref().is_some_and(|listed| listed.is_registered()),
-            fresh: known.as_ref().is_some_and(|listed| listed.is_fresh()),
-            instances: instances.into_values().collect(),
-            instances_left_out: left_out.max().unwrap_or(0),
-        }
     }
 
     async fn explain(&self, query: &str) -> Answer {
@@ -178,10 +155,7 @@ impl Pages {
         let members: Vec<(&str, &str)> = members.iter().map(|(n, v)| (&**n, &**v)).collect();
         let mut written = Vec::new();
         headers::write(&members, &mut written);
-        let mut said = self
-            .asker
-            .ask(index..index + 1, &written, INSTANCES_MAX)
-            .await;
+        let mut said = self.asker.ask(&[index], &written, INSTANCES_MAX).await;
         let by_core = said.pop().unwrap_or_default();
         match by_core.get(core) {
             Some(Some(weighing)) => json(&explanation(
@@ -194,6 +168,26 @@ impl Pages {
                 (StatusCode::SERVICE_UNAVAILABLE, PLAIN, text.into_bytes())
             }
         }
+    }
+}
+
+fn route(listed: &Listed, by_core: &[Option<Weighing>]) -> Route {
+    let mut instances = BTreeMap::new();
+    for one in by_core.iter().flatten().flat_map(|said| &said.candidates) {
+        add(&mut instances, one);
+    }
+    let left_out = by_core.iter().flatten().map(|said| said.left_out);
+    let route = &listed.route;
+    Route {
+        listen: route.listen.to_string(),
+        target: route.target.to_string(),
+        policy: route.policy.to_string(),
+        response: route.response.to_string(),
+        lane: route.lane.is_some(),
+        registered: listed.is_registered(),
+        fresh: listed.is_fresh(),
+        instances: instances.into_values().collect(),
+        instances_left_out: left_out.max().unwrap_or(0),
     }
 }
 
@@ -257,12 +251,16 @@ fn find(directory: &Directory, path: &str) -> Option<usize> {
     let is_path = |of: &Vec<u8>| of == path.as_bytes();
     let mut routes = directory.routes.iter();
     let exact = routes.position(|route| route.paths.iter().any(is_path));
-    let mut routes = directory.routes.iter();
-    exact.or_else(|| routes.position(|route| !path.is_empty() && route.listen == path))
+    // What a reload has replaced has no paths any more.
+    let named = |route: &directory::Route| route.listen == path && !route.paths.is_empty();
+    exact.or_else(|| directory.routes.iter().position(named))
 }
 
 fn unknown(directory: &Directory, path: &str) -> Answer {
-    let offered = directory.routes.iter().take(ROUTES_MAX);
+    let offered = directory.routes.iter();
+    let offered = offered
+        .filter(|route| !route.paths.is_empty())
+        .take(ROUTES_MAX);
     let offered: Vec<&str> = offered.map(|route| route.listen.as_str()).collect();
     let offered = offered.join(", ");
     let text = format!(

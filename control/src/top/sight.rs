@@ -447,6 +447,14 @@ fn planes(pair: &Pair<'_>) -> Vec<(&'static str, String)> {
             format!("{store}, identity {identity}, {registered} of {routes} routes registered"),
         ));
     }
+    if let Some(generation) = metrics.sum("corelane_config_generation", &[]) {
+        let taken = metrics.sum("corelane_config_last_reload_successful", &[]);
+        let last = match taken {
+            Some(taken) if taken < 1.0 => ", the last reload was refused or taken back",
+            _ => "",
+        };
+        planes.push(("config", format!("generation {generation}{last}")));
+    }
     if metrics
         .sum("corelane_discovery_watched_keys", &[])
         .is_some()
