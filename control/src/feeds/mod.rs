@@ -8,7 +8,7 @@
 //! ```
 //!
 //! There is one feed for each target and topic that some route wants. Events are best effort: what
-//! was missed is counted, and asked for where it matters, or forgotten ([`recovery`]).
+//! was missed is counted, and asked for where it matters, or forgotten.
 
 mod asking;
 mod caches;
