@@ -227,58 +227,6 @@ fn a_bad_edit_is_refused_with_its_place_and_nothing_is_changed() {
     );
 }
 
-#[test]
-fn the_log_is_filtered_as_the_configuration_in_force_says() {
-    let worker = Worker::start();
-    let base = route(LISTEN, TARGET, "") + &instance(&worker, "a1", TARGET) + CALM;
-    let quiet = base.clone() + "[control]\nlog = \"warn\"\n";
-    let mut router = Program::wrapped(&["/usr/bin/env", "-u", "CORELANE_LOG"], &quiet, &[]);
-    router.ready();
-    assert!(!router.log().contains(" INFO "), "{}", router.log());
-    router.rewrite(&(base.clone() + "[control]\nlog = \"debug\"\n"));
-    let report = reload(&router);
-    assert_eq!(report["result"], "applied");
-    assert!(
-        report["core"].is_null(),
-        "no core has to do with it: {report}"
-    );
-    assert!(router.log().contains(" INFO "), "{}", router.log());
-    let wrong = base + "[control]\nlog = \"corelane=loud\"\n";
-    router.rewrite(&wrong);
-    assert_eq!(reload(&router)["result"], "refused");
-}
-
-#[test]
-fn a_core_listens_by_itself_as_well() {
-    let worker = Worker::start();
-    let text = route(LISTEN, TARGET, "") + &instance(&worker, "a1", TARGET);
-    let own: SocketAddr = ([127, 0, 0, 1], free_port()).into();
-    let file = format!(
-        "[core]\nlisten = \"{own}\"\nring_depth = 64\nnuma_node = 0\nupstreams_max = 16\n\
-         instances_max = 16\nbuffers = 64\n"
-    );
-    let first = rustix::thread::sched_getaffinity(None).unwrap();
-    let cpus: Vec<usize> = (0..rustix::thread::CpuSet::MAX_CPU)
-        .filter(|cpu| first.is_set(*cpu))
-        .collect();
-    let [one, .., other] = cpus[..] else {
-        return println!("left out: this takes two CPUs");
-    };
-    let name = format!("cores.d/{other}.toml");
-    let text = format!("{text}[core]\ncpus = \"{one},{other}\"\n");
-    let mut router = Program::beside(&[], &text, &[], &[(&name, &file)]);
-    router.ready();
-    let (shared, path) = router.path(LISTEN);
-    assert_ne!(shared, own, "discovery tells of the shared one");
-    assert_eq!(Caller::dial(shared).ask(&path), "");
-    assert_eq!(Caller::dial(own).ask(&path), "");
-    wait_until("both are forwarded", || worker.taken() == 2);
-    let cpu = format!("cpu=\"{other}\"");
-    wait_until("the core has had its own", || {
-        router.metric(&["corelane_requests_total{", &cpu]) == 1.0
-    });
-}
-
 /// Callers on connections of their own, one request after the other, until told to end.
 struct Load {
     stop: Arc<AtomicBool>,

@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -55,24 +55,11 @@ impl Program {
 
     /// The same, started by a command line that ends with it.
     pub fn wrapped(wrap: &[&str], text: &str, env: &[(&str, &str)]) -> Program {
-        Program::beside(wrap, text, env, &[])
-    }
-
-    /// The same with further files beside the configuration.
-    pub fn beside(
-        wrap: &[&str],
-        text: &str,
-        env: &[(&str, &str)],
-        files: &[(&str, &str)],
-    ) -> Program {
         let status_port = free_port();
         let text = format!("[server]\nstatus_port = {status_port}\n{text}");
         let folder = tempfile::tempdir().unwrap();
         let config = folder.path().join("corelane.toml");
         std::fs::write(&config, text).unwrap();
-        for (name, text) in files {
-            write(folder.path(), name, text);
-        }
         let config = config.to_string_lossy();
         let line = [wrap, &[PROGRAM, "serve", "--config", &*config]].concat();
         Program::start(&line, env, folder, status_port)
@@ -116,7 +103,9 @@ impl Program {
 
     /// Writes a file beside its configuration, and the folder that it lies in.
     pub fn write(&self, name: &str, text: &str) {
-        write(self.folder.path(), name, text);
+        let path = self.folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
     }
 
     /// Takes such a file away.
@@ -211,12 +200,6 @@ impl Program {
             .code()
             .unwrap_or(-1)
     }
-}
-
-fn write(folder: &Path, name: &str, text: &str) {
-    let path = folder.join(name);
-    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-    std::fs::write(path, text).unwrap();
 }
 
 /// The tests keep to the ring that the whole run is made on.
