@@ -419,7 +419,7 @@ fn round_marks(low: f64, high: f64) -> Vec<f64> {
 /// A number beside an axis.
 fn short(value: f64) -> String {
     match value {
-        v if v == 0.0 => "0".into(),
+        0.0 => "0".into(),
         v if v.abs() >= 1e6 => format!("{} M", trimmed(v / 1e6)),
         v if v.abs() >= 1e4 => format!("{} k", trimmed(v / 1e3)),
         v => trimmed(v),
