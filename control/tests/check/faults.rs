@@ -145,7 +145,7 @@ pub(crate) const AFTER_ROUTE: &[(&str, &[&str])] = &[
         &[
             "c.toml:7:2: unknown table \"zebra\"; known are [server], [discovery], [[route]], \
          [[instance]], [core], [control], [tls], [drain], [gpu], [planner], \
-         [events]",
+         [events], [reload]",
         ],
     ),
     (
@@ -284,6 +284,8 @@ pub(crate) const AFTER_ROUTE: &[(&str, &[&str])] = &[
         &[
             "c.toml:9:16: warning: busy_poll_us is 500 with idle = \"spin\": \
          tasks of the core wait as long; write 100 or less, or idle = \"block\"",
+            "default: warning: the control core shares CPU 3 with a data core that spins; \
+         write idle = \"block\", or keep a CPU out of cpus",
         ],
     ),
     (
