@@ -17,6 +17,7 @@ use corelane_codec::control_message::{
     TcpConnectionInfo,
 };
 use corelane_codec::event::{Envelope, frame, multipart, topic};
+use corelane_codec::limits::MESSAGE_BYTES_MAX_DEFAULT;
 use corelane_codec::{headers, reply_frame, request_frame, two_part};
 use corelane_engine::buffers::Buffers;
 use corelane_engine::config::{RingKind, ShardConfig};
@@ -109,7 +110,8 @@ fn decode_envelope(bytes: Vec<u8>) {
 #[bench::refused(b"\0\0\0\x10instance is busy".to_vec())]
 fn decode_reply(bytes: Vec<u8>) {
     for _ in 0..TIMES {
-        let _ = black_box(reply_frame::decode(black_box(&bytes), 1 << 25).frame());
+        let _ =
+            black_box(reply_frame::decode(black_box(&bytes), MESSAGE_BYTES_MAX_DEFAULT).frame());
     }
 }
 
