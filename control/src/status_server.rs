@@ -121,7 +121,7 @@ pub type Extra = Box<dyn Fn(&str) -> Answer>;
 pub type Later = Box<dyn Fn(&str) -> LocalBoxFuture<'static, Answer>>;
 
 /// Answers a GET (false), or acts on a POST and answers then. It may take its time, but not as long
-/// as [`CONNECTION_LIFE`].
+/// as a connection lives (30 s).
 pub type Action = Box<dyn Fn(bool) -> LocalBoxFuture<'static, Answer>>;
 
 /// What to serve and where.
