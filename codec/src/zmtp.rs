@@ -20,6 +20,8 @@ pub use event::{
 
 use crate::{Bad, Decoded};
 
+/// Bytes that a greeting of any version begins with.
+pub const SIGNATURE_BYTES: usize = 10;
 /// Bytes of a greeting.
 pub const GREETING_BYTES: usize = 64;
 /// Most bytes before a frame's body: flags and a long size.

@@ -280,6 +280,33 @@ fn who_does_not_fit_is_refused_by_name_and_hurts_nobody() {
     }
 }
 
+/// libzmq leaves for good when it hears of another mechanism. Where our greeting was there before it
+/// had sent a byte, we took it for a probe of the port: neither counted nor told.
+#[test]
+fn who_leaves_at_our_mechanism_has_said_something_before_it_hears_of_it() {
+    for ring in rings() {
+        let broker = Plane::broker(ring, None, Overflow::DropNewest);
+        let mut stream = TcpStream::connect(broker.addresses[0]).unwrap();
+        let mut ours = [0; zmtp::GREETING_BYTES];
+        let (signature, rest) = ours.split_at_mut(zmtp::SIGNATURE_BYTES);
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.read_exact(signature).unwrap();
+        let pause = Duration::from_millis(20);
+        stream.set_read_timeout(Some(pause)).unwrap();
+        let early = stream.read(rest).unwrap_err();
+        assert_eq!(early.kind(), ErrorKind::WouldBlock);
+        let theirs = zmtp::greeting();
+        stream.write_all(&theirs[..zmtp::SIGNATURE_BYTES]).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.read_exact(rest).unwrap();
+        assert_eq!(ours, zmtp::greeting_with(Mechanism::Curve, true));
+        drop(stream);
+        broker.refused("its security mechanism may be another than CURVE");
+        let stats = &broker.handle.stats.plane;
+        assert_eq!(stats.sessions_refused_mechanism.get(), 1);
+    }
+}
+
 /// A peer with CURVE, by hand.
 struct Peer {
     stream: TcpStream,

@@ -12,8 +12,6 @@ use super::plane::Plane;
 use super::session::{Stage, Wire};
 use crate::ring::Ring;
 
-/// Bytes that every greeting begins with.
-const SIGNATURE_BYTES: usize = 10;
 /// A refusal of a host for one reason is told this often at most; all are counted.
 const TOLD_PAUSE_NS: u64 = 1_000_000_000;
 /// Refusals that are remembered; further ones are not told for a second.
@@ -108,7 +106,7 @@ pub(super) fn step<R: Ring>(
 pub(super) fn left<R: Ring>(plane: &mut Plane<R>, slot: u32) {
     let session = &mut plane.sessions[slot];
     let greets = session.stage == Stage::Greeting && session.wire == Wire::Zmtp;
-    if greets && !session.closing && session.incoming.bytes() >= SIGNATURE_BYTES {
+    if greets && !session.closing && session.introduced {
         plane.stats.plane.sessions_refused_mechanism.add(1);
         let ours = session.security.mechanism().name();
         session.why = Some(format!(

@@ -81,6 +81,8 @@ pub(super) struct Session {
     /// Its handshake, keys and sealed bytes, from the greetings on.
     #[cfg(feature = "curve")]
     pub(super) curve: Option<Box<super::curve::Curve>>,
+    /// We have said which mechanism is ours: the rest of our greeting is out.
+    pub(super) introduced: bool,
     /// The peer's minor version of ZMTP 3.
     pub(super) minor: u8,
     pub(super) receiving: bool,
@@ -129,6 +131,7 @@ impl Session {
             security: Security::Null,
             #[cfg(feature = "curve")]
             curve: None,
+            introduced: false,
             minor: 0,
             receiving: false,
             sending: false,
@@ -199,14 +202,29 @@ impl Session {
     }
 }
 
-/// The connection stands: we greet. Plain peers speak first.
+/// The connection stands: we greet, with the signature. Plain peers speak first.
 pub(super) fn greet<R: Ring>(plane: &mut Plane<R>, slot: u32) {
     plane.sessions[slot].stage = Stage::Greeting;
     plane.sessions[slot].since_ns = plane.now_ns;
     if plane.sessions[slot].wire == Wire::Zmtp {
-        let security = &plane.sessions[slot].security;
-        let greeting = zmtp::greeting_with(security.mechanism(), security.is_server());
-        plane.push_control(slot, &greeting);
+        let greeting = our_greeting(&plane.sessions[slot]);
+        plane.push_control(slot, &greeting[..zmtp::SIGNATURE_BYTES]);
+    }
+}
+
+fn our_greeting(session: &Session) -> [u8; zmtp::GREETING_BYTES] {
+    zmtp::greeting_with(session.security.mechanism(), session.security.is_server())
+}
+
+/// The rest of our greeting, when the peer's signature is there. libzmq may hear of a mechanism
+/// that is not its own before it has sent a byte, and leaves for good then: we would not know that
+/// it was a peer, and could not tell anybody why it stays away.
+fn introduce<R: Ring>(plane: &mut Plane<R>, slot: u32) {
+    let session = &mut plane.sessions[slot];
+    if !session.introduced {
+        session.introduced = true;
+        let greeting = our_greeting(session);
+        plane.push_control(slot, &greeting[zmtp::SIGNATURE_BYTES..]);
     }
 }
 
@@ -215,7 +233,11 @@ pub(super) fn shake_hands<R: Ring>(plane: &mut Plane<R>, slot: u32) -> bool {
     let mut bytes = [0; zmtp::GREETING_BYTES];
     let session = &plane.sessions[slot];
     let there = session.incoming.peek(&plane.memory, 0, &mut bytes);
-    match zmtp::decode_greeting(&bytes[..there]) {
+    let read = zmtp::decode_greeting(&bytes[..there]);
+    if there >= zmtp::SIGNATURE_BYTES && !matches!(read, Decoded::Bad(_)) {
+        introduce(plane, slot);
+    }
+    match read {
         Decoded::Need(_) => false,
         Decoded::Bad(bad) => plane.refuse(slot, &bad.to_string()),
         Decoded::Frame(greeting) => {
