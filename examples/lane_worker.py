@@ -48,7 +48,7 @@ def main():
                 served += 1
             except Over:
                 request.finish()
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 request.fail(f"the request cannot be read: {error}", invalid_argument=True)
     except RouterGone:
         print(json.dumps({"event": "bye", "served": served}), flush=True)

@@ -195,6 +195,12 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
+    /// CPU time in microseconds that was used since `start`, and that the host took away.
+    pub(crate) fn since_us(self, start: Self) -> (f64, f64) {
+        let us = |now: u64, then: u64| now.saturating_sub(then) as f64 * tick_us();
+        (us(self.busy, start.busy), us(self.stolen, start.stolen))
+    }
+
     /// Read now.
     pub(crate) fn now() -> Self {
         fs::read_to_string("/proc/stat")

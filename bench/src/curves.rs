@@ -45,13 +45,18 @@ pub(crate) struct Interval {
 impl Curve {
     /// The latencies of all intervals in ns.
     pub(crate) fn latency_ns(&self) -> Histogram<u64> {
-        let mut sum = new_histogram();
-        for interval in &self.intervals {
-            // The bounds of all histograms are the same, so adding cannot fail.
-            sum += &interval.latency_ns;
-        }
-        sum
+        sum_ns(&self.intervals)
     }
+}
+
+/// The latencies of all intervals in ns.
+pub(crate) fn sum_ns(intervals: &[Interval]) -> Histogram<u64> {
+    let mut sum = new_histogram();
+    for interval in intervals {
+        // The bounds of all histograms are the same, so adding cannot fail.
+        sum += &interval.latency_ns;
+    }
+    sum
 }
 
 /// `latency_ns` of an interval at a quantile, in microseconds; none where nothing was measured.

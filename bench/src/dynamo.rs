@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
-use crate::cpu::{Machine, Usage, tick_us};
+use crate::cpu::{Machine, Usage};
 use crate::report::{Quantiles, interleave, round};
 use crate::servers::{Server, find_program, free_address};
 use crate::stock_report::Round;
@@ -110,7 +110,7 @@ pub(crate) fn round_of(
     let per_call = |usage: Usage| round(usage.cpu_us() / calls);
     let corelane_us = corelane.map_or(0.0, per_call);
     let seconds = (after.at - before.at).as_secs_f64();
-    let stolen_us = (after.machine.stolen - before.machine.stolen) as f64 * tick_us();
+    let (_, stolen_us) = after.machine.since_us(before.machine);
     Ok(Round {
         round: number,
         first_item_us: quantiles(&found["first_item_us"]),

@@ -414,8 +414,7 @@ fn round_of(
     let sink = after.sink.since(before.sink);
     let client = after.client.since(before.client);
     let all_us = after.all.since(before.all).cpu_us();
-    let busy_us = (after.machine.busy - before.machine.busy) as f64 * tick_us();
-    let stolen_us = (after.machine.stolen - before.machine.stolen) as f64 * tick_us();
+    let (busy_us, stolen_us) = after.machine.since_us(before.machine);
     let idle_arms_us = all_us - middle.cpu_us() - sink.cpu_us() - client.cpu_us();
     let cores = |us: f64| round((us / 1e6 / seconds).max(0.0));
     Round {

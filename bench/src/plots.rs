@@ -441,6 +441,9 @@ fn cpu_bars(panels: &[Panel]) -> Result<String> {
         }
     }
     let widest = bars.iter().map(|bar| bar.2).fold(1e-3, f64::max);
+    // The value and the load's name stand behind the longest bar, before the names of the arms.
+    let letters = panels.iter().map(|panel| panel.title.chars().count()).max();
+    let label_width = 60 + 7 * letters.unwrap_or(0) as i32;
     draw(
         "CPU time for each request, us",
         &names(&panels[0]),
@@ -448,7 +451,7 @@ fn cpu_bars(panels: &[Panel]) -> Result<String> {
             let (width, height) = area.dim_in_pixel();
             let (left, top) = (16, 8);
             let step = ((height as i32 - 2 * top) / bars.len().max(1) as i32).clamp(6, 34);
-            let room = (width as i32 - left - 90).max(100);
+            let room = (width as i32 - left - label_width).max(100);
             let mut last = "";
             for (index, (colour, title, us)) in bars.iter().enumerate() {
                 let y = top + step * index as i32;
@@ -460,8 +463,7 @@ fn cpu_bars(panels: &[Panel]) -> Result<String> {
                     .map_err(|e| anyhow!("{e}"))?;
                 if last != title {
                     let style = (FONT, 12).into_font().color(&RGBColor(0x66, 0x66, 0x66));
-                    let x = (end + 60).min(left + room - 200).max(end + 60);
-                    area.draw(&Text::new(title.clone(), (x, y), style))
+                    area.draw(&Text::new(title.clone(), (end + 60, y), style))
                         .map_err(|e| anyhow!("{e}"))?;
                 }
                 last = title;

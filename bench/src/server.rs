@@ -203,6 +203,14 @@ impl ServerArgs {
         if self.in_flight_max == 0 || most > 50_000 {
             return wrong("--in-flight-max and --callers must be 1 to 50000");
         }
+        let loads = match self.rate.len() + self.callers.len() {
+            0 => SWEEP.len(),
+            asked => asked,
+        };
+        let slices = self.rounds as f64 * (loads * (2 + self.vs.len())) as f64;
+        if slices * (self.seconds / self.interval).ceil() > INTERVALS_MAX {
+            return wrong("too many intervals are kept: take a longer --interval");
+        }
         if self.payload > 16 << 20 {
             return wrong("--payload must be at most 16 MiB");
         }
@@ -308,13 +316,14 @@ pub(crate) fn run(args: &ServerArgs) -> Result<()> {
     let measured = measured.context("stopped")?;
     let report = server_report::report(args, &measured, &saved);
     let tables = server_report::text(&measured, &report);
+    let panels = measured.panels();
     args.output.print_table(&tables)?;
-    args.export.write(&measured.panels(), began)?;
+    args.export.write(&panels, began)?;
     args.output.finish(&Told {
         kind: "server",
         report: &report,
         tables: &tables,
-        panels: &measured.panels(),
+        panels: &panels,
     })?;
     match measured.errors() {
         // Beyond the knee errors are what was looked for.
@@ -357,6 +366,9 @@ async fn measure(runtime: &Runtime, args: &ServerArgs, target: Target) -> Result
 const SWEEP_CALLERS: u32 = 64;
 /// Parts of that in a sweep.
 const SWEEP: [f64; 8] = [0.05, 0.2, 0.4, 0.6, 0.75, 0.9, 1.0, 1.1];
+
+/// Intervals of a run; each takes 230 KB, as long as it is told.
+const INTERVALS_MAX: f64 = 2048.0;
 
 /// The loads of a sweep, rates of two digits.
 fn sweep(capacity: f64, arrivals: Arrivals) -> Vec<Load> {
@@ -458,6 +470,7 @@ mod tests {
             &["--callers", "0"],
             &["--seconds", "0"],
             &["--interval", "0"],
+            &["--seconds", "60"],
             &["--in-flight-max", "0"],
             &["--body", "nothing"],
             &["--thresholds", "/no/such"],

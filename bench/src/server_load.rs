@@ -223,6 +223,7 @@ impl Slice {
         (state.window_start, state.window_end) = (now, now + self.plan.window);
         state.last_reply = now;
         (state.found.replies, state.found.errors, state.found.dropped) = (0, 0, 0);
+        state.found.error = None;
     }
 
     fn window(&self) -> (Instant, Instant) {
@@ -392,7 +393,8 @@ impl State {
 
     fn end(&mut self, due: Instant, counts: bool, outcome: Result<Steps, String>) {
         self.forget(counts);
-        if self.phase == Phase::Over {
+        // What a caller still waited for at the end is too late to count, but not to have failed.
+        if self.phase == Phase::Over && (self.is_open || outcome.is_ok()) {
             return;
         }
         let steps = match outcome {

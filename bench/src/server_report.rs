@@ -9,7 +9,7 @@ use hdrhistogram::Histogram;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::curves::{Curve, Interval, Panel};
+use crate::curves::{Curve, Interval, Panel, sum_ns};
 use crate::ratio::{Ratio, ratio_text};
 use crate::report::{Quantiles, Table, figure, host, median, new_histogram, now_utc};
 use crate::server::{Other, ServerArgs};
@@ -139,7 +139,7 @@ impl Record {
     }
 
     fn latency_us(&self) -> Quantiles {
-        Quantiles::of_ns(&self.curve("").latency_ns())
+        Quantiles::of_ns(&sum_ns(&self.intervals))
     }
 }
 

@@ -10,7 +10,7 @@ use corelane::component::{Client, Runtime, Shard};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use crate::cpu::{Machine, Usage, tick_us};
+use crate::cpu::{Machine, Usage};
 use crate::hiccup::HiccupMeter;
 use crate::interrupt;
 use crate::listener::process_at;
@@ -284,8 +284,7 @@ fn round_of(number: usize, found: &Found, (first, last): &Ends) -> Round {
         .server
         .zip(first.server)
         .map(|(last, first)| last.since(first));
-    let ticks = |last: u64, first: u64| last.saturating_sub(first) as f64 * tick_us();
-    let busy_us = ticks(last.machine.busy, first.machine.busy);
+    let (busy_us, stolen_us) = last.machine.since_us(first.machine);
     let others_us = busy_us - client.cpu_us() - server.map_or(0.0, Usage::cpu_us);
     let cores = |us: f64| round((us / 1e6 / wall).max(0.0));
     let mut latency = crate::report::new_histogram();
@@ -302,6 +301,6 @@ fn round_of(number: usize, found: &Found, (first, last): &Ends) -> Round {
         dropped: found.dropped,
         hiccup_us: Quantiles::of_ns(&last.hiccup_ns),
         others_cores: cores(others_us),
-        stolen_cores: cores(ticks(last.machine.stolen, first.machine.stolen)),
+        stolen_cores: cores(stolen_us),
     }
 }

@@ -106,16 +106,19 @@ impl Threshold {
             return;
         };
         *seen += 1;
+        let under = if load.is_empty() {
+            String::new()
+        } else {
+            format!(" under {load}")
+        };
+        let what = format!("{} of {name}{under}", self.value);
+        if value.is_nan() {
+            broken.push(format!("{what} was not measured"));
+            return;
+        }
         let mut say = |than: &str, bound: f64| {
-            let (path, value, bound) = (&self.value, figure(value), figure(bound));
-            let under = if load.is_empty() {
-                String::new()
-            } else {
-                format!(" under {load}")
-            };
-            broken.push(format!(
-                "{path} of {name}{under} is {value}, {than} {bound}"
-            ));
+            let (value, bound) = (figure(value), figure(bound));
+            broken.push(format!("{what} is {value}, {than} {bound}"));
         };
         if let Some(max) = self.max.filter(|max| value > *max) {
             say("more than", max);
@@ -125,9 +128,13 @@ impl Threshold {
         }
     }
 
+    /// Not a number where nothing was measured: quantiles of nothing are 0, which keeps any bound.
     fn member(&self, arm: &Value) -> Option<f64> {
         let mut at = arm;
         for part in self.value.split('/') {
+            if part != "count" && at.get("count").and_then(Value::as_u64) == Some(0) {
+                return Some(f64::NAN);
+            }
             at = match part.parse::<usize>() {
                 Ok(place) if at.is_array() => at.get(place)?,
                 _ => at.get(part)?,
@@ -199,6 +206,19 @@ mod tests {
         let text = "[[threshold]]\nvalue = \"rounds/0/errors\"\nload = \"64\"\nmax = 2\n";
         assert_eq!(broken(text).len(), 2, "{:?}", broken(text));
         assert_eq!(broken(&text.replace("max = 2", "max = 3")), [""; 0]);
+    }
+
+    #[test]
+    fn quantiles_of_nothing_keep_no_bound() {
+        let latency = json!({"p99": 0.0, "count": 0});
+        let report = json!({"load": "open", "arms": [{"arm": "target", "latency_us": latency}]});
+        let judge = |text: &str| Thresholds::parse(text).unwrap().judge(&report).broken;
+        let p99 = "[[threshold]]\nvalue = \"latency_us/p99\"\nmax = 1\n";
+        assert_eq!(
+            judge(p99),
+            ["latency_us/p99 of target under open was not measured"]
+        );
+        assert_eq!(judge(&p99.replace("p99", "count")), [""; 0]);
     }
 
     #[test]

@@ -258,6 +258,11 @@ impl CardWatch {
         self.watch.changed().await;
     }
 
+    /// Whether the store has listed them: before that there may be more than is known.
+    pub fn are_listed(&self) -> bool {
+        self.watch.directory().listed()
+    }
+
     /// The cards of the target. Those of an endpoint whose name continues the target's with a
     /// `/` lie under the same prefix and are left out; the value tells them apart.
     pub fn cards(&self) -> Vec<Rc<Card>> {

@@ -132,6 +132,12 @@ struct Core {
     state: RefCell<State>,
 }
 
+impl Core {
+    fn has_ended(&self) -> bool {
+        matches!(&*self.state.borrow(), State::Ended { .. })
+    }
+}
+
 /// What a shard is to be besides a router, by its index; asked again when one starts on another
 /// ring.
 type MakeEnds = Box<dyn Fn(usize) -> Ends>;
@@ -382,8 +388,7 @@ impl Cores {
     /// Waits until a shard has ended that was not told to.
     pub async fn failed(&self) {
         let mut changes = self.changes.subscribe();
-        let ended = |core: &Core| matches!(&*core.state.borrow(), State::Ended { .. });
-        while self.stopping.get() || !self.list.iter().any(ended) {
+        while self.stopping.get() || !self.list.iter().any(Core::has_ended) {
             // The sender is ours.
             let _ = changes.changed().await;
         }
@@ -401,32 +406,38 @@ impl Cores {
         }
     }
 
-    /// The same to one, by its index.
-    pub async fn tell_one(&self, index: usize, command: Command) {
+    /// The same to one, by its index; answers whether it has it.
+    pub async fn tell_one(&self, index: usize, command: Command) -> bool {
         let Some(core) = self.list.get(index) else {
-            return;
+            return false;
         };
         let deadline = Instant::now() + COMMAND_MAX;
         let mut next = command;
-        while !matches!(&*core.state.borrow(), State::Ended { .. }) {
+        while !self.has_ended(index) {
             let outcome = core.handle.borrow().command(next);
-            let Err(back) = outcome else { break };
+            let Err(back) = outcome else { return true };
             next = back;
             if Instant::now() >= deadline {
                 let core = core.planned.borrow().config.shard;
                 tracing::error!(core, "a core does not take commands");
-                break;
+                return false;
             }
             sleep(Duration::from_millis(1)).await;
         }
+        false
+    }
+
+    /// Whether a core takes nothing any more.
+    pub fn has_ended(&self, index: usize) -> bool {
+        self.list.get(index).is_none_or(Core::has_ended)
     }
 
     /// Places in the directory whose routes some shard still has requests or responses of; `None`
     /// if one does not say.
     pub async fn census(&self) -> Option<BTreeSet<u32>> {
         let mut answers = Vec::with_capacity(self.list.len());
-        for (index, core) in self.list.iter().enumerate() {
-            if matches!(&*core.state.borrow(), State::Ended { .. }) {
+        for index in 0..self.list.len() {
+            if self.has_ended(index) {
                 continue;
             }
             let (send, answer) = oneshot::channel();
@@ -446,8 +457,7 @@ impl Cores {
     /// The numbers of one shard, by its index; `None` once it has ended.
     pub fn stats(&self, index: usize) -> Option<Arc<Stats>> {
         let core = self.list.get(index)?;
-        let ended = matches!(&*core.state.borrow(), State::Ended { .. });
-        (!ended).then(|| Arc::clone(&core.handle.borrow().stats))
+        (!core.has_ended()).then(|| Arc::clone(&core.handle.borrow().stats))
     }
 
     /// The ways to hand commands to each shard from any thread; they hold as long as no shard is
@@ -460,8 +470,7 @@ impl Cores {
     /// How many turns a shard has made, by its index; `None` once it has ended.
     pub fn turns(&self, index: usize) -> Option<u64> {
         let core = self.list.get(index)?;
-        let ended = matches!(&*core.state.borrow(), State::Ended { .. });
-        (!ended).then(|| core.handle.borrow().stats.shard.ticks.get())
+        (!core.has_ended()).then(|| core.handle.borrow().stats.shard.ticks.get())
     }
 
     /// How many there are.
@@ -512,10 +521,7 @@ impl Cores {
         number: impl Fn(&Stats) -> u64,
     ) -> bool {
         let deadline = Instant::now() + patience;
-        let behind = |core: &Core| {
-            let ended = matches!(&*core.state.borrow(), State::Ended { .. });
-            !ended && number(&core.handle.borrow().stats) < goal
-        };
+        let behind = |core: &Core| !core.has_ended() && number(&core.handle.borrow().stats) < goal;
         while self.list.iter().any(behind) {
             if Instant::now() >= deadline {
                 return false;
@@ -563,9 +569,8 @@ impl Cores {
         self.stopping.set(true);
         self.tell(|| Command::Stop).await;
         let mut changes = self.changes.subscribe();
-        let ended = |core: &Core| matches!(&*core.state.borrow(), State::Ended { .. });
         let all = async {
-            while !self.list.iter().all(ended) {
+            while !self.list.iter().all(Core::has_ended) {
                 let _ = changes.changed().await;
             }
         };

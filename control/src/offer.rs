@@ -89,7 +89,10 @@ impl Offer {
                     .await
                     .then_some((id, codec));
             }
-            publisher.reconcile(&cards.cards(), &known).await;
+            // A watch that is new, as after a change of the route, knows of no card yet.
+            if cards.are_listed() {
+                publisher.reconcile(&cards.cards(), &known).await;
+            }
             let again = stored_as.is_none();
             tokio::select! {
                 _ = instances.changed() => {}

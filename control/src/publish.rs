@@ -236,11 +236,14 @@ impl Board {
             let instances = next.routes.iter().map(|route| route.instances.len());
             let instances: usize = instances.sum();
             tracing::debug!(core, instances, "directory published");
-            self.cores
-                .tell_one(core, Command::Directory(Arc::clone(&next)))
-                .await;
-            self.published.borrow_mut()[core] = next;
-            any = true;
+            let command = Command::Directory(Arc::clone(&next));
+            if self.cores.tell_one(core, command).await || self.cores.has_ended(core) {
+                self.published.borrow_mut()[core] = next;
+                any = true;
+            } else {
+                // It stands still; it gets it when it goes on.
+                self.changed.notify_one();
+            }
         }
         self.publications
             .set(self.publications.get() + u64::from(any));
@@ -308,8 +311,16 @@ impl Board {
     /// From the next publication on all cores have it. Answers what nobody asks for any more: it is
     /// served until [`Board::retire`].
     pub fn put_in_force(&self, proposal: &Proposal) -> Vec<Rc<Listed>> {
-        let mut slots = self.slots.borrow_mut();
-        let removed = slots.put_in_force(proposal);
+        let before = self.routes();
+        let removed = self.slots.borrow_mut().put_in_force(proposal);
+        for listed in self.routes() {
+            // The record of an endpoint stands, whichever route has it now.
+            let same = |old: &&Rc<Listed>| old.route.listen == listed.route.listen;
+            if let Some(old) = before.iter().find(same) {
+                listed.set_registered(old.is_registered());
+            }
+        }
+        let slots = self.slots.borrow();
         removed
             .into_iter()
             .filter_map(|place| slots.at(place))
@@ -333,6 +344,8 @@ impl Board {
     pub async fn sweep(&self) -> bool {
         let before = self.slots.borrow().retired();
         if before.is_empty() {
+            // Somebody may have held a route for longer than it had a place.
+            self.sights.tidy();
             return false;
         }
         // From here on no core sends anything there.

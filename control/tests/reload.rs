@@ -304,7 +304,9 @@ fn a_core_that_is_worse_off_gets_back_what_it_had() {
     let base = route(LISTEN, TARGET, "ack = \"on_accept\"") + reload_rules;
     let router = start(&(base.clone() + &instance(&worker, "a1", TARGET)));
     let (address, path) = router.path(LISTEN);
-    let load = Load::start(address, &path, 8);
+    // So many that the first core of four has one of them, whatever the kernel's hash says.
+    let callers = 32;
+    let load = Load::start(address, &path, callers);
     wait_until("requests flow", || load.sent.load(Ordering::Relaxed) > 100);
     // Nobody listens there.
     let dead = format!("127.0.0.1:{}", free_port());
@@ -322,7 +324,8 @@ fn a_core_that_is_worse_off_gets_back_what_it_had() {
     });
     let (_, after) = load.end();
     // Each caller may have had one under way.
-    assert!(failed > 0 && after <= failed + 8, "{failed} {after}");
+    let most = failed + callers as u64;
+    assert!(failed > 0 && after <= most, "{failed} {after}");
     assert_eq!(
         router.metric(&["corelane_config_reloads_total", "rolled_back"]),
         1.0

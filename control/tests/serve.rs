@@ -318,12 +318,26 @@ fn up_says_one_command_and_it_gets_answers_from_both_workers() {
 /// A router that finds its instances in etcd. Its lease outlives any time that this process or etcd
 /// stands still; it is refreshed every 2 s all the same.
 fn router_on(etcd: &Etcd, options: &str) -> Program {
+    Program::serve(&config_on(etcd, options), &[])
+}
+
+fn config_on(etcd: &Etcd, options: &str) -> String {
     let discovery = format!(
         "[discovery]\nbackend = \"etcd\"\nendpoints = [\"{}\"]\nlease_ttl_s = 120\n",
         etcd.endpoint()
     );
-    let text = [discovery, route(options), "[drain]\ngrace_s = 1\n".into()].concat();
-    Program::serve(&text, &[])
+    [discovery, route(options), "[drain]\ngrace_s = 1\n".into()].concat()
+}
+
+/// A model card of an instance of the target: the base model's, or an adapter's.
+fn put_card(etcd: &Etcd, id: u64, adapter: Option<&str>) {
+    let (name, suffix) = (adapter.unwrap_or("m"), adapter.unwrap_or(""));
+    let card = format!(
+        r#"{{"type":"Model","namespace":"dynamo","component":"backend","endpoint":"generate","instance_id":{id},"model_suffix":"{suffix}","card_json":{{"display_name":"{name}","source_path":"/m","x":[1, 2]}}}}"#
+    );
+    let suffix = adapter.map(|adapter| format!("/{adapter}"));
+    let suffix = suffix.unwrap_or_default();
+    etcd.put(&format!("v1/mdc/{TARGET}/{id:x}{suffix}"), &card);
 }
 
 fn offered(etcd: &Etcd) -> Vec<serde_json::Value> {
@@ -337,8 +351,7 @@ fn instances_are_found_and_ours_is_offered_until_the_drain() {
     let Some(etcd) = Etcd::start() else { return };
     let worker = Worker::start();
     etcd.register(TARGET, 0xa1, &worker);
-    let card = r#"{"type":"Model","namespace":"dynamo","component":"backend","endpoint":"generate","instance_id":161,"card_json":{"display_name":"m","x":[1, 2]}}"#;
-    etcd.put(&format!("v1/mdc/{TARGET}/a1"), card);
+    put_card(&etcd, 0xa1, None);
     let mut router = router_on(&etcd, "ack = \"on_accept\"\nack_timeout_ms = 60000");
     router.ready();
 
@@ -357,7 +370,7 @@ fn instances_are_found_and_ours_is_offered_until_the_drain() {
     assert_eq!(card.0, format!("v1/mdc/{LISTEN}/{id:x}"));
     assert!(
         card.1
-            .contains(r#""card_json":{"display_name":"m","x":[1, 2]}"#),
+            .contains(r#""card_json":{"display_name":"m","source_path":"/m","x":[1, 2]}"#),
         "{}",
         card.1
     );
@@ -376,6 +389,29 @@ fn instances_are_found_and_ours_is_offered_until_the_drain() {
     assert_eq!(caller.reply(), "");
     assert_eq!(router.ended(), 0);
     assert!(router.log().contains("lease revoked"), "{}", router.log());
+}
+
+/// The watch of a route that has changed is new, and knew of no card at first: all were withdrawn
+/// for a moment, and clients lost the model.
+#[test]
+fn cards_stay_while_their_route_changes() {
+    let Some(etcd) = Etcd::start() else { return };
+    let worker = Worker::start();
+    etcd.register(TARGET, 0xa1, &worker);
+    put_card(&etcd, 0xa1, None);
+    let mut router = router_on(&etcd, "");
+    router.ready();
+    let cards = || etcd.keys(&format!("v1/mdc/{LISTEN}/"));
+    wait_until("the card is republished", || cards().len() == 1);
+
+    router.rewrite(&config_on(&etcd, "retries_max = 5"));
+    router.signal(Signal::HUP);
+    wait_until("it is taken over", || router.health()["generation"] == 2);
+    // The new watch works.
+    put_card(&etcd, 0xa1, Some("adapter"));
+    wait_until("another card is republished", || cards().len() == 2);
+    let log = router.log();
+    assert!(!log.contains("model card withdrawn"), "{log}");
 }
 
 #[test]

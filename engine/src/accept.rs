@@ -118,6 +118,8 @@ impl<R: Ring> Shard<R> {
         match self.ring.busy_poll(wanted_us) {
             Ok(()) => self.stats.shard.busy_poll_us.set(wanted_us.into()),
             Err(error) => {
+                // A core that spins would sleep so long in place of it.
+                self.config.busy_poll_us = 0;
                 let errno = error.raw_os_error().unwrap_or(0);
                 self.report(Report::NoBusyPoll { errno });
             }

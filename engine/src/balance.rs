@@ -116,6 +116,10 @@ impl Balance {
         let mut least: Option<(u64, &mut Known)> = None;
         for known in &mut self.neighbours {
             let stats = &known.neighbour.stats.shard;
+            // It refuses what comes, or has ended and would never take it.
+            if stats.draining.get() == 1 {
+                continue;
+            }
             // In the order in which its writer is the other way round: none is counted by neither.
             let taken = stats.connections_taken_over.get();
             let callers = stats.callers.get();

@@ -290,7 +290,17 @@ impl Spawner {
     }
 }
 
+/// However a shard ends, its neighbours see that it takes no connections any more.
+struct Ended(Arc<Stats>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.shard.draining.set(1);
+    }
+}
+
 fn run(parts: Parts) {
+    let _ended = Ended(Arc::clone(&parts.stats));
     let reports = parts.lanes.reports.clone();
     let result = match parts.config.ring {
         RingKind::Uring => run_uring(parts),

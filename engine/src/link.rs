@@ -24,6 +24,7 @@ pub(crate) fn publish<R: Ring>(shard: &mut Shard<R>, directory: Arc<Directory>) 
     shard.epoch += 1;
     shard.stats.shard.directories.add(1);
     shard.route_at.clear();
+    make_room(shard, &directory);
     for (index, route) in directory.routes.iter().enumerate() {
         for path in &route.paths {
             shard.route_at.insert(path.clone(), index as u32);
@@ -38,6 +39,8 @@ pub(crate) fn publish<R: Ring>(shard: &mut Shard<R>, directory: Arc<Directory>) 
         }
         if route.relay.is_some() {
             shard.stats.routes.open(index);
+        } else if route.paths.is_empty() && route.instances.is_empty() {
+            shard.stats.routes.clear(index);
         }
         let known = std::mem::take(&mut shard.routes[index].instances);
         let listed = route.instances.iter();
@@ -70,6 +73,17 @@ pub(crate) fn publish<R: Ring>(shard: &mut Shard<R>, directory: Arc<Directory>) 
     }
     relay_life::directory_changed(shard);
     count_ready(shard);
+}
+
+/// Takes the instances out of places that have none any more, before others are listed: a route
+/// that has moved stands at a lower place than before every other time, and wants the room.
+fn make_room<R: Ring>(shard: &mut Shard<R>, directory: &Directory) {
+    let routes = directory.routes.iter().zip(&mut shard.routes);
+    let empty = routes.filter(|(route, _)| route.instances.is_empty());
+    let gone = empty.flat_map(|(_, state)| std::mem::take(&mut state.instances));
+    for slot in gone.collect::<Vec<u32>>() {
+        unlist(shard, slot);
+    }
 }
 
 /// The slot of a listed instance; a new one when it was not known, or has moved.

@@ -407,6 +407,11 @@ impl Latency {
         ((power - 2) * 4 + step).min(Latency::BUCKETS - 1)
     }
 
+    fn clear(&self) {
+        self.buckets.iter().for_each(|cell| cell.set(0));
+        self.sum_ns.set(0);
+    }
+
     /// Upper bound of bucket `index`, in ns (exclusive).
     pub fn bound_ns(index: usize) -> u64 {
         let (power, step) = (index / 4 + 2, index as u64 % 4);
@@ -476,6 +481,14 @@ impl Default for Routes {
 }
 
 impl Routes {
+    /// Nothing stands at this place any more: the next begins at zero.
+    pub fn clear(&self, route: usize) {
+        if let Some(stats) = self.get(route) {
+            stats.first_item.clear();
+            stats.inter_item.clear();
+        }
+    }
+
     /// Begins to count for a route.
     pub fn open(&self, route: usize) {
         if let Some(place) = self.0.get(route) {

@@ -208,9 +208,10 @@ fn events_pass_between_peers_with_and_without_curve() {
         ];
         let stats = &broker.handle.stats.plane;
         until("all are there", || {
-            stats.subscriptions.get() == 2 && stats.publishers.get() == 2
+            let peers = (stats.subscriptions.get(), stats.publishers.get());
+            // Shown a moment after them.
+            peers == (2, 2) && stats.curve_peers.get() == 2
         });
-        assert_eq!(stats.curve_peers.get(), 2);
         for plane in &publishers {
             let wanted = &plane.handle.stats.plane.subscriptions;
             until("the wish has come", || wanted.get() == 1);
@@ -280,8 +281,8 @@ fn who_does_not_fit_is_refused_by_name_and_hurts_nobody() {
     }
 }
 
-/// libzmq leaves for good when it hears of another mechanism. Where our greeting was there before it
-/// had sent a byte, we took it for a probe of the port: neither counted nor told.
+/// libzmq leaves for good when it hears of another mechanism. Where our greeting was there before
+/// it had sent a byte, we took it for a probe of the port: neither counted nor told.
 #[test]
 fn who_leaves_at_our_mechanism_has_said_something_before_it_hears_of_it() {
     for ring in rings() {

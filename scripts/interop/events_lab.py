@@ -1,5 +1,6 @@
 """What the tests of events share: our broker, sockets of libzmq, stock peers, our commands."""
 
+import json
 import struct
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from lab import corelane_program, free_port, metric_sum, to_toml, wait_for
 
 HERE = Path(__file__).resolve().parent
 SUBJECT = b"namespace.lab.component.backend.endpoint.generate.kv_metrics"
+TOPIC = "forward-pass-metrics"
+METRICS = json.dumps({"version": 1, "worker_id": "7", "dp_rank": 0, "counter_id": 3})
 PATIENCE_MS = 60_000
 PATIENCE_S = PATIENCE_MS / 1000
 
@@ -104,6 +107,33 @@ def publisher(context, broker, kind=zmq.XPUB, protect=None, port=None):
     return socket
 
 
+def pass_through(context, broker, count, protect=None):
+    """Events through the broker, to one who wants some of them and then goes, and to one who wants
+    all; the latter, and their publisher."""
+    mine = subscriber(context, broker, SUBJECT, protect=protect)
+    every = subscriber(context, broker, kind=zmq.XSUB, protect=protect)
+    broker.until("subscriptions", 2)
+    source = publisher(context, broker, protect=protect)
+    assert {source.recv(), source.recv()} == {b"\x01", b"\x01" + SUBJECT}
+    if protect:
+        broker.until("curve_peers", 3)
+    for sequence in range(count):
+        # The largest are cut through by several receive buffers.
+        size = 300_000 if sequence % 100 == 50 else sequence
+        source.send_multipart(message(sequence, size=size))
+        source.send_multipart(message(sequence, publisher=8, subject=b"other.kv-events"))
+    for sequence in range(count):
+        size = 300_000 if sequence % 100 == 50 else sequence
+        assert mine.recv_multipart() == message(sequence, size=size)
+        assert every.recv_multipart() == message(sequence, size=size)
+        other = message(sequence, publisher=8, subject=b"other.kv-events")
+        assert every.recv_multipart() == other
+    # One who goes is taken back at the source.
+    mine.close()
+    assert source.recv() == b"\x00" + SUBJECT
+    return every, source
+
+
 def stock(lab, role, **env):
     """A stock publisher or subscriber of forward-pass metrics, through a broker or directly."""
     endpoint = lab.endpoint("backend")
@@ -111,7 +141,7 @@ def stock(lab, role, **env):
     return lab.start(role, command, lab.env(**{"DYN_EVENT_PLANE": "zmq", **env}))
 
 
-def ours(lab, command, *options, topic="forward-pass-metrics", **env):
+def ours(lab, command, *options, topic=TOPIC, **env):
     """`corelane events` on the scope that stock peers use, in etcd."""
     scope = lab.endpoint("backend")
     program = [corelane_program(), "events", command, "--scope", scope, "--topic", topic]
@@ -125,7 +155,64 @@ def shown(process):
     return process.events()
 
 
-def channel(lab, topic="forward-pass-metrics"):
+def channel(lab, topic=TOPIC):
     """The channel records of that topic: key and value with its lease."""
     scope = f"namespace/{lab.namespace}/component/backend/endpoint/generate"
     return lab.etcd.records(f"v1/event_channels/{scope}/topic/{topic}/")
+
+
+def publish_to_libzmq(lab, context, *options, protect=None):
+    """Events of `corelane events publish`, read by a socket of libzmq; the key of its channel
+    record, the record and its lease."""
+    source = ours(lab, "publish", "--body", METRICS, "--count", 20, "--wait-s", 100, *options)
+    ((key, (record, lease)),) = wait_for("its channel record", lambda: channel(lab)).items()
+    sink = context.socket(zmq.SUB)
+    sink.rcvtimeo = PATIENCE_MS
+    if protect:
+        protect(sink)
+    sink.connect(record["transport"]["config"]["endpoint"])
+    sink.subscribe(TOPIC.encode())
+    for sequence in range(20):
+        topic, who, number, frame = sink.recv_multipart()
+        assert topic == TOPIC.encode()
+        assert struct.unpack(">QQ", who + number) == (record["instance_id"], sequence)
+        assert struct.unpack(">BI", frame[:5]) == (1, len(frame) - 5)
+    shown(source)
+    return key, record, lease
+
+
+def tail_libzmq(lab, context, *options, protect=None):
+    """`corelane events tail` on a socket of libzmq that discovery tells of: all is as it should."""
+    source = context.socket(zmq.XPUB)
+    source.rcvtimeo = PATIENCE_MS
+    if protect:
+        protect(source)
+    port = source.bind_to_random_port("tcp://127.0.0.1")
+    record = {
+        "type": "EventChannel",
+        "scope": {
+            "kind": "endpoint",
+            "endpoint": {
+                "namespace": lab.namespace, "component": "backend", "name": "generate",
+            },
+        },
+        "topic": TOPIC,
+        "instance_id": 0xB0B,
+        "transport": {"kind": "Zmq", "config": {"endpoint": f"tcp://127.0.0.1:{port}"}},
+    }  # fmt: skip
+    scope = f"namespace/{lab.namespace}/component/backend/endpoint/generate"
+    sink = ours(lab, "tail", "--count", 3, *options)
+    lab.etcd.put(f"v1/event_channels/{scope}/topic/{TOPIC}/b0b", json.dumps(record))
+    assert source.recv() == b"\x01" + TOPIC.encode()
+    for sequence in range(3):
+        # An array, which Dynamo reads as well: id, number, time, topic, payload.
+        envelope = b"\x95\xcd\x0b\x0b" + bytes([sequence, 1, 0xB4])
+        envelope += TOPIC.encode() + b"\xc4\x01\x07"
+        numbers = [struct.pack(">Q", 0xB0B), struct.pack(">Q", sequence)]
+        frame = struct.pack(">BI", 1, len(envelope)) + envelope
+        source.send_multipart([TOPIC.encode(), *numbers, frame])
+    events = shown(sink)
+    assert [(event["publisher_id"], event["sequence"]) for event in events] == [
+        (0xB0B, sequence) for sequence in range(3)
+    ]
+    assert [event["payload"] for event in events] == [7, 7, 7]

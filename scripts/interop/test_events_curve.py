@@ -1,6 +1,5 @@
 """Events with CURVE between libzmq's sockets and ours: through the broker, and straight."""
 
-import json
 import stat
 import struct
 import subprocess
@@ -9,8 +8,8 @@ import pytest
 import zmq
 
 from events_lab import (
-    PATIENCE_MS, PATIENCE_S, SUBJECT, Broker, channel, message, ours, publisher, sequence_of,
-    shown, subscriber,
+    METRICS, PATIENCE_S, Broker, message, ours, pass_through, publish_to_libzmq, publisher,
+    sequence_of, shown, subscriber, tail_libzmq,
 )  # fmt: skip
 from lab import corelane_program, free_port, wait_for
 
@@ -18,9 +17,6 @@ pytestmark = [
     pytest.mark.timeout(400),
     pytest.mark.skipif(not zmq.has("curve"), reason="this libzmq is built without CURVE"),
 ]
-
-TOPIC = "forward-pass-metrics"
-BODY = json.dumps({"version": 1, "worker_id": "7", "dp_rank": 0, "counter_id": 3})
 
 
 class Pair:
@@ -57,26 +53,7 @@ class Pair:
 def test_libzmq_with_curve_passes_events_through_the_broker(lab, context):
     us, they = Pair(lab, "broker"), Pair(lab, "peer")
     broker = Broker(lab, curve_secret_key_file=str(us.file))
-    protect = they.client_of(us)
-    mine = subscriber(context, broker, SUBJECT, protect=protect)
-    every = subscriber(context, broker, kind=zmq.XSUB, protect=protect)
-    broker.until("subscriptions", 2)
-    source = publisher(context, broker, protect=protect)
-    assert {source.recv(), source.recv()} == {b"\x01", b"\x01" + SUBJECT}
-    broker.until("curve_peers", 3)
-    for sequence in range(300):
-        # The largest are cut through by several receive buffers.
-        size = 300_000 if sequence % 100 == 50 else sequence
-        source.send_multipart(message(sequence, size=size))
-        source.send_multipart(message(sequence, publisher=8, subject=b"other.kv-events"))
-    for sequence in range(300):
-        size = 300_000 if sequence % 100 == 50 else sequence
-        assert mine.recv_multipart() == message(sequence, size=size)
-        assert every.recv_multipart() == message(sequence, size=size)
-        other = message(sequence, publisher=8, subject=b"other.kv-events")
-        assert every.recv_multipart() == other
-    mine.close()
-    assert source.recv() == b"\x00" + SUBJECT
+    pass_through(context, broker, 300, they.client_of(us))
     assert broker.count("sessions_refused_total") == 0
     broker.stop()
 
@@ -168,8 +145,8 @@ def test_our_commands_through_our_broker(lab):
     # Nobody has to know the subscriber; the publisher says who it is.
     sink = ours(lab, "tail", "--count", 50, "--curve-server-key", us.public, **env)
     broker.until("subscriptions", 1)
-    own = ("--curve-secret-key-file", they.file, "--curve-server-key", us.public)
-    source = ours(lab, "publish", "--body", BODY, "--count", 50, *own, **env)
+    own = ("--curve-secret-key-file", they.file, "--curve-server-key", us.public, "--wait-s", 100)
+    source = ours(lab, "publish", "--body", METRICS, "--count", 50, *own, **env)
     assert [event["sequence"] for event in shown(sink)] == list(range(50))
     shown(source)
 
@@ -178,50 +155,10 @@ def test_our_commands_through_our_broker(lab):
 def test_our_publisher_to_libzmq(lab, context):
     us, they = Pair(lab, "publisher"), Pair(lab, "peer")
     own = ("--curve-secret-key-file", us.file, "--curve-allowed-keys", they.public)
-    source = ours(lab, "publish", "--body", BODY, "--count", 20, "--wait-s", 100, *own)
-    ((_, (record, _)),) = wait_for("its channel record", lambda: channel(lab)).items()
-    sink = context.socket(zmq.SUB)
-    sink.rcvtimeo = PATIENCE_MS
-    they.client_of(us)(sink)
-    sink.connect(record["transport"]["config"]["endpoint"])
-    sink.subscribe(TOPIC.encode())
-    for sequence in range(20):
-        topic, _, number, frame = sink.recv_multipart()
-        assert (topic, struct.unpack(">Q", number)) == (TOPIC.encode(), (sequence,))
-        assert struct.unpack(">BI", frame[:5]) == (1, len(frame) - 5)
-    shown(source)
+    publish_to_libzmq(lab, context, *own, protect=they.client_of(us))
 
 
 @pytest.mark.short
 def test_libzmq_to_our_subscriber(lab, context):
     they = Pair(lab, "publisher")
-    source = context.socket(zmq.XPUB)
-    source.rcvtimeo = PATIENCE_MS
-    they.serve(source)
-    port = source.bind_to_random_port("tcp://127.0.0.1")
-    record = {
-        "type": "EventChannel",
-        "scope": {
-            "kind": "endpoint",
-            "endpoint": {
-                "namespace": lab.namespace, "component": "backend", "name": "generate",
-            },
-        },
-        "topic": TOPIC,
-        "instance_id": 0xB0B,
-        "transport": {"kind": "Zmq", "config": {"endpoint": f"tcp://127.0.0.1:{port}"}},
-    }  # fmt: skip
-    scope = f"namespace/{lab.namespace}/component/backend/endpoint/generate"
-    sink = ours(lab, "tail", "--count", 3, "--curve-server-key", they.public)
-    lab.etcd.put(f"v1/event_channels/{scope}/topic/{TOPIC}/b0b", json.dumps(record))
-    assert source.recv() == b"\x01" + TOPIC.encode()
-    for sequence in range(3):
-        envelope = b"\x95\xcd\x0b\x0b" + bytes([sequence, 1, 0xB4])
-        envelope += TOPIC.encode() + b"\xc4\x01\x07"
-        numbers = [struct.pack(">Q", 0xB0B), struct.pack(">Q", sequence)]
-        frame = struct.pack(">BI", 1, len(envelope)) + envelope
-        source.send_multipart([TOPIC.encode(), *numbers, frame])
-    events = shown(sink)
-    assert [(event["sequence"], event["payload"]) for event in events] == [
-        (sequence, 7) for sequence in range(3)
-    ]
+    tail_libzmq(lab, context, "--curve-server-key", they.public, protect=they.serve)

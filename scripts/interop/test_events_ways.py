@@ -2,18 +2,17 @@
 one to the other, through our broker, and through a proxy of libzmq."""
 
 import json
-import struct
 import threading
 
 import pytest
 import zmq
 
-from events_lab import PATIENCE_MS, Broker, channel, ours, shown, stock
+from events_lab import (
+    METRICS, TOPIC, Broker, channel, ours, publish_to_libzmq, shown, stock, tail_libzmq,
+)  # fmt: skip
 from lab import wait_for
 
 pytestmark = pytest.mark.timeout(400)
-
-TOPIC = "forward-pass-metrics"
 
 
 class Proxy:
@@ -46,9 +45,6 @@ def way(request, lab, context):
         Broker(lab)
         return {"DYN_ZMQ_BROKER_ENABLED": "1"}
     return {"DYN_ZMQ_BROKER_URL": Proxy(context).url}
-
-
-METRICS = json.dumps({"version": 1, "worker_id": "7", "dp_rank": 0, "counter_id": 3})
 
 
 def test_our_publisher_to_dynamos_subscriber(lab, way):
@@ -88,55 +84,13 @@ def test_our_publisher_to_our_subscriber(lab, way):
 
 @pytest.mark.short
 def test_our_publisher_to_libzmq(lab, context):
-    source = ours(lab, "publish", "--body", METRICS, "--count", 20, "--wait-s", 100)
-    ((key, (record, lease)),) = wait_for("its channel record", lambda: channel(lab)).items()
+    key, record, lease = publish_to_libzmq(lab, context)
     publisher = record["instance_id"]
     assert key.endswith(f"/{publisher:x}") and lease and publisher < 1 << 53
     assert list(record) == ["type", "scope", "topic", "instance_id", "transport"]
     assert record["transport"]["kind"] == "Zmq"
-    sink = context.socket(zmq.SUB)
-    sink.rcvtimeo = PATIENCE_MS
-    sink.connect(record["transport"]["config"]["endpoint"])
-    sink.subscribe(TOPIC.encode())
-    for sequence in range(20):
-        topic, who, number, frame = sink.recv_multipart()
-        assert topic == TOPIC.encode()
-        assert struct.unpack(">QQ", who + number) == (publisher, sequence)
-        assert struct.unpack(">BI", frame[:5]) == (1, len(frame) - 5)
-    shown(source)
 
 
 @pytest.mark.short
 def test_libzmq_to_our_subscriber(lab, context):
-    source = context.socket(zmq.XPUB)
-    source.rcvtimeo = PATIENCE_MS
-    port = source.bind_to_random_port("tcp://127.0.0.1")
-    record = {
-        "type": "EventChannel",
-        "scope": {
-            "kind": "endpoint",
-            "endpoint": {
-                "namespace": lab.namespace, "component": "backend", "name": "generate",
-            },
-        },
-        "topic": TOPIC,
-        "instance_id": 0xB0B,
-        "transport": {"kind": "Zmq", "config": {"endpoint": f"tcp://127.0.0.1:{port}"}},
-    }  # fmt: skip
-    scope = f"namespace/{lab.namespace}/component/backend/endpoint/generate"
-    key = f"v1/event_channels/{scope}/topic/{TOPIC}/b0b"
-    sink = ours(lab, "tail", "--count", 3)
-    lab.etcd.put(key, json.dumps(record))
-    assert source.recv() == b"\x01" + TOPIC.encode()
-    for sequence in range(3):
-        # An array, which Dynamo reads as well: id, number, time, topic, payload.
-        envelope = b"\x95\xcd\x0b\x0b" + bytes([sequence, 1, 0xB4])
-        envelope += TOPIC.encode() + b"\xc4\x01\x07"
-        numbers = [struct.pack(">Q", 0xB0B), struct.pack(">Q", sequence)]
-        frame = struct.pack(">BI", 1, len(envelope)) + envelope
-        source.send_multipart([TOPIC.encode(), *numbers, frame])
-    events = shown(sink)
-    assert [(event["publisher_id"], event["sequence"]) for event in events] == [
-        (0xB0B, sequence) for sequence in range(3)
-    ]
-    assert [event["payload"] for event in events] == [7, 7, 7]
+    tail_libzmq(lab, context)

@@ -109,8 +109,7 @@ impl Plane {
             } => {
                 let ring = preflight::ring(&env)?;
                 let usage = |error: EventsError| Stop::Usage(error.to_string());
-                let mut options = ZmqOptions::read(&env, ring).map_err(usage)?;
-                options.protection = curve.load().map_err(|error| usage(error.into()))?;
+                let mut options = ZmqOptions::read_with(&env, ring, &curve).map_err(usage)?;
                 if let Some(url) = broker {
                     options.via = Via::Url(url);
                 }

@@ -66,10 +66,7 @@ impl Ledger {
     }
 
     fn stored(&mut self, parent_hash: Option<u64>, blocks: &[KvBlock]) {
-        if self.overflowed || self.kept.len() + blocks.len() > self.blocks_max {
-            // A part of it would be taken for all.
-            self.overflowed = true;
-            self.kept = HashMap::new();
+        if self.overflowed {
             return;
         }
         let mut parent_hash = parent_hash;
@@ -81,7 +78,14 @@ impl Ledger {
                 order: self.order,
             };
             parent_hash = Some(block.block_hash);
+            // What is stored again takes no more room.
             self.kept.insert(block.block_hash, kept);
+            if self.kept.len() > self.blocks_max {
+                // A part of it would be taken for all.
+                self.overflowed = true;
+                self.kept = HashMap::new();
+                return;
+            }
         }
     }
 
@@ -243,6 +247,8 @@ mod tests {
     fn too_much_is_told_so_until_it_is_cleared() {
         let mut ledger = Ledger::new(3);
         ledger.note(&chain(&[1, 2], 0));
+        ledger.note(&chain(&[1, 2], 0));
+        assert_eq!(ledger.dump(WORKER).unwrap().len(), 1);
         ledger.note(&chain(&[2, 2], 0));
         ledger.note(&chain(&[0], 0));
         assert_eq!(ledger.dump(WORKER), None);

@@ -122,20 +122,21 @@ impl Digest {
         self.asking.len()
     }
 
-    /// Who publishes, by publisher, as discovery says now. Whoever is new is asked.
+    /// Who publishes, by publisher, as discovery says now. Whoever is new is asked, and whoever
+    /// tells of another rank now, as a worker does that has lost its lease.
     pub fn publishers(&mut self, now: HashMap<u64, Source>) {
         let before = std::mem::replace(&mut self.sources, now);
         for (publisher_id, source) in &before {
             let is_awaited = self.asking.publisher(source.rank) == Some(*publisher_id);
-            if is_awaited && !self.sources.contains_key(publisher_id) {
+            let now = self.sources.get(publisher_id);
+            if is_awaited && now.is_none_or(|now| now.rank != source.rank) {
                 self.give_up(source.rank);
             }
         }
-        let is_new = |publisher_id: &u64| !before.contains_key(publisher_id);
         let new = self
             .sources
             .iter()
-            .filter(|(publisher_id, _)| is_new(publisher_id));
+            .filter(|(publisher_id, source)| before.get(*publisher_id) != Some(*source));
         let new: Vec<(RankId, u64)> = new.map(|(id, source)| (source.rank, *id)).collect();
         for (rank, publisher_id) in new {
             self.ask(rank, publisher_id, None);

@@ -28,6 +28,7 @@ use corelane_codec::event::{Scope, topic};
 use corelane_codec::path::EndpointId;
 use corelane_engine::config::RingKind;
 use corelane_engine::directory::LoadSource;
+use corelane_engine::kv::RankId;
 use corelane_engine::shard::Command;
 use futures_util::FutureExt;
 use tokio::task::{AbortHandle, JoinSet, spawn_local};
@@ -73,8 +74,13 @@ struct Hearing {
     cores: Rc<Cores>,
 }
 
-/// What comes of questions.
-type Asked = JoinSet<(Ask, Result<Vec<u8>, String>)>;
+/// Questions under way.
+#[derive(Default)]
+struct Asked {
+    tasks: JoinSet<(Ask, Result<Vec<u8>, String>)>,
+    /// One of each rank: what a newer one replaces is not waited for any more.
+    last: HashMap<RankId, AbortHandle>,
+}
 
 /// One topic of one target.
 struct Feed {
@@ -135,11 +141,7 @@ pub async fn open(
 ) -> Result<Events> {
     Ok(match (EventPlane::read(env)?, nats) {
         (EventPlane::Off, _) => Events::off(discovery),
-        (EventPlane::Zmq, _) => {
-            let mut options = ZmqOptions::read(env, ring)?;
-            options.protection = curve.load()?;
-            Events::zmq(discovery, options)
-        }
+        (EventPlane::Zmq, _) => Events::zmq(discovery, ZmqOptions::read_with(env, ring, curve)?),
         (EventPlane::Nats, Some(nats)) => Events::nats(discovery, nats),
         (EventPlane::Nats, None) => {
             let nats = Nats::connect_later(&NatsOptions::read(env)?).await?;
@@ -266,7 +268,7 @@ impl Feed {
         };
         let mut changes = sight.subscribe();
         let mut sources = self.sources(hearing);
-        let mut asked = Asked::new();
+        let mut asked = Asked::default();
         loop {
             tokio::select! {
                 event = subscriber.next() => match event {
@@ -275,7 +277,12 @@ impl Feed {
                 },
                 Ok(()) = changes.changed() => self.compare(known, board),
                 list = listed(&mut sources) => self.publishers(list),
-                Some(Ok((ask, answer))) = asked.join_next() => self.answered(&ask, answer),
+                Some(done) = asked.tasks.join_next() => {
+                    // One that was replaced has no answer.
+                    if let Ok((ask, answer)) = done {
+                        self.answered(&ask, answer);
+                    }
+                }
             }
             for _ in 1..TOGETHER {
                 match subscriber.next().now_or_never() {
@@ -401,12 +408,19 @@ async fn listed(sources: &mut Option<Sources>) -> HashMap<u64, Source> {
 
 /// Begins to ask.
 fn ask(asks: Vec<Ask>, asked: &mut Asked, hearing: &Rc<Hearing>) {
+    if asks.is_empty() {
+        return;
+    }
+    asked.last.retain(|_, task| !task.is_finished());
     for ask in asks {
-        let hearing = Rc::clone(hearing);
-        asked.spawn_local(async move {
+        let (hearing, rank) = (Rc::clone(hearing), ask.rank);
+        let task = asked.tasks.spawn_local(async move {
             let answer = hearing.recovery.ask(&ask).await;
             (ask, answer)
         });
+        if let Some(replaced) = asked.last.insert(rank, task) {
+            replaced.abort();
+        }
     }
 }
 

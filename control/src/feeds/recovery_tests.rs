@@ -235,6 +235,26 @@ fn who_is_gone_is_waited_for_no_more() {
     assert_eq!(asked(&mut lab.digest).after, None);
 }
 
+/// A worker that has lost its lease keeps its publisher, and is another worker for all others.
+#[test]
+fn a_publisher_that_tells_of_another_rank_is_asked_again() {
+    for is_awaited in [true, false] {
+        let mut lab = match is_awaited {
+            true => Lab::start().0,
+            false => Lab::known(),
+        };
+        let other = RankId {
+            worker_id: RANK.worker_id + 1,
+            ..RANK
+        };
+        lab.digest
+            .publishers(HashMap::from([(PUBLISHER, source(other))]));
+        let ask = asked(&mut lab.digest);
+        assert_eq!((ask.rank, ask.after), (other, None));
+        assert_eq!(lab.digest.waiting(), 1);
+    }
+}
+
 #[test]
 fn events_about_others_ranks_are_dropped() {
     let mut lab = Lab::known();

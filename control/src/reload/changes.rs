@@ -91,8 +91,13 @@ impl Look<'_> {
 
     /// Which cores there are, and which is the control core.
     fn cores(&mut self) {
-        let cpus = |config: &Config| config.cores.iter().map(|core| core.cpu).collect::<Vec<_>>();
-        let (old, new) = (cpus(self.old), cpus(self.new));
+        // Another CPU of the same core is another value of its `cpu`, and told as that.
+        let numbers = |config: &Config| {
+            let numbers = config.cores.iter().map(|core| core.number);
+            let numbers: BTreeSet<usize> = numbers.collect();
+            numbers.into_iter().collect::<Vec<_>>()
+        };
+        let (old, new) = (numbers(self.old), numbers(self.new));
         if old != new {
             let at = origin(self.new, "core.cpus");
             let (old, new) = (cpu_list(&old), cpu_list(&new));

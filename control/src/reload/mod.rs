@@ -51,6 +51,8 @@ pub const PATH: &str = "/reload";
 const ANSWER_MAX: Duration = Duration::from_secs(15);
 /// How often it is looked whether something of a retired route is under way.
 const SWEEP_EVERY: Duration = Duration::from_millis(500);
+/// A core that stands still is given back what was in force so often, at most.
+const TAKE_BACK_TRIES: u32 = 20;
 
 /// Who has asked, if it was a signal.
 const HANGUP: &str = "SIGHUP";
@@ -299,7 +301,9 @@ impl Reloader {
             return Ok(());
         };
         // Commands are taken in their order, so the directory is taken before this is.
-        cores.tell_one(core, Command::Settings(settings)).await;
+        if !cores.tell_one(core, Command::Settings(settings)).await {
+            return Err(format!("core {core} takes no commands"));
+        }
         let taken = async {
             while stats.shard.settings.get() < goal {
                 sleep(Duration::from_millis(1)).await;
@@ -311,12 +315,14 @@ impl Reloader {
 
     async fn take_back(self: &Rc<Self>, core: usize, proposal: &Proposal, old: &Config) {
         self.parts.board.take_back(proposal);
-        if let Err(why) = self.hand_over(core, old).await {
-            tracing::error!(
-                core,
-                why,
-                "reload: a core does not take back what was in force"
-            );
+        for _ in 0..TAKE_BACK_TRIES {
+            let Err(why) = self.hand_over(core, old).await else {
+                break;
+            };
+            tracing::error!(core, why, "reload: what was in force is not taken back yet");
+            if self.parts.cores.has_ended(core) {
+                break;
+            }
         }
         self.sweep();
     }

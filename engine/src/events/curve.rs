@@ -24,8 +24,6 @@ use corelane_codec::zmtp;
 use super::incoming::Incoming;
 use super::memory::Slice;
 use super::plane::Plane;
-use super::session::Stage;
-use super::socket::LEAVE_NS;
 use super::{Security, take};
 use crate::ring::Ring;
 
@@ -190,13 +188,8 @@ fn turn_away<R: Ring>(plane: &mut Plane<R>, slot: u32, fault: &CurveFault) -> bo
     let mut bytes = Vec::new();
     zmtp::write_error(NOT_ALLOWED, &mut bytes);
     plane.push_control(slot, &bytes);
-    plane.stats.plane.sessions_refused.add(1);
     plane.stats.plane.sessions_refused_stranger.add(1);
-    let session = &mut plane.sessions[slot];
-    session.stage = Stage::Leaving;
-    session.leave_ns = Some(plane.now_ns + LEAVE_NS);
-    session.why = Some(fault.to_string());
-    false
+    plane.turn_away(slot, &fault.to_string())
 }
 
 /// Bytes in boxes have come.

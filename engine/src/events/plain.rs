@@ -15,8 +15,7 @@ use corelane_codec::zmtp::Event;
 use corelane_codec::{Bad, Decoded};
 
 use super::plane::Plane;
-use super::session::{Session, Source, Stage};
-use super::socket::LEAVE_NS;
+use super::session::{Session, Source};
 use super::{Side, take};
 use crate::ring::Ring;
 
@@ -169,12 +168,7 @@ fn answer<R: Ring>(plane: &mut Plane<R>, slot: u32, verdict: Verdict, text: &str
 /// Tells a peer why it is not served; the session ends when that has been sent.
 fn turn_away<R: Ring>(plane: &mut Plane<R>, slot: u32, verdict: Verdict, why: &str) -> bool {
     answer(plane, slot, verdict, why);
-    plane.stats.plane.sessions_refused.add(1);
-    let session = &mut plane.sessions[slot];
-    session.stage = Stage::Leaving;
-    session.leave_ns = Some(plane.now_ns + LEAVE_NS);
-    session.why = Some(why.to_owned());
-    false
+    plane.turn_away(slot, why)
 }
 
 /// What comes of a peer that is leaving is of no interest.

@@ -62,6 +62,8 @@ pub(super) struct Queue {
     bytes: usize,
     messages: usize,
     control_bytes: usize,
+    /// Of those, bytes that are in the flight of a session with boxes, as they were before.
+    boxed_control: usize,
     /// The last run that has left was part of a message that goes on.
     half: bool,
 }
@@ -256,17 +258,21 @@ impl Queue {
             let here = run.slice.bytes().min(rest);
             run.slice.start += here as u32;
             rest -= here;
+            if run.messages == 0 && !run.open && self.boxed_control == 0 {
+                // A command; the parts of a message in pieces are open or end one.
+                self.control_bytes = self.control_bytes.saturating_sub(here);
+            }
             if run.slice.start < run.slice.end {
                 break;
             }
             messages += run.messages;
             self.half = run.open;
-            if run.messages == 0 && !run.open {
-                // A command; the parts of a message in pieces are open or end one.
-                self.control_bytes = self.control_bytes.saturating_sub(here);
-            }
             memory.release(run.slice.block);
             self.flight.pop_front();
+        }
+        if self.flight.is_empty() {
+            let boxed = std::mem::take(&mut self.boxed_control);
+            self.control_bytes = self.control_bytes.saturating_sub(boxed);
         }
         self.messages -= messages as usize;
         u64::from(messages)

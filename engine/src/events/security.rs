@@ -60,7 +60,8 @@ pub(super) fn begin<R: Ring>(plane: &mut Plane<R>, slot: u32, theirs: Mechanism)
         plane.stats.plane.sessions_refused_mechanism.add(1);
         let (theirs, ours) = (theirs.name(), ours.name());
         let why = format!("its security mechanism is {theirs}, {ours} is wanted at this address");
-        return plane.refuse(slot, &why);
+        // Our greeting goes out before, so that it can say the same.
+        return plane.turn_away(slot, &why);
     }
     match ours {
         Mechanism::Null => {

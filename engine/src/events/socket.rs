@@ -19,7 +19,7 @@ const KEEPALIVE: Duration = Duration::from_secs(30);
 const PAUSE_FIRST_NS: u64 = 100_000_000;
 const PAUSE_LAST_NS: u64 = 5_000_000_000;
 /// Whoever came in by a door that is shut has so long to take what waits for him.
-pub(super) const LEAVE_NS: u64 = 1_000_000_000;
+const LEAVE_NS: u64 = 1_000_000_000;
 /// A pause after an accept that failed, for lack of descriptors for example.
 const ACCEPT_PAUSE_NS: u64 = 100_000_000;
 
@@ -330,6 +330,19 @@ impl<R: Ring> Plane<R> {
             self.stats.plane.sessions_refused.add(1);
             self.close(slot);
         }
+        false
+    }
+
+    /// The same when what waits for the peer has been sent, which tells it why.
+    pub(super) fn turn_away(&mut self, slot: u32, why: &str) -> bool {
+        let session = &mut self.sessions[slot];
+        if session.queue.is_empty() {
+            return self.refuse(slot, why);
+        }
+        session.stage = Stage::Leaving;
+        session.leave_ns = Some(self.now_ns + LEAVE_NS);
+        session.why = Some(why.to_owned());
+        self.stats.plane.sessions_refused.add(1);
         false
     }
 

@@ -44,7 +44,8 @@ cells! {
         Counter subscribers_overrun,
         /// Sessions ended by us because the peer broke the protocol
         Counter sessions_refused,
-        /// Sessions that ended with the greetings: one side wants CURVE, and the other does not
+        /// Sessions that ended with the greetings: the peer's security mechanism is another, or
+        /// it left when it had heard of ours
         Counter sessions_refused_mechanism,
         /// Of those refused: a wrong CURVE key, or a CURVE handshake or message that is not right
         Counter sessions_refused_curve,

@@ -88,6 +88,15 @@ impl ZmqOptions {
     /// # Errors
     /// One of them cannot be understood; the text says what to write.
     pub fn read(env: &Env, ring: RingKind) -> Result<ZmqOptions, EventsError> {
+        Self::read_with(env, ring, &CurveOptions::read(env))
+    }
+
+    /// The same with these keys of CURVE, whatever the environment says of them.
+    pub(crate) fn read_with(
+        env: &Env,
+        ring: RingKind,
+        curve: &CurveOptions,
+    ) -> Result<ZmqOptions, EventsError> {
         let via = match env.said("DYN_ZMQ_BROKER_URL") {
             Some(url) => Via::Url(url.parse()?),
             None if env.is_on("DYN_ZMQ_BROKER_ENABLED") => Via::Discovered,
@@ -100,7 +109,7 @@ impl ZmqOptions {
             ring,
             host: address::host(env.get("DYN_EVENT_PLANE_HOST"))?,
             via,
-            protection: CurveOptions::read(env).load()?,
+            protection: curve.load()?,
             queue_events_max: capacity.unwrap_or(QUEUE_EVENTS_MAX),
         })
     }

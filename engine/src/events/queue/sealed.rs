@@ -12,6 +12,10 @@ impl Queue {
     /// What is queued from now on leaves in boxes; what is there leaves as it is.
     pub(in crate::events) fn begin_to_seal(&mut self) {
         self.flight.extend(self.runs.drain(..));
+        self.boxed_control = match self.flight.is_empty() {
+            true => 0,
+            false => self.control_bytes,
+        };
     }
 
     /// Seals runs, up to what one send takes, and moves them into the flight. A quarter of the
@@ -45,9 +49,6 @@ impl Queue {
             return Ok(());
         }
         let end = batch.out.len() as u32;
-        if batch.messages == 0 {
-            self.control_bytes += batch.out.len();
-        }
         self.bytes += batch.out.len();
         let block = memory.block(batch.out);
         let (start, messages, open) = (0, batch.messages, false);
@@ -74,7 +75,7 @@ impl Queue {
             batch.messages += run.messages;
             let is_piece = run.open || !batch.joined.is_empty();
             if run.messages == 0 && !is_piece {
-                self.control_bytes = self.control_bytes.saturating_sub(bytes);
+                self.boxed_control += bytes;
             }
             let sealed = if is_piece {
                 // Its frames may be cut anywhere.
