@@ -408,12 +408,9 @@ impl Cores {
 
     /// The same to one, by its index; answers whether it has it.
     pub async fn tell_one(&self, index: usize, command: Command) -> bool {
-        let Some(core) = self.list.get(index) else {
-            return false;
-        };
         let deadline = Instant::now() + COMMAND_MAX;
         let mut next = command;
-        while !self.has_ended(index) {
+        while let Some(core) = self.list.get(index).filter(|core| !core.has_ended()) {
             let outcome = core.handle.borrow().command(next);
             let Err(back) = outcome else { return true };
             next = back;
@@ -577,7 +574,7 @@ impl Cores {
         if timeout(STOP_MAX, all).await.is_err() {
             tracing::error!("not every core has stopped after {STOP_MAX:?}");
         }
-        for core in self.list.iter().filter(|core| ended(core)) {
+        for core in self.list.iter().filter(|core| core.has_ended()) {
             // It has said its last word, so this does not wait.
             core.handle.borrow_mut().join();
         }
