@@ -198,7 +198,7 @@ pub(crate) fn hold(args: &WriterArgs) -> Result<()> {
 /// what was opened last, the highest number, first.
 fn first_to_close() -> Result<File> {
     const NUMBER_MIN: i32 = 200;
-    let marker = rustix::io::fcntl_dupfd_cloexec(std::io::stdout(), NUMBER_MIN)?;
+    let marker = rustix::io::fcntl_dupfd_cloexec(io::stdout(), NUMBER_MIN)?;
     // SAFETY: both numbers stay open; nobody here writes to standard output.
     let done = unsafe { libc::dup2(libc::STDIN_FILENO, libc::STDOUT_FILENO) };
     if done < 0 {
