@@ -21,10 +21,12 @@ use corelane_engine::stats::{CellKind, Latency};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet, text};
 use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::registry::Registry;
 
 use crate::cores::CoreView;
 use crate::discovery::DiscoveryStats;
+use crate::logging::dropped;
 
 mod discovery;
 mod dynamo;
@@ -164,9 +166,24 @@ impl ProcessNumbers {
                 "Directories handed to the cores",
                 self.directories,
             ),
+            counter(LOG_LINES_DROPPED.0, LOG_LINES_DROPPED.1, dropped()),
         ]
     }
 }
+
+/// What a process says of its log that serves neither cores nor routes.
+pub fn write_log(out: &mut String) {
+    let mut registry = Registry::with_prefix("corelane");
+    let (name, help) = LOG_LINES_DROPPED;
+    registry.register(name, help, ConstCounter::new(dropped()));
+    // Writing into a string does not fail.
+    let _ = text::encode_registry(out, &registry);
+}
+
+const LOG_LINES_DROPPED: (&str, &str) = (
+    "log_lines_dropped",
+    "Lines of the log that whoever reads standard error did not take",
+);
 
 fn number(name: &'static str, kind: CellKind, help: &'static str, value: u64) -> Number {
     Number {

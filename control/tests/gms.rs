@@ -4,6 +4,7 @@
 
 mod lab;
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -408,6 +409,43 @@ fn serve_lends_memory_beside_its_routes_until_it_has_drained() {
     router.signal(Signal::TERM);
     assert_eq!(router.ended(), 0);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_log_that_nobody_reads_holds_up_nobody() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().to_string_lossy();
+    let mut child = Command::new(PROGRAM)
+        .args(["gms", "--backend", "host", "--socket-dir", &dir])
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let log = child.stderr.take().unwrap();
+    rustix::pipe::fcntl_setpipe_size(&log, 4096).unwrap();
+    let path = socket(folder.path(), 0, "weights");
+    wait_until("it listens", || {
+        UnixStream::connect(&path).is_ok() || !matches!(child.try_wait(), Ok(None))
+    });
+    // Some lines for each: far more than the pipe takes.
+    let dial = Dial::new(&path);
+    for _ in 0..100 {
+        drop(open(&dial, LockType::Rw).unwrap());
+    }
+    let told = std::thread::spawn(move || {
+        let mut lines = std::io::BufRead::lines(std::io::BufReader::new(log));
+        let words = ["WARN", "missed=", "lines of the log were dropped"];
+        lines.any(|line| line.is_ok_and(|line| words.iter().all(|word| line.contains(word))))
+    });
+    wait_until("somebody reads again, and is told", || {
+        drop(open(&dial, LockType::Rw).unwrap());
+        told.is_finished()
+    });
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(told.join().unwrap());
 }
 
 #[test]

@@ -13,9 +13,9 @@ use serde_json::json;
 use super::serve::on_this_thread;
 use crate::cli::{self, Exit, GmsArgs, ProbeArgs};
 use crate::gpu_memory::GpuMemory;
-use crate::gpu_metrics;
 use crate::signals::Signals;
 use crate::status_server::{Health, StatusOptions, StatusServer};
+use crate::{gpu_metrics, metrics};
 
 /// Serves until a signal.
 ///
@@ -65,6 +65,7 @@ async fn status(args: &GmsArgs, service: &Rc<GpuMemory>) -> Result<Option<Status
     let metrics = move || {
         let mut out = String::new();
         gpu_metrics::write(&counted, &mut out);
+        metrics::write_log(&mut out);
         // Writing into a string does not fail.
         let _ = text::encode_eof(&mut out);
         out

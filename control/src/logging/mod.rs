@@ -14,11 +14,13 @@ use crate::trace;
 
 mod clock;
 mod json;
+mod outlet;
 
 use clock::Clock;
 #[cfg(feature = "otel")]
 pub(crate) use json::Fields;
 use json::JsonLines;
+pub use outlet::dropped;
 
 /// Libraries that are heard only when something is wrong, and the lines of
 /// `DYN_LOGGING_SPAN_EVENTS`, which stand there whatever else does; a filter of the user's wins.
@@ -163,7 +165,7 @@ pub fn start(env: &Env) {
     let options = Options::read(env, std::io::stderr().is_terminal());
     let (filter, handle) = reload::Layer::new(directives(&options.filter));
     let (clock, complaint) = Clock::new(options.local);
-    let builder = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt::layer().with_writer(outlet::stderr);
     let registry = tracing_subscriber::registry()
         .with(filter)
         .with(trace::lines(env));

@@ -10,10 +10,11 @@ use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, SealFlags};
+use rustix::fs::{FallocateFlags, Mode, OFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
+use super::spares::Spares;
 use super::{Access, Backend, BackendError, Block, CreateError, Mapper};
 
 /// What current GPUs use, so that sizes agree.
@@ -47,6 +48,7 @@ impl Default for HostConfig {
 pub struct HostBackend {
     config: HostConfig,
     used_bytes: Arc<AtomicU64>,
+    spares: Spares,
 }
 
 impl HostBackend {
@@ -63,6 +65,7 @@ impl HostBackend {
         Ok(HostBackend {
             config,
             used_bytes: Arc::default(),
+            spares: Spares::default(),
         })
     }
 
@@ -96,8 +99,9 @@ impl Backend for HostBackend {
 
     fn create(&mut self, bytes: u64) -> Result<Box<dyn Block>, CreateError> {
         let claim = self.claim(bytes)?;
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let memory = rustix::fs::memfd_create("corelane-gpu-mem", flags)
+        let memory = self
+            .spares
+            .take()
             .map_err(|errno| short_or("memfd_create", errno))?;
         rustix::fs::ftruncate(&memory, bytes).map_err(|errno| short_or("ftruncate", errno))?;
         if bytes <= self.config.populate_bytes_max {
@@ -110,6 +114,14 @@ impl Backend for HostBackend {
             memory: Arc::new(memory),
             _claim: claim,
         }))
+    }
+
+    fn prepare(&mut self) -> bool {
+        self.spares.refill()
+    }
+
+    fn unprepare(&mut self) -> bool {
+        self.spares.give_up()
     }
 }
 

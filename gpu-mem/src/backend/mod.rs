@@ -7,6 +7,7 @@ pub mod choice;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod host;
+mod spares;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -35,6 +36,17 @@ pub trait Backend: Send {
     /// # Errors
     /// Memory is short (worth trying again), or the driver refused.
     fn create(&mut self, bytes: u64) -> Result<Box<dyn Block>, CreateError>;
+
+    /// Makes ready one thing that a [`Backend::create`] soon will need, where there were some
+    /// lately. False if there is nothing to be done.
+    fn prepare(&mut self) -> bool {
+        false
+    }
+
+    /// Gives up one thing that was made ready. False if there is none.
+    fn unprepare(&mut self) -> bool {
+        false
+    }
 }
 
 /// One block of memory. Dropping it gives up the service's reference; the memory itself lives as

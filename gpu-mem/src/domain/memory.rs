@@ -49,6 +49,16 @@ impl Domain {
         }
     }
 
+    /// Makes ready what the next allocation will need. False if there is nothing to be done.
+    pub fn prepare(&mut self) -> bool {
+        self.backend.prepare()
+    }
+
+    /// Gives up one thing that was made ready. False if there is none.
+    pub fn unprepare(&mut self) -> bool {
+        self.backend.unprepare()
+    }
+
     /// Asks for memory. Of what was cleared as many bytes go first, so that never more is in use
     /// than was before; all of it goes before memory is said to be short.
     fn create(&mut self, bytes: u64) -> Result<Box<dyn Block>, CreateError> {

@@ -424,13 +424,15 @@ impl Domain {
             .map_err(|denied| denied.to_string())?;
         self.check_whole()?;
         self.seal_layout();
-        for allocation in self.store.allocations() {
-            allocation.block.freeze();
-        }
         let mut effects = Vec::new();
         let done = self.lock.commit(client, turn.pulse, &mut effects);
         self.apply(effects, turn);
-        done.map_err(|denied| denied.to_string())
+        done.map_err(|denied| denied.to_string())?;
+        // Before anybody is told; but where the next writer was waiting, nothing of it is left.
+        for allocation in self.store.allocations() {
+            allocation.block.freeze();
+        }
+        Ok(())
     }
 
     fn check_whole(&self) -> Result<(), String> {

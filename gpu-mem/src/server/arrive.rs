@@ -17,8 +17,8 @@ impl Server {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         match rustix::net::accept_with(&self.listeners[domain].socket, flags) {
             Ok(socket) => self.admit(socket, domain),
-            // Cleared memory has descriptors too. Epoll says again that somebody is there.
-            Err(Errno::MFILE | Errno::NFILE) if self.discarded.free_all() => {}
+            // Cleared memory has descriptors too, and so has what was made ahead. Epoll says again that somebody is there.
+            Err(Errno::MFILE | Errno::NFILE) if self.discarded.free_all() || self.unprepare() => {}
             Err(Errno::MFILE | Errno::NFILE) => {
                 // Without this the client would wait in the backlog and epoll would spin.
                 self.spare = None;
@@ -61,6 +61,6 @@ impl Server {
         self.connections.insert(id, Connection::new(socket, domain));
         self.domains[domain].connect(ClientId(id), peer);
         // Its first words are mostly there already; epoll hears of it when it has to be awaited.
-        self.read(id);
+        self.receive(id);
     }
 }

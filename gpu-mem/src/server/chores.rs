@@ -7,12 +7,14 @@ use crate::domain::Domain;
 const TIDY_WITHIN_NS: u64 = 10_000_000;
 
 impl Server {
-    /// After a look for events. Right after an answer only a block of memory is given up, because
-    /// its client may ask again before a line of the log is written; all else comes before sleep.
+    /// After a look for events. Right after an answer only a block of memory is given up, or one
+    /// made ready, because its client may ask again before a line of the log is written; all else
+    /// comes before sleep.
     pub(super) fn rest(&mut self, idle: bool) {
         let now_ns = self.now_ns();
         if idle {
-            if now_ns >= self.awake_until_ns {
+            if now_ns >= self.awake_until_ns && !self.unprepare() {
+                self.last_answered = None;
                 self.chore();
             }
             return;
@@ -22,9 +24,22 @@ impl Server {
             self.untidy = true;
             self.tidy_by_ns = now_ns.saturating_add(TIDY_WITHIN_NS);
         }
-        if !self.discarded.free_one() && now_ns >= self.tidy_by_ns {
+        if now_ns >= self.tidy_by_ns {
             self.chore();
+        } else if !self.discarded.free_one() {
+            self.prepare();
         }
+    }
+
+    /// Makes ready what the next allocation of a writer will need; only between two answers of a
+    /// service that does not sleep, which gives it up again before it does.
+    fn prepare(&mut self) {
+        let _ = self.last_answered.is_some() && self.domains.iter_mut().any(Domain::prepare);
+    }
+
+    /// Gives up one thing that was made ready. False if there is none.
+    pub(super) fn unprepare(&mut self) -> bool {
+        self.domains.iter_mut().any(Domain::unprepare)
     }
 
     /// Does one thing that nobody waits for; lets others see how the pools stand when all is done.

@@ -16,6 +16,7 @@ mod arrive;
 mod chores;
 mod config;
 mod connection;
+mod eager;
 mod held;
 pub mod listener;
 mod running;
@@ -34,7 +35,7 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 use rustix::io::Errno;
 
-use self::connection::{Connection, Filled, Limits};
+use self::connection::{Connection, Limits};
 use self::listener::Listener;
 use crate::complaints::Complaints;
 use crate::domain::{Action, Discarded, Domain, Fence, Turn};
@@ -70,6 +71,8 @@ pub struct Server {
     spin_ns: u64,
     /// Until when it looks for events without sleeping.
     awake_until_ns: u64,
+    /// Who was answered last and may ask the next thing at once; none before it sleeps.
+    last_answered: Option<u64>,
     /// There may be chores, which are begun by this time even if there is no pause.
     untidy: bool,
     tidy_by_ns: u64,
@@ -148,6 +151,7 @@ impl Server {
             held_bytes_max: config.held_bytes_max,
             spin_ns: ns(config.spin),
             awake_until_ns: 0,
+            last_answered: None,
             untidy: true,
             tidy_by_ns: 0,
             audit,
@@ -166,7 +170,11 @@ impl Server {
     pub fn run(mut self) {
         let mut events = [const { std::mem::MaybeUninit::uninit() }; EVENTS];
         while !self.stop.load(Ordering::Acquire) {
-            let timeout = self.next_timeout();
+            let asked = self.look_ahead();
+            let timeout = match asked {
+                true => Some(Timespec::default()),
+                false => self.next_timeout(),
+            };
             let ready = match epoll::wait(&self.epoll, &mut events, timeout.as_ref()) {
                 Ok((ready, _)) => &*ready,
                 Err(Errno::INTR) => &[],
@@ -175,7 +183,7 @@ impl Server {
                     break;
                 }
             };
-            let idle = ready.is_empty();
+            let idle = ready.is_empty() && !asked;
             // Those who are in a session come before those who are not in yet.
             let is_known = |event: &&epoll::Event| event.data.u64() < LISTENERS;
             for event in ready.iter().filter(is_known) {
@@ -220,7 +228,8 @@ impl Server {
             .min();
         let connections = self.deadlines.first().map(|(deadline, _)| *deadline);
         let now_ns = self.now_ns();
-        let awake = (self.untidy || now_ns < self.awake_until_ns).then_some(now_ns);
+        let awake = self.untidy || self.last_answered.is_some() || now_ns < self.awake_until_ns;
+        let awake = awake.then_some(now_ns);
         let next = [pools, connections, awake].into_iter().flatten().min()?;
         let wait = next.saturating_sub(now_ns);
         let seconds = i64::try_from(wait / 1_000_000_000).unwrap_or(i64::MAX);
@@ -238,7 +247,7 @@ impl Server {
         let busy = self.domains[connection.domain].is_busy(ClientId(id));
         let reads = connection.wants(busy).contains(EventFlags::IN);
         if reads && flags.intersects(EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP) {
-            self.read(id);
+            self.receive(id);
         } else if flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR) {
             // Nobody to answer: a waiter, a writer that waits for memory, or one that does not
             // read what we send.
@@ -248,23 +257,6 @@ impl Server {
             self.watch(id, true);
         } else {
             self.ripe.push_back(id);
-        }
-    }
-
-    /// Reads once from a client.
-    fn read(&mut self, id: u64) {
-        let Some(connection) = self.connections.get_mut(&id) else {
-            return;
-        };
-        match connection.fill(&mut self.scratch) {
-            Ok(Filled::Bytes | Filled::End | Filled::Nothing) => self.ripe.push_back(id),
-            Ok(Filled::Descriptor) => {
-                if self.may_complain() {
-                    tracing::warn!(session = id, "a client sent a descriptor; session dropped");
-                }
-                self.sever(id);
-            }
-            Err(_) => self.sever(id),
         }
     }
 
@@ -288,7 +280,9 @@ impl Server {
         let Some(connection) = self.connections.get_mut(&id) else {
             return;
         };
+        let answered = connection.is_sending() && !connection.closing;
         match connection.flush() {
+            Ok(()) if answered && self.spin_ns > 0 => self.last_answered = Some(id),
             Ok(()) => {}
             Err(Errno::TOOMANYREFS) => {
                 let withheld = self.domains[connection.domain].withheld();
