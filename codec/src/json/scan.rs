@@ -222,7 +222,9 @@ mod tests {
     #[test]
     fn the_first_byte_that_is_not_plain_is_found() {
         let stops = |byte: &u8| matches!(byte, 0..0x20 | b'"' | b'\\');
-        for fill in [b'a', b'!', b'#', b'[', b']', 0x7f, 0x80, 0x9f, 0xa2, 0xdc, 0xff] {
+        for fill in [
+            b'a', b'!', b'#', b'[', b']', 0x7f, 0x80, 0x9f, 0xa2, 0xdc, 0xff,
+        ] {
             for byte in 0..=u8::MAX {
                 for at in 0..20 {
                     let mut input = [fill; 20];

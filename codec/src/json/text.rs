@@ -82,7 +82,9 @@ impl<'a> Text<'a> {
                 }
             };
             (from, at) = (from + plain, at + plain);
-            if plain < 8 && let Some((char, bytes)) = unescape(&self.raw[from..]) {
+            if plain < 8
+                && let Some((char, bytes)) = unescape(&self.raw[from..])
+            {
                 let mut utf8 = [0; 4];
                 let char = char.encode_utf8(&mut utf8).as_bytes();
                 put(out, at, char).ok_or(too_long)?;
