@@ -4,6 +4,8 @@
 //! takes absent or null optional ones; an unknown transport, device or codec makes the record
 //! unreadable, and readers skip it (§4.10).
 
+use std::ops::{Deref, DerefMut};
+
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -42,11 +44,9 @@ pub enum DeviceType {
     Cuda,
 }
 
-/// One instance of one endpoint.
+/// One instance of one endpoint, as records of several types hold it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct EndpointRecord {
-    #[serde(rename = "type")]
-    tag: EndpointTag,
+pub struct InstanceRecord {
     /// Component.
     pub component: String,
     /// Endpoint.
@@ -65,22 +65,7 @@ pub struct EndpointRecord {
     pub request_plane_codec: Option<PayloadCodec>,
 }
 
-impl EndpointRecord {
-    /// A record with neither device nor codec.
-    #[must_use]
-    pub fn new(endpoint: &EndpointId, instance_id: u64, transport: Transport) -> Self {
-        Self {
-            tag: EndpointTag::Endpoint,
-            component: endpoint.component.clone(),
-            endpoint: endpoint.name.clone(),
-            namespace: endpoint.namespace.clone(),
-            instance_id,
-            transport,
-            device_type: None,
-            request_plane_codec: None,
-        }
-    }
-
+impl InstanceRecord {
     /// The endpoint that it is an instance of.
     #[must_use]
     pub fn endpoint_id(&self) -> EndpointId {
@@ -100,6 +85,49 @@ impl EndpointRecord {
     #[must_use]
     pub fn payload_codec(&self) -> PayloadCodec {
         self.request_plane_codec.unwrap_or_default()
+    }
+}
+
+/// The record of an instance: what is said of it, behind the type.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndpointRecord {
+    #[serde(rename = "type")]
+    tag: EndpointTag,
+    /// The instance.
+    #[serde(flatten)]
+    pub instance: InstanceRecord,
+}
+
+impl EndpointRecord {
+    /// A record with neither device nor codec.
+    #[must_use]
+    pub fn new(endpoint: &EndpointId, instance_id: u64, transport: Transport) -> Self {
+        Self {
+            tag: EndpointTag::Endpoint,
+            instance: InstanceRecord {
+                component: endpoint.component.clone(),
+                endpoint: endpoint.name.clone(),
+                namespace: endpoint.namespace.clone(),
+                instance_id,
+                transport,
+                device_type: None,
+                request_plane_codec: None,
+            },
+        }
+    }
+}
+
+impl Deref for EndpointRecord {
+    type Target = InstanceRecord;
+
+    fn deref(&self) -> &InstanceRecord {
+        &self.instance
+    }
+}
+
+impl DerefMut for EndpointRecord {
+    fn deref_mut(&mut self) -> &mut InstanceRecord {
+        &mut self.instance
     }
 }
 
@@ -210,6 +238,7 @@ mod tests {
             ("}}", r#"},"request_plane_codec":"cbor"}"#),
             ("18446744073709551615", "18446744073709551616"),
             ("18446744073709551615", "-1"),
+            (r#""namespace":"n""#, r#""namespace":"n","namespace":"n""#),
         ] {
             assert!(LEAST.contains(from));
             let text = LEAST.replacen(from, to, 1);

@@ -273,7 +273,8 @@ impl Board {
         let identities = self.identities.borrow();
         let place = |held: Option<(&Rc<Listed>, bool)>| {
             let Some((listed, leads)) = held else {
-                return nothing();
+                // A free place.
+                return directory::Route::default();
             };
             let ids = identities.iter().filter(|_| leads);
             let paths = ids.map(|id| instance_path(*id, &listed.route.listen).into_bytes());
@@ -394,26 +395,6 @@ impl Board {
                 self.changed.notify_one();
             }
         }
-    }
-}
-
-/// What stands at a free place: nothing leads there, and it leads nowhere.
-fn nothing() -> directory::Route {
-    directory::Route {
-        listen: String::new(),
-        target: String::new(),
-        paths: Vec::new(),
-        policy: directory::Policy::RoundRobin,
-        header: String::new(),
-        ack: directory::Ack::OnForward,
-        ack_timeout_ns: 0,
-        retries_max: 0,
-        hold_bytes: 0,
-        relay: None,
-        lane: false,
-        kv: None,
-        load: directory::LoadRule::OWN,
-        instances: Vec::new(),
     }
 }
 

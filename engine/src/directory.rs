@@ -47,6 +47,28 @@ pub struct Route {
     pub instances: Vec<Instance>,
 }
 
+/// A route that nothing leads to, and that leads nowhere.
+impl Default for Route {
+    fn default() -> Self {
+        Self {
+            listen: String::new(),
+            target: String::new(),
+            paths: Vec::new(),
+            policy: Policy::RoundRobin,
+            header: String::new(),
+            ack: Ack::OnForward,
+            ack_timeout_ns: 0,
+            retries_max: 0,
+            hold_bytes: 0,
+            relay: None,
+            lane: false,
+            kv: None,
+            load: LoadRule::OWN,
+            instances: Vec::new(),
+        }
+    }
+}
+
 /// The responses of a route pass through us; how long its instances may take. 0 is for ever.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RelayTimes {

@@ -202,10 +202,14 @@ pub(crate) fn collect<'a, const N: usize>(
     names: [&'static str; N],
 ) -> Result<[Option<Value<'a>>; N], ControlError> {
     let mut found = [None; N];
+    let mut likely = 0;
     while let Some(member) = object.next_member()? {
-        let Some(at) = names.iter().position(|name| member.key == *name) else {
+        // Writers keep to an order: what follows the last name is looked at first.
+        let mut places = (likely..N).chain(0..likely);
+        let Some(at) = places.find(|at| member.key == *names[*at]) else {
             continue;
         };
+        likely = at + 1;
         if found[at].replace(member.value).is_some() {
             return Err(ControlError::Repeated(names[at]));
         }

@@ -1,8 +1,9 @@
 //! What a worker is asked, over the request plane, about what is in its KV cache, and its answer.
 //!
 //! A KV publisher with an index of its own says in its source record where it is asked
-//! ([`super::RecoveryTarget`]). The specification has no section about it; the forms are those that
-//! Dynamo 1.6.1 is seen to exchange. An answer is one item, not annotated: an enum by its name,
+//! ([`SourceMetadata::recovery_target`](super::SourceMetadata)). The specification has no section
+//! about it; the forms are those that Dynamo 1.6.1 is seen to exchange. An answer is one item, not
+//! annotated: an enum by its name,
 //!
 //! ```text
 //! {"TreeDump": {"events": [KV event..], "last_event_id": u64, "reset_scope": "all"}}

@@ -59,7 +59,7 @@ pub use kv_query::{KvAnswer, KvQuery, KvQueryKind};
 pub use load::{ForwardPass, KvMetrics, QueuedRequests, ScheduledRequests};
 pub use record::{
     CHANNELS_BUCKET, EventChannelRecord, EventKey, EventSourceRecord, EventTransport, KvWorker,
-    NatsChannel, RecoveryTarget, SOURCES_BUCKET, SourceMetadata, ZmqBrokerChannel, ZmqChannel,
+    NatsChannel, SOURCES_BUCKET, SourceMetadata, ZmqBrokerChannel, ZmqChannel,
 };
 pub use scope::{Scope, decode_segment, encode_segment, parse_subject};
 pub use sequences::{Sequence, SequenceChange};

@@ -9,8 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::scope::{Scope, decode_segment, encode_segment};
-use crate::control_message::PayloadCodec;
-use crate::discovery::{DeviceType, EndpointRecord, Transport};
+use crate::discovery::InstanceRecord;
 use crate::path::{EndpointId, parse_instance_hex};
 
 /// Where channel records live.
@@ -170,45 +169,10 @@ pub struct SourceMetadata {
     pub worker: KvWorker,
     /// The publisher.
     pub publisher_id: u64,
-    /// Where it is asked for what it has published ([`super::KvQuery`]), if it keeps that.
+    /// Where it is asked for what it has published ([`super::KvQuery`]), if it keeps that: the
+    /// instance of an endpoint that answers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub recovery_target: Option<RecoveryTarget>,
-}
-
-/// The instance of an endpoint that answers questions about a KV cache: its endpoint record,
-/// without the type.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RecoveryTarget {
-    /// Component.
-    pub component: String,
-    /// Endpoint.
-    pub endpoint: String,
-    /// Namespace.
-    pub namespace: String,
-    /// The instance.
-    pub instance_id: u64,
-    /// How to reach it.
-    pub transport: Transport,
-    /// What it computes on.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub device_type: Option<DeviceType>,
-    /// How it wants its requests encoded; JSON if absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub request_plane_codec: Option<PayloadCodec>,
-}
-
-impl From<EndpointRecord> for RecoveryTarget {
-    fn from(record: EndpointRecord) -> Self {
-        Self {
-            component: record.component,
-            endpoint: record.endpoint,
-            namespace: record.namespace,
-            instance_id: record.instance_id,
-            transport: record.transport,
-            device_type: record.device_type,
-            request_plane_codec: record.request_plane_codec,
-        }
-    }
+    pub recovery_target: Option<InstanceRecord>,
 }
 
 /// A rank of a worker.
@@ -268,6 +232,7 @@ impl fmt::Display for EventKey {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::discovery::Transport;
 
     #[test]
     fn keys_of_all_scopes() {

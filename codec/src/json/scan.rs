@@ -39,15 +39,46 @@ pub(super) fn shift(error: JsonError, base: usize) -> JsonError {
     }
 }
 
+/// Each byte of a word alike.
+const fn each(byte: u8) -> u64 {
+    u64::from_ne_bytes([byte; 8])
+}
+
+/// How many bytes at the front of eight stand for themselves in a string: none of them is a quote,
+/// a backslash or a control character.
+pub(super) fn plain_of_eight(bytes: [u8; 8]) -> usize {
+    let word = u64::from_le_bytes(bytes);
+    // A byte that underflows has its high bit set, unless it had it before. The borrow may set
+    // that of the bytes behind it too, which does not matter: the first one counts.
+    let below = |word: u64, bound: u8| word.wrapping_sub(each(bound)) & !word;
+    let special = below(word ^ each(b'"'), 1) | below(word ^ each(b'\\'), 1) | below(word, 0x20);
+    ((special & each(0x80)).trailing_zeros() / 8) as usize
+}
+
+/// The first position from `at` on whose byte does not stand for itself in a string, or the end.
+pub(super) fn plain(input: &[u8], mut at: usize) -> usize {
+    while let Some(eight) = input.get(at..).and_then(<[u8]>::first_chunk) {
+        let plain = plain_of_eight(*eight);
+        at += plain;
+        if plain < 8 {
+            return at;
+        }
+    }
+    while let Some(b' '..=b'!' | b'#'..=b'[' | b']'..) = input.get(at) {
+        at += 1;
+    }
+    at
+}
+
 /// Steps over the string whose opening quote is at `at`. Escapes are checked for form.
 pub(super) fn string(input: &[u8], at: usize) -> Result<usize, JsonError> {
     let mut at = at + 1;
     loop {
+        at = plain(input, at);
         match byte(input, at)? {
             b'"' => return Ok(at + 1),
             b'\\' => at = escape(input, at)?,
-            0..0x20 => return Err(JsonError::Syntax { at }),
-            _ => at += 1,
+            _ => return Err(JsonError::Syntax { at }),
         }
     }
 }
@@ -180,5 +211,35 @@ pub(super) fn value(input: &[u8], mut at: usize) -> Result<usize, JsonError> {
             depth -= 1;
             objects >>= 1;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every byte at every place of words that are followed by less than one.
+    #[test]
+    fn the_first_byte_that_is_not_plain_is_found() {
+        let stops = |byte: &u8| matches!(byte, 0..0x20 | b'"' | b'\\');
+        for fill in [
+            b'a', b'!', b'#', b'[', b']', 0x7f, 0x80, 0x9f, 0xa2, 0xdc, 0xff,
+        ] {
+            for byte in 0..=u8::MAX {
+                for at in 0..20 {
+                    let mut input = [fill; 20];
+                    input[at] = byte;
+                    for second in at..20 {
+                        let before = std::mem::replace(&mut input[second], b'"');
+                        let want = input.iter().position(stops);
+                        assert_eq!(Some(plain(&input, 0)), want, "{input:?}");
+                        input[second] = before;
+                    }
+                    let want = input.iter().position(stops).unwrap_or(20);
+                    assert_eq!(plain(&input, 0), want, "{input:?}");
+                }
+            }
+        }
+        assert_eq!(plain(b"ab", 2), 2);
     }
 }

@@ -3,6 +3,8 @@
 use std::borrow::Cow;
 use std::fmt;
 
+use super::scan;
+
 /// The content of a JSON string between its quotes, still escaped. It is known to be UTF-8 and
 /// every escape in it is known to be a whole character, so reading it cannot fail.
 #[derive(Clone, Copy)]
@@ -24,10 +26,10 @@ impl<'a> Text<'a> {
     /// UTF-8 or hold half of a surrogate pair.
     pub(super) fn new(raw: &'a [u8]) -> Option<Self> {
         let raw = std::str::from_utf8(raw).ok()?;
-        let escaped = raw.as_bytes().contains(&b'\\');
-        let mut rest = raw;
-        while let Some(at) = escaped.then(|| rest.find('\\')).flatten() {
-            rest = unescape(&rest[at..])?.1;
+        let mut at = scan::plain(raw.as_bytes(), 0);
+        let escaped = at < raw.len();
+        while at < raw.len() {
+            at = scan::plain(raw.as_bytes(), at + unescape(&raw[at..])?.1);
         }
         Some(Self { raw, escaped })
     }
@@ -61,18 +63,32 @@ impl<'a> Text<'a> {
     /// # Errors
     /// `out` is too short; what it holds then is not specified.
     pub fn unescape_into<'out>(&self, out: &'out mut [u8]) -> Result<&'out str, TooLong> {
-        let have_bytes = out.len();
-        let mut at = 0;
-        let mut rest = self.raw;
-        while !rest.is_empty() {
-            let plain = rest.find('\\').unwrap_or(rest.len());
-            put(out, &mut at, &rest.as_bytes()[..plain]).ok_or(TooLong { have_bytes })?;
-            rest = &rest[plain..];
-            if let Some((char, tail)) = unescape(rest) {
+        let too_long = TooLong {
+            have_bytes: out.len(),
+        };
+        let raw = self.raw.as_bytes();
+        let (mut from, mut at) = (0, 0);
+        while from < raw.len() {
+            let plain = match (raw[from..].first_chunk(), out[at..].first_chunk_mut()) {
+                // All eight are written, those that are not plain for the next to overwrite.
+                (Some(eight), Some(room)) => {
+                    *room = *eight;
+                    scan::plain_of_eight(*eight)
+                }
+                _ => {
+                    let plain = scan::plain(raw, from) - from;
+                    put(out, at, &raw[from..from + plain]).ok_or(too_long)?;
+                    plain
+                }
+            };
+            (from, at) = (from + plain, at + plain);
+            if plain < 8
+                && let Some((char, bytes)) = unescape(&self.raw[from..])
+            {
                 let mut utf8 = [0; 4];
-                let char = char.encode_utf8(&mut utf8);
-                put(out, &mut at, char.as_bytes()).ok_or(TooLong { have_bytes })?;
-                rest = tail;
+                let char = char.encode_utf8(&mut utf8).as_bytes();
+                put(out, at, char).ok_or(too_long)?;
+                (from, at) = (from + bytes, at + char.len());
             }
         }
         // Only whole runs of a `str` and whole characters were copied.
@@ -89,21 +105,19 @@ impl<'a> Text<'a> {
     }
 }
 
-fn put(out: &mut [u8], at: &mut usize, bytes: &[u8]) -> Option<()> {
+fn put(out: &mut [u8], at: usize, bytes: &[u8]) -> Option<()> {
     let end = at.checked_add(bytes.len())?;
-    out.get_mut(*at..end)?.copy_from_slice(bytes);
-    *at = end;
+    out.get_mut(at..end)?.copy_from_slice(bytes);
     Some(())
 }
 
-/// Reads the escape that `text` starts with and answers its character and what follows it. `None`
-/// if there is no whole escape there or it is half of a surrogate pair.
-fn unescape(text: &str) -> Option<(char, &str)> {
-    let bytes = text.as_bytes();
-    if bytes.first() != Some(&b'\\') {
+/// Reads the escape that `text` starts with and answers its character and its length. `None` if
+/// there is no whole escape there or it is half of a surrogate pair.
+fn unescape(text: &str) -> Option<(char, usize)> {
+    let [b'\\', kind, ..] = text.as_bytes() else {
         return None;
-    }
-    let plain = match bytes.get(1)? {
+    };
+    let plain = match kind {
         b'"' => '"',
         b'\\' => '\\',
         b'/' => '/',
@@ -115,21 +129,21 @@ fn unescape(text: &str) -> Option<(char, &str)> {
         b'u' => return unescape_hex(text),
         _ => return None,
     };
-    Some((plain, &text[2..]))
+    Some((plain, 2))
 }
 
-fn unescape_hex(text: &str) -> Option<(char, &str)> {
+fn unescape_hex(text: &str) -> Option<(char, usize)> {
     let unit = |at: usize| u32::from_str_radix(text.get(at..at + 4)?, 16).ok();
     let high = unit(2)?;
     if !(0xd800..0xdc00).contains(&high) {
-        return Some((char::from_u32(high)?, &text[6..]));
+        return Some((char::from_u32(high)?, 6));
     }
     if text.get(6..8)? != "\\u" {
         return None;
     }
     let low = unit(8).filter(|low| (0xdc00..0xe000).contains(low))?;
     let joined = 0x10000 + ((high - 0xd800) << 10) + (low - 0xdc00);
-    Some((char::from_u32(joined)?, &text[12..]))
+    Some((char::from_u32(joined)?, 12))
 }
 
 /// The characters of a [`Text`].
@@ -142,8 +156,8 @@ impl Iterator for Chars<'_> {
     type Item = char;
 
     fn next(&mut self) -> Option<char> {
-        if let Some((char, rest)) = unescape(self.rest) {
-            self.rest = rest;
+        if let Some((char, bytes)) = unescape(self.rest) {
+            self.rest = &self.rest[bytes..];
             return Some(char);
         }
         let mut chars = self.rest.chars();

@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use corelane_codec::discovery::EndpointRecord;
+use corelane_codec::discovery::{EndpointRecord, InstanceRecord};
 use corelane_codec::event::{
     CHANNELS_BUCKET, Envelope, EventChannelRecord, EventKey, EventSourceRecord, EventTransport,
-    KvWorker, NatsChannel, RecoveryTarget, SOURCES_BUCKET, Scope, SourceMetadata, typed,
+    KvWorker, NatsChannel, SOURCES_BUCKET, Scope, SourceMetadata, typed,
 };
 use corelane_codec::path::EndpointId;
 use serde::Serialize;
@@ -260,9 +260,9 @@ fn source_record(
 }
 
 /// An instance of ours as a source record names it.
-fn target(asked_at: &Record, id: u64) -> Option<RecoveryTarget> {
+fn target(asked_at: &Record, id: u64) -> Option<InstanceRecord> {
     let record: EndpointRecord = serde_json::from_slice(&asked_at.entry(id).value).ok()?;
-    Some(record.into())
+    Some(record.instance)
 }
 
 /// Takes the records of a publisher back when it is gone, and shuts its door.

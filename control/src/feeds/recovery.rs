@@ -185,12 +185,12 @@ fn source(record: &EventSourceRecord, gateway: Option<SocketAddr>) -> Result<Sou
         }
         let (address, path) = dialled.ok()?;
         Some(Target {
-            endpoint: EndpointId::new(&target.namespace, &target.component, &target.endpoint),
+            endpoint: target.endpoint_id(),
             instance: Instance {
                 id: target.instance_id,
                 address,
                 path,
-                codec: target.request_plane_codec.unwrap_or_default(),
+                codec: target.payload_codec(),
                 device: target.device_type,
             },
         })

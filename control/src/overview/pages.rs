@@ -333,17 +333,7 @@ mod tests {
             listen: listen.into(),
             target: "a/worker/g".into(),
             paths: vec![path.as_bytes().to_vec()],
-            policy: directory::Policy::Random,
-            header: String::new(),
-            ack: directory::Ack::OnAccept,
-            ack_timeout_ns: 1,
-            retries_max: 0,
-            hold_bytes: 0,
-            relay: None,
-            lane: false,
-            kv: None,
-            load: directory::LoadRule::OWN,
-            instances: vec![],
+            ..directory::Route::default()
         };
         let directory = Directory {
             routes: vec![route("a/b/c", "1f/a/b/c"), route("a/b/d", "1f/a/b/d")],

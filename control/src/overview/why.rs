@@ -197,7 +197,7 @@ fn number(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use corelane_engine::directory::{Ack, KvRule, LoadRule};
+    use corelane_engine::directory::KvRule;
     use corelane_engine::load::Work;
     use corelane_engine::weigh::Seen;
 
@@ -207,18 +207,9 @@ mod tests {
         Route {
             listen: "a/router/g".into(),
             target: "a/worker/g".into(),
-            paths: vec![],
             policy,
             header: "x-session".into(),
-            ack: Ack::OnAccept,
-            ack_timeout_ns: 1,
-            retries_max: 0,
-            hold_bytes: 0,
-            relay: None,
-            lane: false,
-            kv: None,
-            load: LoadRule::OWN,
-            instances: vec![],
+            ..Route::default()
         }
     }
 

@@ -15,7 +15,7 @@ use corelane_codec::control_message::{
 };
 use corelane_codec::{Decoded, reply_frame, request_frame, two_part};
 use corelane_engine::config::{RingKind, ShardConfig};
-use corelane_engine::directory::{Ack, Directory, Instance, LoadRule, Policy, Route};
+use corelane_engine::directory::{Ack, Directory, Instance, Policy, Route};
 use corelane_engine::executor::{ShardHandle, spawn};
 use corelane_engine::shard::Command;
 
@@ -140,14 +140,11 @@ pub fn route(policy: Policy, ack: Ack, workers: &[&Worker]) -> Route {
         ack_timeout_ns: 60_000_000_000,
         retries_max: 3,
         hold_bytes: 1 << 20,
-        relay: None,
-        lane: false,
-        kv: None,
-        load: LoadRule::OWN,
         instances: workers
             .iter()
             .map(|worker| worker.instance.clone())
             .collect(),
+        ..Route::default()
     }
 }
 

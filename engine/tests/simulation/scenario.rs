@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use corelane_engine::buffers::Buffers;
 use corelane_engine::config::{RingKind, ShardConfig};
-use corelane_engine::directory::{Ack, Directory, LoadRule, Policy, RelayTimes, Route};
+use corelane_engine::directory::{Ack, Directory, Policy, RelayTimes, Route};
 use corelane_engine::mesh::{self, Receiver, Sender};
 use corelane_engine::ring::sim::{Faults, Net, Sim};
 use corelane_engine::shard::{Command, Lanes, Report, Shard};
@@ -158,10 +158,7 @@ impl World {
             retries_max: 3,
             hold_bytes: 1 << 20,
             relay: self.book.relayed.then_some(RELAY_TIMES),
-            lane: false,
-            kv: None,
-            load: LoadRule::OWN,
-            instances: Vec::new(),
+            ..Route::default()
         });
         self.directory.routes.last_mut().unwrap()
     }
