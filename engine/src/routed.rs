@@ -197,12 +197,7 @@ impl Routed {
 /// A frame that begins at the front of a connection is about to become a request. [`NONE`] where
 /// it has no span.
 #[inline]
-pub(crate) fn begin<R: Ring>(
-    shard: &mut Shard<R>,
-    slot: u32,
-    prefix: &Prefix,
-    route: u32,
-) -> u32 {
+pub(crate) fn begin<R: Ring>(shard: &mut Shard<R>, slot: u32, prefix: &Prefix, route: u32) -> u32 {
     if shard.routed.ratio.is_none() {
         return NONE;
     }

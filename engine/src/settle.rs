@@ -40,8 +40,7 @@ pub(crate) fn answered<R: Ring>(shard: &mut Shard<R>, upstream: u32, answer: Ans
     unlink_head(shard, upstream);
     let entry = &shard.requests[request];
     let instance = entry.instance;
-    let (took_ns, span, detached) =
-        (shard.now_ns - entry.sent_ns, entry.span, entry.detached);
+    let (took_ns, span, detached) = (shard.now_ns - entry.sent_ns, entry.span, entry.detached);
     shard.stats.answer.record(took_ns);
     let said = match &answer {
         Answer::Accepted => Answered::Accepted,

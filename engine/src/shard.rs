@@ -152,8 +152,7 @@ impl<R: Ring> Shard<R> {
         // one more for each buffer boundary that a frame crosses.
         let pieces = Pieces::new(in_flight_max + 3 * buffers.count(), buffers);
         let ends = worker.responses.capacity() + client.calls.capacity() + client.links.capacity();
-        let relays = relays_max(&config);
-        let timers = 2 * (connections_max + upstreams_max) + relays + ends + 1024;
+        let timers = 2 * (connections_max + upstreams_max) + relays_max(&config) + ends + 1024;
         let now_ns = ring.now_ns();
         Shard {
             ring,

@@ -86,7 +86,10 @@ fn hop(routed: &RoutedSpan, listen: Option<&str>) -> Hop {
         ("response", Some(routed.mode.word().to_owned())),
         ("route", listen.map(str::to_owned)),
         ("transport", Some(transport.to_owned())),
-        ("worker_address", routed.address.as_ref().map(SocketAddr::to_string)),
+        (
+            "worker_address",
+            routed.address.as_ref().map(SocketAddr::to_string),
+        ),
     ];
     let passed = routed.response_bytes > 0;
     let numbers = [
@@ -201,13 +204,19 @@ mod tests {
         assert_eq!(hop.text("route"), Some("routed/backend/generate"));
         assert_eq!(hop.text("worker_address"), Some("127.0.0.1:7"));
         assert_eq!(hop.text("transport"), Some("tcp"));
-        assert_eq!((hop.number("attempts"), hop.number("response_bytes")), (Some(2), None));
+        assert_eq!(
+            (hop.number("attempts"), hop.number("response_bytes")),
+            (Some(2), None)
+        );
         assert_eq!(hop.moment("chosen"), Some(Duration::ZERO));
         assert_eq!(hop.moment("forwarded"), Some(Duration::from_nanos(2_000)));
         assert_eq!(hop.moment("acknowledged"), None);
         let fields = span.fields();
         assert!(fields.is_sorted_by_key(|(name, _)| *name), "{fields:?}");
-        assert!(fields.contains(&("response", "direct".into())), "{fields:?}");
+        assert!(
+            fields.contains(&("response", "direct".into())),
+            "{fields:?}"
+        );
     }
 
     #[test]
