@@ -347,7 +347,8 @@ fn a_relayed_request_that_fails_says_how() {
         caller.prologue_ok();
         assert!(caller.item(Json).is_some());
         drop(worker);
-        while caller.message().is_some() {}
+        // To the sentinel: after that it is the caller who closes.
+        drained(&mut caller);
         drop(caller);
         let span = span_of(&lab.router, "cut");
         assert_eq!(span.ending, Ending::Relayed(Relayed::Cut));

@@ -43,7 +43,7 @@ impl Hop {
 }
 
 /// What a shard has told, with names in place of numbers and the time of day in place of its clock.
-pub fn span(routed: &RoutedSpan, directory: &Directory) -> Span {
+pub(super) fn span(routed: &RoutedSpan, directory: &Directory) -> Span {
     at(routed, directory, flight::now())
 }
 
