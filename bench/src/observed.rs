@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{JoinHandle, park_timeout, spawn};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::servers::{Server, find_program, http_get};
 use crate::usage_error;
@@ -58,10 +58,12 @@ impl Watching {
         }
     }
 
-    /// What is added to the environment: spans, of which one trace in a hundred is kept.
+    /// What is added to the environment: one request in a hundred has a span, which is a line of
+    /// JSON when it ends.
     pub(crate) fn variables(self) -> Vec<(String, String)> {
         let on = [
             ("DYN_LOGGING_JSONL", "1"),
+            ("DYN_LOGGING_SPAN_EVENTS", "1"),
             ("OTEL_TRACES_SAMPLE_RATIO", "0.01"),
         ];
         let own = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
@@ -98,6 +100,7 @@ pub(crate) struct Watched {
 
 /// Those who watch, until it is dropped.
 pub(crate) struct Watch {
+    status: SocketAddr,
     stop: Arc<AtomicBool>,
     scraper: Option<JoinHandle<u64>>,
     top: Server,
@@ -125,6 +128,7 @@ impl Watch {
         let stopped = Arc::clone(&stop);
         let scraper = spawn(move || scrape(status, &stopped));
         Ok(Self {
+            status,
             stop,
             scraper: Some(scraper),
             top,
@@ -134,9 +138,10 @@ impl Watch {
     /// Ends it; answers how many scrapes there were.
     ///
     /// # Errors
-    /// There was none, or `top` has ended: the arm was not watched.
+    /// There was none, `top` has ended, or requests had no spans: the arm was not watched.
     pub(crate) fn finish(mut self) -> Result<u64> {
         self.top.check_alive()?;
+        check_spans(&http_get(self.status, "/metrics")?)?;
         let scrapes = self.end().unwrap_or(0);
         (scrapes > 0)
             .then_some(scrapes)
@@ -155,6 +160,28 @@ impl Drop for Watch {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+/// Looks whether one request in a hundred has had a span since the program began. Of a few requests
+/// there may be none by chance.
+fn check_spans(metrics: &str) -> Result<()> {
+    const REQUESTS_MIN: f64 = 3_000.0;
+    let requests = sum(metrics, "corelane_requests_total{");
+    let spans = sum(metrics, "corelane_spans_routed_total{") + sum(metrics, LOST);
+    ensure!(
+        requests < REQUESTS_MIN || spans > 0.0,
+        "none of {requests} requests has had a span: they were not traced"
+    );
+    Ok(())
+}
+
+const LOST: &str = "corelane_spans_lost_total{";
+
+/// All samples of a metric together.
+fn sum(metrics: &str, name: &str) -> f64 {
+    let samples = metrics.lines().filter(|line| line.starts_with(name));
+    let values = samples.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok());
+    values.sum()
 }
 
 fn scrape(status: SocketAddr, stopped: &AtomicBool) -> u64 {
@@ -186,5 +213,22 @@ mod tests {
         assert_eq!(names(Watching::arms(false)), ["corelane/on_accept"]);
         assert!(Watching::Off.variables().is_empty() && !Watching::Off.core().is_empty());
         assert!(!Watching::On.variables().is_empty() && Watching::On.core().is_empty());
+    }
+
+    #[test]
+    fn an_arm_without_spans_was_not_watched() {
+        let metrics = |requests: u32, spans: u32| {
+            format!(
+                "# TYPE corelane_requests counter\n\
+                 corelane_requests_total{{core=\"0\",cpu=\"1\"}} {requests}\n\
+                 corelane_requests_total{{core=\"1\",cpu=\"2\"}} 1000\n\
+                 corelane_spans_routed_total{{core=\"0\",cpu=\"1\"}} {spans}\n"
+            )
+        };
+        assert_eq!(sum(&metrics(5, 0), "corelane_requests_total{"), 1_005.0);
+        for (requests, spans, passes) in [(2_000, 0, false), (2_000, 1, true), (10, 0, true)] {
+            let checked = check_spans(&metrics(requests, spans));
+            assert_eq!(checked.is_ok(), passes, "{requests} {spans}");
+        }
     }
 }

@@ -190,6 +190,7 @@ impl Cores {
         for planned in &plan.shards {
             let mut planned = planned.clone();
             planned.config.steering = group.program(planned.config.shard);
+            planned.config.spans = trace::routes();
             planned.listen_at(address);
             tls::ask(&mut planned.config, &plan.tls);
             let own = ends(planned.config.shard);
@@ -339,6 +340,7 @@ impl Cores {
                     tracing::warn!(core = handle.shard, "{}", steering::unpolled(errno));
                 }
                 Report::Span(span) => trace::tell(*span),
+                Report::Routed(span, directory) => trace::tell_routed(&span, &directory),
                 Report::Stopped { failure } => {
                     self.turn(core, State::Ended { failure });
                     return false;

@@ -139,16 +139,38 @@ fn attributes(bytes: &[u8], number: u64) -> Vec<(String, String)> {
         .collect()
 }
 
-struct Worker {
+struct Program {
     child: Child,
+    /// Where it takes requests.
     address: String,
 }
 
-impl Worker {
-    fn start(folder: &Path, collector: &str) -> Worker {
+impl Program {
+    fn worker(folder: &Path, collector: &str) -> Program {
+        let args = ["worker", "echo", "--endpoint", "demo/backend/generate"];
+        let args = [&args[..], &["--discovery", "file"]].concat();
+        Program::start(&args, folder, collector, |line| {
+            let ready: Value = serde_json::from_str(line).expect(line);
+            Some(ready["address"].as_str().unwrap().to_owned())
+        })
+    }
+
+    /// A router and its workers.
+    fn up(folder: &Path, collector: &str) -> Program {
+        Program::start(&["up"], folder, collector, |line| {
+            Some(line.strip_prefix("router ")?.trim().to_owned())
+        })
+    }
+
+    /// With the address that `find` finds in what it says.
+    fn start(
+        args: &[&str],
+        folder: &Path,
+        collector: &str,
+        find: impl Fn(&str) -> Option<String>,
+    ) -> Program {
         let mut command = Command::new(env!("CARGO_BIN_EXE_corelane"));
-        command.args(["worker", "echo", "--endpoint", "demo/backend/generate"]);
-        command.args(["--discovery", "file"]).env_clear();
+        command.args(args).env_clear();
         let kept = ["PATH", "CORELANE_IO"].map(|name| (name, std::env::var_os(name)));
         command.envs(
             kept.into_iter()
@@ -162,12 +184,14 @@ impl Worker {
         command.env("OTEL_EXPORTER_OTLP_HEADERS", "x-api-key=abc");
         command.env("OTEL_SERVICE_NAME", "w-svc");
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let mut line = String::new();
-        let mut out = BufReader::new(child.stdout.take().unwrap());
-        out.read_line(&mut line).unwrap();
-        let ready: Value = serde_json::from_str(&line).expect(&line);
-        let address = ready["address"].as_str().unwrap().to_owned();
-        Worker { child, address }
+        let mut out = BufReader::new(child.stdout.take().unwrap()).lines();
+        let address = out.find_map(|line| find(&line.unwrap()));
+        // It may say more, which somebody has to take.
+        std::thread::spawn(move || out.for_each(drop));
+        Program {
+            child,
+            address: address.expect("its address"),
+        }
     }
 
     fn call(&self, flags: &str) {
@@ -188,24 +212,37 @@ impl Worker {
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         let deadline = Instant::now() + DEADLINE;
         while self.child.try_wait().unwrap().is_none() {
-            assert!(Instant::now() < deadline, "the worker does not end");
+            assert!(Instant::now() < deadline, "it does not end");
             std::thread::sleep(Duration::from_millis(5));
         }
     }
 }
 
-impl Drop for Worker {
+impl Drop for Program {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
+/// All spans: resource_spans, scope_spans, spans.
+fn spans(exports: &[Export]) -> Vec<&[u8]> {
+    let of_spans = exports.iter().filter(|export| export.path == "/v1/traces");
+    let all = of_spans.flat_map(|export| below(&export.body, &[1, 2, 2]));
+    all.collect()
+}
+
+/// Begin and end of a span, in ns since 1970.
+fn times(span: &[u8]) -> (u64, u64) {
+    let time = |number| u64::from_le_bytes(below(span, &[number])[0].try_into().unwrap());
+    (time(7), time(8))
+}
+
 #[test]
 fn kept_spans_and_log_lines_arrive() {
     let folder = tempfile::tempdir().unwrap();
     let collector = Collector::start();
-    let mut worker = Worker::start(folder.path(), &collector.address);
+    let mut worker = Program::worker(folder.path(), &collector.address);
     worker.call("01");
     worker.call("00");
     worker.end();
@@ -229,10 +266,7 @@ fn kept_spans_and_log_lines_arrive() {
         }
     }
     let of = |path: &'static str| exports.iter().filter(move |export| export.path == path);
-    // resource_spans, scope_spans, spans.
-    let spans: Vec<&[u8]> = of("/v1/traces")
-        .flat_map(|export| below(&export.body, &[1, 2, 2]))
-        .collect();
+    let spans = spans(&exports);
     assert_eq!(
         spans.len(),
         1,
@@ -245,8 +279,8 @@ fn kept_spans_and_log_lines_arrive() {
     assert_eq!(text(span, &[5]), "handle_payload");
     let kind = fields(span).into_iter().find(|field| field.number == 6);
     assert_eq!(kind.unwrap().value, 2, "server");
-    let time = |number| u64::from_le_bytes(below(span, &[number])[0].try_into().unwrap());
-    assert!(time(7) > 1_700_000_000_000_000_000 && time(7) <= time(8));
+    let (began, ended) = times(span);
+    assert!(began > 1_700_000_000_000_000_000 && began <= ended);
     let said = attributes(span, 9);
     for (name, value) in [
         ("component", "backend"),
@@ -270,4 +304,57 @@ fn kept_spans_and_log_lines_arrive() {
         lines.contains(&ready) && lines.contains(&stopped),
         "{lines:?}"
     );
+}
+
+#[test]
+fn the_routers_span_stands_beside_the_workers() {
+    let folder = tempfile::tempdir().unwrap();
+    let collector = Collector::start();
+    let mut up = Program::up(folder.path(), &collector.address);
+    up.call("01");
+    up.call("00");
+    up.end();
+    let exports: Vec<Export> = collector.exports.try_iter().collect();
+    let spans = spans(&exports);
+    let named = |name: &str| -> &[u8] {
+        let found: Vec<&[u8]> = spans
+            .iter()
+            .copied()
+            .filter(|span| text(span, &[5]) == name)
+            .collect();
+        assert_eq!(found.len(), 1, "{name}");
+        found[0]
+    };
+    let (routed, served) = (named("corelane.route"), named("handle_payload"));
+    for span in [routed, served] {
+        assert_eq!(hex(below(span, &[1])[0]), TRACE);
+        assert_eq!(hex(below(span, &[4])[0]), PARENT);
+    }
+    assert_ne!(below(routed, &[2]), below(served, &[2]));
+    let said = attributes(routed, 9);
+    let about = |name: &str| {
+        let found = said.iter().find(|(other, _)| other == name);
+        found
+            .unwrap_or_else(|| panic!("no {name}: {said:?}"))
+            .1
+            .as_str()
+    };
+    assert_eq!(about("route"), "dynamo/router/generate");
+    assert_eq!(
+        (about("component"), about("request.outcome")),
+        ("backend", "accepted")
+    );
+    assert!(about("worker_address").starts_with("127.0.0.1:"));
+    let theirs = attributes(served, 9);
+    let worker = theirs.iter().find(|(name, _)| name == "instance_id");
+    assert_eq!(about("instance_id"), worker.unwrap().1);
+    // Its moments are events of the span.
+    let events = below(routed, &[11]);
+    let moments: Vec<String> = events.iter().map(|event| text(event, &[2])).collect();
+    assert_eq!(moments, ["chosen", "forwarded", "acknowledged"]);
+    let (began, ended) = times(routed);
+    for event in events {
+        let at = u64::from_le_bytes(below(event, &[1])[0].try_into().unwrap());
+        assert!((began..=ended).contains(&at), "{began} {at} {ended}");
+    }
 }

@@ -283,6 +283,53 @@ fn taken_ports_are_said() {
 }
 
 #[test]
+fn a_request_that_is_routed_has_a_line_when_it_is_over() {
+    let env = [
+        ("DYN_LOGGING_JSONL", "1"),
+        ("DYN_LOGGING_SPAN_EVENTS", "1"),
+        ("OTEL_TRACES_SAMPLE_RATIO", "1"),
+    ];
+    let (router, _worker) = one_worker("ack = \"on_accept\"", "", &env);
+    let (mut caller, path) = router.dial(LISTEN);
+    assert_eq!(caller.ask(&path), "");
+    let line = wait_for("the line of its span", || {
+        let log = router.log();
+        let lines = log.lines().filter(|line| line.contains("corelane.route"));
+        let read = |line| serde_json::from_str::<serde_json::Value>(line).ok();
+        lines.filter_map(read).next()
+    });
+    for (name, value) in [
+        ("message", "SPAN_CLOSED"),
+        ("span_name", "corelane.route"),
+        ("request.outcome", "accepted"),
+        ("route", LISTEN),
+        ("namespace", "dynamo"),
+        ("component", "backend"),
+        ("endpoint", "generate"),
+        ("response", "direct"),
+        ("transport", "tcp"),
+        ("trace_flags", "01"),
+    ] {
+        assert_eq!(line[name], value, "{name} in {line}");
+    }
+    let address = line["worker_address"].as_str().unwrap();
+    assert!(address.starts_with("127.0.0.1:"), "{line}");
+    assert_eq!(line["attempts"], 1, "{line}");
+    let time = |name: &str| {
+        line[name]
+            .as_u64()
+            .unwrap_or_else(|| panic!("{name} in {line}"))
+    };
+    assert!(time("time.forwarded_us") <= time("time.acknowledged_us"));
+    assert!(time("time.acknowledged_us") <= time("time.duration_us"));
+    assert!(
+        line.get("parent_id").is_none(),
+        "a trace of its own: {line}"
+    );
+    assert_eq!(router.metric(&["corelane_spans_routed_total"]), 1.0);
+}
+
+#[test]
 fn another_router_on_the_same_port_is_no_partner() {
     let (first, _worker) = one_worker("", "", &[]);
     let port = first.path(LISTEN).0.port().to_string();

@@ -15,6 +15,7 @@ use crate::lane::NewLane;
 use crate::local::Run;
 use crate::mesh::{Receiver, Sender};
 use crate::quic::{Inbound, Outbound};
+use crate::routed::RoutedSpan;
 use crate::served::SpanRecord;
 use crate::settings::Census;
 use crate::weigh::Question;
@@ -96,6 +97,10 @@ pub struct LocalPath {
 }
 
 /// What a shard tells control.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a shard takes no memory for a request that it routes"
+)]
 #[derive(Debug, PartialEq, Eq)]
 pub enum Report {
     /// The shard listens.
@@ -126,6 +131,9 @@ pub enum Report {
     /// The span of a request that has ended; only where spans are made, and lost when this queue is
     /// full.
     Span(Box<SpanRecord>),
+    /// The span of a request that was routed, and the directory that its route is a place of; lost
+    /// when this queue is nearly full.
+    Routed(RoutedSpan, Arc<Directory>),
     /// The shard has ended; nobody reads its queue any more.
     Stopped {
         /// Why, if not because it was asked to.

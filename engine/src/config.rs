@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::balance::Imbalance;
 use crate::ends::HomeAddress;
 use crate::quic::{QuicHome, ResponsePlane};
+use crate::served::Tracing;
 use crate::steering::Program;
 
 /// In place of a CPU: the kernel moves the shard's thread as it likes.
@@ -71,6 +72,8 @@ pub struct ShardConfig {
     pub quic_home: Option<QuicHome>,
     /// The transport of relayed responses between worker and us; `None`: as the caller asks.
     pub relay_plane: Option<ResponsePlane>,
+    /// Whether requests that it routes make spans: [`crate::routed`].
+    pub spans: Tracing,
 }
 
 /// The implementation of the ring.
@@ -121,6 +124,7 @@ impl ShardConfig {
             response_plane: ResponsePlane::Tcp,
             quic_home: None,
             relay_plane: None,
+            spans: Tracing::Off,
         }
     }
 

@@ -17,7 +17,7 @@ use crate::ring::Ring;
 use crate::route::hash_hint;
 use crate::shard::Shard;
 use crate::stats::flight::Why;
-use crate::{adopt, forward, lane, recv, relay_admit, tell, worker};
+use crate::{adopt, forward, lane, recv, relay_admit, routed, tell, worker};
 
 /// Room for the longest prefix, and for the front of a payload behind it.
 pub(crate) const SCRATCH_BYTES: usize = REQUEST_PREFIX_BYTES_MAX + ENVELOPE_BYTES_MAX;
@@ -225,6 +225,7 @@ pub(crate) fn refuse<R: Ring>(
         recv::crowd(shard, slot);
         return false;
     }
+    routed::refused(shard, slot, prefix, refusal.why());
     skip(shard, slot, prefix.frame_bytes());
     true
 }
@@ -252,6 +253,7 @@ fn refuse_size<R: Ring>(shard: &mut Shard<R>, slot: u32, prefix: &Prefix, error:
         }
         shard.stats.shard.refused_frame_too_large.add(1);
         shard.note_refused_frame(slot, Why::FrameTooLarge);
+        routed::refused(shard, slot, prefix, Why::FrameTooLarge);
         tell::tell(shard, envelope, tell::Cause::TooLarge(error));
         skip(shard, slot, prefix.frame_bytes());
         return true;

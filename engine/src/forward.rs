@@ -25,7 +25,7 @@ use crate::stats::flight::Kind;
 use crate::table::{NONE, Table};
 use crate::upstream::{InstanceState, Upstream, UpstreamState};
 use crate::weigh::{Barrier, Seen};
-use crate::{collect, kv, link, recv, relay_life, settle};
+use crate::{collect, kv, link, recv, relay_life, routed, settle};
 
 /// Bytes gathered into one send: enough to fill a socket buffer, not so much that the first
 /// answer waits.
@@ -47,6 +47,7 @@ pub(crate) fn begin<R: Ring>(
     request.frame_bytes = prefix.frame_bytes() - prefix.path.end as u64;
     request.payload_offset = (prefix.prefix_bytes - prefix.path.end) as u32;
     kv::read_headers(shard, slot, prefix, route);
+    request.span = routed::begin(shard, slot, prefix, route);
     enter(shard, slot, request, prefix.path.end);
 }
 
@@ -81,7 +82,10 @@ pub(crate) fn enter<R: Ring>(shard: &mut Shard<R>, slot: u32, mut request: Reque
             kv::placed(shard);
         }
         // Room was looked for before.
-        Err(mut request) => shard.pieces.clear(&mut request.frame),
+        Err(mut request) => {
+            shard.pieces.clear(&mut request.frame);
+            routed::end(shard, request.span);
+        }
     }
 }
 
@@ -311,14 +315,14 @@ pub(crate) fn enqueue<R: Ring>(shard: &mut Shard<R>, request: u32, instance: u32
     let entry = &mut shard.requests[request];
     target.give(shard.now_ns, entry.work);
     let lead_bytes = target.prefix.len() as u64 + u64::from(entry.head_bytes);
-    let (before, id) = (u32::from(entry.attempts), target.id);
+    let (before, id, address) = (u32::from(entry.attempts), target.id, target.address);
     entry.try_on(id);
     entry.instance = instance;
     entry.upstream = upstream;
     entry.next_upstream = NONE;
     entry.sent = false;
     entry.placed_ns = shard.now_ns;
-    let frame_bytes = entry.frame_bytes;
+    let (frame_bytes, span) = (entry.frame_bytes, entry.span);
     let link = &mut shard.upstreams[upstream];
     match link.queue.tail {
         NONE => link.queue.head = request,
@@ -344,6 +348,7 @@ pub(crate) fn enqueue<R: Ring>(shard: &mut Shard<R>, request: u32, instance: u32
     }
     soil(shard, upstream);
     shard.note(Kind::Routed, before, request, id);
+    routed::chosen(shard, span, id, Some(address));
 }
 
 /// What goes before a request's frame: the path of its instance, and a head of our own.

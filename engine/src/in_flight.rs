@@ -69,6 +69,8 @@ pub struct Request {
     pub head: ChunkQueue,
     /// How many they are.
     pub head_bytes: u32,
+    /// Its span; [`NONE`] as a rule, and once that is its relay's alone.
+    pub span: u32,
     /// When its prefix had arrived.
     pub received_ns: u64,
     /// When it was given to its instance.
@@ -103,6 +105,7 @@ impl Request {
             detached: false,
             head: ChunkQueue::EMPTY,
             head_bytes: 0,
+            span: NONE,
             received_ns,
             placed_ns: 0,
             sent_ns: 0,

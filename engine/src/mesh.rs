@@ -57,6 +57,11 @@ impl<T> Sender<T> {
         self.0.queue.is_full()
     }
 
+    /// How many more values it takes; others who send may be faster.
+    pub fn room(&self) -> usize {
+        self.0.queue.capacity() - self.0.queue.len()
+    }
+
     /// Queues `value`; the receiver sleeps on until [`Sender::wake`].
     ///
     /// # Errors

@@ -4,6 +4,7 @@ use crate::command::Command;
 use crate::connection::Role;
 use crate::respond::Refusal;
 use crate::ring::Ring;
+use crate::routed::{self, Ending};
 use crate::shard::Shard;
 use crate::stats::flight::{Kind, Order, Side, Why};
 use crate::table::NONE;
@@ -33,11 +34,10 @@ impl<R: Ring> Shard<R> {
     }
 
     /// A request is refused; its connection may be gone.
-    pub(crate) fn note_refused(&self, request: u32, why: Why) {
-        let connection = self
-            .requests
-            .get(request)
-            .map_or(NONE, |entry| entry.downstream);
+    pub(crate) fn note_refused(&mut self, request: u32, why: Why) {
+        let entry = self.requests.get(request);
+        let (connection, span) = entry.map_or((NONE, NONE), |entry| (entry.downstream, entry.span));
+        routed::turns(self, span, Ending::Refused(why));
         self.note(Kind::Refused, why as u32, connection, request.into());
     }
 

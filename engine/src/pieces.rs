@@ -127,6 +127,22 @@ impl Pieces {
             .map_or(&[], |piece| self.bytes_of(piece))
     }
 
+    /// The first `bytes` bytes of a list, or as many as there are: where they lie if that is in one
+    /// piece, else copied to `scratch`, as many as fit.
+    pub fn lay_out<'a>(
+        &'a self,
+        list: &PieceList,
+        bytes: usize,
+        scratch: &'a mut [u8],
+    ) -> &'a [u8] {
+        if let Some(front) = self.front(list).get(..bytes) {
+            return front;
+        }
+        let bytes = bytes.min(scratch.len());
+        let copied = self.copy_out(list, 0, &mut scratch[..bytes]);
+        &scratch[..copied]
+    }
+
     /// Appends a piece that is one of the holders of its buffer already. `false`: table full.
     #[must_use]
     pub fn push(&mut self, list: &mut PieceList, buffer: BufferId, start: u32, end: u32) -> bool {

@@ -11,24 +11,24 @@
 //! A ticket is a subject of our own making. Each attempt has another one, so a worker that was
 //! given up finds nobody when he calls after all.
 
-use std::collections::hash_map::RandomState;
-use std::hash::BuildHasher;
 use std::net::{SocketAddr, TcpListener};
 
 use corelane_codec::control_message::{PayloadCodec, StreamType};
 
+use crate::draws::Draws;
 use crate::load::Work;
 use crate::operation::GENERATIONS;
 use crate::pieces::PieceList;
 use crate::quic::{self, Inbound, Place, QuicCaller};
 use crate::send_pool::{CHUNK_BYTES, ChunkQueue, SendPool};
+use crate::short_text::{self, ShortText};
 use crate::table::{NONE, Table};
 use crate::timer_wheel::TimerId;
 
 /// Bytes of a ticket as text: a UUID.
 pub(crate) const TICKET_BYTES: usize = 36;
-/// The longest subject of a caller that is remembered; Dynamo's have 36 bytes.
-pub(crate) const SUBJECT_BYTES_MAX: usize = 64;
+/// The longest subject of a caller that is remembered.
+pub(crate) const SUBJECT_BYTES_MAX: usize = short_text::BYTES_MAX;
 
 /// What a relay's socket is for. The number is the relay's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,28 +68,19 @@ pub(crate) enum Phase {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Home {
     pub(crate) address: SocketAddr,
-    subject: [u8; SUBJECT_BYTES_MAX],
-    subject_bytes: u8,
+    subject: ShortText,
 }
 
 impl Home {
     /// `None` when the subject is too long to be remembered.
     pub(crate) fn new(address: SocketAddr, subject: &str) -> Option<Home> {
-        let mut bytes = [0; SUBJECT_BYTES_MAX];
-        bytes
-            .get_mut(..subject.len())?
-            .copy_from_slice(subject.as_bytes());
-        Some(Home {
-            address,
-            subject: bytes,
-            subject_bytes: subject.len() as u8,
-        })
+        let subject = ShortText::new(subject)?;
+        Some(Home { address, subject })
     }
 
     /// The subject as the caller wrote it.
     pub(crate) fn subject(&self) -> &str {
-        // A whole `str` was copied in.
-        std::str::from_utf8(&self.subject[..usize::from(self.subject_bytes)]).unwrap_or_default()
+        self.subject.as_str()
     }
 }
 
@@ -143,6 +134,8 @@ pub(crate) struct Relay {
     pub(crate) annotated: bool,
     /// It stands in the list of relays with something to send.
     pub(crate) dirty: bool,
+    /// The span of its request; [`NONE`] as a rule.
+    pub(crate) span: u32,
     /// When the request had arrived.
     pub(crate) received_ns: u64,
     /// When this attempt began, and when its worker acknowledged.
@@ -191,6 +184,7 @@ impl Relay {
             is_final: false,
             annotated: true,
             dirty: false,
+            span: NONE,
             received_ns: now_ns,
             placed_ns: now_ns,
             accepted_ns: 0,
@@ -236,8 +230,7 @@ pub(crate) struct Relays {
     /// Memory for one envelope as it came, and as it leaves.
     pub(crate) envelope: Vec<u8>,
     pub(crate) head: Vec<u8>,
-    random: RandomState,
-    drawn: u64,
+    draws: Draws,
 }
 
 impl Relays {
@@ -255,8 +248,7 @@ impl Relays {
             strangers: 0,
             envelope: Vec::new(),
             head: Vec::new(),
-            random: RandomState::new(),
-            drawn: 0,
+            draws: Draws::new(),
         }
     }
 
@@ -279,10 +271,9 @@ impl Relays {
         !self.table.is_full() && self.heads.free_chunks() >= chunks
     }
 
-    /// A number that nobody can guess who does not know the keys: a keyed hash of a counter.
-    pub(crate) fn draw(&mut self) -> u64 {
-        self.drawn += 1;
-        self.random.hash_one(self.drawn)
+    /// A number that nobody can guess.
+    pub(crate) fn draw(&self) -> u64 {
+        self.draws.draw()
     }
 
     /// The ticket of a relay's present attempt, for one of its streams.
@@ -384,14 +375,5 @@ mod tests {
             assert_eq!(parse_ticket(bad), None);
         }
         assert_eq!(parse_ticket(&"0".repeat(36)), None);
-    }
-
-    #[test]
-    fn a_subject_is_remembered_as_it_is_or_not_at_all() {
-        let address = ([127, 0, 0, 1], 1).into();
-        let longest = "s".repeat(SUBJECT_BYTES_MAX);
-        assert_eq!(Home::new(address, &longest).unwrap().subject(), longest);
-        assert!(Home::new(address, &(longest + "s")).is_none());
-        assert_eq!(Home::new(address, "é\"").unwrap().subject(), "é\"");
     }
 }

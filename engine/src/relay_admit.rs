@@ -30,7 +30,7 @@ use crate::ring::Ring;
 use crate::send_pool::ChunkQueue;
 use crate::shard::Shard;
 use crate::stats::flight::Why;
-use crate::{forward, kv, recv, tell};
+use crate::{forward, kv, recv, routed, tell};
 
 /// What is wrong with an envelope, in words for its sender.
 struct Fault(String);
@@ -142,6 +142,7 @@ fn refuse<R: Ring>(shard: &mut Shard<R>, slot: u32, prefix: &Prefix, fault: Faul
     }
     shard.stats.shard.refused_bad_envelope.add(1);
     shard.note_refused_frame(slot, Why::BadEnvelope);
+    routed::refused(shard, slot, prefix, Why::BadEnvelope);
     let error = DynamoError::invalid_argument(why);
     tell::tell_error(shard, &envelope, tell::Cause::BadEnvelope, &error);
     decode::skip(shard, slot, prefix.frame_bytes());
@@ -168,6 +169,8 @@ fn begin<R: Ring>(
     let mut request = made?;
     request.hint = hint;
     kv::read_headers(shard, slot, prefix, route);
+    request.span = routed::begin(shard, slot, prefix, route);
+    shard.relays.table[request.relay].span = request.span;
     shard.stats.shard.relays_begun.add(1);
     forward::enter(shard, slot, request, front);
     Ok(())

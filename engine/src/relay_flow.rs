@@ -27,7 +27,7 @@ use crate::ring::{Ring, SPANS_MAX, Span};
 use crate::shard::Shard;
 use crate::stats::flight::Relayed;
 use crate::table::NONE;
-use crate::{relay_control, relay_home, relay_life};
+use crate::{relay_control, relay_home, relay_life, routed};
 
 /// A worker is not read from while so much of a stream waits for its caller; half of it lets him
 /// go on.
@@ -533,7 +533,8 @@ fn taken<R: Ring>(shard: &mut Shard<R>, slot: u32, relay: u32, bytes: usize) {
     shard.pieces.advance(list, of_list);
     entry.ready -= of_list;
     shard.pool.sent(&mut entry.tail, bytes - of_out - of_list);
-    let (worker, ready) = (entry.worker, entry.ready);
+    let (worker, ready, span) = (entry.worker, entry.ready, entry.span);
+    routed::taken(shard, span, bytes - of_out);
     if worker != NONE && ready <= QUEUE_BYTES_MAX / 2 {
         shard.resume(worker);
     }

@@ -20,18 +20,25 @@ use crate::load::Work;
 use crate::pieces::PieceList;
 use crate::relay::{Leg, Phase};
 use crate::ring::Ring;
+use crate::routed::Ending;
 use crate::send_pool::ChunkQueue;
 use crate::shard::Shard;
 use crate::stats::flight::{Kind, Relayed};
 use crate::table::NONE;
 use crate::upstream::UpstreamState;
-use crate::{forward, link, relay_admit, relay_flow, relay_home, relay_time, respond, settle};
+use crate::{
+    forward, link, relay_admit, relay_flow, relay_home, relay_time, respond, routed, settle,
+};
 
 /// Frames up to this size are copied out of short buffers rather than let go.
 const KEPT_BYTES_MAX: usize = 8 * 1024;
 
-pub(crate) fn note<R: Ring>(shard: &Shard<R>, relay: u32, what: Relayed) {
+pub(crate) fn note<R: Ring>(shard: &mut Shard<R>, relay: u32, what: Relayed) {
     shard.note(Kind::Relayed, what as u32, relay, 0);
+    if what != Relayed::Retried {
+        let span = shard.relays.table[relay].span;
+        routed::turns(shard, span, Ending::Relayed(what));
+    }
 }
 
 /// A request is about to be queued for an instance. `false`: there is no room for its head.
@@ -100,7 +107,9 @@ pub(crate) fn accepted<R: Ring>(shard: &mut Shard<R>, request: u32) {
 
 /// The worker has called home, which says that it has accepted.
 pub(crate) fn called_home<R: Ring>(shard: &mut Shard<R>, relay: u32) {
-    let request = shard.relays.table[relay].request;
+    let entry = &shard.relays.table[relay];
+    let (request, span) = (entry.request, entry.span);
+    routed::called_home(shard, span);
     if let Some(entry) = shard.requests.get(request)
         && entry.reply == Reply::Open
     {
@@ -115,6 +124,7 @@ pub(crate) fn called_home<R: Ring>(shard: &mut Shard<R>, relay: u32) {
 pub(crate) fn pass<R: Ring>(shard: &mut Shard<R>, relay: u32) {
     let entry = &mut shard.relays.table[relay];
     entry.phase = Phase::Passing;
+    let span = entry.span;
     // The first item says that the prompt has been computed.
     let prefill_blocks = std::mem::take(&mut entry.work.prefill_blocks);
     if let Some(instance) = shard.instances.get_mut(entry.instance) {
@@ -123,6 +133,7 @@ pub(crate) fn pass<R: Ring>(shard: &mut Shard<R>, relay: u32) {
             ..Work::default()
         });
     }
+    routed::responds(shard, span);
     detach(shard, relay);
     relay_time::watch(shard, relay);
 }
@@ -133,6 +144,7 @@ fn detach<R: Ring>(shard: &mut Shard<R>, relay: u32) {
     let Some(entry) = shard.requests.get_mut(request) else {
         return;
     };
+    routed::leaves(entry, &mut shard.routed);
     entry.relay = NONE;
     entry.detached = true;
     entry.held = false;
@@ -238,7 +250,7 @@ fn split<R: Ring>(shard: &mut Shard<R>, relay: u32, request: u32) -> u32 {
     (new.frame_bytes, new.head_bytes) = (old.frame_bytes, old.head_bytes);
     new.frame = std::mem::replace(&mut old.frame, PieceList::EMPTY);
     new.head = std::mem::replace(&mut old.head, ChunkQueue::EMPTY);
-    new.relay = relay;
+    (new.relay, new.span) = (relay, old.span);
     new.reply = Reply::Accepted;
     // Room was looked for before.
     let new = shard.requests.insert(new).unwrap_or(request);
@@ -424,6 +436,7 @@ pub(crate) fn end<R: Ring>(shard: &mut Shard<R>, relay: u32) {
     if entry.caller != NONE {
         shard.forget(entry.caller);
     }
+    routed::end(shard, entry.span);
 }
 
 /// The connection to a worker is lost, which had acknowledged requests and not called home.

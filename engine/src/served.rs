@@ -7,10 +7,8 @@
 //!                                        '-> passed on by calls that the handler makes
 //! ```
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::collections::hash_map::RandomState;
-use std::hash::BuildHasher;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -18,12 +16,13 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use corelane_codec::headers;
 use corelane_codec::trace_context::TraceContext;
 
+use crate::draws::Draws;
 use crate::handler::Request;
 use crate::responder::{Shared, SoFar};
 use crate::ring::monotonic_ns;
 use crate::stats::HandlerStats;
 
-/// Whether the requests of handlers make spans (spec/events-discovery.md §9.3).
+/// Whether requests make spans (spec/events-discovery.md §9.3).
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Tracing {
     /// They do not, and cost nothing.
@@ -35,6 +34,13 @@ pub enum Tracing {
         /// sent a trace it has decided.
         ratio: f64,
     },
+}
+
+impl Tracing {
+    /// Whether a trace that begins here is kept: 53 bits of its id are a number from 0 to 1.
+    pub fn keeps(ratio: f64, trace_id_low: u64) -> bool {
+        ((trace_id_low >> 11) as f64) < ratio * (1u64 << 53) as f64
+    }
 }
 
 /// How a request ended.
@@ -101,8 +107,7 @@ impl Eq for SpanRecord {}
 /// The spans of one shard.
 pub(crate) struct Spans {
     tracing: Tracing,
-    random: [RandomState; 3],
-    drawn: Cell<u64>,
+    draws: Draws,
     ended: RefCell<VecDeque<Box<SpanRecord>>>,
 }
 
@@ -110,8 +115,7 @@ impl Spans {
     pub(crate) fn new(tracing: Tracing) -> Self {
         Self {
             tracing,
-            random: [RandomState::new(), RandomState::new(), RandomState::new()],
-            drawn: Cell::new(0),
+            draws: Draws::new(),
             ended: RefCell::default(),
         }
     }
@@ -119,27 +123,6 @@ impl Spans {
     /// The next span that has ended.
     pub(crate) fn next(&self) -> Option<Box<SpanRecord>> {
         self.ended.borrow_mut().pop_front()
-    }
-
-    fn draw(&self) -> [u64; 3] {
-        self.drawn.set(self.drawn.get() + 1);
-        // Zero is no id.
-        [0, 1, 2].map(|part| self.random[part].hash_one(self.drawn.get()).max(1))
-    }
-
-    /// A span below `parent`, or the root of a trace of its own.
-    fn context(&self, parent: Option<TraceContext>, ratio: f64) -> TraceContext {
-        let [high, low, span_id] = self.draw();
-        match parent {
-            Some(parent) => TraceContext { span_id, ..parent },
-            None => TraceContext {
-                trace_id: u128::from(high) << 64 | u128::from(low),
-                span_id,
-                flags: 0,
-            }
-            // 53 bits of the trace id are a number from 0 to 1.
-            .sampled(((low >> 11) as f64) < ratio * (1u64 << 53) as f64),
-        }
     }
 }
 
@@ -177,7 +160,7 @@ impl Busy {
             return;
         };
         let parent = request.callers_trace();
-        let context = self.spans.context(parent, ratio);
+        let context = self.spans.draws.context(parent, ratio);
         let text = |name| request.header(name).map(|text| text.to_cow().into_owned());
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
         self.span = Some(Box::new(SpanRecord {
@@ -241,39 +224,5 @@ impl Drop for Busy {
         self.finish(Some(Outcome::Unreachable), SoFar::default());
         let busy = &self.stats.busy;
         busy.set(busy.get().saturating_sub(1));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_child_keeps_what_its_parent_decided() {
-        let spans = Spans::new(Tracing::On { ratio: 1.0 });
-        let parent = TraceContext {
-            trace_id: 5,
-            span_id: 7,
-            flags: 0,
-        };
-        let child = spans.context(Some(parent), 1.0);
-        assert_eq!((child.trace_id, child.flags), (5, 0));
-        assert!(child.span_id != 7 && child.span_id != 0);
-    }
-
-    #[test]
-    fn roots_are_kept_by_the_ratio() {
-        let spans = Spans::new(Tracing::Off);
-        let kept = |ratio| {
-            let roots = (0..1_000).map(|_| spans.context(None, ratio));
-            roots.filter(TraceContext::is_sampled).count()
-        };
-        assert_eq!((kept(0.0), kept(1.0)), (0, 1_000));
-        assert!((100..400).contains(&kept(0.25)));
-        let mut ids: Vec<u128> = (0..100)
-            .map(|_| spans.context(None, 1.0).trace_id)
-            .collect();
-        ids.dedup();
-        assert_eq!(ids.len(), 100);
     }
 }

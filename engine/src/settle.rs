@@ -19,7 +19,7 @@ use crate::ring::Ring;
 use crate::shard::Shard;
 use crate::stats::flight::{Answered, Kind, Why};
 use crate::table::NONE;
-use crate::{forward, link, relay_life, tell};
+use crate::{forward, link, relay_life, routed, tell};
 
 /// An instance that said that it is overloaded gets nothing for so long (as in Dynamo's router,
 /// spec/request-plane.md §11.4).
@@ -40,7 +40,7 @@ pub(crate) fn answered<R: Ring>(shard: &mut Shard<R>, upstream: u32, answer: Ans
     unlink_head(shard, upstream);
     let entry = &shard.requests[request];
     let instance = entry.instance;
-    let took_ns = shard.now_ns - entry.sent_ns;
+    let (took_ns, span, detached) = (shard.now_ns - entry.sent_ns, entry.span, entry.detached);
     shard.stats.answer.record(took_ns);
     let said = match &answer {
         Answer::Accepted => Answered::Accepted,
@@ -49,16 +49,17 @@ pub(crate) fn answered<R: Ring>(shard: &mut Shard<R>, upstream: u32, answer: Ans
         Answer::Other(_) => Answered::Other,
     };
     shard.note(Kind::Answered, said as u32, request, took_ns);
+    routed::answered(shard, span, said);
     if said != Answered::Accepted {
         shard.instances[instance].failed += 1;
     }
     match answer {
         // Whoever waited for it knows more already.
-        _ if entry.detached => end_if_over(shard, request),
+        _ if detached => end_if_over(shard, request),
         Answer::Accepted => {
             shard.stats.shard.accepted_upstream.add(1);
             shard.instances[instance].answered += 1;
-            if entry.held {
+            if shard.requests[request].held {
                 note_caller(shard, request);
             }
             settle(shard, request, Reply::Accepted);
@@ -266,6 +267,7 @@ pub(crate) fn end_if_over<R: Ring>(shard: &mut Shard<R>, request: u32) {
     shard.pieces.clear(&mut entry.frame);
     shard.relays.heads.clear(&mut entry.head);
     let reply = entry.reply;
+    routed::end_of_request(shard, request);
     shard.requests.remove(request);
     if let Reply::Text(chunk) = reply
         && chunk != NONE

@@ -37,6 +37,7 @@ use crate::quic::{Outbound, Place, ResponsePlane};
 use crate::relay::Relays;
 use crate::ring::{Completion, Event, Ring, SPANS_MAX, Span};
 use crate::route::Chooser;
+use crate::routed::Routed;
 use crate::send_pool::SendPool;
 use crate::stats::{Stats, flight};
 use crate::table::Table;
@@ -46,7 +47,7 @@ use crate::upstream::{InstanceState, Upstream};
 use crate::worker::Worker;
 use crate::{
     accept, call_link, collect, decode, ends, forward, home, kv, lane, link, local, recv,
-    relay_flow, relay_home, respond, settings, tell, weigh,
+    relay_flow, relay_home, respond, routed, settings, tell, weigh,
 };
 
 pub use crate::command::{Command, Lanes, Report};
@@ -79,6 +80,7 @@ pub struct Shard<R: Ring> {
     pub(crate) ledger: Ledger,
     pub(crate) tells: Tells,
     pub(crate) relays: Relays,
+    pub(crate) routed: Routed,
     pub(crate) kv: kv::Kv,
     /// Connections with something in `out`.
     pub(crate) dirty_connections: Vec<u32>,
@@ -114,7 +116,7 @@ pub struct Shard<R: Ring> {
     /// No peer that speaks TLS is reported before this time.
     pub(crate) stranger_told_ns: u64,
     commands: Receiver<Command>,
-    reports: Sender<Report>,
+    pub(crate) reports: Sender<Report>,
 }
 
 const LEDGER_BYTES: usize = 4 << 20;
@@ -150,8 +152,7 @@ impl<R: Ring> Shard<R> {
         // one more for each buffer boundary that a frame crosses.
         let pieces = Pieces::new(in_flight_max + 3 * buffers.count(), buffers);
         let ends = worker.responses.capacity() + client.calls.capacity() + client.links.capacity();
-        let relays = relays_max(&config);
-        let timers = 2 * (connections_max + upstreams_max) + relays + ends + 1024;
+        let timers = 2 * (connections_max + upstreams_max) + relays_max(&config) + ends + 1024;
         let now_ns = ring.now_ns();
         Shard {
             ring,
@@ -169,6 +170,7 @@ impl<R: Ring> Shard<R> {
             ledger: Ledger::new(LEDGER_BYTES),
             tells: Tells::new(),
             relays: Relays::none(),
+            routed: Routed::new(config.spans),
             kv: kv::Kv::new(),
             dirty_connections: Vec::with_capacity(connections_max),
             dirty_upstreams: Vec::with_capacity(upstreams_max),
@@ -271,6 +273,7 @@ impl<R: Ring> Shard<R> {
         self.relieve();
         self.send_all();
         self.return_buffers();
+        routed::wake(self);
         self.show(completions);
         if self.config.idle == Idle::Block {
             self.lanes.wish(Wish::News);

@@ -176,6 +176,8 @@ cells! {
         Counter responses_unreachable,
         /// Responses of our handlers that were cut off by their caller's end
         Counter responses_lost,
+        /// Spans of requests that were routed, told to control
+        Counter spans_routed,
         /// Spans of requests that control did not take in time
         Counter spans_lost,
         /// Calls made

@@ -25,6 +25,7 @@ use corelane_engine::executor::listen;
 use corelane_engine::kv::{Batch, Change, RankId, Stored};
 use corelane_engine::mesh::{self, Sender};
 use corelane_engine::ring::uring::{Settings, Uring};
+use corelane_engine::served::Tracing;
 use corelane_engine::shard::{Command, Lanes, Shard};
 use corelane_engine::stats::Stats;
 
@@ -129,6 +130,8 @@ impl Bare {
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
         let mut config = ShardConfig::new(0, 0, RingKind::Uring, Some(any));
         config.buffers = 1024;
+        // Half of all requests have a span: neither they nor the others take memory.
+        config.spans = Tracing::On { ratio: 0.5 };
         let listener = listen(any, false, false).unwrap();
         let address = listener.local_addr().unwrap();
         let (commands, command_receiver) = mesh::lane().unwrap();

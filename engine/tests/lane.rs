@@ -19,8 +19,11 @@ use corelane_engine::config::RingKind;
 use corelane_engine::directory::{Ack, Directory, Policy, Route};
 use corelane_engine::ends::Ends;
 use corelane_engine::lane::{NewLane, RESPONSES_MAX};
+use corelane_engine::routed::{Ending, Mode, RoutedSpan};
+use corelane_engine::served::{Outcome, Tracing};
 use corelane_engine::shard::{Command, Report};
 use corelane_engine::stats::ShardStats;
+use corelane_engine::stats::flight::Why;
 use corelane_gpu_mem::lane::attach::{LaneFds, LaneSize};
 use corelane_gpu_mem::lane::layout::{
     ANNOTATED, BLOCK_HEAD_BYTES, Descriptor, Kind, LAST, RECORD_BYTES, SUBMISSIONS_TAKEN,
@@ -39,7 +42,9 @@ fn router(ring: RingKind, change: impl FnOnce(&mut Route)) -> Local {
         running_max: RESPONSES_MAX,
         ..Ends::default()
     };
-    let local = Local::start(ring, ends);
+    let local = Local::with(ring, ends, |config| {
+        config.spans = Tracing::On { ratio: 1.0 };
+    });
     let mut route = route(Policy::RoundRobin, Ack::OnForward, &[]);
     route.paths = vec![SERVED.into()];
     route.lane = true;
@@ -278,6 +283,57 @@ fn a_failure_is_an_error_prologue_or_an_error_item() {
         let items = called.items_to_the_end(Json);
         assert_eq!((items.len(), &items[0][..]), (2, &b"{\"data\":1}"[..]));
         assert!(String::from_utf8_lossy(&items[1]).contains("out of memory"));
+    }
+}
+
+fn next_span(local: &Local) -> RoutedSpan {
+    let mut found = None;
+    wait_until("a span is told", || {
+        if let Some(Report::Routed(span, _)) = local.handle.reports.next() {
+            found = Some(span);
+        }
+        found.is_some()
+    });
+    found.unwrap()
+}
+
+#[test]
+fn a_request_has_one_span_from_its_arrival_to_its_end() {
+    for ring in rings() {
+        let (local, (mut worker, socket), mut frontend) = scene(ring, 7);
+        frontend.send("s", Json, b"{\"a\":1}");
+        let request = next_request(&mut worker);
+        worker.item(&request, b"12345", ANNOTATED).unwrap();
+        worker.finish(&request).unwrap();
+        let span = next_span(&local);
+        assert_eq!((span.mode, span.route), (Mode::Lane, 0));
+        assert_eq!((span.instance_id, span.attempts), (Some(7), 1));
+        assert_eq!(span.ending, Ending::Served(Outcome::Finished));
+        assert_eq!((span.response_bytes, span.request_id.as_str()), (5, "r"));
+        let moments = span.moments;
+        let order = [
+            moments.received_ns,
+            moments.chosen_ns,
+            moments.forwarded_ns,
+            moments.first_byte_ns,
+            moments.ended_ns,
+        ];
+        assert!(order[0] > 0 && order.is_sorted(), "{moments:?}");
+
+        frontend.send("s", Json, b"1");
+        let request = next_request(&mut worker);
+        worker.fail(&request, "no such model", 1).unwrap();
+        let failed = next_span(&local);
+        assert_eq!(failed.ending, Ending::Served(Outcome::Failed));
+
+        frontend.send("s", Json, b"1");
+        next_request(&mut worker);
+        drop((worker, socket));
+        local
+            .handle
+            .command(Command::EndLanes { worker: 7 })
+            .unwrap();
+        assert_eq!(next_span(&local).ending, Ending::Refused(Why::InstanceLost));
     }
 }
 

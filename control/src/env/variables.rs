@@ -230,7 +230,8 @@ pub const VARIABLES: &[Variable] = variables! {
             "goes with spans instead";
         "OTEL_EXPORTER_OTLP_LOGS_HEADERS", "as above", "k=v,k=v", OTEL,
             "goes with log lines instead";
-        "OTEL_TRACES_SAMPLE_RATIO", "1", "0 to 1", OTEL, "is the part of new traces that is kept";
+        "OTEL_TRACES_SAMPLE_RATIO", "1", "0 to 1", Honoured,
+            "is the part of new traces that is kept";
         "OTEL_SERVICE_NAME", "dynamo", "text", OTEL, "is service.name of what is exported";
         "DYN_LIFECYCLE_TRACE_ENABLED", "off", "switch", LIFECYCLE,
             "adds spans for the steps of a request";

@@ -233,7 +233,7 @@ fn make_room(folder: &Path) -> io::Result<()> {
 }
 
 /// This moment on the clock of the shards, and since 1970.
-fn now() -> (u64, u64) {
+pub(crate) fn now() -> (u64, u64) {
     let monotonic = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let ns = |seconds: i64, ns: i64| seconds as u64 * 1_000_000_000 + ns as u64;
     let unix = SystemTime::now()

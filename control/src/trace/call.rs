@@ -38,13 +38,12 @@ impl CallSpan {
             },
             None => {
                 let (high, low) = (draw(), draw());
-                let kept = ((low >> 11) as f64) < ratio * (1u64 << 53) as f64;
                 let root = TraceContext {
                     trace_id: u128::from(high) << 64 | u128::from(low),
                     span_id: draw(),
                     flags: 0,
                 };
-                root.sampled(kept)
+                root.sampled(Tracing::keeps(ratio, low))
             }
         };
         Some(Self {
@@ -77,6 +76,7 @@ impl CallSpan {
             instance_id: Some(instance_id),
             request_id: None,
             x_request_id: None,
+            hop: None,
         });
     }
 }

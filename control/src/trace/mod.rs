@@ -6,14 +6,18 @@
 //!                                                       '---> `otlp`, if it is exported
 //! ```
 //!
-//! One decision for the whole process, taken once at its start, like the log itself. The router
-//! makes no spans: it passes the headers of a request on as they are.
+//! One decision for the whole process, taken once at its start, like the log itself. Three things
+//! make spans: requests served, calls made, and requests routed. The router passes headers on as
+//! they are, so its span stands beside the worker's, both below the caller's; and it makes only
+//! those that somebody sees.
 
 use std::borrow::Cow;
 use std::sync::OnceLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use corelane_codec::trace_context::TraceContext;
+use corelane_engine::directory::Directory;
+use corelane_engine::routed::RoutedSpan;
 use corelane_engine::served::{Outcome, SpanRecord, Tracing};
 
 use crate::env::Env;
@@ -22,8 +26,10 @@ use crate::logging;
 mod call;
 #[cfg(feature = "otel")]
 mod otlp;
+mod route;
 
 pub use call::CallSpan;
+pub use route::Hop;
 
 /// What the environment says about spans.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,6 +38,8 @@ pub struct Settings {
     pub on: bool,
     /// Whether the end of a span is a line of the log.
     pub lines: bool,
+    /// Whether spans leave this process.
+    pub exports: bool,
     /// The part of new traces that is kept, 0 to 1.
     pub ratio: f64,
     /// What could not be understood.
@@ -53,9 +61,11 @@ impl Settings {
                 1.0
             }
         };
-        let on = logging::is_json(env) || exports(env);
+        let exports = exports(env);
+        let on = logging::is_json(env) || exports;
         Self {
             on,
+            exports,
             lines: on && env.is_on("DYN_LOGGING_SPAN_EVENTS"),
             ratio,
             complaints,
@@ -113,22 +123,44 @@ pub(crate) fn lines(_: &Env) -> Option<tracing_subscriber::layer::Identity> {
     None
 }
 
-/// What shards are told.
-pub fn tracing() -> Tracing {
-    match SETTINGS.get() {
-        Some(settings) if settings.on => Tracing::On {
-            ratio: settings.ratio,
-        },
-        _ => Tracing::Off,
+impl Settings {
+    /// Whether requests that are served, and calls, make spans: handlers may pass them on, whoever
+    /// sees them here.
+    pub fn ends(&self) -> Tracing {
+        self.tracing(self.on)
     }
+
+    /// Whether requests that are routed make spans: nothing is made that nobody would see.
+    pub fn routes(&self) -> Tracing {
+        self.tracing(self.lines || self.exports)
+    }
+
+    fn tracing(&self, wanted: bool) -> Tracing {
+        let ratio = self.ratio;
+        match wanted {
+            true => Tracing::On { ratio },
+            false => Tracing::Off,
+        }
+    }
+}
+
+/// What shards are told of requests that they serve.
+pub fn tracing() -> Tracing {
+    SETTINGS.get().map_or(Tracing::Off, Settings::ends)
+}
+
+/// What shards are told of requests that they route.
+pub fn routes() -> Tracing {
+    SETTINGS.get().map_or(Tracing::Off, Settings::routes)
 }
 
 /// A span that has ended.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Span {
-    /// `handle_payload` for a request served, `router.route_request` for a call made.
+    /// `handle_payload` for a request served, `router.route_request` for a call made,
+    /// `corelane.route` for a request routed.
     pub name: &'static str,
-    /// Whether it served a request; else it made one.
+    /// Whether it took a request; else it made one.
     pub is_server: bool,
     /// Trace, own id, flags.
     pub context: TraceContext,
@@ -154,6 +186,8 @@ pub struct Span {
     pub request_id: Option<String>,
     /// See there.
     pub x_request_id: Option<String>,
+    /// What a router says besides.
+    pub hop: Option<Box<Hop>>,
 }
 
 impl From<SpanRecord> for Span {
@@ -175,6 +209,7 @@ impl From<SpanRecord> for Span {
             instance_id: (instance != 0).then_some(instance),
             request_id: Some(record.request_id),
             x_request_id: record.x_request_id,
+            hop: None,
         }
     }
 }
@@ -199,9 +234,12 @@ impl Span {
             ("x_request_id", self.x_request_id.as_deref().map(Cow::from)),
         ];
         let there = fields.into_iter();
-        there
-            .filter_map(|(name, value)| Some((name, value?)))
-            .collect()
+        let there = there.filter_map(|(name, value)| Some((name, value?)));
+        let hop = self.hop.iter().flat_map(|hop| &hop.texts);
+        let hop = hop.map(|(name, text)| (*name, Cow::from(text)));
+        let mut all: Vec<_> = there.chain(hop).collect();
+        all.sort_unstable_by_key(|(name, _)| *name);
+        all
     }
 
     /// A line with the names that Dynamo's have.
@@ -212,9 +250,14 @@ impl Span {
             found.map(|(_, value)| value.into_owned())
         };
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let hop = self.hop.as_deref();
+        let text = |name: &str| hop.and_then(|hop| hop.text(name));
+        let number = |name: &str| hop.and_then(|hop| hop.number(name));
+        let moment = |name: &str| hop.and_then(|hop| hop.moment(name)).map(micros);
         let context = &self.context;
         tracing::info!(
             target: "request_span",
+            attempts = number("attempts"),
             component = field("component"),
             endpoint = field("endpoint"),
             instance_id = field("instance_id"),
@@ -222,19 +265,34 @@ impl Span {
             otel.kind = field("otel.kind"),
             parent_id = self.parent_id.map(|id| format!("{id:016x}")),
             request.outcome = self.outcome,
+            request_bytes = number("request_bytes"),
             request_id = self.request_id,
+            response = text("response"),
+            response_bytes = number("response_bytes"),
+            route = text("route"),
             span_id = format!("{:016x}", context.span_id),
             span_name = self.name,
+            time.acknowledged_us = moment("acknowledged"),
             time.busy_us = self.busy.map(micros),
+            time.chosen_us = moment("chosen"),
             time.duration_us = micros(self.duration),
+            time.first_byte_us = moment("first_byte"),
+            time.forwarded_us = moment("forwarded"),
             time.idle_us = self.busy.map(|busy| micros(self.duration.saturating_sub(busy))),
             trace_flags = format!("{:02x}", context.flags),
             trace_id = format!("{:032x}", context.trace_id),
             tracestate = self.tracestate,
+            transport = text("transport"),
+            worker_address = text("worker_address"),
             x_request_id = self.x_request_id,
             "SPAN_CLOSED"
         );
     }
+}
+
+/// A request that a shard has routed is over.
+pub fn tell_routed(routed: &RoutedSpan, directory: &Directory) {
+    tell(route::span(routed, directory));
 }
 
 /// A span has ended.
@@ -267,6 +325,14 @@ mod tests {
             ("DYN_LOGGING_CONSOLE_FORMAT", "readable"),
         ];
         assert!(!settings(&wins).on);
+        let both = |settings: Settings| {
+            let is_on = |tracing| matches!(tracing, Tracing::On { .. });
+            (is_on(settings.ends()), is_on(settings.routes()))
+        };
+        assert_eq!(both(settings(&json)), (true, true));
+        let unseen = both(settings(&json[..1]));
+        assert_eq!(unseen, (true, false), "nobody sees what a router makes");
+        assert_eq!(both(settings(&[])), (false, false));
         let exports = [("OTEL_EXPORT_ENABLED", "true")];
         assert_eq!(settings(&exports).on, cfg!(feature = "otel"));
     }

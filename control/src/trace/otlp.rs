@@ -16,7 +16,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result};
 use opentelemetry::logs::{AnyValue, LogRecord, Logger, LoggerProvider, Severity};
-use opentelemetry::trace::{SpanContext, SpanKind, Status, TraceFlags, TraceState};
+use opentelemetry::trace::{Event, SpanContext, SpanKind, Status, TraceFlags, TraceState};
 use opentelemetry::{InstrumentationScope, KeyValue, SpanId, TraceId};
 use opentelemetry_otlp::{LogExporter, Protocol, SpanExporter, WithExportConfig};
 use opentelemetry_sdk::Resource;
@@ -297,6 +297,14 @@ fn span_data(span: Span, scope: &InstrumentationScope) -> SpanData {
         .into_iter()
         .filter(|(name, _)| *name != "otel.kind");
     let attributes = fields.map(|(name, value)| KeyValue::new(name, value.into_owned()));
+    let hop = span.hop.as_deref();
+    let numbers = hop.iter().flat_map(|hop| &hop.numbers);
+    let number = |number: &u64| i64::try_from(*number).unwrap_or(i64::MAX);
+    let numbers = numbers.map(|(name, value)| KeyValue::new(*name, number(value)));
+    let moments = hop.iter().flat_map(|hop| &hop.moments);
+    let moments = moments.map(|(name, after)| Event::new(*name, span.began + *after, vec![], 0));
+    let mut events = SpanEvents::default();
+    events.events = moments.collect();
     SpanData {
         span_context: SpanContext::new(
             TraceId::from(context.trace_id),
@@ -311,9 +319,9 @@ fn span_data(span: Span, scope: &InstrumentationScope) -> SpanData {
         name: span.name.into(),
         start_time: span.began,
         end_time: span.began + span.duration,
-        attributes: attributes.collect(),
+        attributes: attributes.chain(numbers).collect(),
         dropped_attributes_count: 0,
-        events: SpanEvents::default(),
+        events,
         links: SpanLinks::default(),
         status: match span.failed {
             true => Status::error(span.outcome),

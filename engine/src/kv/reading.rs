@@ -18,13 +18,9 @@ pub(crate) fn read_headers<R: Ring>(shard: &mut Shard<R>, slot: u32, prefix: &Pr
         return;
     };
     let incoming = shard.connections[slot].incoming;
-    let (front, end) = (shard.pieces.front(&incoming), prefix.headers.end);
-    if let Some(headers) = front.get(prefix.headers.clone()) {
-        return shard.kv.prompt.read_headers(headers, rule.block_tokens);
-    }
-    let scratch = &mut shard.scratch[..end];
-    shard.pieces.copy_out(&incoming, 0, scratch);
-    let headers = &scratch[prefix.headers.clone()];
+    let scratch = &mut shard.scratch;
+    let front = shard.pieces.lay_out(&incoming, prefix.headers.end, scratch);
+    let headers = front.get(prefix.headers.clone()).unwrap_or_default();
     shard.kv.prompt.read_headers(headers, rule.block_tokens);
 }
 

@@ -9,6 +9,8 @@ use corelane_gpu_mem::lane::layout::{
 use super::{LENT_MAX, Lane, life, why};
 use crate::outgoing::Lent;
 use crate::ring::Ring;
+use crate::routed::{self, Ending};
+use crate::served::Outcome;
 use crate::shard::Shard;
 
 /// Descriptors taken from one lane in one turn, so that others have theirs.
@@ -96,6 +98,7 @@ fn item<R: Ring>(shard: &mut Shard<R>, lane: u32, job: u32, descriptor: &Descrip
     stats.lane_item_bytes.add(u64::from(bytes));
     let generation = entry.jobs.generation(job);
     let body = &mut entry.jobs[job];
+    let span = body.span;
     let mut released = true;
     if let Some(stream) = body
         .stream
@@ -132,6 +135,8 @@ fn item<R: Ring>(shard: &mut Shard<R>, lane: u32, job: u32, descriptor: &Descrip
     if released {
         release(entry, descriptor.tag.get(), offset)?;
     }
+    routed::responds(shard, span);
+    routed::taken(shard, span, bytes as usize);
     if last {
         finish(shard, lane, job);
     }
@@ -151,13 +156,13 @@ fn release(lane: &mut Lane, tag: u64, offset: u64) -> Checked {
 }
 
 fn finish<R: Ring>(shard: &mut Shard<R>, lane: u32, job: u32) {
-    if let Some(stream) = shard.lanes.lanes[lane]
-        .remove(job)
-        .and_then(|job| job.stream)
-    {
-        let mut stream = stream.borrow_mut();
-        stream.finish();
-        stream.set_job(None);
+    if let Some(job) = shard.lanes.lanes[lane].remove(job) {
+        if let Some(stream) = job.stream {
+            let mut stream = stream.borrow_mut();
+            stream.finish();
+            stream.set_job(None);
+        }
+        routed::end_as(shard, job.span, Ending::Served(Outcome::Finished));
     }
     shard.stats.shard.handled.add(1);
 }
@@ -176,10 +181,13 @@ fn fail<R: Ring>(shard: &mut Shard<R>, lane: u32, job: u32, descriptor: &Descrip
         _ => DynamoError::invalid_argument(text),
     };
     release(entry, descriptor.tag.get(), offset)?;
-    if let Some(stream) = entry.remove(job).and_then(|job| job.stream) {
-        let mut stream = stream.borrow_mut();
-        stream.fail(&error);
-        stream.set_job(None);
+    if let Some(job) = entry.remove(job) {
+        if let Some(stream) = job.stream {
+            let mut stream = stream.borrow_mut();
+            stream.fail(&error);
+            stream.set_job(None);
+        }
+        routed::end_as(shard, job.span, Ending::Served(Outcome::Failed));
     }
     shard.stats.shard.lane_failures.add(1);
     Ok(())
@@ -200,9 +208,12 @@ pub(crate) fn settle<R: Ring>(shard: &mut Shard<R>) {
             continue;
         }
         entry.jobs[key.job.0].stream = None;
+        let span = entry.jobs[key.job.0].span;
         let kind = if kill { Kind::Kill } else { Kind::Stop };
         let descriptor = Descriptor::new(kind, key.job.0, key.job.1);
-        if let Err(why) = entry.post(&descriptor, kind) {
+        let posted = entry.post(&descriptor, kind);
+        routed::turns(shard, span, Ending::Served(Outcome::Cancelled));
+        if let Err(why) = posted {
             life::fault(shard, lane, why);
         }
     }

@@ -16,7 +16,9 @@ use crate::command::Report;
 use crate::connection::Intake;
 use crate::respond::{self, Refusal};
 use crate::ring::Ring;
+use crate::routed::{self, Ending};
 use crate::shard::{Shard, TimerKind};
+use crate::stats::flight::Why;
 
 /// Takes a lane over. A full table gives it back to nobody: its worker hears of it by the report.
 pub(crate) fn attach<R: Ring>(shard: &mut Shard<R>, new: NewLane) {
@@ -158,6 +160,13 @@ fn detach<R: Ring>(shard: &mut Shard<R>, lane: u32) {
     forget_if_over(shard, lane);
 }
 
+/// A job is of no use any more; so its span ends.
+pub(super) fn drop_job<R: Ring>(shard: &mut Shard<R>, lane: u32, job: u32, ending: Ending) {
+    if let Some(job) = shard.lanes.lanes[lane].remove(job) {
+        routed::end_as(shard, job.span, ending);
+    }
+}
+
 /// The caller of a request is told that its worker has died.
 fn abandon<R: Ring>(shard: &mut Shard<R>, lane: u32, job: u32) {
     let Some(job) = shard.lanes.lanes[lane].remove(job) else {
@@ -173,6 +182,7 @@ fn abandon<R: Ring>(shard: &mut Shard<R>, lane: u32, job: u32) {
         stream.fail(&DynamoError::disconnected(text));
         stream.set_job(None);
     }
+    routed::end_as(shard, job.span, Ending::Refused(Why::InstanceLost));
 }
 
 /// Where a job that still arrives belongs: if its lane is gone, another one is found, or its frame
@@ -202,6 +212,8 @@ pub(super) fn rescue<R: Ring>(
     // What the intake says is left may be of before the bytes that have just arrived.
     let rest = u64::from(body.block_bytes - body.body_at - body.arrived);
     let rest = rest + body.trailing;
+    let span = body.span;
+    routed::turns(shard, span, Ending::Refused(Why::InstanceLost));
     take::undo(shard, lane, job);
     shard.connections[slot].intake = match rest {
         0 => Intake::Frames,

@@ -148,6 +148,8 @@ pub(crate) struct Job {
     items: u32,
     attempts: u8,
     tried: [u64; TRIED_MAX],
+    /// Its span; [`NONE`] as a rule.
+    span: u32,
 }
 
 /// Whom a job was tried on.

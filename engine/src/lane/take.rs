@@ -23,8 +23,10 @@ use crate::host::LaneJob;
 use crate::in_flight::TRIED_MAX;
 use crate::respond::{self, Refusal};
 use crate::ring::{Ring, Room};
+use crate::routed::{self, Ending};
+use crate::served::Outcome;
 use crate::shard::Shard;
-use crate::stats::flight::Kind as Noted;
+use crate::stats::flight::{Kind as Noted, Why};
 use crate::table::NONE;
 use crate::{decode, recv, respond_stream, worker};
 
@@ -180,6 +182,7 @@ fn begin<R: Ring>(
         items: 0,
         attempts: 0,
         tried: [0; TRIED_MAX],
+        span: NONE,
     };
     job.set_tried(tried);
     let Some(job) = place(shard, lane, job, block_bytes) else {
@@ -195,6 +198,9 @@ fn begin<R: Ring>(
     stats.lane_requests.add(1);
     stats.lane_copied_bytes.add((bytes.len() + body_at) as u64);
     shard.note(Noted::Laned, route, job, slot.into());
+    let span = routed::begin(shard, slot, prefix, route);
+    shard.lanes.lanes[lane].jobs[job].span = span;
+    routed::chosen(shard, span, worker, None);
     let connection = &mut shard.connections[slot];
     connection.need = 0;
     connection.frames += 1;
@@ -331,7 +337,7 @@ fn complete<R: Ring>(shard: &mut Shard<R>, slot: u32, lane: u32, job: u32) -> bo
     let (home, codec) = (entry.home.take(), entry.codec);
     let stream = home.and_then(|home| respond_stream::open(shard, &home, codec));
     let Some(stream) = stream else {
-        shard.lanes.lanes[lane].remove(job);
+        life::drop_job(shard, lane, job, Ending::Refused(Why::TableFull));
         if !respond::refuse(shard, slot, Refusal::TableFull) {
             shard.lost(slot, libc::ENOBUFS);
         }
@@ -356,8 +362,11 @@ pub(super) fn submit<R: Ring>(shard: &mut Shard<R>, lane: u32, job: u32) {
     match &entry.jobs[job].stream {
         Some(stream) if !stream.borrow().is_over() => stream.borrow_mut().set_job(Some(key)),
         // Its caller cannot be reached: nobody would read what the worker says.
-        _ => return drop(entry.remove(job)),
+        _ => return life::drop_job(shard, lane, job, Ending::Served(Outcome::Unreachable)),
     }
+    let span = entry.jobs[job].span;
+    routed::handed_over(shard, span);
+    let entry = &mut shard.lanes.lanes[lane];
     let (block, bytes) = (entry.jobs[job].block, entry.jobs[job].block_bytes);
     entry.jobs[job].posted = Some(entry.queues.posted());
     let descriptor = Descriptor::new(Kind::Request, key.job.0, key.job.1).at(block, bytes);
@@ -400,8 +409,13 @@ pub(super) fn transplant<R: Ring>(
     let mut moved = shard.lanes.lanes[from].remove(job)?;
     moved.posted = None;
     moved.set_tried(tried);
-    let filled = moved.body_at + moved.arrived;
-    let place = place(shard, lane, moved, u64::from(bytes))?;
+    let (filled, span) = (moved.body_at + moved.arrived, moved.span);
+    let Some(place) = place(shard, lane, moved, u64::from(bytes)) else {
+        routed::end_as(shard, span, Ending::Refused(Why::QueueFull));
+        return None;
+    };
+    let worker = shard.lanes.lanes[lane].worker;
+    routed::chosen(shard, span, worker, None);
     let entry = &shard.lanes.lanes[lane];
     let new = entry.jobs[place].block;
     let copied = entry.slab.copy_from(new, &slab, old, filled as usize)
@@ -415,6 +429,6 @@ pub(super) fn transplant<R: Ring>(
 
 /// The connection that a job arrived on is gone, and nothing is received for it any more.
 pub(crate) fn undo<R: Ring>(shard: &mut Shard<R>, lane: u32, job: u32) {
-    shard.lanes.lanes[lane].remove(job);
+    life::drop_job(shard, lane, job, Ending::Unanswered);
     life::forget_if_over(shard, lane);
 }

@@ -77,10 +77,15 @@ impl Local {
     }
 
     pub fn with_buffers(ring: RingKind, ends: Ends, buffers: u16) -> Local {
+        Local::with(ring, ends, |config| config.buffers = buffers)
+    }
+
+    pub fn with(ring: RingKind, ends: Ends, change: impl FnOnce(&mut ShardConfig)) -> Local {
         let listen = SocketAddr::from(([127, 0, 0, 1], 0));
         let cpu = corelane_engine::placement::affinity().unwrap()[0];
         let mut config = ShardConfig::new(0, cpu, ring, Some(listen));
-        config.buffers = buffers;
+        config.buffers = 1024;
+        change(&mut config);
         let (sender, events) = sync_channel(EVENTS_MAX);
         Local {
             handle: spawn_with(config, ends).unwrap(),
