@@ -93,7 +93,9 @@ impl Look<'_> {
     fn cores(&mut self) {
         let cpus = |config: &Config| config.cores.iter().map(|core| core.cpu).collect::<Vec<_>>();
         let (old, new) = (cpus(self.old), cpus(self.new));
-        if old != new {
+        if self.same_cores() {
+            self.pins();
+        } else if old != new {
             let at = origin(self.new, "core.cpus");
             let (old, new) = (cpu_list(&old), cpu_list(&new));
             let what = format!("data cores would be {new} in place of {old}");
@@ -107,6 +109,37 @@ impl Look<'_> {
         }
     }
 
+    fn same_cores(&self) -> bool {
+        let numbers = |config: &Config| -> BTreeSet<usize> {
+            config.cores.iter().map(|core| core.number).collect()
+        };
+        numbers(self.old) == numbers(self.new)
+    }
+
+    /// Cores that are there before and after: each on its CPU.
+    fn pins(&mut self) {
+        let before: BTreeMap<usize, Core> = by_number(self.old).collect();
+        for core in &self.new.cores {
+            let Some(was) = before.get(&core.number).filter(|was| was.cpu != core.cpu) else {
+                continue;
+            };
+            let (number, old, new) = (core.number, was.cpu, core.cpu);
+            let place = |config, key| origin(config, &format!("core[{number}].{key}"));
+            let places = [
+                place(self.new, "cpu"),
+                place(self.new, "nic_queue"),
+                place(self.old, "cpu"),
+                place(self.old, "nic_queue"),
+            ];
+            // A line that was taken out has no place; where it stood says more than nothing.
+            let mut written = places.into_iter();
+            let at = written.find(|at| !matches!(at, Origin::Default | Origin::Host { .. }));
+            let what = format!("core {number} would be on CPU {new} in place of {old}");
+            let instead = format!("restart, or write cpu = {old} in its file");
+            self.fixed(&at.unwrap_or(Origin::Default), what, instead);
+        }
+    }
+
     /// The tables that stand once, and those of cores that stay.
     fn tables(&mut self) {
         let before: BTreeMap<&str, &Setting> = once(self.old).collect();
@@ -115,7 +148,9 @@ impl Look<'_> {
                 // Of a core that was not there, or of a broker that was off: told elsewhere.
                 continue;
             };
-            if was.value == setting.value || path == "core.cpus" || path == "control.cpu" {
+            let is_cpu = setting.key.name == "cpu" && setting.key.section == Section::Core;
+            let told = is_cpu || path == "core.cpus" || path == "control.cpu";
+            if told || was.value == setting.value {
                 continue;
             }
             self.changed.push(path.to_owned());
