@@ -5,18 +5,22 @@ mod lab;
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use corelane_codec::{Decoded, reply_frame, request_frame};
+use corelane_engine::placement::{affinity, pin_current_thread};
 use lab::*;
 use rustix::process::Signal;
 use serde_json::Value;
 
 const LISTEN: &str = "dynamo/router/generate";
 const TARGET: &str = "dynamo/backend/generate";
+/// The receive queue of the device of loopback.
+const LOOPBACK: &str = "/sys/class/net/lo/queues/rx-0";
 /// No deadline of the program's may pass on a busy machine.
 const CALM: &str = "[reload]\nwatch_ms = 20\ntaken_timeout_s = 600\n[drain]\ngrace_s = 0\n";
 
@@ -154,7 +158,7 @@ fn what_is_under_way_keeps_its_route() {
 }
 
 /// Edits, and what is said of them.
-const BAD: [(&str, &str); 8] = [
+const BAD: [(&str, &str); 9] = [
     // Lines 1 and 2 are [server] of the laboratory, 3 to 5 the route.
     (
         "policy = \"lest_loaded\"",
@@ -176,6 +180,10 @@ const BAD: [(&str, &str); 8] = [
     (
         "[core]\nbuffers = 64",
         "corelane.toml:7:11: core[0].buffers cannot change from 4096",
+    ),
+    (
+        "[core]\nring_depth = 128",
+        "corelane.toml:7:14: core[0].ring_depth cannot change from 512 to 128",
     ),
     (
         "[core]\nin_flight_max = 100000",
@@ -330,6 +338,130 @@ fn a_core_that_is_worse_off_gets_back_what_it_had() {
     assert_eq!(router.health()["generation"], 1);
 }
 
+/// Connections made on one CPU, over loopback: that CPU handles their packets.
+fn dial_on(cpu: usize, router: &Program, count: usize) -> Vec<TcpStream> {
+    let (address, _) = router.path(LISTEN);
+    let dial = move || {
+        pin_current_thread(cpu).unwrap();
+        let dial = |_| TcpStream::connect(address).unwrap();
+        (0..count).map(dial).collect()
+    };
+    std::thread::spawn(dial).join().unwrap()
+}
+
+/// A counter of the core on a CPU.
+fn at(router: &Program, name: &str, cpu: usize) -> usize {
+    let name = format!("corelane_{name}{{");
+    router.metric(&[&name, &format!("cpu=\"{cpu}\"")]) as usize
+}
+
+#[test]
+fn who_gets_connections_changes_while_it_runs() {
+    let cpus = affinity().unwrap();
+    let ([first, .., last], true) = (&cpus[..], Path::new(LOOPBACK).exists()) else {
+        eprintln!("left out: it takes two CPUs and {LOOPBACK}");
+        return;
+    };
+    let (first, last) = (*first, *last);
+    let worker = Worker::start();
+    let rest = route(LISTEN, TARGET, "") + &worker.instance(TARGET) + CALM;
+    let with = |server: &str, core: &str| {
+        format!(
+            "{server}{rest}[core]\ncpus = \"{first},{last}\"\nbuffers = 256\n{core}\
+             [control]\ncpu = {last}\nshare = \"on\"\n"
+        )
+    };
+    let router = start(&with("", ""));
+    let taken = |cpu| {
+        let local = at(&router, "connections_local_total", cpu);
+        (local, at(&router, "connections_remote_total", cpu))
+    };
+    let all = || [first, last].map(taken);
+    let wait_for_all = |count: usize| {
+        wait_until("all connections are counted", || {
+            let each = all().into_iter();
+            each.map(|(local, remote)| local + remote).sum::<usize>() == count
+        });
+    };
+    let edit = |server: &str, core: &str, changed: &[&str]| {
+        router.rewrite(&with(server, core));
+        let report = reload(&router);
+        assert_eq!(report["result"], "applied", "{report}");
+        assert_eq!(report["changed"], serde_json::json!(changed), "{report}");
+    };
+    let mut open = dial_on(first, &router, 8);
+    wait_for_all(8);
+
+    // By CPU: each core has those of its own.
+    edit("steering = \"cpu\"\n", "", &["server.steering"]);
+    let before = all();
+    open.extend(dial_on(first, &router, 20));
+    open.extend(dial_on(last, &router, 20));
+    wait_for_all(48);
+    let wanted = before.map(|(local, remote)| (local + 20, remote));
+    assert_eq!(all(), wanted, "each is local");
+
+    // By queue: loopback has one, which goes to one core and then to the other.
+    let queue = "[core]\nnic_queue = \"lo:0\"\n";
+    router.write(&format!("cores.d/{last}.toml"), queue);
+    let changed = [
+        "server.steering".to_owned(),
+        format!("core[{last}].nic_queue"),
+    ];
+    edit("", "", &[&changed[0], &changed[1]]);
+    open.extend(dial_on(first, &router, 20));
+    wait_for_all(68);
+    assert_eq!(all()[0], wanted[0]);
+    router.remove(&format!("cores.d/{last}.toml"));
+    router.write(&format!("cores.d/{first}.toml"), queue);
+    let changed = [first, last].map(|core| format!("core[{core}].nic_queue"));
+    edit("", "", &[&changed[0], &changed[1]]);
+    open.extend(dial_on(first, &router, 20));
+    wait_for_all(88);
+    assert_eq!(all()[0], (wanted[0].0 + 20, wanted[0].1));
+
+    // A core with more than the other hands new ones over, once it is told to.
+    let handed = || at(&router, "connections_handed_over_total", first);
+    assert_eq!(handed(), 0);
+    drop(open);
+    let callers = || [first, last].map(|cpu| at(&router, "callers", cpu));
+    wait_until("they are gone", || callers() == [0, 0]);
+    let least = "imbalance = \"least_connections\"\n";
+    edit(least, "", &["server.imbalance"]);
+    let open = dial_on(first, &router, 40);
+    wait_for_all(128);
+    // Until they differ by less than four.
+    wait_until("both have them", || callers() == [22, 18]);
+    assert_eq!(handed(), 18);
+    edit("", "", &["server.imbalance"]);
+    let more = dial_on(first, &router, 20);
+    wait_for_all(148);
+    assert_eq!(handed(), 18, "they stay again");
+    drop((open, more));
+
+    // No program any more: the kernel's hash deals them out.
+    let before = all();
+    edit("steering = \"off\"\n", "", &["server.steering"]);
+    let open = dial_on(first, &router, 64);
+    wait_for_all(212);
+    assert!(all().iter().zip(before).all(|(now, then)| *now != then));
+    drop(open);
+
+    // Receive queues are polled, or it is said that this kernel cannot.
+    let polled = || [first, last].map(|cpu| at(&router, "busy_poll_us", cpu));
+    assert_eq!(polled(), [0, 0]);
+    let keys = [first, last].map(|core| format!("core[{core}].busy_poll_us"));
+    let off = "steering = \"off\"\n";
+    edit(off, "busy_poll_us = 20\n", &[&keys[0], &keys[1]]);
+    wait_until("they poll, or cannot", || {
+        polled() == [20, 20] || router.log().contains("busy_poll_us is not in force")
+    });
+    edit(off, "", &[&keys[0], &keys[1]]);
+    wait_until("they have ceased to", || polled() == [0, 0]);
+    let (mut caller, path) = router.dial(LISTEN);
+    assert_eq!(caller.ask(&path), "", "it serves");
+}
+
 /// Numbers that follow from a seed.
 struct Dice(u64);
 
@@ -385,16 +517,23 @@ fn some(dice: &mut Dice, workers: &[Worker]) -> String {
         1 << (20 + dice.up_to(4)),
         dice.of(&["block", "block", "spin"]),
     );
+    let server = format!(
+        "steering = \"{}\"\nimbalance = \"{}\"\n",
+        dice.of(&["auto", "off", "cpu"]),
+        dice.of(&["keep", "least_connections"])
+    );
     text += &format!(
-        "[core]\nidle = \"{idle}\"\nconnections_max = {connections}\nin_flight_max = {in_flight}\n\
+        "[core]\nbusy_poll_us = {}\nidle = \"{idle}\"\nconnections_max = {connections}\n\
+         in_flight_max = {in_flight}\n\
          upstream_queue_bytes = {queue}\n[drain]\ngrace_s = 0\ntimeout_s = {}\n\
          [control]\nflight_dir = \"/nonexistent/{}\"\n\
          [reload]\nwatch_ms = {}\ntaken_timeout_s = 600\n",
+        20 * dice.up_to(2),
         dice.up_to(900),
         dice.up_to(3),
         dice.up_to(30),
     );
-    text
+    server + &text
 }
 
 #[test]
