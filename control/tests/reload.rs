@@ -338,127 +338,167 @@ fn a_core_that_is_worse_off_gets_back_what_it_had() {
     assert_eq!(router.health()["generation"], 1);
 }
 
-/// Connections made on one CPU, over loopback: that CPU handles their packets.
-fn dial_on(cpu: usize, router: &Program, count: usize) -> Vec<TcpStream> {
-    let (address, _) = router.path(LISTEN);
-    let dial = move || {
-        pin_current_thread(cpu).unwrap();
-        let dial = |_| TcpStream::connect(address).unwrap();
-        (0..count).map(dial).collect()
-    };
-    std::thread::spawn(dial).join().unwrap()
+/// A router on the first and the last CPU, whose placing is edited.
+struct Placed {
+    router: Program,
+    worker: Worker,
+    first: usize,
+    last: usize,
 }
 
-/// A counter of the core on a CPU.
-fn at(router: &Program, name: &str, cpu: usize) -> usize {
-    let name = format!("corelane_{name}{{");
-    router.metric(&[&name, &format!("cpu=\"{cpu}\"")]) as usize
+impl Placed {
+    /// None, and a word about it, on a host with one CPU.
+    fn start() -> Option<Placed> {
+        let cpus = affinity().unwrap();
+        let [first, .., last] = cpus[..] else {
+            eprintln!("left out: it takes two CPUs");
+            return None;
+        };
+        let worker = Worker::start();
+        let router = start(&Placed::text("", "", &worker, (first, last)));
+        Some(Placed {
+            router,
+            worker,
+            first,
+            last,
+        })
+    }
+
+    fn text(server: &str, core: &str, worker: &Worker, cpus: (usize, usize)) -> String {
+        let rest = route(LISTEN, TARGET, "") + &worker.instance(TARGET) + CALM;
+        let (first, last) = cpus;
+        format!(
+            "{server}\n{rest}[core]\ncpus = \"{first},{last}\"\nbuffers = 256\n{core}\n\
+             [control]\ncpu = {last}\nshare = \"on\"\n"
+        )
+    }
+
+    /// Other lines of `[server]` and of `[core]`, and what is said to have changed.
+    fn edit(&self, server: &str, core: &str, changed: &[&str]) {
+        let text = Placed::text(server, core, &self.worker, (self.first, self.last));
+        self.router.rewrite(&text);
+        let report = reload(&self.router);
+        assert_eq!(report["result"], "applied", "{report}");
+        assert_eq!(report["changed"], serde_json::json!(changed), "{report}");
+    }
+
+    /// Connections made on one CPU, over loopback: that CPU handles their packets.
+    fn dial_on(&self, cpu: usize, count: usize) -> Vec<TcpStream> {
+        let (address, _) = self.router.path(LISTEN);
+        let dial = move || {
+            pin_current_thread(cpu).unwrap();
+            let dial = |_| TcpStream::connect(address).unwrap();
+            (0..count).map(dial).collect()
+        };
+        std::thread::spawn(dial).join().unwrap()
+    }
+
+    /// A number of both cores.
+    fn of(&self, name: &str) -> [usize; 2] {
+        let name = format!("corelane_{name}{{");
+        [self.first, self.last].map(|cpu| {
+            let cpu = format!("cpu=\"{cpu}\"");
+            self.router.metric(&[&name, &cpu]) as usize
+        })
+    }
+
+    /// Local and remote connections of both, once there were so many.
+    fn taken(&self, count: usize) -> ([usize; 2], [usize; 2]) {
+        wait_for("all connections are counted", || {
+            let local = self.of("connections_local_total");
+            let remote = self.of("connections_remote_total");
+            let all = local.iter().chain(&remote).sum::<usize>();
+            (all == count).then_some((local, remote))
+        })
+    }
 }
 
 #[test]
-fn who_gets_connections_changes_while_it_runs() {
-    let cpus = affinity().unwrap();
-    let ([first, .., last], true) = (&cpus[..], Path::new(LOOPBACK).exists()) else {
-        eprintln!("left out: it takes two CPUs and {LOOPBACK}");
+fn steering_changes_while_it_runs() {
+    let Some(placed) = Placed::start() else {
         return;
     };
-    let (first, last) = (*first, *last);
-    let worker = Worker::start();
-    let rest = route(LISTEN, TARGET, "") + &worker.instance(TARGET) + CALM;
-    let with = |server: &str, core: &str| {
-        format!(
-            "{server}{rest}[core]\ncpus = \"{first},{last}\"\nbuffers = 256\n{core}\
-             [control]\ncpu = {last}\nshare = \"on\"\n"
-        )
-    };
-    let router = start(&with("", ""));
-    let taken = |cpu| {
-        let local = at(&router, "connections_local_total", cpu);
-        (local, at(&router, "connections_remote_total", cpu))
-    };
-    let all = || [first, last].map(taken);
-    let wait_for_all = |count: usize| {
-        wait_until("all connections are counted", || {
-            let each = all().into_iter();
-            each.map(|(local, remote)| local + remote).sum::<usize>() == count
-        });
-    };
-    let edit = |server: &str, core: &str, changed: &[&str]| {
-        router.rewrite(&with(server, core));
-        let report = reload(&router);
-        assert_eq!(report["result"], "applied", "{report}");
-        assert_eq!(report["changed"], serde_json::json!(changed), "{report}");
-    };
-    let mut open = dial_on(first, &router, 8);
-    wait_for_all(8);
+    let (first, last) = (placed.first, placed.last);
+    let mut open = placed.dial_on(first, 8);
+    let (local, remote) = placed.taken(8);
+    placed.edit("steering = \"cpu\"", "", &["server.steering"]);
+    open.extend(placed.dial_on(first, 20));
+    open.extend(placed.dial_on(last, 20));
+    let by_cpu = ([local[0] + 20, local[1] + 20], remote);
+    assert_eq!(placed.taken(48), by_cpu, "each core has those of its CPU");
 
-    // By CPU: each core has those of its own.
-    edit("steering = \"cpu\"\n", "", &["server.steering"]);
-    let before = all();
-    open.extend(dial_on(first, &router, 20));
-    open.extend(dial_on(last, &router, 20));
-    wait_for_all(48);
-    let wanted = before.map(|(local, remote)| (local + 20, remote));
-    assert_eq!(all(), wanted, "each is local");
+    placed.edit("steering = \"off\"", "", &["server.steering"]);
+    open.extend(placed.dial_on(first, 64));
+    let (local, remote) = placed.taken(112);
+    // The kernel's hash deals them out.
+    assert!(local[0] > by_cpu.0[0] && remote[1] > by_cpu.1[1]);
+}
 
-    // By queue: loopback has one, which goes to one core and then to the other.
+#[test]
+fn the_queue_of_a_core_changes_while_it_runs() {
+    let (Some(placed), true) = (Placed::start(), Path::new(LOOPBACK).exists()) else {
+        eprintln!("left out: it takes {LOOPBACK}");
+        return;
+    };
+    let (first, last) = (placed.first, placed.last);
+    let file = |cpu| format!("cores.d/{cpu}.toml");
+    let key = |cpu| format!("core[{cpu}].nic_queue");
+    // Loopback has one queue. Its packets have no CPU of their own, so that the core stays.
     let queue = "[core]\nnic_queue = \"lo:0\"\n";
-    router.write(&format!("cores.d/{last}.toml"), queue);
-    let changed = [
-        "server.steering".to_owned(),
-        format!("core[{last}].nic_queue"),
-    ];
-    edit("", "", &[&changed[0], &changed[1]]);
-    open.extend(dial_on(first, &router, 20));
-    wait_for_all(68);
-    assert_eq!(all()[0], wanted[0]);
-    router.remove(&format!("cores.d/{last}.toml"));
-    router.write(&format!("cores.d/{first}.toml"), queue);
-    let changed = [first, last].map(|core| format!("core[{core}].nic_queue"));
-    edit("", "", &[&changed[0], &changed[1]]);
-    open.extend(dial_on(first, &router, 20));
-    wait_for_all(88);
-    assert_eq!(all()[0], (wanted[0].0 + 20, wanted[0].1));
+    placed.router.write(&file(last), queue);
+    placed.edit("", "", &[&key(last)]);
+    let mut open = placed.dial_on(first, 20);
+    assert_eq!(placed.taken(20), ([0, 0], [0, 20]));
+    placed.router.remove(&file(last));
+    placed.router.write(&file(first), queue);
+    placed.edit("", "", &[&key(first), &key(last)]);
+    open.extend(placed.dial_on(first, 20));
+    assert_eq!(placed.taken(40), ([20, 0], [0, 20]));
+    placed
+        .router
+        .write(&file(first), &format!("{queue}cpu = {first}\n"));
+    assert_eq!(reload(&placed.router)["result"], "unchanged");
+}
 
-    // A core with more than the other hands new ones over, once it is told to.
-    let handed = || at(&router, "connections_handed_over_total", first);
-    assert_eq!(handed(), 0);
-    drop(open);
-    let callers = || [first, last].map(|cpu| at(&router, "callers", cpu));
-    wait_until("they are gone", || callers() == [0, 0]);
-    let least = "imbalance = \"least_connections\"\n";
-    edit(least, "", &["server.imbalance"]);
-    let open = dial_on(first, &router, 40);
-    wait_for_all(128);
+#[test]
+fn what_becomes_of_an_imbalance_changes_while_it_runs() {
+    let Some(placed) = Placed::start() else {
+        return;
+    };
+    let first = placed.first;
+    let server = |policy: &str| format!("steering = \"cpu\"\nimbalance = \"{policy}\"");
+    let both = ["server.imbalance", "server.steering"];
+    placed.edit(&server("least_connections"), "", &both);
+    let mut open = placed.dial_on(first, 40);
+    placed.taken(40);
     // Until they differ by less than four.
-    wait_until("both have them", || callers() == [22, 18]);
-    assert_eq!(handed(), 18);
-    edit("", "", &["server.imbalance"]);
-    let more = dial_on(first, &router, 20);
-    wait_for_all(148);
-    assert_eq!(handed(), 18, "they stay again");
-    drop((open, more));
+    wait_until("both have them", || placed.of("callers") == [22, 18]);
+    let handed = || placed.of("connections_handed_over_total");
+    assert_eq!(handed(), [18, 0]);
+    placed.edit(&server("keep"), "", &both[..1]);
+    open.extend(placed.dial_on(first, 20));
+    placed.taken(60);
+    assert_eq!(handed(), [18, 0], "they stay again");
+    assert_eq!(placed.of("callers"), [42, 18]);
+}
 
-    // No program any more: the kernel's hash deals them out.
-    let before = all();
-    edit("steering = \"off\"\n", "", &["server.steering"]);
-    let open = dial_on(first, &router, 64);
-    wait_for_all(212);
-    assert!(all().iter().zip(before).all(|(now, then)| *now != then));
-    drop(open);
-
-    // Receive queues are polled, or it is said that this kernel cannot.
-    let polled = || [first, last].map(|cpu| at(&router, "busy_poll_us", cpu));
+#[test]
+fn polling_of_receive_queues_changes_while_it_runs() {
+    let Some(placed) = Placed::start() else {
+        return;
+    };
+    let polled = || placed.of("busy_poll_us");
     assert_eq!(polled(), [0, 0]);
-    let keys = [first, last].map(|core| format!("core[{core}].busy_poll_us"));
-    let off = "steering = \"off\"\n";
-    edit(off, "busy_poll_us = 20\n", &[&keys[0], &keys[1]]);
+    let keys = [placed.first, placed.last].map(|core| format!("core[{core}].busy_poll_us"));
+    let keys = [&*keys[0], &*keys[1]];
+    placed.edit("", "busy_poll_us = 20", &keys);
     wait_until("they poll, or cannot", || {
-        polled() == [20, 20] || router.log().contains("busy_poll_us is not in force")
+        let log = placed.router.log();
+        polled() == [20, 20] || log.contains("busy_poll_us is not in force")
     });
-    edit(off, "", &[&keys[0], &keys[1]]);
+    placed.edit("", "", &keys);
     wait_until("they have ceased to", || polled() == [0, 0]);
-    let (mut caller, path) = router.dial(LISTEN);
+    let (mut caller, path) = placed.router.dial(LISTEN);
     assert_eq!(caller.ask(&path), "", "it serves");
 }
 

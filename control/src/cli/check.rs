@@ -12,7 +12,8 @@
 //!               "column":null,"name":null}]}
 //! ```
 //! `origin` is `file` (with `file`, `line`, `column`), `env` or `flag` (with `name`), `host` (with
-//! `name`: what of this host it follows from), or `default`. `value` is null for a key that is unset; secrets are `(hidden)`.
+//! `name`: what of this host it follows from), or `default`. `value` is null for a key that is
+//! unset; secrets are `(hidden)`.
 
 use std::fmt::Write;
 

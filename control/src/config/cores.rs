@@ -120,6 +120,12 @@ pub(super) fn cores(layers: &mut Layers, inputs: &Inputs) -> (Vec<Core>, ByRole)
         is_new
     });
     cores.sort_by_key(|core| core.cpu);
+    found_by_callers(layers, &cores);
+    (cores, role)
+}
+
+/// Discovery tells one address: some core must listen there.
+fn found_by_callers(layers: &mut Layers, cores: &[Core]) {
     if cores.iter().all(|core| core.listen.is_some())
         && let Some(first) = cores.first()
     {
@@ -127,7 +133,6 @@ pub(super) fn cores(layers: &mut Layers, inputs: &Inputs) -> (Vec<Core>, ByRole)
         let what = "every core has a listen of its own, so callers find none".to_owned();
         layers.error(&at, what, "leave it out of one file at least");
     }
-    (cores, role)
 }
 
 /// Pins cores to the CPUs of their queues, where connections are taken at all.

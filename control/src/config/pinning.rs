@@ -326,8 +326,9 @@ mod tests {
         host.cpus = vec![0];
         let (found, said) = pins(&checked(&host, main, &[(1, &queue(1))]));
         assert!(found.is_empty());
-        let says = "cores.d/1.toml:2:13: packets of eth0:1 are handled on CPU 2, which this process \
-                    may not use (0), and no CPU is left for core 1; leave a core out of cpus";
+        let says = "cores.d/1.toml:2:13: packets of eth0:1 are handled on CPU 2, which this \
+                    process may not use (0), and no CPU is left for core 1; \
+                    leave a core out of cpus";
         assert!(said.iter().any(|line| line == says), "{said:?}");
     }
 

@@ -51,9 +51,11 @@ impl Cores {
     pub async fn steer(&self, wanted: Placing) {
         let handed = |core: &Core| core.planned.borrow().config.handed.is_some();
         let placing = steering::in_force(wanted, self.list.iter().any(handed));
+        let by = placing.by.word();
         if !self.group.change(placing) {
             return;
         }
+        tracing::info!(by, "steering has changed");
         self.group.tell();
         let member = |index: &usize| !self.list[*index].planned.borrow().alone;
         // One program is that of all who listen together.

@@ -91,6 +91,8 @@ pub struct Parts {
     pub roster: Rc<Roster>,
     /// What control goes by.
     pub live: Rc<Live>,
+    /// Is called when one begins (true) and when it has ended.
+    pub told: Box<dyn Fn(bool)>,
 }
 
 /// Reads the configuration again and takes over what has changed, one at a time.
@@ -155,6 +157,7 @@ impl Reloader {
             return false;
         }
         self.report.borrow_mut().busy = true;
+        (self.parts.told)(true);
         let reloader = Rc::clone(self);
         let running = spawn_local(async move { reloader.run(by).await });
         self.running.replace(Some(running.abort_handle()));
@@ -209,6 +212,7 @@ impl Reloader {
         say(&report);
         self.counts.borrow_mut().add(report.result);
         self.report.replace(report);
+        (self.parts.told)(false);
         self.ended.notify_waiters();
         if self.again.take() {
             self.begin(HANGUP);
@@ -337,6 +341,7 @@ impl Reloader {
             roster,
             cores,
             live,
+            ..
         } = &self.parts;
         let removed = board.put_in_force(proposal);
         for core in 0..cores.count() {
