@@ -37,7 +37,9 @@ pub(super) fn steering(layers: &mut Layers, cores: &[Core], root: &Path) -> stee
     let word = layers.word(&keys::SERVER_STEERING, Steering::parse, Steering::Auto);
     let steering_at = super::resolve::origin(layers, &keys::SERVER_STEERING);
     let mut queues = Vec::new();
-    for core in cores {
+    let mut by_number: Vec<&Core> = cores.iter().collect();
+    by_number.sort_by_key(|core| core.number);
+    for core in by_number {
         let Some(name) = &core.nic_queue else {
             continue;
         };
