@@ -471,15 +471,20 @@ fn what_becomes_of_an_imbalance_changes_while_it_runs() {
     placed.edit(&server("least_connections"), "", &both);
     let mut open = placed.dial_on(first, 40);
     placed.taken(40);
-    // Until they differ by less than four.
-    wait_until("both have them", || placed.of("callers") == [22, 18]);
+    let [stayed, moved] = placed.of("callers");
     let handed = || placed.of("connections_handed_over_total");
-    assert_eq!(handed(), [18, 0]);
+    wait_until("all are counted", || handed() == [moved, 0]);
+    // Until they differ by less than four, or a few more: a core that looks while its neighbour
+    // takes one counts it twice.
+    assert!(
+        (14..=18).contains(&moved) && stayed + moved == 40,
+        "{moved}"
+    );
     placed.edit(&server("keep"), "", &both[..1]);
     open.extend(placed.dial_on(first, 20));
     placed.taken(60);
-    assert_eq!(handed(), [18, 0], "they stay again");
-    assert_eq!(placed.of("callers"), [42, 18]);
+    assert_eq!(handed(), [moved, 0], "they stay again");
+    assert_eq!(placed.of("callers"), [stayed + 20, moved]);
 }
 
 #[test]
