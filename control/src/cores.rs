@@ -27,14 +27,14 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::preflight::{Plan, Planned, ring_word};
 use crate::quic::{Quic, QuicError};
-use crate::steering::{self, Group, placing, unsteered};
+use crate::steering::{self, Group};
 use crate::tls::{self, Tls, TlsError};
 use crate::trace;
 
 mod together;
 
 pub(crate) use self::together::register;
-use self::together::wanted_address;
+use self::together::{os, wanted_address};
 
 /// Longest wait until all shards listen; taking gigabytes of buffers takes a while.
 const START_MAX: Duration = Duration::from_secs(30);
@@ -185,7 +185,8 @@ impl Cores {
         };
         let mut address = wanted_address(plan)?;
         let mut list: Vec<Core> = Vec::with_capacity(plan.shards.len());
-        let group = Group::new(placing(plan), plan.members());
+        let placing = steering::in_force(plan.placing.clone(), plan.is_handed());
+        let group = Group::new(placing, plan.members());
         group.tell();
         for planned in &plan.shards {
             let mut planned = planned.clone();
@@ -196,7 +197,7 @@ impl Cores {
             let own = ends(planned.config.shard);
             quic.ask(&mut planned.config, own.home)?;
             let mut handle = executor::spawn_with(planned.config.clone(), own)?;
-            unsteered(&mut handle);
+            steering::look(&mut handle);
             tls::attend(&tls, &mut handle);
             quic.attend(&mut handle);
             // The first one has chosen the port of all.
@@ -287,7 +288,7 @@ impl Cores {
         };
         let own = (self.ends)(config.shard);
         let mut handle = executor::spawn_with(config, own)?;
-        unsteered(&mut handle);
+        steering::look(&mut handle);
         tls::attend(&self.tls, &mut handle);
         self.quic.attend(&mut handle);
         core.handle.borrow_mut().join();
@@ -336,9 +337,8 @@ impl Cores {
                 Report::Stranger => {
                     tracing::warn!(core = handle.shard, "{}", tls::STRANGER);
                 }
-                Report::NoBusyPoll { errno } => {
-                    tracing::warn!(core = handle.shard, "{}", steering::unpolled(errno));
-                }
+                Report::NoBusyPoll { errno } => steering::unpolled(handle.shard, &os(errno)),
+                Report::Unsteered { errno } => steering::unsteered(handle.shard, &os(errno)),
                 Report::Span(span) => trace::tell(*span),
                 Report::Routed(span, directory) => trace::tell_routed(&span, &directory),
                 Report::Stopped { failure } => {

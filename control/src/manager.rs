@@ -6,6 +6,8 @@
 //! | `READY=1` | `/health` says ready for the first time |
 //! | `STATUS=` | what is served, or what a drain waits for; when that changes |
 //! | `WATCHDOG=1` | each third of WATCHDOG_USEC, while everybody makes progress |
+//! | `RELOADING=1` with `MONOTONIC_USEC=` | a reload of the configuration begins |
+//! | `READY=1` again | it has ended, however it did |
 //! | `STOPPING=1` | a drain begins |
 //! | `EXTEND_TIMEOUT_USEC=` | as long as the drain goes on, which has bounds of its own |
 //!
@@ -17,6 +19,8 @@ use std::io;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::{Duration, Instant};
+
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::env::Env;
 
@@ -33,6 +37,8 @@ const WATCHDOG_MIN: Duration = Duration::from_secs(2);
 pub struct Standing {
     /// It serves.
     pub ready: bool,
+    /// It takes a changed configuration over.
+    pub reloading: bool,
     /// It is leaving.
     pub stopping: bool,
     /// The longest time for which a part of it has made no progress.
@@ -53,6 +59,7 @@ pub struct Manager {
 #[derive(Clone, Debug, Default)]
 struct Said {
     ready: bool,
+    reloading: bool,
     stopping: bool,
     status: String,
     beat: Option<Instant>,
@@ -116,6 +123,16 @@ impl Said {
         if standing.ready && !self.ready && !standing.stopping {
             self.ready = true;
             say("READY", &1);
+        } else if self.ready && !standing.stopping && standing.reloading != self.reloading {
+            // One that has never said ready has nothing to go back to.
+            self.reloading = standing.reloading;
+            match standing.reloading {
+                true => {
+                    say("RELOADING", &1);
+                    say("MONOTONIC_USEC", &monotonic_us());
+                }
+                false => say("READY", &1),
+            }
         }
         if standing.stopping && !self.stopping {
             self.stopping = true;
@@ -138,6 +155,12 @@ impl Said {
         }
         out
     }
+}
+
+/// The clock that a manager compares with the time of its signal.
+fn monotonic_us() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000 + now.tv_nsec as u64 / 1_000
 }
 
 fn is_due(last: Option<Instant>, every: Duration, now: Instant) -> bool {
@@ -222,6 +245,33 @@ mod tests {
         );
         assert_eq!(news(&now, at(14)), "");
         assert_eq!(news(&now, at(15)), "EXTEND_TIMEOUT_USEC=30000000\n");
+    }
+
+    #[test]
+    fn a_reload_begins_and_ends_with_a_word() {
+        let mut said = Said::default();
+        let start = Instant::now();
+        let mut news = |ready, reloading, stopping| {
+            let now = Standing {
+                ready,
+                reloading,
+                stopping,
+                ..Standing::default()
+            };
+            said.news(&now, None, start)
+        };
+        assert_eq!(news(false, true, false), "", "it was not ready yet");
+        assert_eq!(news(true, false, false), "READY=1\n");
+        let before = monotonic_us();
+        let begun = news(true, true, false);
+        let time = begun.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").unwrap();
+        let time: u64 = time.trim_end().parse().unwrap();
+        assert!((before..=monotonic_us()).contains(&time));
+        assert_eq!(news(false, true, false), "", "it is under way");
+        assert_eq!(news(false, false, false), "READY=1\n");
+        news(true, true, false);
+        let left = news(true, false, true);
+        assert!(left.starts_with("STOPPING=1\n") && !left.contains("READY"));
     }
 
     #[test]

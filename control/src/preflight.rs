@@ -100,7 +100,8 @@ pub fn plan(config: &Config) -> Result<Plan, Stop> {
     tls::kernel::demanded(&config.server.tls).map_err(Stop::HostCannot)?;
     let shards = shards(config, &assigned, &report)?;
     log_rings(&shards, &report);
-    let placing = placing(config, &shards);
+    let cpus: Vec<usize> = shards.iter().map(|shard| shard.config.cpu).collect();
+    let placing = placing(config, &cpus);
     Ok(Plan {
         control_cpu: assigned.control,
         shards,
@@ -156,16 +157,16 @@ fn shards(
     Ok(shards)
 }
 
-/// What steers connections to these shards.
-fn placing(config: &Config, shards: &[Planned]) -> Placing {
-    let queue = |(index, shard): (usize, &Planned)| {
+/// What steers connections to the shards on these CPUs, by their indices.
+pub(crate) fn placing(config: &Config, cpus: &[usize]) -> Placing {
+    let queue = |(index, cpu): (usize, &usize)| {
         let mut cores = config.cores.iter();
-        let core = cores.find(|core| core.cpu == shard.config.cpu)?;
+        let core = cores.find(|core| core.cpu == *cpu)?;
         Some((index, core.nic_queue.clone()?))
     };
     Placing {
         by: config.server.steering,
-        queues: shards.iter().enumerate().filter_map(queue).collect(),
+        queues: cpus.iter().enumerate().filter_map(queue).collect(),
     }
 }
 
@@ -231,6 +232,8 @@ pub(crate) fn live(config: &Config, cpu: usize) -> Option<LiveSettings> {
         in_flight_max: core.in_flight_max,
         upstream_queue_bytes: core.upstream_queue_bytes,
         message_bytes_max: config.server.message_bytes_max.into(),
+        imbalance: config.server.imbalance,
+        busy_poll_us: core.busy_poll_us,
     })
 }
 

@@ -1,6 +1,7 @@
 //! Which core gets a connection: the program that chooses, for cores as they listen now.
 
 use std::cell::RefCell;
+use std::io;
 use std::path::Path;
 
 use corelane_engine::config::ANY_CPU;
@@ -9,10 +10,8 @@ use corelane_engine::nic::{self, QueueName};
 use corelane_engine::placement::Topology;
 use corelane_engine::steering::{Program, Served, Steering, cpus_to_shards};
 
-use crate::preflight::Plan;
-
 /// What connections are steered by, and which core serves which queue.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Placing {
     /// By what.
     pub by: Steering,
@@ -34,7 +33,7 @@ impl Default for Placing {
 /// by itself is no member.
 #[derive(Debug)]
 pub struct Group {
-    placing: Placing,
+    placing: RefCell<Placing>,
     /// CPUs of the cores, by index.
     cpus: Vec<usize>,
     /// Indices of the cores, by place.
@@ -46,7 +45,7 @@ impl Group {
     pub fn new(placing: Placing, cores: Vec<(usize, bool)>) -> Self {
         let members = cores.iter().enumerate().filter(|(_, (_, member))| *member);
         Self {
-            placing,
+            placing: RefCell::new(placing),
             places: RefCell::new(members.map(|(index, _)| index).collect()),
             cpus: cores.iter().map(|(cpu, _)| *cpu).collect(),
         }
@@ -61,6 +60,11 @@ impl Group {
         }
     }
 
+    /// Goes by something else from now on; answers whether it is anything new.
+    pub fn change(&self, placing: Placing) -> bool {
+        self.placing.replace(placing.clone()) != placing
+    }
+
     fn place(&self, index: usize) -> Option<u32> {
         let places = self.places.borrow();
         let place = places.iter().position(|known| *known == index)?;
@@ -71,7 +75,8 @@ impl Group {
     /// itself.
     pub fn program(&self, index: usize) -> Option<Program> {
         self.place(index)?;
-        match self.placing.by {
+        let placing = self.placing.borrow();
+        match placing.by {
             Steering::Hash => None,
             Steering::Cpu => {
                 let cpus = self.cpus.iter().enumerate();
@@ -82,7 +87,7 @@ impl Group {
                 Some(Program::by_cpu(&all))
             }
             Steering::Queue => {
-                let served = self.placing.queues.iter().filter_map(|(index, name)| {
+                let served = placing.queues.iter().filter_map(|(index, name)| {
                     Some(Served {
                         device: nic::index(Path::new("/"), &name.device)?,
                         queue: u16::try_from(name.queue).ok()?,
@@ -97,13 +102,14 @@ impl Group {
 
     /// Tells the log who gets what.
     pub fn tell(&self) {
-        match self.placing.by {
+        let placing = self.placing.borrow();
+        match placing.by {
             Steering::Hash => {}
             Steering::Cpu => tracing::info!(
                 "steering: a connection goes to the core on the CPU that has its first packet"
             ),
             Steering::Queue => {
-                for (core, queue) in &self.placing.queues {
+                for (core, queue) in &placing.queues {
                     let cpu = self.cpus.get(*core);
                     tracing::info!(core, cpu, "steering: connections of {queue} go here");
                 }
@@ -112,36 +118,41 @@ impl Group {
     }
 }
 
-/// What the cores of a plan are steered by. Sockets that were handed over are one, or a group whose
-/// places nobody has told.
-pub fn placing(plan: &Plan) -> Placing {
-    if plan.is_handed() && plan.placing.by != Steering::Hash {
+/// What cores are steered by that are told `wanted`. Sockets that were handed over are one, or a
+/// group whose places nobody has told.
+pub fn in_force(wanted: Placing, is_handed: bool) -> Placing {
+    if is_handed && wanted.by != Steering::Hash {
         tracing::warn!(
             "steering is not in force: the cores take connections from sockets that were handed \
              over; let corelane listen by itself"
         );
         return Placing::default();
     }
-    plan.placing.clone()
+    wanted
 }
 
-/// Says so if the program of a core does not steer.
-pub fn unsteered(handle: &mut ShardHandle) {
+/// Says so if the program of a core that starts does not steer.
+pub fn look(handle: &mut ShardHandle) {
     if let Some(why) = handle.unsteered.take() {
-        tracing::warn!(
-            core = handle.shard,
-            "steering is not in force: the kernel does not take the program ({why})"
-        );
+        unsteered(handle.shard, &why);
     }
 }
 
-/// What a refusal to poll receive queues means, and what to do.
-pub fn unpolled(errno: i32) -> String {
-    let why = std::io::Error::from_raw_os_error(errno);
-    format!(
+/// Says that the kernel does not take the program of a core.
+pub fn unsteered(core: usize, why: &io::Error) {
+    tracing::warn!(
+        core,
+        "steering is not in force: the kernel does not take the program ({why})"
+    );
+}
+
+/// Says what a refusal to poll receive queues means, and what to do.
+pub fn unpolled(core: usize, why: &io::Error) {
+    tracing::warn!(
+        core,
         "busy_poll_us is not in force: this kernel cannot poll receive queues for a ring ({why}); \
          it takes Linux 6.9 or later with CONFIG_NET_RX_BUSY_POLL"
-    )
+    );
 }
 
 #[cfg(test)]
@@ -177,5 +188,7 @@ mod tests {
         };
         let group = Group::new(by_cpu, vec![(0, true), (1, false)]);
         assert!(group.program(0).is_some() && group.program(1).is_none());
+        assert!(group.change(Placing::default()) && group.program(0).is_none());
+        assert!(!group.change(Placing::default()), "it is nothing new");
     }
 }

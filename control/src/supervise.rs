@@ -70,6 +70,7 @@ struct Pulse {
     began: Instant,
     address: SocketAddr,
     draining: Cell<bool>,
+    reloading: Cell<bool>,
     discovery: RefCell<Option<Rc<DiscoveryStats>>>,
     progress: RefCell<Progress>,
     manager: Manager,
@@ -111,6 +112,7 @@ impl Router {
             board: Rc::clone(&board),
             began: Instant::now(),
             draining: Cell::new(false),
+            reloading: Cell::new(false),
             discovery: RefCell::new(None),
             more: RefCell::default(),
             progress: RefCell::new(watch_cores(&cores)),
@@ -227,11 +229,19 @@ impl Router {
     /// Takes changes of the configuration over from now on: when `hangups` tells to, or the status
     /// server is asked to. `inputs` are those that `config` was read from.
     pub fn reload_with(&mut self, inputs: Inputs, config: &Config, mut hangups: Hangups) {
+        let pulse = Rc::downgrade(&self.pulse);
+        let told = move |begins| {
+            if let Some(pulse) = pulse.upgrade() {
+                pulse.reloading.set(begins);
+                pulse.say();
+            }
+        };
         let parts = reload::Parts {
             cores: Rc::clone(&self.pulse.cores),
             board: Rc::clone(&self.pulse.board),
             roster: Rc::clone(&self.roster),
             live: Rc::clone(&self.pulse.live),
+            told: Box::new(told),
         };
         let reloader = Rc::new(Reloader::new(inputs, config, parts));
         self.pulse.reloader.replace(Some(Rc::clone(&reloader)));
@@ -460,6 +470,7 @@ impl Pulse {
         let still = self.progress.borrow().still();
         let standing = Standing {
             ready,
+            reloading: self.reloading.get(),
             stopping,
             still,
             status,

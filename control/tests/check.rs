@@ -24,7 +24,7 @@ use faults::{AFTER_ROUTE, IN_ROUTE, WHOLE};
 fn host(cpus: impl IntoIterator<Item = usize>) -> Host {
     Host {
         cpus: cpus.into_iter().collect(),
-        files_max: None,
+        ..Host::default()
     }
 }
 

@@ -462,6 +462,39 @@ fn dashboards_and_alerts_ask_for_what_is_there() {
     }
 }
 
+/// What a dashboard says of cores and network queues, and whether it does so for each core.
+const PLACED: [(&str, bool); 7] = [
+    ("corelane_locality_ratio", true),
+    ("corelane_locality_ratio_all", false),
+    ("corelane_receive_queues", true),
+    ("corelane_callers", true),
+    ("corelane_connections_local_total", true),
+    ("corelane_connections_handed_over_total", true),
+    ("corelane_connections_taken_over_total", true),
+];
+
+#[test]
+fn the_dashboard_shows_who_gets_connections() {
+    let panels = panels();
+    for (name, by_core) in PLACED {
+        let shows = |(expression, _): &&(String, String)| {
+            let (names, labels) = asked(expression);
+            names.contains(name) && labels.contains("core") == by_core
+        };
+        assert!(panels.iter().any(|panel| shows(&panel)), "{name}");
+    }
+    // No panel lies on another.
+    let dashboard: Value = serde_json::from_str(&read("grafana/corelane.json")).unwrap();
+    let mut covered = BTreeSet::new();
+    for panel in dashboard["panels"].as_array().unwrap() {
+        let place = |name: &str| panel["gridPos"][name].as_u64().unwrap();
+        for x in place("x")..place("x") + place("w") {
+            let column = place("y")..place("y") + place("h");
+            column.for_each(|y| assert!(covered.insert((x, y)), "{}", panel["title"]));
+        }
+    }
+}
+
 /// Labels and what bounds the number of their values. A label that peers could fill at will must
 /// not come to be by accident.
 const BOUNDED: &[(&str, &str)] = &[

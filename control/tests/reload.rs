@@ -5,18 +5,22 @@ mod lab;
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use corelane_codec::{Decoded, reply_frame, request_frame};
+use corelane_engine::placement::{affinity, pin_current_thread};
 use lab::*;
 use rustix::process::Signal;
 use serde_json::Value;
 
 const LISTEN: &str = "dynamo/router/generate";
 const TARGET: &str = "dynamo/backend/generate";
+/// The receive queue of the device of loopback.
+const LOOPBACK: &str = "/sys/class/net/lo/queues/rx-0";
 /// No deadline of the program's may pass on a busy machine.
 const CALM: &str = "[reload]\nwatch_ms = 20\ntaken_timeout_s = 600\n[drain]\ngrace_s = 0\n";
 
@@ -154,7 +158,7 @@ fn what_is_under_way_keeps_its_route() {
 }
 
 /// Edits, and what is said of them.
-const BAD: [(&str, &str); 8] = [
+const BAD: [(&str, &str); 9] = [
     // Lines 1 and 2 are [server] of the laboratory, 3 to 5 the route.
     (
         "policy = \"lest_loaded\"",
@@ -176,6 +180,10 @@ const BAD: [(&str, &str); 8] = [
     (
         "[core]\nbuffers = 64",
         "corelane.toml:7:11: core[0].buffers cannot change from 4096",
+    ),
+    (
+        "[core]\nring_depth = 128",
+        "corelane.toml:7:14: core[0].ring_depth cannot change from 512 to 128",
     ),
     (
         "[core]\nin_flight_max = 100000",
@@ -333,6 +341,175 @@ fn a_core_that_is_worse_off_gets_back_what_it_had() {
     assert_eq!(router.health()["generation"], 1);
 }
 
+/// A router on the first and the last CPU, whose placing is edited.
+struct Placed {
+    router: Program,
+    worker: Worker,
+    first: usize,
+    last: usize,
+}
+
+impl Placed {
+    /// None, and a word about it, on a host with one CPU.
+    fn start() -> Option<Placed> {
+        let cpus = affinity().unwrap();
+        let [first, .., last] = cpus[..] else {
+            eprintln!("left out: it takes two CPUs");
+            return None;
+        };
+        let worker = Worker::start();
+        let router = start(&Placed::text("", "", &worker, (first, last)));
+        Some(Placed {
+            router,
+            worker,
+            first,
+            last,
+        })
+    }
+
+    fn text(server: &str, core: &str, worker: &Worker, cpus: (usize, usize)) -> String {
+        let rest = route(LISTEN, TARGET, "") + &worker.instance(TARGET) + CALM;
+        let (first, last) = cpus;
+        format!(
+            "{server}\n{rest}[core]\ncpus = \"{first},{last}\"\nbuffers = 256\n{core}\n\
+             [control]\ncpu = {last}\nshare = \"on\"\n"
+        )
+    }
+
+    /// Other lines of `[server]` and of `[core]`, and what is said to have changed.
+    fn edit(&self, server: &str, core: &str, changed: &[&str]) {
+        let text = Placed::text(server, core, &self.worker, (self.first, self.last));
+        self.router.rewrite(&text);
+        let report = reload(&self.router);
+        assert_eq!(report["result"], "applied", "{report}");
+        assert_eq!(report["changed"], serde_json::json!(changed), "{report}");
+    }
+
+    /// Connections made on one CPU, over loopback: that CPU handles their packets.
+    fn dial_on(&self, cpu: usize, count: usize) -> Vec<TcpStream> {
+        let (address, _) = self.router.path(LISTEN);
+        let dial = move || {
+            pin_current_thread(cpu).unwrap();
+            let dial = |_| TcpStream::connect(address).unwrap();
+            (0..count).map(dial).collect()
+        };
+        std::thread::spawn(dial).join().unwrap()
+    }
+
+    /// A number of both cores.
+    fn of(&self, name: &str) -> [usize; 2] {
+        let name = format!("corelane_{name}{{");
+        [self.first, self.last].map(|cpu| {
+            let cpu = format!("cpu=\"{cpu}\"");
+            self.router.metric(&[&name, &cpu]) as usize
+        })
+    }
+
+    /// Local and remote connections of both, once there were so many.
+    fn taken(&self, count: usize) -> ([usize; 2], [usize; 2]) {
+        wait_for("all connections are counted", || {
+            let local = self.of("connections_local_total");
+            let remote = self.of("connections_remote_total");
+            let all = local.iter().chain(&remote).sum::<usize>();
+            (all == count).then_some((local, remote))
+        })
+    }
+}
+
+#[test]
+fn steering_changes_while_it_runs() {
+    let Some(placed) = Placed::start() else {
+        return;
+    };
+    let (first, last) = (placed.first, placed.last);
+    let mut open = placed.dial_on(first, 8);
+    let (local, remote) = placed.taken(8);
+    placed.edit("steering = \"cpu\"", "", &["server.steering"]);
+    open.extend(placed.dial_on(first, 20));
+    open.extend(placed.dial_on(last, 20));
+    let by_cpu = ([local[0] + 20, local[1] + 20], remote);
+    assert_eq!(placed.taken(48), by_cpu, "each core has those of its CPU");
+
+    placed.edit("steering = \"off\"", "", &["server.steering"]);
+    open.extend(placed.dial_on(first, 64));
+    let (local, remote) = placed.taken(112);
+    // The kernel's hash deals them out.
+    assert!(local[0] > by_cpu.0[0] && remote[1] > by_cpu.1[1]);
+}
+
+#[test]
+fn the_queue_of_a_core_changes_while_it_runs() {
+    let (Some(placed), true) = (Placed::start(), Path::new(LOOPBACK).exists()) else {
+        eprintln!("left out: it takes {LOOPBACK}");
+        return;
+    };
+    let (first, last) = (placed.first, placed.last);
+    let file = |cpu| format!("cores.d/{cpu}.toml");
+    let key = |cpu| format!("core[{cpu}].nic_queue");
+    // Loopback has one queue. Its packets have no CPU of their own, so that the core stays.
+    let queue = "[core]\nnic_queue = \"lo:0\"\n";
+    placed.router.write(&file(last), queue);
+    placed.edit("", "", &[&key(last)]);
+    let mut open = placed.dial_on(first, 20);
+    assert_eq!(placed.taken(20), ([0, 0], [0, 20]));
+    placed.router.remove(&file(last));
+    placed.router.write(&file(first), queue);
+    placed.edit("", "", &[&key(first), &key(last)]);
+    open.extend(placed.dial_on(first, 20));
+    assert_eq!(placed.taken(40), ([20, 0], [0, 20]));
+    placed
+        .router
+        .write(&file(first), &format!("{queue}cpu = {first}\n"));
+    assert_eq!(reload(&placed.router)["result"], "unchanged");
+}
+
+#[test]
+fn what_becomes_of_an_imbalance_changes_while_it_runs() {
+    let Some(placed) = Placed::start() else {
+        return;
+    };
+    let first = placed.first;
+    let server = |policy: &str| format!("steering = \"cpu\"\nimbalance = \"{policy}\"");
+    let both = ["server.imbalance", "server.steering"];
+    placed.edit(&server("least_connections"), "", &both);
+    let mut open = placed.dial_on(first, 40);
+    placed.taken(40);
+    let [stayed, moved] = placed.of("callers");
+    let handed = || placed.of("connections_handed_over_total");
+    wait_until("all are counted", || handed() == [moved, 0]);
+    // Until they differ by less than four, or a few more: a core that looks while its neighbour
+    // takes one counts it twice.
+    assert!(
+        (14..=18).contains(&moved) && stayed + moved == 40,
+        "{moved}"
+    );
+    placed.edit(&server("keep"), "", &both[..1]);
+    open.extend(placed.dial_on(first, 20));
+    placed.taken(60);
+    assert_eq!(handed(), [moved, 0], "they stay again");
+    assert_eq!(placed.of("callers"), [stayed + 20, moved]);
+}
+
+#[test]
+fn polling_of_receive_queues_changes_while_it_runs() {
+    let Some(placed) = Placed::start() else {
+        return;
+    };
+    let polled = || placed.of("busy_poll_us");
+    assert_eq!(polled(), [0, 0]);
+    let keys = [placed.first, placed.last].map(|core| format!("core[{core}].busy_poll_us"));
+    let keys = [&*keys[0], &*keys[1]];
+    placed.edit("", "busy_poll_us = 20", &keys);
+    wait_until("they poll, or cannot", || {
+        let log = placed.router.log();
+        polled() == [20, 20] || log.contains("busy_poll_us is not in force")
+    });
+    placed.edit("", "", &keys);
+    wait_until("they have ceased to", || polled() == [0, 0]);
+    let (mut caller, path) = placed.router.dial(LISTEN);
+    assert_eq!(caller.ask(&path), "", "it serves");
+}
+
 /// Numbers that follow from a seed.
 struct Dice(u64);
 
@@ -388,16 +565,23 @@ fn some(dice: &mut Dice, workers: &[Worker]) -> String {
         1 << (20 + dice.up_to(4)),
         dice.of(&["block", "block", "spin"]),
     );
+    let server = format!(
+        "steering = \"{}\"\nimbalance = \"{}\"\n",
+        dice.of(&["auto", "off", "cpu"]),
+        dice.of(&["keep", "least_connections"])
+    );
     text += &format!(
-        "[core]\nidle = \"{idle}\"\nconnections_max = {connections}\nin_flight_max = {in_flight}\n\
+        "[core]\nbusy_poll_us = {}\nidle = \"{idle}\"\nconnections_max = {connections}\n\
+         in_flight_max = {in_flight}\n\
          upstream_queue_bytes = {queue}\n[drain]\ngrace_s = 0\ntimeout_s = {}\n\
          [control]\nflight_dir = \"/nonexistent/{}\"\n\
          [reload]\nwatch_ms = {}\ntaken_timeout_s = 600\n",
+        20 * dice.up_to(2),
         dice.up_to(900),
         dice.up_to(3),
         dice.up_to(30),
     );
-    text
+    server + &text
 }
 
 #[test]

@@ -106,6 +106,30 @@ fn ready_is_said_when_it_serves_and_stopping_as_long_as_it_drains() {
 }
 
 #[test]
+fn a_reload_is_said_when_it_begins_and_when_it_has_ended() {
+    let mut manager = Manager::new();
+    let worker = Worker::start();
+    let text = |options| [route(options), worker.instance(TARGET)].concat();
+    let reload = "[reload]\nwatch_ms = 20\ntaken_timeout_s = 600\n";
+    let mut router = Program::serve(&(text("") + reload), &[("NOTIFY_SOCKET", &manager.path())]);
+    wait_until("it is ready", || {
+        assert!(router.is_alive(), "{}", router.log());
+        manager.has("READY=1")
+    });
+    // One that comes through, and one that is refused.
+    for options in ["retries_max = 1", "retries_max = \"x\""] {
+        manager.forget();
+        router.rewrite(&(text(options) + reload));
+        router.signal(Signal::HUP);
+        wait_until("it has ended", || manager.has("READY=1"));
+        let said = manager.hears();
+        let begin = said.find("RELOADING=1\nMONOTONIC_USEC=");
+        assert!(begin < said.find("READY=1\n") && begin.is_some(), "{said}");
+    }
+    assert_eq!(router.health()["generation"], 2);
+}
+
+#[test]
 fn who_never_serves_never_says_ready() {
     let mut manager = Manager::new();
     let nobody = format!("http://127.0.0.1:{}", free_port());

@@ -9,6 +9,7 @@ use crate::connection::Role;
 use crate::operation::{Kind, Operation};
 use crate::ring::{Event, Ring};
 use crate::shard::{Shard, TimerKind};
+use crate::steering::Program;
 
 /// First pause after a failed accept; it doubles up to the last.
 const PAUSE_FIRST_NS: u64 = 5_000_000;
@@ -109,14 +110,16 @@ fn note_origin<R: Ring>(shard: &mut Shard<R>, origin: Origin) {
 }
 
 impl<R: Ring> Shard<R> {
-    /// Has the ring poll the devices' receive queues if that is wanted.
+    /// Has the ring poll the devices' receive queues as it is wanted now, which may be that it
+    /// ceases to.
     pub(crate) fn poll_queues(&mut self) {
         let wanted_us = self.config.busy_poll_us;
-        if wanted_us == 0 {
+        let polled = &self.stats.shard.busy_poll_us;
+        if u64::from(wanted_us) == polled.get() {
             return;
         }
         match self.ring.busy_poll(wanted_us) {
-            Ok(()) => self.stats.shard.busy_poll_us.set(wanted_us.into()),
+            Ok(()) => polled.set(wanted_us.into()),
             Err(error) => {
                 // A core that spins would sleep so long in place of it.
                 self.config.busy_poll_us = 0;
@@ -124,5 +127,14 @@ impl<R: Ring> Shard<R> {
                 self.report(Report::NoBusyPoll { errno });
             }
         }
+    }
+
+    /// Gives the group of the listening socket another program.
+    pub(crate) fn steer(&mut self, program: &Program) {
+        let Some(Err(error)) = self.listener.as_ref().map(|own| program.attach(own)) else {
+            return;
+        };
+        let errno = error.raw_os_error().unwrap_or(0);
+        self.report(Report::Unsteered { errno });
     }
 }

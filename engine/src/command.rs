@@ -18,6 +18,7 @@ use crate::quic::{Inbound, Outbound};
 use crate::routed::RoutedSpan;
 use crate::served::SpanRecord;
 use crate::settings::Census;
+use crate::steering::Program;
 use crate::weigh::Question;
 
 /// What control asks of a shard.
@@ -79,6 +80,9 @@ pub enum Command {
     /// A connection that another shard has accepted and that is to be served here; nothing was read
     /// from it.
     TakeOver(OwnedFd),
+    /// Another program chooses the shard of a connection from now on, for all that listen together
+    /// with this one; connections that are open stay where they are.
+    Steer(Program),
     /// Accept connections from the socket that was handed over; to be said once.
     Accept,
     /// Refuse new requests from now on.
@@ -125,6 +129,11 @@ pub enum Report {
     Stranger,
     /// The ring does not poll the devices' queues as it was told to.
     NoBusyPoll {
+        /// The kernel's answer.
+        errno: i32,
+    },
+    /// The program of [`Command::Steer`] does not steer; the one before it does.
+    Unsteered {
         /// The kernel's answer.
         errno: i32,
     },

@@ -136,6 +136,8 @@ impl ShardConfig {
             in_flight_max: self.in_flight_max,
             upstream_queue_bytes: self.upstream_queue_bytes,
             message_bytes_max: self.message_bytes_max,
+            imbalance: self.imbalance,
+            busy_poll_us: self.busy_poll_us,
         }
     }
 }
@@ -154,4 +156,9 @@ pub struct LiveSettings {
     pub upstream_queue_bytes: u32,
     /// Largest request frame in bytes.
     pub message_bytes_max: u64,
+    /// Connections that come here while others have fewer, from now on.
+    pub imbalance: Imbalance,
+    /// How long receive queues are polled; a ring that refuses it is told of in
+    /// [`crate::command::Report::NoBusyPoll`], and does not poll.
+    pub busy_poll_us: u32,
 }

@@ -81,6 +81,14 @@ impl Queue {
             false => &self.rps_cpus,
         }
     }
+
+    /// What leads its packets to [`Queue::cpus`]: `IRQ 45`, or `RPS`.
+    pub fn led_by(&self) -> String {
+        match self.irq.filter(|_| self.rps_cpus.is_empty()) {
+            Some(irq) => format!("IRQ {irq}"),
+            None => "RPS".to_owned(),
+        }
+    }
 }
 
 /// The network devices of the host, sorted.
@@ -331,6 +339,8 @@ mod tests {
             (10, None, &[2, 3]),
         ];
         assert_eq!(seen, wanted);
+        let led: Vec<String> = queues.iter().map(Queue::led_by).collect();
+        assert_eq!(led, ["IRQ 25", "IRQ 27", "RPS"]);
         assert_eq!(
             (node(root, "eth0"), index(root, "eth0")),
             (Some(1), Some(7))

@@ -62,7 +62,7 @@ impl<R: Ring> Shard<R> {
             Command::Stop => (Order::Stop, 0),
             Command::Run(_) | Command::Wake(_) | Command::Census(_) => return,
             // Who is there is no event, and the socket itself is noted.
-            Command::Neighbours(_) | Command::TakeOver(_) => return,
+            Command::Neighbours(_) | Command::TakeOver(_) | Command::Steer(_) => return,
         };
         self.note(Kind::Command, order as u32, 0, value);
     }

@@ -33,6 +33,11 @@ pub(crate) fn change<R: Ring>(shard: &mut Shard<R>, new: LiveSettings) {
     config.in_flight_max = new.in_flight_max;
     config.upstream_queue_bytes = new.upstream_queue_bytes;
     config.message_bytes_max = new.message_bytes_max;
+    config.imbalance = new.imbalance;
+    if config.busy_poll_us != new.busy_poll_us {
+        config.busy_poll_us = new.busy_poll_us;
+        shard.poll_queues();
+    }
     shard.requests.limit(new.in_flight_max as usize);
     shard.stats.shard.settings.add(1);
 }

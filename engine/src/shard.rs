@@ -555,6 +555,7 @@ impl<R: Ring> Shard<R> {
                 Command::Wake(task) => self.worker.host.wake(task),
                 Command::Neighbours(neighbours) => self.balance.meet(neighbours),
                 Command::TakeOver(socket) => accept::take_over(self, socket),
+                Command::Steer(program) => self.steer(&program),
                 Command::Accept => accept::arm(self),
                 // The listener stays open: who still dials is told by a refusal, not by a reset.
                 Command::Drain => {

@@ -164,3 +164,73 @@ fn receive_queues_are_polled_or_it_is_said_that_they_are_not() {
         );
     }
 }
+
+#[test]
+fn who_gets_connections_changes_while_it_runs() {
+    let cpus = affinity().unwrap();
+    let (first, last) = (cpus[0], cpus[cpus.len() - 1]);
+    if first == last {
+        return;
+    }
+    for ring in rings() {
+        let routers = two([ring; 2], |_| {});
+        meet(&routers);
+        let steer = |place: u32| {
+            let all: Vec<(usize, u32)> = cpus.iter().map(|cpu| (*cpu, place)).collect();
+            let command = Command::Steer(Program::by_cpu(&all));
+            let before = stats(&routers[1]).shard.ticks.get();
+            routers[1].handle.command(command).unwrap();
+            let ticks = || stats(&routers[1]).shard.ticks.get();
+            wait_until("it is taken", || ticks() >= before + 2);
+        };
+        let accepted = |at: usize| stats(&routers[at]).shard.connections_accepted.get();
+        steer(1);
+        let mut open = dial_on(first, &routers[0], 20);
+        wait_until("all are there", || accepted(1) == 20);
+        steer(0);
+        open.extend(dial_on(first, &routers[0], 20));
+        wait_until("all are here", || accepted(0) == 20);
+        assert_eq!(accepted(1), 20);
+
+        let mut settings = ShardConfig::new(0, first, ring, None).live();
+        settings.imbalance = Imbalance::LeastConnections;
+        routers[0]
+            .handle
+            .command(Command::Settings(settings))
+            .unwrap();
+        let shard = &stats(&routers[0]).shard;
+        wait_until("it is told", || shard.settings.get() == 1);
+        open.extend(dial_on(first, &routers[0], 20));
+        wait_until("they are dealt out", || accepted(0) + accepted(1) == 60);
+        let handed = || shard.connections_handed_over.get();
+        wait_until("what is there was handed over", || {
+            accepted(1) == 20 + handed()
+        });
+        // The first ones stay, as there were as many here as there.
+        assert!((5..=9).contains(&handed()), "{}", handed());
+    }
+}
+
+#[test]
+fn polling_begins_and_ends_while_it_runs() {
+    for ring in rings() {
+        let router = Router::start(ring);
+        let mut refused = false;
+        for (round, wanted_us) in [20, 50, 0].into_iter().enumerate() {
+            let mut settings = ShardConfig::new(0, 0, ring, None).live();
+            settings.busy_poll_us = wanted_us;
+            let command = Command::Settings(settings);
+            router.handle.command(command).unwrap();
+            let shard = &stats(&router).shard;
+            wait_until("it is told", || shard.settings.get() == round as u64 + 1);
+            while let Some(report) = router.handle.reports.next() {
+                refused |= matches!(report, Report::NoBusyPoll { errno } if errno > 0);
+            }
+            let polled = if refused { 0 } else { wanted_us };
+            assert_eq!(shard.busy_poll_us.get(), u64::from(polled));
+        }
+        let mut caller = Caller::dial(router.address);
+        caller.send(&frame(LISTEN_PATH, b"{}"));
+        assert!(caller.reply().starts_with("Server unavailable"));
+    }
+}

@@ -11,8 +11,9 @@
 //!  "settings":[{"key":"server.port","value":"0","origin":"default","file":null,"line":null,
 //!               "column":null,"name":null}]}
 //! ```
-//! `origin` is `file` (with `file`, `line`, `column`), `env` or `flag` (with `name`), or
-//! `default`. `value` is null for a key that is unset; secrets are `(hidden)`.
+//! `origin` is `file` (with `file`, `line`, `column`), `env` or `flag` (with `name`), `host` (with
+//! `name`: what of this host it follows from), or `default`. `value` is null for a key that is
+//! unset; secrets are `(hidden)`.
 
 use std::fmt::Write;
 
@@ -79,7 +80,7 @@ pub struct Report {
 /// A place.
 #[derive(Clone, Debug, Serialize)]
 pub struct Place {
-    /// `file`, `env`, `flag` or `default`.
+    /// `file`, `env`, `flag`, `host` or `default`.
     pub origin: &'static str,
     /// Of `file`: its path.
     pub file: Option<String>,
@@ -87,7 +88,7 @@ pub struct Place {
     pub line: Option<u32>,
     /// Of `file`: in characters, from 1.
     pub column: Option<u32>,
-    /// Of `env` and `flag`: its name.
+    /// Of `env` and `flag`: its name. Of `host`: what of it the value follows from.
     pub name: Option<String>,
 }
 
@@ -145,6 +146,11 @@ impl From<&Origin> for Place {
             Origin::Flag { name } => Self {
                 origin: "flag",
                 name: Some(name),
+                ..none
+            },
+            Origin::Host { why } => Self {
+                origin: "host",
+                name: Some(why),
                 ..none
             },
             Origin::File { path, line, column } => Self {

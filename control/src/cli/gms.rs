@@ -263,7 +263,7 @@ mod tests {
         let pairs = env.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
         let host = Host {
             cpus: vec![0],
-            files_max: None,
+            ..Host::default()
         };
         let inputs = serve.inputs(&Env::of(pairs), &host);
         let config = config(&inputs).map_err(|stop| stop.to_string())?;

@@ -551,7 +551,7 @@ mod tests {
     fn host() -> Host {
         Host {
             cpus: vec![0, 1],
-            files_max: None,
+            ..Host::default()
         }
     }
 

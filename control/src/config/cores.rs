@@ -9,8 +9,8 @@ use corelane_engine::nic::QueueName;
 use super::layers::{Layers, Of};
 use super::problem::{Origin, quoted};
 use super::value::Value;
-use super::words::{Idle, Io, Role};
-use super::{Host, cpu_list, keys, placing};
+use super::words::{Idle, Io, Role, Switch};
+use super::{Host, Inputs, cpu_list, keys, pinning, placing};
 
 /// Sockets and files that are open besides connections: rings, listeners, stores.
 const OTHER_FILES: u64 = 64;
@@ -58,7 +58,8 @@ pub struct Core {
 pub(super) type ByRole = Option<(usize, Origin)>;
 
 /// The data cores that this machine has, and the control core if one of `cores.d/` is it.
-pub(super) fn cores(layers: &mut Layers, host: &Host) -> (Vec<Core>, ByRole) {
+pub(super) fn cores(layers: &mut Layers, inputs: &Inputs) -> (Vec<Core>, ByRole) {
+    let host = &inputs.host;
     let (mut wanted, at) = match layers.get(&keys::CORE_CPUS, Of::Once) {
         Some((Value::Cpus(cpus), at)) => (cpus, at),
         _ => (host.cpus.clone(), Origin::Default),
@@ -66,12 +67,15 @@ pub(super) fn cores(layers: &mut Layers, host: &Host) -> (Vec<Core>, ByRole) {
     let role = control_role(layers, host, &mut wanted);
     let (there, missing): (Vec<usize>, Vec<usize>) = (wanted.into_iter())
         .partition(|number| has_cpu(layers, *number) || host.cpus.contains(number));
+    let control = role.as_ref().map(|(cpu, _)| *cpu);
     let can = host.cpu_list();
     if there.is_empty() {
         // Nobody chose the default, so it does not stop a process that was put on other CPUs.
         if at == Origin::Default {
             let first = host.cpus.iter().take(4);
-            let cores = first.filter_map(|&cpu| core(layers, host, cpu)).collect();
+            let first = first.filter_map(|&cpu| core(layers, host, cpu));
+            let mut cores: Vec<Core> = first.collect();
+            by_queue(layers, inputs, &mut cores, control);
             return (cores, role);
         }
         let what = format!("cpus names no CPU that this process may use ({can})");
@@ -99,25 +103,29 @@ pub(super) fn cores(layers: &mut Layers, host: &Host) -> (Vec<Core>, ByRole) {
             format!("add {cpu} to cpus under [core], or remove the file"),
         );
     }
+    let each = there.into_iter();
+    let mut cores: Vec<Core> = each
+        .filter_map(|number| core(layers, host, number))
+        .collect();
+    by_queue(layers, inputs, &mut cores, control);
     let mut taken = BTreeSet::new();
-    let mut cores = Vec::with_capacity(there.len());
-    for number in there {
-        let Some(core) = core(layers, host, number) else {
-            continue;
-        };
-        if taken.insert(core.cpu) {
-            cores.push(core);
-        } else {
+    cores.retain(|core| {
+        let is_new = taken.insert(core.cpu);
+        if !is_new {
             let at = core_origin(layers, core.number, &keys::CORE_CPU);
             let what = format!("CPU {} is another core's already", core.cpu);
-            layers.error(
-                &at,
-                what,
-                "write another cpu, or leave the core out of cpus",
-            );
+            let instead = "write another cpu, or leave the core out of cpus";
+            layers.error(&at, what, instead);
         }
-    }
+        is_new
+    });
     cores.sort_by_key(|core| core.cpu);
+    found_by_callers(layers, &cores);
+    (cores, role)
+}
+
+/// Discovery tells one address: some core must listen there.
+fn found_by_callers(layers: &mut Layers, cores: &[Core]) {
     if cores.iter().all(|core| core.listen.is_some())
         && let Some(first) = cores.first()
     {
@@ -125,7 +133,25 @@ pub(super) fn cores(layers: &mut Layers, host: &Host) -> (Vec<Core>, ByRole) {
         let what = "every core has a listen of its own, so callers find none".to_owned();
         layers.error(&at, what, "leave it out of one file at least");
     }
-    (cores, role)
+}
+
+/// Pins cores to the CPUs of their queues, where connections are taken at all.
+fn by_queue(layers: &mut Layers, inputs: &Inputs, cores: &mut [Core], control: Option<usize>) {
+    if !inputs.purpose.routes() {
+        return;
+    }
+    let control = control.or(control_alone(layers));
+    pinning::pin(layers, &inputs.host, cores, control);
+}
+
+/// The CPU that was written for the control core and no data core may have.
+fn control_alone(layers: &Layers) -> Option<usize> {
+    let value = |key| layers.typed(key, Of::Once).map(|entry| &entry.value);
+    match (value(&keys::CONTROL_CPU), value(&keys::CONTROL_SHARE)) {
+        (_, Some(Value::Text(share))) if share == Switch::On.as_str() => None,
+        (Some(Value::Int(cpu)), _) => usize::try_from(*cpu).ok(),
+        _ => None,
+    }
 }
 
 /// The value that the file of a core has for a key, unlooked at by anything above it.
@@ -135,8 +161,11 @@ fn in_file<'a>(layers: &'a Layers, number: usize, key: &keys::Key) -> Option<&'a
     Some(&entry.value)
 }
 
+/// Whether its file gives it a CPU, by number or by the queue that it serves.
 fn has_cpu(layers: &Layers, number: usize) -> bool {
-    in_file(layers, number, &keys::CORE_CPU).is_some()
+    let queue = in_file(layers, number, &keys::CORE_NIC_QUEUE);
+    let queue = matches!(queue, Some(Value::Text(text)) if text.parse::<QueueName>().is_ok());
+    queue || in_file(layers, number, &keys::CORE_CPU).is_some()
 }
 
 fn is_control(layers: &Layers, number: usize) -> bool {

@@ -1,4 +1,10 @@
-//! What this machine offers to this process, as far as the configuration asks: CPUs and files.
+//! What this machine offers to this process, as far as the configuration asks: CPUs, files, and
+//! queues of network devices.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use corelane_engine::nic::QueueName;
 
 /// The limits of this process.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -7,6 +13,23 @@ pub struct Host {
     pub cpus: Vec<usize>,
     /// Files that it may have open at most (the hard limit); None for no limit.
     pub files_max: Option<u64>,
+    /// The folder that the kernel's files lie in: `/`, but in tests.
+    pub root: PathBuf,
+    /// Queue and CPU of each core that runs already, by its number: it stays there, wherever the
+    /// queue's interrupt goes now.
+    pub pinned: BTreeMap<usize, (QueueName, usize)>,
+}
+
+impl Default for Host {
+    /// CPU 0 alone.
+    fn default() -> Self {
+        Self {
+            cpus: vec![0],
+            files_max: None,
+            root: "/".into(),
+            pinned: BTreeMap::new(),
+        }
+    }
 }
 
 impl Host {
@@ -25,9 +48,14 @@ impl Host {
             return Self {
                 cpus: (0..count).collect(),
                 files_max,
+                ..Self::default()
             };
         }
-        Self { cpus, files_max }
+        Self {
+            cpus,
+            files_max,
+            ..Self::default()
+        }
     }
 
     /// `0-3,5`: the CPUs in the list syntax of the configuration.

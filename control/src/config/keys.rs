@@ -371,7 +371,7 @@ keys! {
 
     CORE_CPUS = Core "cpus", Kind::Cpus, Value("0-3"), [],
         "Data cores, one shard each; those that this machine lacks are left out";
-    CORE_CPU = Core "cpu", Kind::CpuOrLast, Unset("the number of the file"), [],
+    CORE_CPU = Core "cpu", Kind::CpuOrLast, Unset("that of nic_queue, else the file's number"), [],
         "CPU that the core of this file is pinned to";
     CORE_ROLE = Core "role", Kind::Words(Role::WORDS), Unset("data"), [],
         "data takes requests, control is the control core; every data core serves lanes";

@@ -126,7 +126,8 @@ impl Layers {
         found
     }
 
-    fn typed(&self, key: &'static Key, of: Of) -> Option<&Entry> {
+    /// What was written for a key, unrecorded.
+    pub(super) fn typed(&self, key: &'static Key, of: Of) -> Option<&Entry> {
         let in_file = |file: &'_ RawFile, index| -> Option<usize> {
             let table = file.table(key.section, index)?;
             table.entries.iter().position(|entry| entry.key == key)

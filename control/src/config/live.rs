@@ -3,9 +3,13 @@
 use super::keys::{self, Key, Section};
 
 /// Keys of tables that are otherwise fixed.
-const LIVE: [Key; 7] = [
+const LIVE: [Key; 11] = [
     keys::SERVER_MESSAGE_BYTES_MAX,
+    keys::SERVER_STEERING,
+    keys::SERVER_IMBALANCE,
     keys::CORE_IDLE,
+    keys::CORE_NIC_QUEUE,
+    keys::CORE_BUSY_POLL_US,
     keys::CORE_CONNECTIONS_MAX,
     keys::CORE_IN_FLIGHT_MAX,
     keys::CORE_UPSTREAM_QUEUE_BYTES,
@@ -26,7 +30,8 @@ const FIXED: [Key; 8] = [
 
 impl Key {
     /// Whether a reload takes a new value over. Some values cannot be had even so: a limit above
-    /// what memory was taken for, or `response = "relay"` where no route relayed at start.
+    /// what memory was taken for, `response = "relay"` where no route relayed at start, or a
+    /// `nic_queue` that puts the core on another CPU.
     pub fn is_live(&self) -> bool {
         match self.section {
             Section::Route => !FIXED.contains(self),

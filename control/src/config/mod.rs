@@ -31,6 +31,7 @@ mod kv;
 mod layers;
 mod lists;
 mod live;
+mod pinning;
 mod placing;
 mod planner;
 mod problem;

@@ -37,7 +37,9 @@ pub(super) fn steering(layers: &mut Layers, cores: &[Core], root: &Path) -> stee
     let word = layers.word(&keys::SERVER_STEERING, Steering::parse, Steering::Auto);
     let steering_at = super::resolve::origin(layers, &keys::SERVER_STEERING);
     let mut queues = Vec::new();
-    for core in cores {
+    let mut by_number: Vec<&Core> = cores.iter().collect();
+    by_number.sort_by_key(|core| core.number);
+    for core in by_number {
         let Some(name) = &core.nic_queue else {
             continue;
         };
@@ -69,7 +71,7 @@ pub(super) fn steering(layers: &mut Layers, cores: &[Core], root: &Path) -> stee
 }
 
 /// Where the value of one core came from.
-fn origin(layers: &Layers, core: &Core, key: &keys::Key) -> Origin {
+pub(super) fn origin(layers: &Layers, core: &Core, key: &keys::Key) -> Origin {
     let path = format!("core[{}].{}", core.number, key.name);
     let mut settings = layers.settings.iter();
     let found = settings.find(|setting| setting.path == path);
@@ -95,7 +97,10 @@ fn look_up(layers: &mut Layers, core: &Core, name: &QueueName, at: &Origin, root
         return;
     };
     let handled = queue.cpus();
-    if !handled.is_empty() && handled != [core.cpu] {
+    // Why a core that goes by its queue is elsewhere was said when it was pinned.
+    let by_queue = matches!(origin(layers, core, &keys::CORE_CPU), Origin::Host { .. });
+    let pinned = !by_queue || handled.contains(&core.cpu);
+    if pinned && !handled.is_empty() && handled != [core.cpu] {
         let what = format!(
             "packets of {name} are handled on CPU {}, this core is CPU {}",
             cpu_list(handled),
@@ -158,26 +163,31 @@ mod tests {
     use crate::config::{Host, Inputs, Main, Problem, Purpose};
     use crate::env::Env;
 
-    /// What is said of `text` on a host below `root` where the queues of eth0 are on CPUs 1, 3, 3.
-    fn said(root: &Path, text: &str) -> (steering::Steering, Vec<String>) {
-        let config = format!(
-            "[[route]]\nlisten = \"a/b/c\"\ntarget = \"a/d/c\"\n[core]\ncpus = \"0-3\"\n{text}"
-        );
+    /// What is said of `text` and the files of cores 0, 1, ... on a host below `root` where the
+    /// queues of eth0 are on CPUs 1, 3, 3.
+    fn said(root: &Path, text: &str, cores: &[&str]) -> (steering::Steering, Vec<String>) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("corelane.toml");
+        let route = "[[route]]\nlisten = \"a/b/c\"\ntarget = \"a/d/c\"\n[core]\ncpus = \"0-3\"\n";
+        fs::write(&path, format!("{route}{text}")).unwrap();
+        fs::create_dir(folder.path().join("cores.d")).unwrap();
+        for (number, text) in cores.iter().enumerate() {
+            let path = folder.path().join(format!("cores.d/{number}.toml"));
+            fs::write(path, format!("[core]\n{text}")).unwrap();
+        }
         let inputs = Inputs {
             purpose: Purpose::Serve,
-            main: Main::Text {
-                name: "c.toml".into(),
-                text: config,
-            },
+            main: Main::File(path),
             overrides: Vec::new(),
             env: Env::default(),
             host: Host {
                 cpus: (0..4).collect(),
-                files_max: None,
+                root: root.to_owned(),
+                ..Host::default()
             },
         };
         let mut layers = super::super::layers(&inputs);
-        let (cores, _) = super::super::cores::cores(&mut layers, &inputs.host);
+        let (cores, _) = super::super::cores::cores(&mut layers, &inputs);
         let by = steering(&mut layers, &cores, root);
         let problems = layers.problems.iter().map(Problem::to_string).collect();
         (by, problems)
@@ -204,12 +214,9 @@ mod tests {
     #[test]
     fn a_queue_is_held_against_the_host() {
         let host = host();
-        let said = |queue: &str| {
-            let text = format!("nic_queue = \"{queue}\"\n");
-            // The same words for every core, whose files it should stand in.
-            said(host.path(), &text).1
-        };
-        let first = |queue: &str| said(queue).remove(0);
+        let on = |cpu: usize, queue: &str| format!("cpu = {cpu}\nnic_queue = \"{queue}\"\n");
+        let said = |files: &[&str]| said(host.path(), "", files).1;
+        let first = |queue: &str| said(&[&on(0, queue)]).remove(0);
         let text = first("eth1:0");
         assert!(
             text.contains("no network device \"eth1\"; write one of: eth0"),
@@ -226,16 +233,18 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("let `corelane tune apply`"), "{text}");
-        let all = said("eth0:1");
+        let all = said(&[&on(0, "eth0:1")]);
         assert!(
             all[1].contains("is on NUMA node 1, CPU 0 on node 0"),
             "{all:?}"
         );
         assert!(all[1].contains("use CPUs of node 1: 2-3"), "{all:?}");
-        let twice = all
+        assert_eq!(all.len(), 2, "{all:?}");
+        let twice = said(&[&on(1, "eth0:0"), &on(0, "eth0:0")]);
+        let twice = twice
             .iter()
-            .filter(|text| text.contains("is another core's too"));
-        assert_eq!(twice.count(), 3, "{all:?}");
+            .filter(|text| text.contains("1.toml:3:13: nic_queue eth0:0 is another core's too"));
+        assert_eq!(twice.count(), 1);
     }
 
     #[test]
@@ -252,7 +261,7 @@ mod tests {
     #[test]
     fn a_named_queue_is_steered_by_unless_it_is_said() {
         let host = host();
-        let by = |text: &str| said(host.path(), text).0;
+        let by = |text: &str| said(host.path(), text, &[]).0;
         assert_eq!(by(""), steering::Steering::Hash);
         assert_eq!(by("nic_queue = \"eth0:0\"\n"), steering::Steering::Queue);
         let cpu = "nic_queue = \"eth0:0\"\n[server]\nsteering = \"cpu\"\n";

@@ -28,6 +28,11 @@ pub enum Origin {
     },
     /// Nobody wrote it.
     Default,
+    /// Nobody wrote it, and it follows from how this host is set up.
+    Host {
+        /// From what: `nic_queue 3 of eth0: IRQ 45`.
+        why: String,
+    },
 }
 
 impl fmt::Display for Origin {
@@ -37,6 +42,7 @@ impl fmt::Display for Origin {
             Self::Env { name } => write!(f, "environment {name}"),
             Self::File { path, line, column } => write!(f, "{path}:{line}:{column}"),
             Self::Default => f.write_str("default"),
+            Self::Host { why } => write!(f, "from {why}"),
         }
     }
 }

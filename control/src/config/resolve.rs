@@ -2,7 +2,7 @@
 //! What concerns routes and instances is in `routes`.
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use corelane_engine::quic;
@@ -29,10 +29,10 @@ pub(super) fn config(layers: &mut Layers, inputs: &Inputs) -> Option<Config> {
         true => routes::routes(layers, inputs.purpose, discovery.backend, broker.is_some()),
         false => (Vec::new(), Vec::new()),
     };
-    let (cores, role) = cores::cores(layers, &inputs.host);
+    let (cores, role) = cores::cores(layers, inputs);
     let control = control(layers, inputs, &cores, role);
     if routed {
-        server.steering = placing::steering(layers, &cores, Path::new("/"));
+        server.steering = placing::steering(layers, &cores, &inputs.host.root);
         cores::open_files(layers, &inputs.host, &cores);
     }
     let drain = Drain {

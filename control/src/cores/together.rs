@@ -5,22 +5,26 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use corelane_engine::balance::{Imbalance, Neighbour};
+use corelane_engine::balance::Neighbour;
 use corelane_engine::executor;
 use corelane_engine::shard::Command;
+use corelane_engine::steering::Program;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::{Core, Cores, CoresError};
 use crate::preflight::Plan;
+use crate::steering::{self, Placing};
 
 impl Cores {
     /// Makes the cores known to each other where connections may go from one to the other: not to
-    /// a core that listens by itself, nor from it.
+    /// a core that listens by itself, nor from it. That they do is a setting of each, which may
+    /// change.
     pub(super) async fn introduce(&self) {
         let meets = |core: &Core| {
             let planned = core.planned.borrow();
-            !planned.alone && planned.config.imbalance == Imbalance::LeastConnections
+            let listens = planned.config.listen.is_some() || planned.config.handed.is_some();
+            listens && !planned.alone
         };
         let neighbour = |core: &Core| {
             let handle = core.handle.borrow();
@@ -42,6 +46,29 @@ impl Cores {
                 .await;
         }
     }
+
+    /// Has connections go to the cores by something else from now on.
+    pub async fn steer(&self, wanted: Placing) {
+        let handed = |core: &Core| core.planned.borrow().config.handed.is_some();
+        let placing = steering::in_force(wanted, self.list.iter().any(handed));
+        let by = placing.by.word();
+        if !self.group.change(placing) {
+            return;
+        }
+        tracing::info!(by, "steering has changed");
+        self.group.tell();
+        let member = |index: &usize| !self.list[*index].planned.borrow().alone;
+        // One program is that of all who listen together.
+        if let Some(index) = (0..self.list.len()).find(member) {
+            let program = self.group.program(index).unwrap_or_else(Program::none);
+            self.tell_one(index, Command::Steer(program)).await;
+        }
+    }
+}
+
+/// The kernel's answer in words.
+pub(super) fn os(errno: i32) -> std::io::Error {
+    std::io::Error::from_raw_os_error(errno)
 }
 
 /// The address to bind. Shards share their port with whoever of the same user asks for it, so a

@@ -91,14 +91,14 @@ impl Look<'_> {
 
     /// Which cores there are, and which is the control core.
     fn cores(&mut self) {
-        // Another CPU of the same core is another value of its `cpu`, and told as that.
-        let numbers = |config: &Config| {
-            let numbers = config.cores.iter().map(|core| core.number);
-            let numbers: BTreeSet<usize> = numbers.collect();
-            numbers.into_iter().collect::<Vec<_>>()
+        let numbers = |config: &Config| -> BTreeSet<usize> {
+            config.cores.iter().map(|core| core.number).collect()
         };
         let (old, new) = (numbers(self.old), numbers(self.new));
-        if old != new {
+        if old == new {
+            self.pins();
+        } else {
+            let [old, new] = [old, new].map(Vec::from_iter);
             let at = origin(self.new, "core.cpus");
             let (old, new) = (cpu_list(&old), cpu_list(&new));
             let what = format!("data cores would be {new} in place of {old}");
@@ -112,6 +112,30 @@ impl Look<'_> {
         }
     }
 
+    /// Cores that are there before and after: each on its CPU.
+    fn pins(&mut self) {
+        let before: BTreeMap<usize, Core> = by_number(self.old).collect();
+        for core in &self.new.cores {
+            let Some(was) = before.get(&core.number).filter(|was| was.cpu != core.cpu) else {
+                continue;
+            };
+            let (number, old, new) = (core.number, was.cpu, core.cpu);
+            let place = |config, key| origin(config, &format!("core[{number}].{key}"));
+            let places = [
+                place(self.new, "cpu"),
+                place(self.new, "nic_queue"),
+                place(self.old, "cpu"),
+                place(self.old, "nic_queue"),
+            ];
+            // A line that was taken out has no place; where it stood says more than nothing.
+            let mut written = places.into_iter();
+            let at = written.find(|at| !matches!(at, Origin::Default | Origin::Host { .. }));
+            let what = format!("core {number} would be on CPU {new} in place of {old}");
+            let instead = format!("restart, or write cpu = {old} in its file");
+            self.fixed(&at.unwrap_or(Origin::Default), what, instead);
+        }
+    }
+
     /// The tables that stand once, and those of cores that stay.
     fn tables(&mut self) {
         let before: BTreeMap<&str, &Setting> = once(self.old).collect();
@@ -120,7 +144,9 @@ impl Look<'_> {
                 // Of a core that was not there, or of a broker that was off: told elsewhere.
                 continue;
             };
-            if was.value == setting.value || path == "core.cpus" || path == "control.cpu" {
+            let is_cpu = setting.key.name == "cpu" && setting.key.section == Section::Core;
+            let told = is_cpu || path == "core.cpus" || path == "control.cpu";
+            if told || was.value == setting.value {
                 continue;
             }
             self.changed.push(path.to_owned());

@@ -30,7 +30,7 @@ use tokio::sync::Notify;
 use tokio::task::{AbortHandle, spawn_local};
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::config::{self, Config, Inputs, Problem, load};
+use crate::config::{self, Config, Core, Inputs, Problem, load};
 use crate::cores::Cores;
 use crate::env::Env;
 use crate::flight;
@@ -93,6 +93,8 @@ pub struct Parts {
     pub roster: Rc<Roster>,
     /// What control goes by.
     pub live: Rc<Live>,
+    /// Is called when one begins (true) and when it has ended.
+    pub told: Box<dyn Fn(bool)>,
 }
 
 /// Reads the configuration again and takes over what has changed, one at a time.
@@ -157,6 +159,7 @@ impl Reloader {
             return false;
         }
         self.report.borrow_mut().busy = true;
+        (self.parts.told)(true);
         let reloader = Rc::clone(self);
         let running = spawn_local(async move { reloader.run(by).await });
         self.running.replace(Some(running.abort_handle()));
@@ -211,6 +214,7 @@ impl Reloader {
         say(&report);
         self.counts.borrow_mut().add(report.result);
         self.report.replace(report);
+        (self.parts.told)(false);
         self.ended.notify_waiters();
         if self.again.take() {
             self.begin(HANGUP);
@@ -218,7 +222,7 @@ impl Reloader {
     }
 
     async fn reload(self: &Rc<Self>, report: &mut Report) -> Result<Outcome, Halt> {
-        let checked = load(&self.inputs);
+        let checked = load(&self.inputs_now());
         let lines = |problem: &Problem| problem.line();
         report.warnings = checked.warnings().map(lines).collect();
         let refused = |problems: &mut dyn Iterator<Item = &Problem>| {
@@ -253,6 +257,16 @@ impl Reloader {
         self.put_in_force(&proposal, &new).await;
         report.generation += 1;
         Ok(Outcome::Applied)
+    }
+
+    /// What the configuration is read from, and where the cores are that have their CPU from a
+    /// queue: they stay there.
+    fn inputs_now(&self) -> Inputs {
+        let mut inputs = self.inputs.clone();
+        let config = self.config.borrow();
+        let pinned = |core: &Core| Some((core.number, (core.nic_queue.clone()?, core.cpu)));
+        inputs.host.pinned = config.cores.iter().filter_map(pinned).collect();
+        inputs
     }
 
     /// Finds places for new routes and reaches their instances; nothing is sent there yet.
@@ -333,6 +347,7 @@ impl Reloader {
             roster,
             cores,
             live,
+            ..
         } = &self.parts;
         let removed = board.put_in_force(proposal);
         for core in 0..cores.count() {
@@ -341,6 +356,8 @@ impl Reloader {
                 tracing::error!(core, why, "reload: a core is late");
             }
         }
+        let cpus: Vec<usize> = cores.view().iter().map(|core| core.cpu).collect();
+        cores.steer(preflight::placing(new, &cpus)).await;
         live.become_like(new);
         logging::change(new.control.log.as_deref());
         self.config.replace(new.clone());

@@ -1,6 +1,7 @@
 //! What a file of one core may say, and what comes of it.
 
 use corelane::config::{Config, Main, load};
+use corelane::reload::{Began, compare};
 
 use super::{ROUTE, folder, good, inputs, lines, set};
 
@@ -134,4 +135,39 @@ fn a_flag_does_not_speak_of_one_core() {
     );
     inputs.overrides = vec![set("core.numa_node", "0")];
     assert_eq!(good(&inputs).cores[3].numa_node, Some(0));
+}
+
+#[test]
+fn a_core_that_runs_keeps_its_cpu_and_may_be_told_of_placing() {
+    let old = with("", &[]).unwrap();
+    // The same CPU, written; and what of placing may change.
+    let file = "[core]\ncpu = 1\nbusy_poll_us = 20\n";
+    let server = "[server]\nimbalance = \"least_connections\"\nsteering = \"cpu\"\n";
+    let new = with(server, &[("1.toml", file)]).unwrap();
+    let changed = compare(&old, &new, &Began::with(&old)).unwrap();
+    let wanted = [
+        "server.imbalance",
+        "core[1].busy_poll_us",
+        "server.steering",
+    ];
+    assert_eq!(changed, wanted);
+
+    let cpus = "[core]\ncpus = \"0-1\"\n";
+    let old = with(cpus, &[]).unwrap();
+    let moved = with(cpus, &[("1.toml", "[core]\ncpu = 2\n")]).unwrap();
+    let problems = compare(&old, &moved, &Began::with(&old)).unwrap_err();
+    let [problem] = &problems[..] else {
+        panic!("{problems:?}");
+    };
+    let says = "cores.d/1.toml:2:7: core 1 would be on CPU 2 in place of 1; \
+                restart, or write cpu = 1 in its file";
+    assert!(problem.to_string().ends_with(says), "{problem}");
+    // Where the line has gone it is the place at which it stood.
+    let problems = compare(&moved, &old, &Began::with(&moved)).unwrap_err();
+    let says = "cores.d/1.toml:2:7: core 1 would be on CPU 1 in place of 2; ";
+    assert!(problems[0].to_string().contains(says), "{problems:?}");
+    let fewer = with("[core]\ncpus = \"0\"\n", &[]).unwrap();
+    let problems = compare(&old, &fewer, &Began::with(&old)).unwrap_err();
+    let says = "corelane.toml:8:8: data cores would be 0 in place of 0-1";
+    assert!(problems[0].to_string().contains(says), "{problems:?}");
 }

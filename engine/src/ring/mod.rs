@@ -277,7 +277,7 @@ pub trait Ring {
     fn take_over(&mut self, _fd: RawFd) {}
 
     /// Polls the receive queues that its sockets get their packets from, for so many microseconds
-    /// before it sleeps.
+    /// before it sleeps, from now on; 0: no more.
     ///
     /// # Errors
     /// The kernel's answer; EOPNOTSUPP or EINVAL where it cannot.

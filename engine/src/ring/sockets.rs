@@ -72,8 +72,8 @@ pub(super) fn origin(fd: RawFd) -> Origin {
     }
 }
 
-/// Has an epoll descriptor poll the receive queues of its sockets before it sleeps. The layout is
-/// the kernel's `struct epoll_params` (6.9).
+/// Has an epoll descriptor poll the receive queues of its sockets before it sleeps; 0: no more. The
+/// layout is the kernel's `struct epoll_params` (6.9).
 pub(super) fn poll_queues(epoll: RawFd, microseconds: u32) -> io::Result<()> {
     #[repr(C)]
     struct Parameters {
@@ -88,7 +88,7 @@ pub(super) fn poll_queues(epoll: RawFd, microseconds: u32) -> io::Result<()> {
         busy_poll_usecs: microseconds,
         // Packets at a time, as the kernel has it by itself.
         busy_poll_budget: 8,
-        prefer_busy_poll: 1,
+        prefer_busy_poll: u8::from(microseconds > 0),
         padding: 0,
     };
     // SAFETY: the kernel reads the parameters during the call, and keeps no pointer.

@@ -447,7 +447,14 @@ impl Ring for Uring {
     }
 
     fn busy_poll(&mut self, microseconds: u32) -> io::Result<()> {
-        // Interrupts stay off between two polls where the host defers them (`tune` says how).
+        if microseconds == 0 {
+            return self
+                .ring
+                .submitter()
+                .unregister_napi(&mut types::Napi::new());
+        }
+        // Interrupts stay off between two polls where the host defers them (`tune` says how). What
+        // was registered before is replaced.
         let mut napi = types::Napi::new()
             .set_busy_poll_timeout(microseconds)
             .set_prefer_busy_poll(true);
