@@ -76,6 +76,8 @@ pub enum Kind {
 pub struct Value<'a> {
     raw: &'a [u8],
     at: usize,
+    /// If it is a string.
+    met: scan::Met,
 }
 
 impl<'a> Value<'a> {
@@ -85,11 +87,12 @@ impl<'a> Value<'a> {
     /// It is not.
     pub fn parse(input: &'a [u8]) -> Result<Self, JsonError> {
         let start = scan::blanks(input, 0);
-        let end = scan::value(input, start)?;
+        let (end, met) = scan::value_met(input, start)?;
         scan::end(input, end)?;
         Ok(Self {
             raw: &input[start..end],
             at: start,
+            met,
         })
     }
 
@@ -164,7 +167,8 @@ impl<'a> Value<'a> {
         if self.kind() != Kind::String {
             return Err(JsonError::Type { at: self.at });
         }
-        Text::new(&self.raw[1..self.raw.len() - 1]).ok_or(JsonError::NotText { at: self.at })
+        let raw = &self.raw[1..self.raw.len() - 1];
+        Text::new(raw, self.met).ok_or(JsonError::NotText { at: self.at })
     }
 
     /// The members of the object.
@@ -244,11 +248,12 @@ impl<'a> Walk<'a> {
 
     fn value(&mut self) -> Result<Value<'a>, JsonError> {
         let start = std::mem::replace(&mut self.next, DONE);
-        let end = scan::value(self.input, start)?;
+        let (end, met) = scan::value_met(self.input, start)?;
         self.next = end;
         Ok(Value {
             raw: &self.input[start..end],
             at: self.base + start,
+            met,
         })
     }
 
@@ -297,9 +302,9 @@ impl<'a> Object<'a> {
         if scan::byte(walk.input, start)? != b'"' {
             return Err(JsonError::Syntax { at: start });
         }
-        let end = scan::string(walk.input, start)?;
-        let key =
-            Text::new(&walk.input[start + 1..end - 1]).ok_or(JsonError::NotText { at: start })?;
+        let (end, met) = scan::string(walk.input, start)?;
+        let key = Text::new(&walk.input[start + 1..end - 1], met);
+        let key = key.ok_or(JsonError::NotText { at: start })?;
         let colon = scan::blanks(walk.input, end);
         if scan::byte(walk.input, colon)? != b':' {
             return Err(JsonError::Syntax { at: colon });

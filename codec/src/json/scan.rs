@@ -44,6 +44,17 @@ const fn each(byte: u8) -> u64 {
     u64::from_ne_bytes([byte; 8])
 }
 
+/// What was met in a string that was stepped over.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Met {
+    /// An escape.
+    pub(super) escape: bool,
+    /// An escape by number, which may be half of a character.
+    pub(super) number: bool,
+    /// Perhaps bytes that are no ASCII; never missed where there are some.
+    pub(super) wide: bool,
+}
+
 /// How many bytes at the front of eight stand for themselves in a string: none of them is a quote,
 /// a backslash or a control character.
 pub(super) fn plain_of_eight(bytes: [u8; 8]) -> usize {
@@ -55,30 +66,33 @@ pub(super) fn plain_of_eight(bytes: [u8; 8]) -> usize {
     ((special & each(0x80)).trailing_zeros() / 8) as usize
 }
 
-/// The first position from `at` on whose byte does not stand for itself in a string, or the end.
-pub(super) fn plain(input: &[u8], mut at: usize) -> usize {
-    while let Some(eight) = input.get(at..).and_then(<[u8]>::first_chunk) {
-        let plain = plain_of_eight(*eight);
-        at += plain;
-        if plain < 8 {
-            return at;
-        }
-    }
-    while let Some(b' '..=b'!' | b'#'..=b'[' | b']'..) = input.get(at) {
-        at += 1;
-    }
-    at
-}
-
 /// Steps over the string whose opening quote is at `at`. Escapes are checked for form.
-pub(super) fn string(input: &[u8], at: usize) -> Result<usize, JsonError> {
+pub(super) fn string(input: &[u8], at: usize) -> Result<(usize, Met), JsonError> {
     let mut at = at + 1;
+    let mut met = Met::default();
     loop {
-        at = plain(input, at);
+        if let Some(eight) = input.get(at..).and_then(<[u8]>::first_chunk) {
+            // Bytes that follow the string may be among them.
+            met.wide |= u64::from_le_bytes(*eight) & each(0x80) != 0;
+            let plain = plain_of_eight(*eight);
+            at += plain;
+            if plain == 8 {
+                continue;
+            }
+        }
         match byte(input, at)? {
-            b'"' => return Ok(at + 1),
-            b'\\' => at = escape(input, at)?,
-            _ => return Err(JsonError::Syntax { at }),
+            b'"' => return Ok((at + 1, met)),
+            b'\\' => {
+                met.escape = true;
+                met.number |= input.get(at + 1) == Some(&b'u');
+                at = escape(input, at)?;
+            }
+            0..0x20 => return Err(JsonError::Syntax { at }),
+            // Fewer than eight are left.
+            byte => {
+                met.wide |= !byte.is_ascii();
+                at += 1;
+            }
         }
     }
 }
@@ -141,7 +155,7 @@ fn word(input: &[u8], at: usize, word: &[u8]) -> Result<usize, JsonError> {
 /// Steps over a value that is neither array nor object.
 fn scalar(input: &[u8], at: usize) -> Result<usize, JsonError> {
     match byte(input, at)? {
-        b'"' => string(input, at),
+        b'"' => Ok(string(input, at)?.0),
         b'n' => word(input, at, b"null"),
         b't' => word(input, at, b"true"),
         b'f' => word(input, at, b"false"),
@@ -154,7 +168,7 @@ fn name(input: &[u8], at: usize) -> Result<usize, JsonError> {
     if byte(input, at)? != b'"' {
         return Err(JsonError::Syntax { at });
     }
-    let colon = blanks(input, string(input, at)?);
+    let colon = blanks(input, string(input, at)?.0);
     if byte(input, colon)? != b':' {
         return Err(JsonError::Syntax { at: colon });
     }
@@ -214,32 +228,55 @@ pub(super) fn value(input: &[u8], mut at: usize) -> Result<usize, JsonError> {
     }
 }
 
+/// The same, and what was met if it is a string.
+pub(super) fn value_met(input: &[u8], at: usize) -> Result<(usize, Met), JsonError> {
+    match input.get(at) {
+        Some(b'"') => string(input, at),
+        _ => Ok((value(input, at)?, Met::default())),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Every byte at every place of words that are followed by less than one.
+    /// Byte by byte.
+    fn simply(input: &[u8]) -> Result<usize, JsonError> {
+        let mut at = 1;
+        loop {
+            match byte(input, at)? {
+                b'"' => return Ok(at + 1),
+                b'\\' => at = escape(input, at)?,
+                0..0x20 => return Err(JsonError::Syntax { at }),
+                _ => at += 1,
+            }
+        }
+    }
+
+    /// Every byte at every place, with a quote at every place behind it or none.
     #[test]
-    fn the_first_byte_that_is_not_plain_is_found() {
-        let stops = |byte: &u8| matches!(byte, 0..0x20 | b'"' | b'\\');
-        for fill in [
-            b'a', b'!', b'#', b'[', b']', 0x7f, 0x80, 0x9f, 0xa2, 0xdc, 0xff,
-        ] {
+    fn strings_end_where_they_end_byte_by_byte() {
+        let odd = [b'!', b'#', b'[', b']', 0x7f, 0x80, 0x9f, 0xa2, 0xdc, 0xff];
+        for fill in odd.into_iter().chain(*b"an") {
             for byte in 0..=u8::MAX {
-                for at in 0..20 {
-                    let mut input = [fill; 20];
-                    input[at] = byte;
-                    for second in at..20 {
-                        let before = std::mem::replace(&mut input[second], b'"');
-                        let want = input.iter().position(stops);
-                        assert_eq!(Some(plain(&input, 0)), want, "{input:?}");
-                        input[second] = before;
+                for at in 1..20 {
+                    for quote in at..=20 {
+                        let mut input = [fill; 20];
+                        input[at] = byte;
+                        if let Some(byte) = input.get_mut(quote) {
+                            *byte = b'"';
+                        }
+                        let got = string(&input, 0);
+                        assert_eq!(got.map(|(end, _)| end), simply(&input), "{input:?}");
+                        let Ok((end, met)) = got else { continue };
+                        assert_eq!(met.escape, input[1..end].contains(&b'\\'), "{input:?}");
+                        assert!(met.wide || input[1..end].is_ascii(), "{input:?}");
+                        assert!(!met.number);
                     }
-                    let want = input.iter().position(stops).unwrap_or(20);
-                    assert_eq!(plain(&input, 0), want, "{input:?}");
                 }
             }
         }
-        assert_eq!(plain(b"ab", 2), 2);
+        let (end, met) = string(br#""\u0041""#, 0).unwrap();
+        assert!(end == 8 && met.escape && met.number && !met.wide);
     }
 }

@@ -3,13 +3,14 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use super::scan;
+use super::scan::{self, Met};
 
 /// The content of a JSON string between its quotes, still escaped. It is known to be UTF-8 and
 /// every escape in it is known to be a whole character, so reading it cannot fail.
 #[derive(Clone, Copy)]
 pub struct Text<'a> {
-    raw: &'a str,
+    /// UTF-8. It is made a `str` where it is asked for, which names seldom are.
+    raw: &'a [u8],
     escaped: bool,
 }
 
@@ -22,34 +23,40 @@ pub struct TooLong {
 }
 
 impl<'a> Text<'a> {
-    /// Takes the bytes between the quotes of a string that was scanned. `None` if they are not
-    /// UTF-8 or hold half of a surrogate pair.
-    pub(super) fn new(raw: &'a [u8]) -> Option<Self> {
-        let raw = std::str::from_utf8(raw).ok()?;
-        let mut at = scan::plain(raw.as_bytes(), 0);
-        let escaped = at < raw.len();
-        while at < raw.len() {
-            at = scan::plain(raw.as_bytes(), at + unescape(&raw[at..])?.1);
+    /// Takes the bytes between the quotes of a string that was scanned, and what was met there.
+    /// `None` if they are not UTF-8 or hold half of a surrogate pair.
+    pub(super) fn new(raw: &'a [u8], met: Met) -> Option<Self> {
+        if met.wide {
+            std::str::from_utf8(raw).ok()?;
         }
-        Some(Self { raw, escaped })
+        let mut rest = if met.number { raw } else { &[] };
+        while let Some(at) = rest.iter().position(|byte| *byte == b'\\') {
+            let (_, bytes) = unescape(&rest[at..])?;
+            rest = &rest[at + bytes..];
+        }
+        Some(Self {
+            raw,
+            escaped: met.escape,
+        })
     }
 
     /// The text as written, escapes included.
     #[must_use]
     pub fn raw(&self) -> &'a str {
-        self.raw
+        // It is UTF-8, or there would be no text.
+        std::str::from_utf8(self.raw).unwrap_or_default()
     }
 
     /// The text itself, if no escape stands in the way.
     #[must_use]
     pub fn as_str(&self) -> Option<&'a str> {
-        (!self.escaped).then_some(self.raw)
+        (!self.escaped).then(|| self.raw())
     }
 
     /// The characters of the unescaped text.
     #[must_use]
     pub fn chars(&self) -> Chars<'a> {
-        Chars { rest: self.raw }
+        Chars { rest: self.raw() }
     }
 
     /// True if the text has no characters.
@@ -66,7 +73,7 @@ impl<'a> Text<'a> {
         let too_long = TooLong {
             have_bytes: out.len(),
         };
-        let raw = self.raw.as_bytes();
+        let raw = self.raw;
         let (mut from, mut at) = (0, 0);
         while from < raw.len() {
             let plain = match (raw[from..].first_chunk(), out[at..].first_chunk_mut()) {
@@ -75,16 +82,14 @@ impl<'a> Text<'a> {
                     *room = *eight;
                     scan::plain_of_eight(*eight)
                 }
+                _ if raw[from] == b'\\' => 0,
                 _ => {
-                    let plain = scan::plain(raw, from) - from;
-                    put(out, at, &raw[from..from + plain]).ok_or(too_long)?;
-                    plain
+                    put(out, at, &raw[from..=from]).ok_or(too_long)?;
+                    1
                 }
             };
             (from, at) = (from + plain, at + plain);
-            if plain < 8
-                && let Some((char, bytes)) = unescape(&self.raw[from..])
-            {
+            if let Some((char, bytes)) = unescape(&raw[from..]) {
                 let mut utf8 = [0; 4];
                 let char = char.encode_utf8(&mut utf8).as_bytes();
                 put(out, at, char).ok_or(too_long)?;
@@ -113,8 +118,8 @@ fn put(out: &mut [u8], at: usize, bytes: &[u8]) -> Option<()> {
 
 /// Reads the escape that `text` starts with and answers its character and its length. `None` if
 /// there is no whole escape there or it is half of a surrogate pair.
-fn unescape(text: &str) -> Option<(char, usize)> {
-    let [b'\\', kind, ..] = text.as_bytes() else {
+fn unescape(text: &[u8]) -> Option<(char, usize)> {
+    let [b'\\', kind, ..] = text else {
         return None;
     };
     let plain = match kind {
@@ -132,13 +137,16 @@ fn unescape(text: &str) -> Option<(char, usize)> {
     Some((plain, 2))
 }
 
-fn unescape_hex(text: &str) -> Option<(char, usize)> {
-    let unit = |at: usize| u32::from_str_radix(text.get(at..at + 4)?, 16).ok();
+fn unescape_hex(text: &[u8]) -> Option<(char, usize)> {
+    let unit = |at: usize| {
+        let digits = std::str::from_utf8(text.get(at..at + 4)?).ok()?;
+        u32::from_str_radix(digits, 16).ok()
+    };
     let high = unit(2)?;
     if !(0xd800..0xdc00).contains(&high) {
         return Some((char::from_u32(high)?, 6));
     }
-    if text.get(6..8)? != "\\u" {
+    if text.get(6..8)? != b"\\u" {
         return None;
     }
     let low = unit(8).filter(|low| (0xdc00..0xe000).contains(low))?;
@@ -156,7 +164,7 @@ impl Iterator for Chars<'_> {
     type Item = char;
 
     fn next(&mut self) -> Option<char> {
-        if let Some((char, bytes)) = unescape(self.rest) {
+        if let Some((char, bytes)) = unescape(self.rest.as_bytes()) {
             self.rest = &self.rest[bytes..];
             return Some(char);
         }
@@ -169,9 +177,9 @@ impl Iterator for Chars<'_> {
 
 impl PartialEq<str> for Text<'_> {
     fn eq(&self, other: &str) -> bool {
-        match self.as_str() {
-            Some(text) => text == other,
-            None => self.chars().eq(other.chars()),
+        match self.escaped {
+            false => self.raw == other.as_bytes(),
+            true => self.chars().eq(other.chars()),
         }
     }
 }
@@ -210,9 +218,16 @@ impl fmt::Debug for Text<'_> {
 mod tests {
     use super::*;
 
+    /// All of it is to be looked at.
+    const MET: Met = Met {
+        escape: true,
+        number: true,
+        wide: true,
+    };
+
     #[test]
     fn unescapes_every_way_alike() {
-        let text = Text::new(br#"a\"\\\/\b\f\n\r\t\u00e9\ud83d\ude80z\u0000"#).unwrap();
+        let text = Text::new(br#"a\"\\\/\b\f\n\r\t\u00e9\ud83d\ude80z\u0000"#, MET).unwrap();
         let want = "a\"\\/\u{8}\u{c}\n\r\té🚀z\0";
         assert_eq!(text.to_cow(), want);
         assert_eq!(text.to_string(), want);
@@ -228,8 +243,8 @@ mod tests {
             })
         );
         assert_eq!(
-            Text::new("é\\n".as_bytes()).unwrap(),
-            Text::new(b"\\u00e9\\u000a").unwrap()
+            Text::new("é\\n".as_bytes(), MET).unwrap(),
+            Text::new(b"\\u00e9\\u000a", MET).unwrap()
         );
     }
 
@@ -244,9 +259,10 @@ mod tests {
             b"\xff",
             b"\xe2\x82",
         ] {
-            assert!(Text::new(bad).is_none(), "{bad:?}");
+            assert!(Text::new(bad, MET).is_none(), "{bad:?}");
         }
-        assert_eq!(Text::new(b"plain").unwrap().as_str(), Some("plain"));
-        assert_eq!(Text::new(b"").unwrap().chars().count(), 0);
+        let plain = |raw: &'static [u8]| Text::new(raw, Met::default()).unwrap();
+        assert_eq!(plain(b"plain").as_str(), Some("plain"));
+        assert_eq!(plain(b"").chars().count(), 0);
     }
 }
