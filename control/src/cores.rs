@@ -185,9 +185,7 @@ impl Cores {
         };
         let mut address = wanted_address(plan)?;
         let mut list: Vec<Core> = Vec::with_capacity(plan.shards.len());
-        let placing = steering::in_force(plan.placing.clone(), plan.is_handed());
-        let group = Group::new(placing, plan.members());
-        group.tell();
+        let group = Group::of(plan);
         for planned in &plan.shards {
             let mut planned = planned.clone();
             planned.config.steering = group.program(planned.config.shard);

@@ -10,6 +10,8 @@ use corelane_engine::nic::{self, QueueName};
 use corelane_engine::placement::Topology;
 use corelane_engine::steering::{Program, Served, Steering, cpus_to_shards};
 
+use crate::preflight::Plan;
+
 /// What connections are steered by, and which core serves which queue.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Placing {
@@ -49,6 +51,14 @@ impl Group {
             places: RefCell::new(members.map(|(index, _)| index).collect()),
             cpus: cores.iter().map(|(cpu, _)| *cpu).collect(),
         }
+    }
+
+    /// The group of a plan; the log is told who gets what.
+    pub fn of(plan: &Plan) -> Self {
+        let placing = in_force(plan.placing.clone(), plan.is_handed());
+        let group = Self::new(placing, plan.members());
+        group.tell();
+        group
     }
 
     /// One has stopped listening and does so anew.
