@@ -28,9 +28,8 @@ Examples:
 Latencies are in microseconds, seen by a client that polls. The client has the first CPU that it may
 use and the services the last, each alone unless the machine is busy: `nice -n -20` keeps others out
 for client and services alike. `handover` begins with the SIGKILL of the holder and so contains its
-teardown by the kernel; `handover_after_close` begins when the kernel closes its files. Under
-`chrt -f` the holder steps one priority below the services. Memory is the host's and gets its pages
-when it is touched, which nobody does here.")]
+teardown by the kernel; `handover_after_close` begins when the kernel closes its files. Memory is
+the host's and gets its pages when it is touched, which nobody does here.")]
 pub(crate) struct GmsArgs {
     /// The program [default: `corelane` beside this one, else on PATH].
     #[arg(long, value_name = "PATH")]

@@ -3,8 +3,7 @@
 //! It polls its socket without sleeping, so that what is measured is the service and the kernel,
 //! not how long this thread takes to wake up.
 
-use std::fs::File;
-use std::io::{self, Write as _};
+use std::io::Write as _;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -186,47 +185,10 @@ pub(crate) fn hold(args: &WriterArgs) -> Result<()> {
     for _ in 0..4 {
         client.allocate(1)?;
     }
-    let mut marker = first_to_close()?;
-    step_back()?;
-    marker.write_all(b"h")?;
+    let mut out = std::io::stdout();
+    out.write_all(b"h")?;
+    out.flush()?;
     loop {
         std::thread::park();
-    }
-}
-
-/// Standard output under a number above the socket's: of a process that dies, the kernel closes
-/// what was opened last, the highest number, first.
-fn first_to_close() -> Result<File> {
-    const NUMBER_MIN: i32 = 200;
-    let marker = rustix::io::fcntl_dupfd_cloexec(io::stdout(), NUMBER_MIN)?;
-    // SAFETY: both numbers stay open; nobody here writes to standard output.
-    let done = unsafe { libc::dup2(libc::STDIN_FILENO, libc::STDOUT_FILENO) };
-    if done < 0 {
-        return Err(io::Error::last_os_error().into());
-    }
-    Ok(marker.into())
-}
-
-/// Where the scheduler goes by fixed priorities, one step below the service, as whoever holds its
-/// lock would be: what the kernel has to do with this process after the service was told of its
-/// death must not keep the service from its CPU.
-fn step_back() -> Result<()> {
-    // SAFETY: the pointers are to a live value; the calls concern nobody but this thread.
-    let done = unsafe {
-        let policy = libc::sched_getscheduler(0);
-        if policy != libc::SCHED_FIFO && policy != libc::SCHED_RR {
-            return Ok(());
-        }
-        let mut now = libc::sched_param { sched_priority: 0 };
-        let mut done = libc::sched_getparam(0, &raw mut now);
-        if done == 0 && now.sched_priority > 1 {
-            now.sched_priority -= 1;
-            done = libc::sched_setparam(0, &raw const now);
-        }
-        done
-    };
-    match done {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error().into()),
     }
 }

@@ -17,7 +17,8 @@ impl Server {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         match rustix::net::accept_with(&self.listeners[domain].socket, flags) {
             Ok(socket) => self.admit(socket, domain),
-            // Cleared memory has descriptors too, and so has what was made ahead. Epoll says again that somebody is there.
+            // Cleared memory has descriptors too, and so has what was made ahead. Epoll says again
+            // that somebody is there.
             Err(Errno::MFILE | Errno::NFILE) if self.discarded.free_all() || self.unprepare() => {}
             Err(Errno::MFILE | Errno::NFILE) => {
                 // Without this the client would wait in the backlog and epoll would spin.
