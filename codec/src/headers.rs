@@ -2,6 +2,8 @@
 //!
 //! Reading is as lenient as Dynamo's server: headers that are not such an object count as none.
 
+use memchr::{memchr, memmem};
+
 use crate::json::{MapWriter, Object, Text};
 
 /// Repeats the frame's path.
@@ -42,6 +44,31 @@ pub fn find_all<'a, const N: usize>(headers: &'a [u8], keys: [&str; N]) -> [Opti
     });
     // Even a last member that is wrong voids them all: the server keeps no half-read map.
     if valid { found } else { [None; N] }
+}
+
+/// A header that every request is asked for and few have: that it is not there takes a search for
+/// its name, not a walk.
+#[derive(Debug)]
+pub struct Rare {
+    key: &'static str,
+    search: memmem::Finder<'static>,
+}
+
+impl Rare {
+    /// The one with this key.
+    #[must_use]
+    pub fn new(key: &'static str) -> Self {
+        let search = memmem::Finder::new(key);
+        Self { key, search }
+    }
+
+    /// What [`find`] finds.
+    #[must_use]
+    pub fn find<'a>(&self, headers: &'a [u8]) -> Option<Text<'a>> {
+        // Behind an escape its name may hide.
+        let may_be_there = self.search.find(headers).is_some() || memchr(b'\\', headers).is_some();
+        may_be_there.then(|| find(headers, self.key)).flatten()
+    }
 }
 
 /// True if the headers are a JSON object of strings, which only the strict decoder asks for.
@@ -88,6 +115,26 @@ mod tests {
         assert!(find(headers, "c").is_none());
         let [b, c, a] = find_all(headers, ["b", "c", "a"]);
         assert!(b.is_some() && c.is_none() && a.unwrap() == "2");
+    }
+
+    #[test]
+    fn a_rare_key_is_found_however_it_is_written() {
+        let rare = Rare::new(TRACEPARENT);
+        for headers in [
+            r#"{"traceparent":"x"}"#,
+            r#"{"a":"traceparent","traceparent":"y","traceparent":"x"}"#,
+            r#"{"trace\u0070arent":"x"}"#,
+        ] {
+            assert!(rare.find(headers.as_bytes()).unwrap() == "x", "{headers}");
+        }
+        for headers in [
+            "",
+            r#"{"tracestate":"x"}"#,
+            r#"{"a":"traceparent"}"#,
+            r#"{"traceparent":"x"#,
+        ] {
+            assert!(rare.find(headers.as_bytes()).is_none(), "{headers}");
+        }
     }
 
     #[test]

@@ -29,7 +29,7 @@ use crate::preflight::{Plan, Planned, ring_word};
 use crate::quic::{Quic, QuicError};
 use crate::steering::{self, Group};
 use crate::tls::{self, Tls, TlsError};
-use crate::trace;
+use crate::{logging, trace};
 
 mod together;
 
@@ -319,6 +319,7 @@ impl Cores {
         // Looked at first: what it reported before its end is then in the queue.
         let ended = handle.is_finished();
         handle.reports.clear_wake();
+        let _together = logging::together();
         while let Some(report) = handle.reports.next() {
             match report {
                 Report::Started { .. } => self.turn(core, State::Running),

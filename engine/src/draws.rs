@@ -13,6 +13,8 @@ use crate::served::Tracing;
 pub(crate) struct Draws {
     random: RandomState,
     drawn: Cell<u64>,
+    /// Roots until one is kept; none before the first.
+    passes: Cell<Option<u64>>,
 }
 
 impl Draws {
@@ -21,6 +23,7 @@ impl Draws {
         Draws {
             random: RandomState::new(),
             drawn: Cell::new(0),
+            passes: Cell::new(None),
         }
     }
 
@@ -46,15 +49,30 @@ impl Draws {
         }
     }
 
-    /// The same, if its trace is kept.
+    /// The same, if its trace is kept; `ratio` is always the same. How many roots pass before one
+    /// is kept is drawn at once, so that those cost next to nothing.
     pub(crate) fn kept(&self, parent: Option<TraceContext>, ratio: f64) -> Option<TraceContext> {
-        match parent {
-            Some(parent) => parent.is_sampled().then(|| self.child(parent)),
-            None => {
-                let low = self.id();
-                Tracing::keeps(ratio, low).then(|| self.root(low).sampled(true))
-            }
+        if let Some(parent) = parent {
+            return parent.is_sampled().then(|| self.child(parent));
         }
+        let left = self.passes.get().unwrap_or_else(|| self.gap(ratio));
+        self.passes.set(left.checked_sub(1));
+        (left == 0).then(|| self.root(self.kept_id(ratio)).sampled(true))
+    }
+
+    /// How many in a row are not kept: of a geometric distribution.
+    fn gap(&self, ratio: f64) -> u64 {
+        // Between 0 and 1, and neither.
+        let chance = ((self.draw() >> 12) as f64 + 0.5) / (1u64 << 52) as f64;
+        // 0 for a ratio of 1; for one of 0 infinite, which is the greatest number here.
+        (chance.ln() / (-ratio).ln_1p()) as u64
+    }
+
+    /// One of those that [`Tracing::keeps`].
+    fn kept_id(&self, ratio: f64) -> u64 {
+        let drawn = self.draw();
+        let high = ((drawn >> 11) as f64 * ratio) as u64;
+        (high << 11 | drawn & 0x7ff).max(1)
     }
 
     fn child(&self, parent: TraceContext) -> TraceContext {
@@ -107,6 +125,13 @@ mod tests {
         assert!(kept(1.0).all(|root| root.is_sampled() && root.span_id != 0));
         assert_eq!((kept(0.0).count(), kept(1.0).count()), (0, 1_000));
         assert!((100..400).contains(&kept(0.25).count()));
+        let draws = Draws::new();
+        let kept: Vec<_> = (0..1_000).filter_map(|_| draws.kept(None, 0.25)).collect();
+        assert!((150..350).contains(&kept.len()), "{}", kept.len());
+        assert!(
+            kept.iter()
+                .all(|root| Tracing::keeps(0.25, root.trace_id as u64))
+        );
         let mut ids: Vec<u128> = (0..100)
             .map(|_| draws.context(None, 1.0).trace_id)
             .collect();

@@ -3,7 +3,7 @@
 use crate::ring::Ring;
 use crate::shard::Shard;
 use crate::timer_wheel::TimerId;
-use crate::{accept, collect, ends, lane, link, recv, relay_home, relay_time, tell};
+use crate::{accept, collect, ends, lane, link, recv, relay_home, relay_time, routed, tell};
 
 /// What a timer is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +41,8 @@ pub(crate) enum TimerKind {
     RelayAccept,
     /// A shared connection to a caller.
     Mux,
+    /// Control was told of spans and sleeps.
+    Spans,
     /// A worker may not take what is posted on its lane.
     Lane = 40,
 }
@@ -70,6 +72,7 @@ impl<R: Ring> Shard<R> {
         const RELAY: u8 = TimerKind::Relay as u8;
         const RELAY_HOME: u8 = TimerKind::RelayHome as u8;
         const RELAY_ACCEPT: u8 = TimerKind::RelayAccept as u8;
+        const SPANS: u8 = TimerKind::Spans as u8;
         let mut due = std::mem::take(&mut self.due);
         self.timers
             .expire(self.now_ns, &mut |token| due.push(token));
@@ -93,6 +96,7 @@ impl<R: Ring> Shard<R> {
                     relay_home::overdue(self, slot);
                 }
                 RELAY_ACCEPT => relay_home::arm(self),
+                SPANS => routed::due(self),
                 40 => lane::overdue(self, slot, generation),
                 kind => ends::overdue(self, kind, slot, generation),
             }

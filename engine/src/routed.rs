@@ -17,7 +17,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use corelane_codec::headers;
+use corelane_codec::headers::{self, Rare};
 use corelane_codec::json::Text;
 use corelane_codec::request_frame::Prefix;
 use corelane_codec::trace_context::{TEXT_BYTES, TraceContext};
@@ -25,7 +25,9 @@ use corelane_codec::trace_context::{TEXT_BYTES, TraceContext};
 use crate::command::Report;
 use crate::directory::Route;
 use crate::draws::Draws;
+use crate::due::TimerKind;
 use crate::in_flight::Request;
+use crate::mesh::QUEUE_MAX;
 use crate::ring::Ring;
 use crate::served::{Outcome, Tracing};
 use crate::shard::Shard;
@@ -37,6 +39,10 @@ use crate::table::{NONE, Table};
 pub const SPANS_MAX: usize = 4096;
 /// Entries of the queue of reports that spans leave to what is said once.
 const ROOM_BESIDE_SPANS: usize = 64;
+/// Control sleeps on while there is so much room in that queue ...
+const ROOM_TO_SLEEP: usize = QUEUE_MAX / 2;
+/// ... but no longer than this: to be woken for each span costs it more than the span does.
+const SLEEP_NS: u64 = 10_000_000;
 
 /// How the response of a request goes back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -174,9 +180,12 @@ pub(crate) struct Routed {
     /// Of traces that begin here; `None`: there are no spans.
     ratio: Option<f64>,
     draws: Draws,
+    traceparent: Rare,
     table: Table<RoutedSpan>,
-    /// Something was told in this tick.
-    has_told: bool,
+    /// Control was told of spans and is to be woken when the timer says so ...
+    rings_later: bool,
+    /// ... or at the end of this tick.
+    rings_now: bool,
 }
 
 impl Routed {
@@ -188,8 +197,10 @@ impl Routed {
         Routed {
             ratio,
             draws: Draws::new(),
+            traceparent: Rare::new(headers::TRACEPARENT),
             table: Table::new(spans),
-            has_told: false,
+            rings_later: false,
+            rings_now: false,
         }
     }
 }
@@ -224,7 +235,10 @@ fn look<R: Ring>(
     let front = shard.pieces.lay_out(&incoming, prefix.headers.end, scratch);
     let headers = front.get(prefix.headers.clone())?;
     let mut text = [0; 2 * TEXT_BYTES];
-    let parent = headers::find(headers, headers::TRACEPARENT)
+    let parent = shard
+        .routed
+        .traceparent
+        .find(headers)
         .and_then(|value| value.unescape_into(&mut text).ok())
         .and_then(TraceContext::parse);
     let context = shard.routed.draws.kept(parent, ratio)?;
@@ -409,13 +423,24 @@ fn tell<R: Ring>(shard: &mut Shard<R>, mut span: RoutedSpan) {
         true => stats.spans_routed.add(1),
         false => stats.spans_lost.add(1),
     }
-    shard.routed.has_told |= told;
+    let now_ns = shard.now_ns;
+    if shard.reports.room() < ROOM_TO_SLEEP {
+        shard.routed.rings_now = true;
+    } else if !std::mem::replace(&mut shard.routed.rings_later, true) {
+        shard.timer(TimerKind::Spans, 0, 0, now_ns + SLEEP_NS);
+    }
+}
+
+/// Control has slept long enough.
+pub(crate) fn due<R: Ring>(shard: &mut Shard<R>) {
+    shard.routed.rings_later = false;
+    shard.routed.rings_now = true;
 }
 
 /// At the end of a tick: control is woken once for all that it was told.
 #[inline]
 pub(crate) fn wake<R: Ring>(shard: &mut Shard<R>) {
-    if std::mem::take(&mut shard.routed.has_told) {
+    if std::mem::take(&mut shard.routed.rings_now) {
         shard.reports.wake();
     }
 }

@@ -30,9 +30,14 @@ impl Clock {
         }
     }
 
+    /// The time of day.
+    pub(super) fn now(&self) -> String {
+        self.text(Timestamp::now())
+    }
+
     fn text(&self, now: Timestamp) -> String {
         match &self.0 {
-            None => now.strftime("%Y-%m-%dT%H:%M:%S%.6fZ").to_string(),
+            None => format!("{now:.6}"),
             Some(zone) => {
                 let local = now.to_zoned(zone.clone());
                 local.strftime("%Y-%m-%dT%H:%M:%S%.6f%:z").to_string()
@@ -43,7 +48,7 @@ impl Clock {
 
 impl FormatTime for Clock {
     fn format_time(&self, writer: &mut Writer<'_>) -> fmt::Result {
-        writer.write_str(&self.text(Timestamp::now()))
+        writer.write_str(&self.now())
     }
 }
 

@@ -2,11 +2,13 @@
 
 use std::fmt;
 
-use serde_json::{Map, Value};
+use serde::Serialize;
+#[cfg(feature = "otel")]
+use serde_json::Map;
+use serde_json::Value;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
 use tracing_subscriber::fmt::format::Writer;
-use tracing_subscriber::fmt::time::FormatTime;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
@@ -28,30 +30,48 @@ where
         event: &Event<'_>,
     ) -> fmt::Result {
         let meta = event.metadata();
-        let mut time = String::new();
-        self.0.format_time(&mut Writer::new(&mut time))?;
         let mut fields = Fields::default();
         event.record(&mut fields);
-        write!(
-            writer,
-            "{{\"time\":{},\"level\":\"{}\"",
-            text(&time),
-            meta.level()
-        )?;
-        if let (Some(file), Some(line)) = (meta.file(), meta.line()) {
-            write!(writer, ",\"file\":{},\"line\":{line}", text(file))?;
+        let mut line = Line::default();
+        line.out.extend_from_slice(b"{\"time\":");
+        line.text(&self.0.now())?;
+        line.out.extend_from_slice(b",\"level\":");
+        line.text(meta.level().as_str())?;
+        if let (Some(file), Some(number)) = (meta.file(), meta.line()) {
+            line.member("file", file)?;
+            line.member("line", &number)?;
         }
-        write!(writer, ",\"target\":{}", text(meta.target()))?;
-        write!(writer, ",\"message\":{}", text(&fields.message))?;
-        for (name, value) in &fields.others {
-            write!(writer, ",{}:{value}", text(name))?;
+        line.member("target", meta.target())?;
+        line.member("message", &fields.message)?;
+        for (name, value) in fields.sorted() {
+            line.member(name, &value)?;
         }
-        writeln!(writer, "}}")
+        line.out.extend_from_slice(b"}\n");
+        writer.write_str(std::str::from_utf8(&line.out).map_err(|_| fmt::Error)?)
     }
 }
 
-fn text(text: &str) -> Value {
-    Value::String(text.to_owned())
+/// A line as it grows.
+#[derive(Default)]
+struct Line {
+    out: Vec<u8>,
+}
+
+impl Line {
+    fn text(&mut self, text: &str) -> fmt::Result {
+        self.value(text)
+    }
+
+    fn member(&mut self, name: &str, value: &(impl Serialize + ?Sized)) -> fmt::Result {
+        self.out.push(b',');
+        self.text(name)?;
+        self.out.push(b':');
+        self.value(value)
+    }
+
+    fn value(&mut self, value: &(impl Serialize + ?Sized)) -> fmt::Result {
+        serde_json::to_writer(&mut self.out, value).map_err(|_| fmt::Error)
+    }
 }
 
 /// A text that is a JSON object or list stands in the line as such. (Dynamo does so with numbers
@@ -59,28 +79,38 @@ fn text(text: &str) -> Value {
 fn embedded(value: &str) -> Value {
     let shaped = value.starts_with(['{', '[']);
     let read = shaped.then(|| serde_json::from_str(value).ok()).flatten();
-    read.unwrap_or_else(|| text(value))
+    read.unwrap_or_else(|| Value::String(value.to_owned()))
 }
 
 /// The fields of an event.
 #[derive(Default)]
 pub(crate) struct Fields {
     message: String,
-    others: Map<String, Value>,
+    others: Vec<(&'static str, Value)>,
 }
 
 impl Fields {
     /// Its message, and everything else by name.
     #[cfg(feature = "otel")]
     pub(crate) fn into_parts(self) -> (String, Map<String, Value>) {
-        (self.message, self.others)
+        let others = self.others.into_iter();
+        let others = others.map(|(name, value)| (name.to_owned(), value));
+        (self.message, others.collect())
+    }
+
+    /// All but the message, by name; of a name that comes twice the last.
+    fn sorted(&mut self) -> &[(&'static str, Value)] {
+        self.others.reverse();
+        self.others.sort_by_key(|(name, _)| *name);
+        self.others.dedup_by_key(|(name, _)| *name);
+        &self.others
     }
 
     fn put(&mut self, field: &Field, value: Value) {
         // These names are the line's own.
         const TAKEN: [&str; 6] = ["time", "level", "file", "line", "target", "message"];
         if !TAKEN.contains(&field.name()) {
-            self.others.insert(field.name().to_owned(), value);
+            self.others.push((field.name(), value));
         }
     }
 }

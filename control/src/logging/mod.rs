@@ -21,6 +21,7 @@ use clock::Clock;
 pub(crate) use json::Fields;
 use json::JsonLines;
 pub use outlet::dropped;
+pub(crate) use outlet::together;
 
 /// Libraries that are heard only when something is wrong, and the lines of
 /// `DYN_LOGGING_SPAN_EVENTS`, which stand there whatever else does; a filter of the user's wins.

@@ -8,7 +8,7 @@
 
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -39,27 +39,34 @@ pub(super) fn stderr() -> impl Write {
     Outlet
 }
 
+/// Lines of this process are gathered until the last of these is dropped, and written a page at a
+/// time: for short work that writes many.
+pub(crate) fn together() -> Together {
+    lock().gatherers += 1;
+    Together
+}
+
+/// See [`together`].
+pub(crate) struct Together;
+
+impl Drop for Together {
+    fn drop(&mut self) {
+        let mut state = lock();
+        state.gatherers -= 1;
+        if state.gatherers == 0 {
+            let lost = state.write_out(io::stderr().as_fd());
+            tell_of(state, lost);
+        }
+    }
+}
+
 struct Outlet;
 
 impl Write for Outlet {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        let missed = {
-            let mut state = STATE.lock().unwrap_or_else(PoisonError::into_inner);
-            let to = io::stderr();
-            match state.put(to.as_fd(), line) {
-                true => std::mem::take(&mut state.missed),
-                false => {
-                    DROPPED.fetch_add(1, Ordering::Relaxed);
-                    0
-                }
-            }
-        };
-        if missed > 0 {
-            tracing::warn!(
-                missed,
-                "lines of the log were dropped: whoever reads standard error did not keep up"
-            );
-        }
+        let mut state = lock();
+        let lost = state.put(io::stderr().as_fd(), line);
+        tell_of(state, lost);
         Ok(line.len())
     }
 
@@ -68,8 +75,34 @@ impl Write for Outlet {
     }
 }
 
-/// What is known of the reader.
+fn lock() -> MutexGuard<'static, State> {
+    STATE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Counts what was lost just now, or says what was lost before.
+fn tell_of(mut state: MutexGuard<'_, State>, lost: u64) {
+    DROPPED.fetch_add(lost, Ordering::Relaxed);
+    let may_tell = lost == 0 && state.held.is_empty();
+    let missed = if may_tell {
+        std::mem::take(&mut state.missed)
+    } else {
+        0
+    };
+    drop(state);
+    if missed > 0 {
+        tracing::warn!(
+            missed,
+            "lines of the log were dropped: whoever reads standard error did not keep up"
+        );
+    }
+}
+
+/// What is known of the reader, and what he has not been given yet.
 struct State {
+    /// Lines that wait for each other.
+    held: Vec<u8>,
+    /// How many want that.
+    gatherers: usize,
     /// When a line was dropped last.
     failed: Option<Instant>,
     /// Lines that were dropped and not yet told of.
@@ -81,33 +114,52 @@ struct State {
 impl State {
     const fn new() -> Self {
         Self {
+            held: Vec::new(),
+            gatherers: 0,
             failed: None,
             missed: 0,
             torn: false,
         }
     }
 
-    /// Writes a line; false if it was dropped, or what was left of it.
-    fn put(&mut self, to: BorrowedFd<'_>, line: &[u8]) -> bool {
-        let end: &[u8] = if self.torn { b"\n" } else { b"" };
-        let whole = [end, line].concat();
-        let mut rest = whole.as_slice();
+    /// Takes a line; answers how many were dropped for it, that one or those held before it.
+    fn put(&mut self, to: BorrowedFd<'_>, line: &[u8]) -> u64 {
+        self.held.extend_from_slice(line);
+        match self.gatherers > 0 && self.held.len() < PIECE_BYTES {
+            true => 0,
+            false => self.write_out(to),
+        }
+    }
+
+    /// Writes what is held; answers how many lines of it were dropped, the rest of a torn one
+    /// among them.
+    fn write_out(&mut self, to: BorrowedFd<'_>) -> u64 {
+        let mut held = std::mem::take(&mut self.held);
+        if self.torn && !held.is_empty() {
+            held.insert(0, b'\n');
+        }
+        let mut rest = held.as_slice();
         while !rest.is_empty() {
             if !self.has_room(to) {
+                let lost = rest.iter().filter(|byte| **byte == b'\n').count() as u64;
+                let lost = lost - u64::from(self.torn && rest.len() == held.len());
                 self.failed = Some(Instant::now());
-                self.missed += 1;
-                self.torn |= rest.len() < whole.len();
-                return false;
+                self.missed += lost;
+                return lost;
             }
-            match rustix::io::write(to, &rest[..rest.len().min(PIECE_BYTES)]) {
-                Ok(written) => rest = &rest[written..],
+            match rustix::io::write(to, piece(rest)) {
+                Ok(written) => {
+                    self.torn = written > 0 && rest[written - 1] != b'\n';
+                    rest = &rest[written..];
+                }
                 Err(rustix::io::Errno::INTR) => {}
                 // There is no reader, and nobody to be told.
-                Err(_) => return true,
+                Err(_) => return 0,
             }
         }
-        self.torn = false;
-        true
+        held.clear();
+        self.held = held;
+        0
     }
 
     fn has_room(&self, to: BorrowedFd<'_>) -> bool {
@@ -122,6 +174,16 @@ impl State {
     }
 }
 
+/// What goes at once: whole lines, or a page of one that is longer.
+fn piece(rest: &[u8]) -> &[u8] {
+    if rest.len() <= PIECE_BYTES {
+        return rest;
+    }
+    let page = &rest[..PIECE_BYTES];
+    let end = page.iter().rposition(|byte| *byte == b'\n');
+    end.map_or(page, |end| &page[..=end])
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Read;
@@ -134,15 +196,15 @@ mod tests {
         let mut state = State::new();
         let line = [[b'x'; 999].as_slice(), b"\n"].concat();
         let mut written = 0;
-        while state.put(writer.as_fd(), &line) {
+        while state.put(writer.as_fd(), &line) == 0 {
             written += 1;
         }
         assert!(written >= 50, "a pipe takes 64 KiB: {written}");
-        assert!(!state.put(writer.as_fd(), &line));
+        assert_eq!(state.put(writer.as_fd(), &line), 1);
         assert_eq!((state.missed, state.torn), (2, false));
         let mut half = vec![0; 32 << 10];
         reader.read_exact(&mut half).unwrap();
-        assert!(state.put(writer.as_fd(), &line), "there is room again");
+        assert_eq!(state.put(writer.as_fd(), &line), 0, "there is room again");
         drop(writer);
         reader.read_to_end(&mut half).unwrap();
         assert_eq!(half, line.repeat(written + 1), "no line was torn");
@@ -152,10 +214,11 @@ mod tests {
     fn a_line_that_was_torn_is_ended_before_the_next() {
         let (mut reader, writer) = io::pipe().unwrap();
         let mut state = State::new();
-        assert!(!state.put(writer.as_fd(), &[b'x'; 1 << 20]));
+        let long = [[b'x'; 1 << 20].as_slice(), b"\n"].concat();
+        assert_eq!(state.put(writer.as_fd(), &long), 1);
         let mut all = vec![0; PIECE_BYTES * 4];
         reader.read_exact(&mut all).unwrap();
-        assert!(state.put(writer.as_fd(), b"whole\n"));
+        assert_eq!(state.put(writer.as_fd(), b"whole\n"), 0);
         drop(writer);
         reader.read_to_end(&mut all).unwrap();
         assert!(all.ends_with(b"x\nwhole\n") && state.missed == 1);
@@ -165,6 +228,29 @@ mod tests {
     fn a_reader_that_is_gone_is_no_reason_to_wait() {
         let (reader, writer) = io::pipe().unwrap();
         drop(reader);
-        assert!(State::new().put(writer.as_fd(), b"line\n"));
+        assert_eq!(State::new().put(writer.as_fd(), b"line\n"), 0);
+    }
+
+    #[test]
+    fn lines_that_are_gathered_go_a_page_at_a_time_and_are_dropped_by_the_line() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let mut state = State::new();
+        state.gatherers = 1;
+        let line = [[b'x'; 999].as_slice(), b"\n"].concat();
+        let (mut given, mut lost) = (0, 0);
+        while lost == 0 {
+            lost = state.put(writer.as_fd(), &line);
+            given += 1;
+        }
+        assert!(
+            (1..=5).contains(&lost),
+            "no more than a page and a line: {lost}"
+        );
+        assert_eq!((state.missed, state.torn), (lost, false));
+        assert_eq!(state.put(writer.as_fd(), &line), 0, "held, for now");
+        drop(writer);
+        let mut all = Vec::new();
+        reader.read_to_end(&mut all).unwrap();
+        assert_eq!(all, line.repeat(given - lost as usize));
     }
 }

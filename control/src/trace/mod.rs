@@ -221,14 +221,13 @@ impl Span {
             Some(names) => names.each_ref().map(|name| Some(Cow::from(name))),
             None => [None, None, None],
         };
-        let kind = if self.is_server { "server" } else { "client" };
         let instance = self.instance_id.map(|id| Cow::from(id.to_string()));
         let fields = [
             ("component", component),
             ("endpoint", endpoint),
             ("instance_id", instance),
             ("namespace", namespace),
-            ("otel.kind", Some(Cow::from(kind))),
+            ("otel.kind", Some(Cow::from(self.kind()))),
             ("request.outcome", Some(Cow::from(self.outcome))),
             ("request_id", self.request_id.as_deref().map(Cow::from)),
             ("x_request_id", self.x_request_id.as_deref().map(Cow::from)),
@@ -242,13 +241,16 @@ impl Span {
         all
     }
 
+    fn kind(&self) -> &'static str {
+        match self.is_server {
+            true => "server",
+            false => "client",
+        }
+    }
+
     /// A line with the names that Dynamo's have.
     fn log(&self) {
-        let field = |name: &str| {
-            let fields = self.fields();
-            let found = fields.into_iter().find(|(other, _)| *other == name);
-            found.map(|(_, value)| value.into_owned())
-        };
+        let name = |at: usize| self.endpoint.as_ref().map(|names| names[at].as_str());
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         let hop = self.hop.as_deref();
         let text = |name: &str| hop.and_then(|hop| hop.text(name));
@@ -258,11 +260,11 @@ impl Span {
         tracing::info!(
             target: "request_span",
             attempts = number("attempts"),
-            component = field("component"),
-            endpoint = field("endpoint"),
-            instance_id = field("instance_id"),
-            namespace = field("namespace"),
-            otel.kind = field("otel.kind"),
+            component = name(1),
+            endpoint = name(2),
+            instance_id = self.instance_id.map(|id| id.to_string()),
+            namespace = name(0),
+            otel.kind = self.kind(),
             parent_id = self.parent_id.map(|id| format!("{id:016x}")),
             request.outcome = self.outcome,
             request_bytes = number("request_bytes"),
